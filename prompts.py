@@ -1,0 +1,403 @@
+"""Base and target prompts: the full prompt, the positions of phrases in the token sequences, and their alignment.
+
+Strings and a tokenizer in, indices out; no tensors. A *target* is added to the base prompt or replaces one of its
+phrases. Comparisons of texts ignore case and match whole words.
+
+Legend: P base phrases, T text tokens (`tokenizer.model_max_length`). Paper: arXiv 2504.00396.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+Span = tuple[int, int]  # [start, end) in characters
+
+_WORD = re.compile(r"[\w'\u2019-]+")
+# Longer joiners come first, else "in front of" would leave "front" behind. "Black and white" is one colour.
+_PREPOSITIONS = (
+    "in front of|next to|close to|made of|out of|on top of|"
+    "with|without|in|inside|into|on|onto|of|at|by|from|to|near|against|beside|behind|under|beneath|below|above|over|"
+    "between|among|around|through|along|across|before|as|while|who|which|that|is|are|has|have|"
+    "(?<!black )and|and(?! white)"
+)
+# After an article these describe the noun ("a standing woman"); elsewhere they lead to the next one.
+_VERBS = "wearing|holding|carrying|sitting|seated|standing|leaning|looking|facing|lying|dressed|featuring"
+_JOINERS = re.compile(
+    rf"[,;:!?()\[\]]+|\.(?=\s|$)|(?<![\w-])(?:{_PREPOSITIONS}|(?<!\ba )(?<!\ban )(?<!\bthe )(?:{_VERBS}))(?![\w-])",
+    re.IGNORECASE,
+)
+_NO_PHRASE = {"", "a", "an", "the", "she", "he", "it", "they", "there", "her", "his", "their", "its"}
+
+
+@dataclass(frozen=True)
+class TargetPrompt:
+    """One target attribute: `text` is added to the base prompt, or put in the place of its phrase `replaces`."""
+
+    text: str
+    replaces: str | None = None
+
+
+@dataclass(frozen=True)
+class PromptPair:
+    """A base prompt, its targets, the full prompt of both, and the base phrases to be preserved (none replaced)."""
+
+    base_prompt: str
+    target_prompts: tuple[TargetPrompt, ...]
+    full_prompt: str
+    base_phrases: tuple[str, ...]
+
+    @property
+    def target_text(self) -> str:
+        """All target texts in one line, as CLIP's text encoder is to see them."""
+        return ", ".join(target.text for target in self.target_prompts)
+
+
+@dataclass(frozen=True)
+class PromptTokens:
+    """Token ids of a `PromptPair` and the positions in them that the losses and the SFCM ask for.
+
+    Args:
+        base_input_ids: T ids of the base prompt, padded.
+        full_input_ids: T ids of the full prompt, padded.
+        phrase_positions: per base phrase its positions in the base sequence; empty if it was cut off.
+        target_positions: positions of all targets in the full sequence.
+        base_positions: matched base tokens in the base sequence, ascending, without BOS and padding.
+        full_positions: the same tokens in the full sequence; its i-th is the i-th of `base_positions`.
+        base_padding: every position after the base prompt's text: EOS and what pads it.
+        full_padding: the same of the full prompt.
+    """
+
+    base_input_ids: list[int]
+    full_input_ids: list[int]
+    phrase_positions: tuple[tuple[int, ...], ...]
+    target_positions: tuple[int, ...]
+    base_positions: tuple[int, ...]
+    full_positions: tuple[int, ...]
+    base_padding: tuple[int, ...]
+    full_padding: tuple[int, ...]
+
+
+def compose_full_prompt(base_prompt: str, target_prompts: Sequence[TargetPrompt]) -> str:
+    """Write the full prompt: phrases replaced in their places, additions appended in order after a comma.
+
+    Args:
+        base_prompt: the base prompt. If something is appended, its closing punctuation is dropped.
+        target_prompts: the targets. Every `replaces` is looked up in the base prompt, the first unused occurrence.
+
+    Returns:
+        The full prompt.
+
+    Raises:
+        ValueError: a replaced phrase is not in the base prompt (or not as often as it is to be replaced).
+
+    Source: [paper] base with the target added or a phrase replaced; [ours] the comma.
+    """
+    replacements = [target for target in target_prompts if target.replaces is not None]
+    spans = _locate(base_prompt, [target.replaces for target in replacements])
+    text = base_prompt
+    # From the back, so that the earlier spans stay valid.
+    for (start, end), target in sorted(zip(spans, replacements), key=lambda pair: pair[0], reverse=True):
+        text = text[:start] + target.text.strip() + text[end:]
+    additions = [target.text.strip() for target in target_prompts if target.replaces is None]
+    # CLIP reads ".," as one token of its own, hence no "jacket., blonde hair".
+    return ", ".join([text.strip().rstrip(",;. "), *additions]) if additions else text
+
+
+def split_phrases(prompt: str) -> list[str]:
+    """Split a prompt into its noun phrases, at punctuation and at words that join noun phrases.
+
+    Args:
+        prompt: "A woman in a brown jacket, with a curtain background".
+
+    Returns:
+        ["A woman", "a brown jacket", "a curtain background"], in order and in the prompt's own spelling. Lone
+        articles and pronouns are left out.
+
+    Source: [ours]; the paper names phrases and no parser. Where it errs, give the phrases to `make_prompt_pair`.
+    """
+    pieces = (piece.strip(' \t\n\r"“”') for piece in _JOINERS.split(prompt))
+    return [piece for piece in pieces if piece.lower() not in _NO_PHRASE]
+
+
+def infer_replacement(base_prompt: str, target_prompt: str, full_prompt: str) -> TargetPrompt:
+    """Tell from a given full prompt whether the target was added to the base prompt or replaces a part of it.
+
+    Args:
+        base_prompt: the base prompt.
+        target_prompt: the target's text.
+        full_prompt: the full prompt, as a data set's column gives it.
+
+    Returns:
+        The target; `replaces` is what the base prompt has between the words that surround the target in the full
+        prompt, in its own spelling, or None if nothing was left out.
+
+    Raises:
+        ValueError: the target is not in the full prompt.
+
+    Source: [ours].
+    """
+    return _infer_targets(base_prompt, [target_prompt], full_prompt)[0]
+
+
+def make_prompt_pair(
+    base_prompt: str,
+    target_prompt: str | Sequence[str | tuple[str, str] | TargetPrompt],
+    full_prompt: str | None = None,
+    base_phrases: Sequence[str] | None = None,
+) -> PromptPair:
+    """Check the prompts, complete what was not given, and bind them together.
+
+    Args:
+        base_prompt: the base prompt.
+        target_prompt: one addition, or several targets: a string is an addition, a pair (phrase, target) a
+            replacement. `("a hat", "a scarf")` itself is two additions, `[("a hat", "a scarf")]` a replacement.
+        full_prompt: composed if not given. If given, targets that are plain strings are looked up in it by
+            `infer_replacement`.
+        base_phrases: phrases of the base prompt; `split_phrases(base_prompt)` if not given.
+
+    Returns:
+        The pair. Base phrases that overlap a replaced one are dropped: their region is where the target goes.
+
+    Raises:
+        ValueError: a text is empty; a target is the base prompt, one of its phrases or what it replaces; a base or a
+            replaced phrase is not in the base prompt; a target is not in the full prompt; nothing is left to
+            preserve.
+
+    Source: [paper] the prompts; [ours] the checks.
+    """
+    given = [target_prompt] if isinstance(target_prompt, str) else list(target_prompt)
+    targets = [TargetPrompt(target[1], target[0]) if isinstance(target, tuple) else target for target in given]
+    texts = [target if isinstance(target, str) else target.text for target in targets]
+    if not base_prompt.strip():
+        raise ValueError(f"The base prompt is empty: {base_prompt!r}.")
+    if not texts or not all(text.strip() for text in texts):
+        raise ValueError(f"A target prompt is empty: {target_prompt!r}.")
+
+    phrases = split_phrases(base_prompt) if base_phrases is None else [phrase.strip() for phrase in base_phrases]
+    for text in texts:
+        if _words(text) == _words(base_prompt):
+            raise ValueError(f"The target prompt {text!r} is the base prompt itself.")
+        if _words(text) in [_words(phrase) for phrase in [*phrases, *split_phrases(base_prompt)]]:
+            raise ValueError(f"The target prompt {text!r} is already a phrase of the base prompt {base_prompt!r}.")
+
+    inferred = [TargetPrompt(text) for text in texts]
+    if full_prompt is not None:
+        inferred = _infer_targets(base_prompt, texts, full_prompt)
+    target_prompts = tuple(
+        guess if isinstance(target, str) else target for target, guess in zip(targets, inferred, strict=True)
+    )
+    replaced = [target.replaces for target in target_prompts if target.replaces is not None]
+    for target in target_prompts:
+        if target.replaces is not None and _words(target.replaces) == _words(target.text):
+            raise ValueError(f"The target prompt {target.text!r} replaces itself.")
+
+    replaced_spans = _locate(base_prompt, replaced)
+    phrase_spans = _locate(base_prompt, phrases, share=True)
+    preserved = [phrase for phrase, span in zip(phrases, phrase_spans) if not _overlaps(span, replaced_spans)]
+    if not preserved:
+        raise ValueError(f"Nothing of the base prompt {base_prompt!r} is left to preserve; replaced: {replaced}.")
+    if full_prompt is None:
+        full_prompt = compose_full_prompt(base_prompt, target_prompts)
+    return PromptPair(base_prompt, target_prompts, full_prompt, tuple(preserved))
+
+
+def tokenize_prompt_pair(pair: PromptPair, tokenizer: PreTrainedTokenizerBase) -> PromptTokens:
+    """Tokenize both prompts, find the phrases and targets in them, and align base with full tokens.
+
+    Args:
+        pair: the prompts.
+        tokenizer: a tokenizer with character offsets, such as `CLIPTokenizer`; its `model_max_length` is T.
+
+    Returns:
+        Ids and positions. A base token has a partner in the full sequence if it stands in the part of the prompt
+        that both share; a target's tokens, and those it replaces, have none. What does not fit into T is cut off
+        with a warning.
+
+    Raises:
+        ValueError: the tokenizer has no offsets; a text is not in its prompt; a part of a target is cut off.
+
+    Source: [paper] base tokens and PAD; [ours] the alignment.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(f"{type(tokenizer).__name__} has no character offsets; use the fast tokenizer.")
+    base_ids, base_offsets, base_end = _encode(pair.base_prompt, tokenizer)
+    full_ids, full_offsets, full_end = _encode(pair.full_prompt, tokenizer)
+
+    texts = [target.text for target in pair.target_prompts]
+    target_spans = _locate_targets(pair.base_prompt, texts, pair.full_prompt)
+    for text, (_, end) in zip(texts, target_spans):
+        if end > full_end:
+            raise ValueError(
+                f"The target prompt {text!r} does not fit into the {tokenizer.model_max_length} tokens of the text "
+                f"encoder; shorten the full prompt {pair.full_prompt!r}."
+            )
+    replaced = [target.replaces for target in pair.target_prompts if target.replaces is not None]
+    replaced_spans = _locate(pair.base_prompt, replaced)
+    phrase_spans = _locate(pair.base_prompt, pair.base_phrases, taken=replaced_spans, share=True)
+    phrase_positions = tuple(_positions(base_offsets, [span]) for span in phrase_spans)
+
+    if base_end < len(pair.base_prompt):
+        lost = [phrase for phrase, positions in zip(pair.base_phrases, phrase_positions) if not positions]
+        logger.warning(
+            "The base prompt is too long for %d tokens; cut off: %r; phrases without any token: %s.",
+            tokenizer.model_max_length,
+            pair.base_prompt[base_end:],
+            lost or "none",
+        )
+    if full_end < len(pair.full_prompt):
+        logger.warning(
+            "The full prompt is too long for %d tokens; cut off: %r.",
+            tokenizer.model_max_length,
+            pair.full_prompt[full_end:],
+        )
+
+    # A target may share words with the base ("a green hat" for "a green jacket"): different marks never match.
+    target_positions = _positions(full_offsets, target_spans)
+    base_marks = dict.fromkeys(_positions(base_offsets, replaced_spans), "replaced")
+    full_marks = dict.fromkeys(target_positions, "target")
+    base_order, full_order = sorted(base_offsets), sorted(full_offsets)
+    matches = _align(
+        [base_marks.get(position, base_ids[position]) for position in base_order],
+        [full_marks.get(position, full_ids[position]) for position in full_order],
+    )
+    return PromptTokens(
+        base_input_ids=base_ids,
+        full_input_ids=full_ids,
+        phrase_positions=phrase_positions,
+        target_positions=target_positions,
+        base_positions=tuple(base_order[base] for base, _ in matches),
+        full_positions=tuple(full_order[full] for _, full in matches),
+        base_padding=tuple(range(base_order[-1] + 1, len(base_ids))),
+        full_padding=tuple(range(full_order[-1] + 1, len(full_ids))),
+    )
+
+
+def phrase_mask(positions: Sequence[Sequence[int]], length: int) -> list[list[float]]:
+    """Rows that average attention maps over each phrase's tokens.
+
+    Args:
+        positions: per phrase its token positions, in [0, length).
+        length: T.
+
+    Returns:
+        P rows of `length` floats in [0, 1]: a row sums to 1, or is all zeros for a phrase without tokens.
+
+    Source: [paper] one map per phrase; [ours] the mean over its tokens.
+    """
+    return [[1 / len(row) if column in row else 0.0 for column in range(length)] for row in positions]
+
+
+def _words(text: str) -> list[str]:
+    return [word.lower() for word in _WORD.findall(text)]
+
+
+def _align(first: Sequence[str | int | None], second: Sequence[str | int | None]) -> list[tuple[int, int]]:
+    """Index pairs of equal items, ascending: the common start, the common end, and what difflib finds between."""
+    limit = min(len(first), len(second))
+    start = next((i for i in range(limit) if first[i] != second[i]), limit)
+    # difflib alone takes the longest block, which for repeated words may be the wrong one ("a hat, a hat").
+    end = next((i for i in range(limit - start) if first[-1 - i] != second[-1 - i]), limit - start)
+    first_end, second_end = len(first) - end, len(second) - end
+    matcher = SequenceMatcher(None, first[start:first_end], second[start:second_end], autojunk=False)
+    middle = [
+        (start + block.a + i, start + block.b + i)
+        for block in matcher.get_matching_blocks()
+        for i in range(block.size)
+    ]
+    return [*((i, i) for i in range(start)), *middle, *((first_end + i, second_end + i) for i in range(end))]
+
+
+def _overlaps(span: Span, others: Sequence[Span]) -> bool:
+    return any(span[0] < end and start < span[1] for start, end in others)
+
+
+def _occurrences(text: str, phrase: str) -> list[Span]:
+    """Where a phrase stands in a text as whole words; "shirt" is not in "T-shirt"."""
+    pattern = r"\s+".join(map(re.escape, phrase.split()))
+    return [match.span() for match in re.finditer(rf"(?<![\w-]){pattern}(?![\w-])", text, re.IGNORECASE) if pattern]
+
+
+def _by_length(phrases: Sequence[str]) -> list[int]:
+    """Longest first, so that "a hat" does not take the place of "a hat rack"."""
+    return sorted(range(len(phrases)), key=lambda i: -len(phrases[i]))
+
+
+def _locate(text: str, phrases: Sequence[str], taken: Sequence[Span] = (), share: bool = False) -> list[Span]:
+    """One span per phrase, each the first that is not taken. With `share`, phrases may overlap if they must."""
+    taken, spans = list(taken), {}
+    for i in _by_length(phrases):
+        found = _occurrences(text, phrases[i])
+        free = [span for span in found if not _overlaps(span, taken)]
+        if not (free or (share and found)):
+            raise ValueError(f"The phrase {phrases[i]!r} is not in the base prompt {text!r} (or is taken already).")
+        spans[i] = (free or found)[0]
+        taken.append(spans[i])
+    return [spans[i] for i in range(len(phrases))]
+
+
+def _locate_targets(base_prompt: str, texts: Sequence[str], full_prompt: str) -> list[Span]:
+    """The span of each target in the full prompt: where most of its words are new, and the last of equals."""
+    words = list(_WORD.finditer(full_prompt))
+    known = {full for _, full in _align(_words(base_prompt), _words(full_prompt))}
+    new_spans = [word.span() for i, word in enumerate(words) if i not in known]
+    spans: dict[int, Span] = {}
+    for i in _by_length(texts):
+        free = [span for span in _occurrences(full_prompt, texts[i]) if not _overlaps(span, list(spans.values()))]
+        if not free:
+            raise ValueError(f"The target prompt {texts[i]!r} is not in the full prompt {full_prompt!r}.")
+        spans[i] = max(free, key=lambda span: (sum(_overlaps(new, [span]) for new in new_spans), span))
+    return [spans[i] for i in range(len(texts))]
+
+
+def _infer_targets(base_prompt: str, texts: Sequence[str], full_prompt: str) -> list[TargetPrompt]:
+    """`infer_replacement` for several targets at once; neighbours share one gap, the first of them gets it."""
+    spans = _locate_targets(base_prompt, texts, full_prompt)
+    base_words = list(_WORD.finditer(base_prompt))
+    full_words = list(_WORD.finditer(full_prompt))
+    # None in the place of a target's words: it matches nothing, so no match reaches across a target.
+    marked = [None if _overlaps(word.span(), spans) else word.group().lower() for word in full_words]
+    matches = _align(_words(base_prompt), marked)
+    targets, claimed = {}, set()
+    for i in sorted(range(len(texts)), key=lambda i: spans[i]):
+        before = [base for base, full in matches if full_words[full].end() <= spans[i][0]]
+        after = [base for base, full in matches if full_words[full].start() >= spans[i][1]]
+        gap = (before[-1] + 1 if before else 0, after[0] if after else len(base_words))
+        replaces = None
+        if gap[0] < gap[1] and gap not in claimed:
+            replaces = base_prompt[base_words[gap[0]].start() : base_words[gap[1] - 1].end()]
+            claimed.add(gap)
+        targets[i] = TargetPrompt(texts[i], replaces)
+    return [targets[i] for i in range(len(texts))]
+
+
+def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], dict[int, Span], int]:
+    """Padded ids, the character span of each position that holds text, and the character where the text is cut."""
+    rows = tokenizer(
+        text,
+        padding="max_length",
+        truncation=True,
+        return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+    )
+    # The pad id may be EOS's or that of "!", so what is text is told by the mask and never by the id.
+    contents = [
+        {i: tuple(span) for i, (span, special) in enumerate(zip(offsets, mask, strict=True)) if not special}
+        for offsets, mask in zip(rows["offset_mapping"], rows["special_tokens_mask"], strict=True)
+    ]
+    cut = min(contents[1].values())[0] if len(contents) > 1 else len(text)
+    return rows["input_ids"][0], contents[0], cut
+
+
+def _positions(offsets: dict[int, Span], spans: Sequence[Span]) -> tuple[int, ...]:
+    return tuple(position for position, offset in offsets.items() if _overlaps(offset, spans))

@@ -1,0 +1,208 @@
+"""The Semantic-Aware Fine Control Map: where, and how strongly, the target may change a portrait.
+
+Pure functions of tensors. Nothing here needs a gradient; callers run them under `torch.no_grad`.
+
+Legend: B batch, C latent channels, H/W latent size, S = h*w image tokens of a layer, T text tokens, P base phrases.
+Paper: arXiv 2504.00396.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+def min_max_normalize(maps: torch.Tensor) -> torch.Tensor:
+    """Stretch each map to [0, 1]; a flat map becomes zeros.
+
+    Args:
+        maps: (..., H, W), any real range.
+
+    Returns:
+        The same shape, in [0, 1].
+
+    Source: [paper] normalised maps; [ours] per sample, flat maps to zero.
+    """
+    low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
+    span = high - low
+    return torch.where(span > 0, (maps - low) / torch.where(span > 0, span, 1), 0)
+
+
+def percentile_normalize(maps: torch.Tensor, low: float = 0.05, high: float = 0.95) -> torch.Tensor:
+    """Stretch each map so that its `low` and `high` quantiles become 0 and 1, and cut what lies beyond.
+
+    Args:
+        maps: (..., H, W), any real range.
+        low: lower quantile in [0, 1].
+        high: upper quantile in [0, 1].
+
+    Returns:
+        The same shape, in [0, 1]; a map whose two quantiles are equal becomes zeros.
+
+    Source: [ours], less moved by single noisy pixels than the extremes are.
+    """
+    flat = maps.flatten(-2).float()
+    bounds = torch.quantile(flat, torch.tensor([low, high], device=maps.device), dim=-1)[..., None, None].to(maps.dtype)
+    span = bounds[1] - bounds[0]
+    return torch.where(span > 0, ((maps - bounds[0]) / torch.where(span > 0, span, 1)).clamp(0, 1), 0)
+
+
+def blur(maps: torch.Tensor, kernel_size: int = 3) -> torch.Tensor:
+    """Box blur that repeats the border. Maps are (B, N, H, W), `kernel_size` is odd. Source: [ours]."""
+    margin = kernel_size // 2
+    return F.avg_pool2d(F.pad(maps, (margin,) * 4, mode="replicate"), kernel_size, stride=1)
+
+
+def noise_difference(response_pred: torch.Tensor, reference_pred: torch.Tensor) -> torch.Tensor:
+    """Mean absolute difference of the two paths' predictions.
+
+    Args:
+        response_pred: (B, C, H, W) prediction with the adapter and the full prompt.
+        reference_pred: (B, C, H, W) prediction of the original model with the base prompt.
+
+    Returns:
+        (B, 1, H, W) float32, not normalised.
+
+    Source: [paper].
+    """
+    return (response_pred.float() - reference_pred.float()).abs().mean(1, keepdim=True)
+
+
+def phrase_attention_maps(
+    attention_probs: Sequence[torch.Tensor],
+    resolutions: Sequence[tuple[int, int]],
+    phrase_weights: torch.Tensor,
+    size: tuple[int, int],
+) -> torch.Tensor:
+    """Where each base phrase is looked at, averaged over layers.
+
+    Args:
+        attention_probs: per layer (B, S, T), cross-attention probabilities of the Reference Path, heads averaged.
+        resolutions: per layer (h, w) with h*w = S.
+        phrase_weights: (B, P, T), each row averages over one phrase's tokens; a row of zeros pads a shorter prompt.
+        size: (H, W) of the maps to return.
+
+    Returns:
+        (B, P, H, W) in [0, 1]; zeros for a padded phrase.
+
+    Source: [paper]; [ours] the layers of one resolution are averaged.
+    """
+    total = 0
+    for probs, (height, width) in zip(attention_probs, resolutions):
+        maps = torch.einsum("bst,bpt->bps", probs.float(), phrase_weights.float())
+        maps = maps.unflatten(-1, (height, width))
+        total = total + F.interpolate(maps, size, mode="bilinear", align_corners=False)
+    return min_max_normalize(total)
+
+
+def phrase_distances(phrase_embeds: torch.Tensor, target_embeds: torch.Tensor) -> torch.Tensor:
+    """CLIP distance of each base phrase to the target, `1 - cos`.
+
+    Args:
+        phrase_embeds: (B, P, E) projected CLIP text embeddings of the phrases.
+        target_embeds: (B, E) those of the target.
+
+    Returns:
+        (B, P) in [0, 2].
+
+    Source: [paper].
+    """
+    return 1 - F.cosine_similarity(phrase_embeds, target_embeds[:, None], dim=-1)
+
+
+def relative_distances(distances: torch.Tensor, phrase_mask: torch.Tensor) -> torch.Tensor:
+    """Distances stretched to [0, 1] over one prompt's phrases, so that the CLIP model's scale does not matter.
+
+    Args:
+        distances: (B, P).
+        phrase_mask: (B, P) bool, False where a shorter prompt is padded.
+
+    Returns:
+        (B, P) in [0, 1]; zeros for padding and where all phrases are equally far.
+
+    Source: [ours].
+    """
+    low = distances.masked_fill(~phrase_mask, float("inf")).amin(1, keepdim=True)
+    high = distances.masked_fill(~phrase_mask, float("-inf")).amax(1, keepdim=True)
+    span = high - low
+    return torch.where(phrase_mask & (span > 0), (distances - low) / torch.where(span > 0, span, 1), 0)
+
+
+def sfcm_paper(
+    difference: torch.Tensor, phrase_maps: torch.Tensor, distances: torch.Tensor, phrase_mask: torch.Tensor
+) -> torch.Tensor:
+    """The map as the paper's figure draws it: `clamp(N - sum_p D_p * M_p, min=0)`, normalised before and after.
+
+    Args:
+        difference: (B, 1, H, W) from `noise_difference`.
+        phrase_maps: (B, P, H, W) from `phrase_attention_maps`.
+        distances: (B, P) from `phrase_distances`.
+        phrase_mask: (B, P) bool, False for padding.
+
+    Returns:
+        (B, 1, H, W) in [0, 1].
+
+    Source: [paper]; [ours] min-max per sample.
+    """
+    taken = ((distances * phrase_mask)[..., None, None] * phrase_maps).sum(1, keepdim=True)
+    return min_max_normalize((min_max_normalize(difference) - taken).clamp(min=0))
+
+
+def sfcm_noise(
+    difference: torch.Tensor, phrase_maps: torch.Tensor, distances: torch.Tensor, phrase_mask: torch.Tensor
+) -> torch.Tensor:
+    """The noise difference alone, blurred and percentile-normalised. Arguments as in `sfcm_paper`. Source: [ours]."""
+    return percentile_normalize(blur(difference))
+
+
+def sfcm_averaged(
+    difference: torch.Tensor, phrase_maps: torch.Tensor, distances: torch.Tensor, phrase_mask: torch.Tensor
+) -> torch.Tensor:
+    """The default: blurred, percentile-normalised difference minus the mean over phrases of relative distance times map.
+
+    Meant for a `difference` averaged over several noise samples at high timesteps. Arguments as in `sfcm_paper`.
+    Source: [ours].
+    """
+    weights = relative_distances(distances, phrase_mask)[..., None, None]
+    count = phrase_mask.sum(1).clamp(min=1)[:, None, None, None]
+    taken = (weights * phrase_maps).sum(1, keepdim=True) / count
+    return percentile_normalize((percentile_normalize(blur(difference)) - taken).clamp(min=0))
+
+
+def sfcm_product(
+    difference: torch.Tensor, phrase_maps: torch.Tensor, distances: torch.Tensor, phrase_mask: torch.Tensor
+) -> torch.Tensor:
+    """The difference times `prod_p (1 - D'_p * M_p)`. Arguments as in `sfcm_paper`. Source: [ours]."""
+    weights = relative_distances(distances, phrase_mask)[..., None, None]
+    return percentile_normalize(percentile_normalize(blur(difference)) * (1 - weights * phrase_maps).prod(1, keepdim=True))
+
+
+def sfcm_none(
+    difference: torch.Tensor, phrase_maps: torch.Tensor, distances: torch.Tensor, phrase_mask: torch.Tensor
+) -> torch.Tensor:
+    """No region at all: everything is aligned (the paper's ablation). Arguments as in `sfcm_paper`. Source: [paper]."""
+    return torch.zeros_like(difference)
+
+
+SfcmFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class SfcmMode:
+    """How a map is made: `compute`, and whether its difference is averaged over noise samples of the same portrait."""
+
+    compute: SfcmFunction
+    averaged: bool
+
+
+SFCM_MODES = {
+    "averaged": SfcmMode(sfcm_averaged, averaged=True),
+    "averaged_noise": SfcmMode(sfcm_noise, averaged=True),
+    "averaged_product": SfcmMode(sfcm_product, averaged=True),
+    "noise": SfcmMode(sfcm_noise, averaged=False),
+    "paper": SfcmMode(sfcm_paper, averaged=False),
+    "none": SfcmMode(sfcm_none, averaged=False),
+}

@@ -1,0 +1,449 @@
+"""Tests of `prompts.py`, with a real CLIP tokenizer whose vocabulary is bytes and a handful of merges."""
+
+import ast
+import json
+import logging
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from transformers import CLIPTokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import prompts
+from prompts import (
+    PromptPair,
+    TargetPrompt,
+    compose_full_prompt,
+    infer_replacement,
+    make_prompt_pair,
+    phrase_mask,
+    split_phrases,
+    tokenize_prompt_pair,
+)
+
+BASE = "a woman, a green jacket, a purple background"
+# "red", "hair", "green" and "woman" become one token each; every other word is spelled byte by byte.
+MERGES = (
+    "r e|re d</w>|h a|i r</w>|ha ir</w>|g re|e n</w>|gre en</w>|w o|m a|n</w> x|ma n</w>|wo man</w>|a c|ac k|e t</w>"
+).split("|")
+
+
+def write_vocabulary(folder: Path) -> Path:
+    """Write vocab.json and merges.txt: CLIP's byte alphabet, the same with "</w>", the merges, BOS and EOS."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
+    tokens = letters + [letter + "</w>" for letter in letters] + [merge.replace(" ", "") for merge in MERGES]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(MERGES) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def make_tokenizer(tmp_path):
+    def make(model_max_length: int = 77, **kwargs) -> CLIPTokenizer:
+        folder = write_vocabulary(tmp_path / "tokenizer")
+        return CLIPTokenizer.from_pretrained(folder, model_max_length=model_max_length, **kwargs)
+
+    return make
+
+
+def spell(tokenizer, input_ids, positions) -> str:
+    """The text of some positions, words joined by spaces."""
+    return "".join(tokenizer.convert_ids_to_tokens([input_ids[i] for i in positions])).replace("</w>", " ").strip()
+
+
+def check_invariants(tokens, length: int) -> None:
+    assert len(tokens.base_input_ids) == len(tokens.full_input_ids) == length
+    assert len(tokens.base_positions) == len(tokens.full_positions)
+    for base, full in zip(tokens.base_positions, tokens.full_positions, strict=True):
+        assert tokens.base_input_ids[base] == tokens.full_input_ids[full]
+    for positions in (tokens.base_positions, tokens.full_positions, *tokens.phrase_positions):
+        assert list(positions) == sorted(set(positions))
+        assert 0 not in positions
+    assert not set(tokens.target_positions) & set(tokens.full_positions)
+    assert not set(tokens.full_padding) & {*tokens.full_positions, *tokens.target_positions}
+    assert not set(tokens.base_padding) & set(tokens.base_positions)
+    for padding in (tokens.base_padding, tokens.full_padding):
+        assert list(padding) == list(range(padding[0], length))
+
+
+# ------------------------------------------------------------------------------------------------ full prompt
+
+
+@pytest.mark.parametrize(
+    ("base", "targets", "expected"),
+    [
+        (BASE, [TargetPrompt("blonde hair")], f"{BASE}, blonde hair"),
+        (BASE, [TargetPrompt("blonde hair"), TargetPrompt("a hat")], f"{BASE}, blonde hair, a hat"),
+        ("A woman in a park. ", [TargetPrompt(" blonde hair ")], "A woman in a park, blonde hair"),
+        (BASE, [TargetPrompt("a suit", "A Green  jacket")], "a woman, a suit, a purple background"),
+        (
+            BASE,
+            [
+                TargetPrompt("a hat"),
+                TargetPrompt("a long red wall", "a purple background"),
+                TargetPrompt("x", "jacket"),
+            ],
+            "a woman, a green x, a long red wall, a hat",
+        ),
+        ("a hat, a hat.", [TargetPrompt("a cap", "a hat")], "a cap, a hat."),
+        ("a hat, a hat", [TargetPrompt("a cap", "a hat"), TargetPrompt("a fez", "a hat")], "a cap, a fez"),
+        ("a T-shirt, a shirt", [TargetPrompt("vest", "shirt")], "a T-shirt, a vest"),
+    ],
+)
+def test_compose_full_prompt(base, targets, expected):
+    assert compose_full_prompt(base, targets) == expected
+
+
+@pytest.mark.parametrize("replaces", ["a scarf", "jack", "", "a green jacket, a purple background x"])
+def test_compose_rejects_a_missing_phrase(replaces):
+    with pytest.raises(ValueError, match="is not in the base prompt"):
+        compose_full_prompt(BASE, [TargetPrompt("a suit", replaces)])
+
+
+def test_compose_rejects_one_phrase_replaced_twice():
+    with pytest.raises(ValueError, match=r"'green jacket'.*taken already"):
+        compose_full_prompt(BASE, [TargetPrompt("a suit", "a green jacket"), TargetPrompt("x", "green jacket")])
+
+
+# ---------------------------------------------------------------------------------------------------- phrases
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        (BASE, ["a woman", "a green jacket", "a purple background"]),
+        (
+            "A woman in a brown jacket, with a curtain background",
+            ["A woman", "a brown jacket", "a curtain background"],
+        ),
+        ("a photo of a woman", ["a photo", "a woman"]),
+        ("A man in front of a built-in shelf.", ["A man", "a built-in shelf"]),
+        ("a close-up of a smiling woman; soft light", ["a close-up", "a smiling woman", "soft light"]),
+        ("a standing man holding the cup and a book", ["a standing man", "the cup", "a book"]),
+        ("a black and white photo of a man", ["a black and white photo", "a man"]),
+        ("The woman has red hair. She is wearing a T-shirt.", ["The woman", "red hair", "a T-shirt"]),
+        ("a woman IN a coat\nnext to a wall", ["a woman", "a coat", "a wall"]),
+        ("an indoor bandstand, inner calm", ["an indoor bandstand", "inner calm"]),
+        ("portrait", ["portrait"]),
+        ("a red hat, a red hat", ["a red hat", "a red hat"]),
+        ("a woman (red hair:1.2)", ["a woman", "red hair", "1.2"]),
+        (" , . ", []),
+    ],
+)
+def test_split_phrases(prompt, expected):
+    assert split_phrases(prompt) == expected
+
+
+@pytest.mark.parametrize(
+    ("base", "target", "full", "replaces"),
+    [
+        (BASE, "blonde hair", f"{BASE}, blonde hair", None),
+        (BASE, "blonde hair", "A woman with Blonde hair, a green jacket, a purple background", None),
+        (BASE, "blonde hair", f"blonde hair, {BASE}", None),
+        (BASE, "a suit", "a woman, a suit, a purple background", "a green jacket"),
+        (BASE, "suit", "a woman, a green suit, a purple background", "jacket"),
+        (BASE, "a green suit", "a woman, a green suit, a purple background", "a green jacket"),
+        (BASE, "a wall", "a woman, a green jacket, a wall", "a purple background"),
+        (BASE, "a man", "a man, a green jacket, a purple background", "a woman"),
+        ("A Photo of a man", "watercolor", "a watercolor of a man", "Photo"),
+        ("a woman with long hair", "hair", "a woman with long hair, hair", None),
+        ("a hat, a hat", "a cap", "a hat, a cap", "a hat"),
+        ("a hat, a hat", "a cap", "a cap, a hat", "a hat"),
+    ],
+)
+def test_infer_replacement(base, target, full, replaces):
+    assert infer_replacement(base, target, full) == TargetPrompt(target, replaces)
+
+
+def test_infer_replacement_needs_the_target():
+    with pytest.raises(ValueError, match="'blonde hair' is not in the full prompt"):
+        infer_replacement(BASE, "blonde hair", BASE)
+
+
+# ------------------------------------------------------------------------------------------------------- pair
+
+
+def test_pair_of_an_addition():
+    pair = make_prompt_pair(BASE, "blonde hair")
+    assert pair == PromptPair(
+        BASE,
+        (TargetPrompt("blonde hair"),),
+        f"{BASE}, blonde hair",
+        ("a woman", "a green jacket", "a purple background"),
+    )
+    assert pair.target_text == "blonde hair"
+
+
+def test_pair_of_mixed_targets_drops_what_is_replaced():
+    pair = make_prompt_pair(BASE, ["a hat", ("a green jacket", "a suit"), TargetPrompt("a wall", "background")])
+    assert pair.full_prompt == "a woman, a suit, a purple a wall, a hat"
+    # "a purple background" lost its noun, so its region is the target's.
+    assert pair.base_phrases == ("a woman",)
+    assert pair.target_text == "a hat, a suit, a wall"
+
+
+def test_a_tuple_of_strings_is_two_additions():
+    assert make_prompt_pair(BASE, ("a hat", "a scarf")).full_prompt == f"{BASE}, a hat, a scarf"
+
+
+def test_pair_with_a_given_full_prompt():
+    full = "a woman wearing a suit, a purple background, with a hat"
+    pair = make_prompt_pair(BASE, ["a hat", "a suit"], full)
+    assert pair.target_prompts == (TargetPrompt("a hat"), TargetPrompt("a suit", "a green jacket"))
+    assert pair.full_prompt == full
+    assert pair.base_phrases == ("a woman", "a purple background")
+
+
+def test_neighbouring_targets_replace_a_phrase_once():
+    pair = make_prompt_pair(BASE, ["a hat", "a suit"], "a woman, a suit, a hat, a purple background")
+    assert pair.target_prompts == (TargetPrompt("a hat"), TargetPrompt("a suit", "a green jacket"))
+
+
+def test_given_phrases_are_kept_as_they_are():
+    pair = make_prompt_pair(BASE, "a hat", base_phrases=["Woman", "jacket", "green jacket"])
+    assert pair.base_phrases == ("Woman", "jacket", "green jacket")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("  ", "a hat"), "base prompt is empty"),
+        ((BASE, " "), "target prompt is empty"),
+        ((BASE, []), r"target prompt is empty: \[\]"),
+        ((BASE, ["a hat", ""]), "target prompt is empty"),
+        ((BASE, BASE.upper() + "."), "is the base prompt itself"),
+        ((BASE, "A Green  jacket"), "'A Green  jacket' is already a phrase"),
+        ((BASE, [("a woman", "a green jacket")]), "'a green jacket' is already a phrase"),
+        ((BASE, "green", None, ["green"]), "'green' is already a phrase"),
+        ((BASE, "a hat", None, ["a scarf"]), "'a scarf' is not in the base prompt"),
+        ((BASE, "a hat", None, ["wom"]), "'wom' is not in the base prompt"),
+        ((BASE, "a hat", None, []), "left to preserve"),
+        ((BASE, [("a scarf", "a hat")]), "'a scarf' is not in the base prompt"),
+        ((BASE, [("green", "Green")]), "'Green' replaces itself"),
+        (("a woman", [("a woman", "a man")]), r"left to preserve; replaced: \['a woman'\]"),
+        (("a woman", "a man", "a man"), "left to preserve"),
+        ((BASE, "a hat", BASE), "'a hat' is not in the full prompt"),
+        ((BASE, [TargetPrompt("a hat")], BASE), "'a hat' is not in the full prompt"),
+    ],
+)
+def test_pair_checks(arguments, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make_prompt_pair(*arguments)
+    assert "\n" not in str(error.value)
+
+
+# ----------------------------------------------------------------------------------------------------- tokens
+
+
+@pytest.mark.parametrize("pad_token", ["<|endoftext|>", "!"])
+@pytest.mark.parametrize("length", [77, 60, 128])
+def test_addition(make_tokenizer, pad_token, length):
+    tokenizer = make_tokenizer(length, pad_token=pad_token)
+    tokens = tokenize_prompt_pair(make_prompt_pair(BASE, "red hair"), tokenizer)
+    check_invariants(tokens, length)
+    spelled = [spell(tokenizer, tokens.base_input_ids, positions) for positions in tokens.phrase_positions]
+    assert spelled == ["a woman", "a green jacket", "a purple background"]
+    assert spell(tokenizer, tokens.full_input_ids, tokens.target_positions) == "red hair"
+    content = len(tokenizer(BASE)["input_ids"]) - 2
+    assert tokens.base_positions == tokens.full_positions == tuple(range(1, content + 1))
+    assert tokens.base_padding == tuple(range(content + 1, length))
+    # The added comma, "red" and "hair".
+    assert tokens.full_padding == tuple(range(content + 4, length))
+    padded = tokenizer(BASE, padding="max_length", truncation=True)["input_ids"]
+    assert tokens.base_input_ids == padded
+    assert padded[-1] == tokenizer.pad_token_id
+
+
+@pytest.mark.parametrize("pad_token", ["<|endoftext|>", "!"])
+def test_padding_is_told_by_length(make_tokenizer, pad_token):
+    """An exclamation mark in the prompt has the id that pads in SD2, and is still text."""
+    tokenizer = make_tokenizer(40, pad_token=pad_token)
+    tokens = tokenize_prompt_pair(make_prompt_pair("red !! hair", "green"), tokenizer)
+    check_invariants(tokens, 40)
+    assert tokens.base_positions == (1, 2, 3, 4)
+    assert tokens.base_padding == tuple(range(5, 40))
+
+
+def test_replacement_by_a_longer_phrase(make_tokenizer):
+    tokenizer = make_tokenizer()
+    pair = make_prompt_pair(BASE, [("a green jacket", "a green striped sweater")])
+    tokens = tokenize_prompt_pair(pair, tokenizer)
+    check_invariants(tokens, 77)
+    assert spell(tokenizer, tokens.full_input_ids, tokens.target_positions) == "a green striped sweater"
+    assert spell(tokenizer, tokens.base_input_ids, tokens.base_positions) == "a woman , , a purple background"
+    # Before the target the index is the same, after it the two sequences are shifted against each other.
+    shifts = [full - base for base, full in zip(tokens.base_positions, tokens.full_positions, strict=True)]
+    assert shifts[0] == 0
+    assert shifts[-1] == len(tokens.target_positions) - len(
+        tokenizer("a green jacket", add_special_tokens=False).input_ids
+    )
+    assert set(shifts) == {0, shifts[-1]}
+
+
+def test_replacement_at_the_front_and_an_addition(make_tokenizer):
+    tokenizer = make_tokenizer()
+    pair = make_prompt_pair(BASE, [("a woman", "a boy"), "red hair"])
+    tokens = tokenize_prompt_pair(pair, tokenizer)
+    check_invariants(tokens, 77)
+    assert spell(tokenizer, tokens.full_input_ids, tokens.target_positions) == "a boy red hair"
+    assert spell(tokenizer, tokens.full_input_ids, tokens.full_positions) == ", a green jacket , a purple background"
+
+
+def test_target_in_the_middle_of_a_given_full_prompt(make_tokenizer):
+    tokenizer = make_tokenizer()
+    pair = make_prompt_pair(BASE, "red hair", "A woman with red hair, a green jacket, a purple background")
+    tokens = tokenize_prompt_pair(pair, tokenizer)
+    check_invariants(tokens, 77)
+    assert spell(tokenizer, tokens.full_input_ids, tokens.target_positions) == "red hair"
+    assert spell(tokenizer, tokens.full_input_ids, tokens.full_positions) == (
+        "a woman , a green jacket , a purple background"
+    )
+
+
+def test_repeated_words_belong_to_their_own_phrase(make_tokenizer):
+    tokenizer = make_tokenizer()
+    tokens = tokenize_prompt_pair(make_prompt_pair("red hair, red hair, green hair, red", "woman"), tokenizer)
+    # red hair , red hair , green hair , red
+    assert tokens.phrase_positions == ((1, 2), (4, 5), (7, 8), (10,))
+
+
+def test_a_phrase_does_not_settle_inside_a_longer_one(make_tokenizer):
+    pair = make_prompt_pair("red hair green, red hair", "woman", base_phrases=["red hair", "red hair green"])
+    assert tokenize_prompt_pair(pair, make_tokenizer()).phrase_positions == ((5, 6), (1, 2, 3))
+
+
+def test_nested_phrases_share_tokens_if_they_must(make_tokenizer):
+    pair = make_prompt_pair("red hair, green", "woman", base_phrases=["red hair", "hair"])
+    assert tokenize_prompt_pair(pair, make_tokenizer()).phrase_positions == ((1, 2), (2,))
+
+
+def test_a_preserved_phrase_is_not_looked_for_where_it_was_replaced(make_tokenizer):
+    pair = make_prompt_pair("red hair, woman, red hair", [("red hair", "green")])
+    tokens = tokenize_prompt_pair(pair, make_tokenizer())
+    assert pair.base_phrases == ("woman", "red hair")
+    assert tokens.phrase_positions == ((4,), (6, 7))
+    assert (tokens.base_positions, tokens.full_positions) == ((3, 4, 5, 6, 7), (2, 3, 4, 5, 6))
+    assert tokens.target_positions == (1,)
+
+
+def test_replacing_the_first_of_two_equal_phrases(make_tokenizer):
+    tokenizer = make_tokenizer()
+    pair = make_prompt_pair("red hair, red hair", "green", "green, red hair")
+    tokens = tokenize_prompt_pair(pair, tokenizer)
+    assert (tokens.base_positions, tokens.full_positions) == ((3, 4, 5), (2, 3, 4))
+    assert tokens.phrase_positions == ((4, 5),)
+
+
+def test_a_rewritten_full_prompt(make_tokenizer):
+    """A full prompt that is no plain edit of the base: what is common is matched, in order."""
+    tokenizer = make_tokenizer()
+    full = "Portrait of a woman with red hair; the green jacket before a wall"
+    tokens = tokenize_prompt_pair(make_prompt_pair(BASE, [TargetPrompt("red hair")], full), tokenizer)
+    check_invariants(tokens, 77)
+    assert spell(tokenizer, tokens.full_input_ids, tokens.target_positions) == "red hair"
+    assert "woman" in spell(tokenizer, tokens.full_input_ids, tokens.full_positions)
+    assert "green jacket" in spell(tokenizer, tokens.full_input_ids, tokens.full_positions)
+
+
+def test_target_words_that_the_base_has_too(make_tokenizer):
+    """The target "hair" is the appended one, and no target token is matched."""
+    tokens = tokenize_prompt_pair(make_prompt_pair("woman, red hair", ["hair", "green hair"]), make_tokenizer())
+    # woman , red hair , hair , green hair
+    assert tokens.target_positions == (6, 8, 9)
+    assert tokens.full_positions == tokens.base_positions == (1, 2, 3, 4)
+
+
+def test_case_accents_and_white_space(make_tokenizer):
+    tokenizer = make_tokenizer()
+    pair = make_prompt_pair("A  WOMAN,\n a café", "Red hair", base_phrases=["a woman", "A CAFÉ"])
+    tokens = tokenize_prompt_pair(pair, tokenizer)
+    check_invariants(tokens, 77)
+    assert tokens.phrase_positions[0] == (1, 2)
+    # a, c, a, f, and two bytes for the accented letter.
+    assert tokens.phrase_positions[1] == tuple(range(4, 10))
+    assert tokenizer.decode([tokens.base_input_ids[i] for i in tokens.phrase_positions[1]]) == "a café"
+
+
+def test_hyphens_and_apostrophes(make_tokenizer):
+    tokenizer = make_tokenizer()
+    pair = make_prompt_pair(
+        "a woman's t-shirt, red hair", [("t-shirt", "green dress")], base_phrases=["a woman's", "hair"]
+    )
+    tokens = tokenize_prompt_pair(pair, tokenizer)
+    check_invariants(tokens, 77)
+    assert spell(tokenizer, tokens.base_input_ids, tokens.phrase_positions[0]) == "a woman 's"
+    assert spell(tokenizer, tokens.full_input_ids, tokens.target_positions) == "green dress"
+
+
+# ------------------------------------------------------------------------------------------------- truncation
+
+
+def test_cut_phrases_are_named(make_tokenizer, caplog):
+    tokenizer = make_tokenizer(6)
+    pair = make_prompt_pair("red hair, green hair, woman", [("red hair", "green")])
+    with caplog.at_level(logging.WARNING, logger="prompts"):
+        tokens = tokenize_prompt_pair(pair, tokenizer)
+    check_invariants(tokens, 6)
+    # BOS red hair , green EOS: half of "green hair" is left, nothing of "woman".
+    assert tokens.phrase_positions == ((4,), ())
+    assert tokens.target_positions == (1,)
+    assert (tokens.base_positions, tokens.full_positions) == ((3, 4), (2, 3))
+    assert tokens.base_padding == tokens.full_padding == (5,)
+    base_warning, full_warning = [record.getMessage() for record in caplog.records]
+    assert "6 tokens; cut off: 'hair, woman'; phrases without any token: ['woman']" in base_warning
+    assert "cut off: ', woman'" in full_warning
+
+
+def test_no_warning_when_everything_fits(make_tokenizer, caplog):
+    # BOS red hair , green EOS
+    tokenize_prompt_pair(make_prompt_pair("red hair", "green"), make_tokenizer(6))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("target", ["green woman", "green wxyz", ["green", "hair woman"]])
+def test_a_cut_target_is_an_error(make_tokenizer, target):
+    with pytest.raises(ValueError, match="does not fit into the 6 tokens"):
+        tokenize_prompt_pair(make_prompt_pair("red hair", target), make_tokenizer(6))
+
+
+def test_a_tokenizer_without_offsets_is_refused():
+    with pytest.raises(ValueError, match="use the fast tokenizer"):
+        tokenize_prompt_pair(make_prompt_pair(BASE, "a hat"), SimpleNamespace(is_fast=False))
+
+
+def test_a_saved_tokenizer_gives_the_same_tokens(make_tokenizer, tmp_path):
+    tokenizer = make_tokenizer(60, pad_token="!")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    reloaded = CLIPTokenizer.from_pretrained(tmp_path / "saved")
+    pair = make_prompt_pair(BASE, "red hair")
+    assert tokenize_prompt_pair(pair, reloaded) == tokenize_prompt_pair(pair, tokenizer)
+
+
+# ------------------------------------------------------------------------------------------------------- mask
+
+
+def test_phrase_mask():
+    assert phrase_mask([(1, 3), (), (0,)], 4) == [[0, 0.5, 0, 0.5], [0, 0, 0, 0], [1, 0, 0, 0]]
+    assert phrase_mask([], 4) == []
+
+
+def test_phrase_mask_rows_sum_to_one(make_tokenizer):
+    tokens = tokenize_prompt_pair(make_prompt_pair(BASE, "red hair"), make_tokenizer())
+    rows = phrase_mask(tokens.phrase_positions, 77)
+    assert [sum(row) for row in rows] == pytest.approx([1, 1, 1])
+    assert all(len(row) == 77 for row in rows)
+
+
+def test_the_module_is_a_leaf():
+    """Standard library and, for a type, transformers."""
+    tree = ast.parse(Path(prompts.__file__).read_text(encoding="utf-8"))
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    assert {name.split(".")[0] for name in imported} <= sys.stdlib_module_names | {"transformers"}
