@@ -1,0 +1,434 @@
+"""The portraits and their prompts: a folder or a `datasets` id in, checked rows, pixels, batches and drawn latents out.
+
+A folder holds its images and a `metadata.jsonl`, one JSON object a line: `file_name`, `base_prompt`, `target_prompt` and, if
+wanted, `full_prompt` and `base_phrases`. A target prompt is a string (added to the base prompt) or a list of strings and of
+[replaced phrase, target] pairs.
+
+Legend: C channels, H/W latent size, R resolution in pixels. Paper: arXiv 2504.00396.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import struct
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+Target = str | tuple[str, str]  # an addition, or (replaced phrase, target)
+
+METADATA = "metadata.jsonl"
+METADATA_CONTENT = "one JSON object a line with 'file_name', 'base_prompt' and 'target_prompt'"
+MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb: a quarter of a gigabyte as RGB
+# Pillow's decoders let all of these out for a damaged file.
+_BROKEN_IMAGE = (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, KeyError, struct.error)
+_TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+
+@dataclass(frozen=True)
+class PortraitRow:
+    """One training portrait.
+
+    Args:
+        source: where the row was read, "data/metadata.jsonl, line 3" or "dataset 'x', row 2"; errors begin with it.
+        image: the file, or the image of a `datasets` row, opened and decoded when it is first needed.
+        base_prompt: the base prompt.
+        target_prompt: the target, or several; a pair is (replaced phrase, target).
+        full_prompt: base and target in one prompt, if the set gives it.
+        base_phrases: the phrases of the base prompt that are to be preserved, if the set gives them.
+    """
+
+    source: str
+    image: Path | Image.Image
+    base_prompt: str
+    target_prompt: str | list[Target]
+    full_prompt: str | None = None
+    base_phrases: tuple[str, ...] | None = None
+
+
+def load_rows(
+    *,
+    train_data_dir: str | Path | None = None,
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    cache_dir: str | Path | None = None,
+    image_column: str = "image",
+    base_prompt_column: str = "base_prompt",
+    target_prompt_column: str = "target_prompt",
+    full_prompt_column: str = "full_prompt",
+    base_phrases_column: str = "base_phrases",
+    target_prompt: str | None = None,
+    max_train_samples: int | None = None,
+    seed: int = 0,
+) -> list[PortraitRow]:
+    """Read and check the training set. No image is decoded here, see `check_images`.
+
+    Args:
+        train_data_dir: a folder with images and a `metadata.jsonl`. Either this or `dataset_name`.
+        dataset_name: a dataset of the Hub, a local folder that `datasets.load_dataset` reads, or one that
+            `save_to_disk` wrote; its "train" split is taken.
+        dataset_config_name: configuration of that dataset.
+        cache_dir: where `datasets` keeps its downloads.
+        image_column: column of images, for `dataset_name`; a folder's is always `file_name`.
+        base_prompt_column: column of base prompts.
+        target_prompt_column: column of target prompts; may be absent if `target_prompt` is given.
+        full_prompt_column: column of full prompts; a row may leave it out.
+        base_phrases_column: column of lists of phrases; a row may leave it out.
+        target_prompt: one target for the whole set.
+        max_train_samples: a seeded choice of this many rows, in their own order, if the set is larger.
+        seed: seed of that choice.
+
+    Returns:
+        At least one row.
+
+    Raises:
+        ValueError: an option or a row is wrong; the message names the flag, or the file and line.
+        FileNotFoundError: the folder, its `metadata.jsonl`, an image or the dataset does not exist.
+
+    Source: [ours].
+    """
+    if (train_data_dir is None) == (dataset_name is None):
+        raise ValueError("Give either --train_data_dir or --dataset_name, and not both.")
+    if dataset_config_name is not None and (dataset_name is None or _is_saved_to_disk(dataset_name)):
+        raise ValueError(
+            f"--dataset_config_name {dataset_config_name!r} needs a --dataset_name that has configurations."
+        )
+    if max_train_samples is not None and max_train_samples < 1:
+        raise ValueError(f"--max_train_samples must be at least 1, got {max_train_samples}.")
+    if target_prompt is not None:
+        _check_text(target_prompt, "--target_prompt")
+
+    if train_data_dir is not None:
+        folder = Path(train_data_dir)
+        origin, records = _read_folder(folder)
+        columns = {column for _, record in records for column in record}
+    else:
+        dataset = _read_dataset(dataset_name, dataset_config_name, cache_dir, image_column)
+        origin, columns = f"dataset {dataset_name!r}", dataset.column_names
+        # An index and not the row: a row of a large set is read only if it is chosen.
+        records = [(f"{origin}, row {i}", i) for i in range(len(dataset))]
+    for flag, column in (("full_prompt", full_prompt_column), ("base_phrases", base_phrases_column)):
+        if column != flag and column not in columns:
+            raise ValueError(f"{origin}: --{flag}_column {column!r} is no column; it has {sorted(columns)}.")
+    if not records:
+        raise ValueError(f"{origin} has no rows.")
+    if max_train_samples is not None and max_train_samples < len(records):
+        chosen = sorted(random.Random(seed).sample(range(len(records)), max_train_samples))
+        records = [records[i] for i in chosen]
+
+    rows = []
+    for source, record in records:
+        if train_data_dir is not None:
+            image = _find_image(folder, _required(record, "file_name", source), source)
+        else:
+            record = dataset[record]
+            image = _stored_image(record[image_column], f"{source}: column {image_column!r}")
+        base_prompt = _required(record, base_prompt_column, source, "--base_prompt_column")
+        _check_text(base_prompt, f"{source}: column {base_prompt_column!r}")
+        target = _choose_target(record, target_prompt_column, target_prompt, source)
+        full_prompt = record.get(full_prompt_column)
+        if full_prompt is not None:
+            _check_text(full_prompt, f"{source}: column {full_prompt_column!r}")
+        base_phrases = record.get(base_phrases_column)
+        if base_phrases is not None:
+            base_phrases = _read_phrases(base_phrases, f"{source}: column {base_phrases_column!r}")
+        rows.append(PortraitRow(source, image, base_prompt, target, full_prompt, base_phrases))
+    return rows
+
+
+def load_image(row: PortraitRow, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode a row's image.
+
+    Args:
+        row: the row.
+        max_pixels: largest width * height; a larger image is refused without decoding it. Pillow's own limit,
+            `PIL.Image.MAX_IMAGE_PIXELS`, holds besides.
+
+    Returns:
+        The image in RGB and upright (EXIF orientation applied), on white where it was transparent.
+
+    Raises:
+        FileNotFoundError: the file is gone.
+        ValueError: the image is broken, too large, or has more than 8 bits in its one channel.
+
+    Source: [ours].
+    """
+    where = f"{row.source}: the image {row.image}" if isinstance(row.image, Path) else f"{row.source}: the image"
+    image = _open_image(row.image, where) if isinstance(row.image, Path) else row.image
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ValueError(f"{where} has {width}x{height} pixels, more than the {max_pixels} allowed.")
+    if image.mode.startswith(("I", "F")):
+        # Pillow would clip these to 255, which is a white image for most.
+        raise ValueError(f"{where} has the mode {image.mode!r}; save it with 8 bits a channel.")
+    try:
+        image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except _BROKEN_IMAGE as error:
+        raise ValueError(f"{where} is broken: {error}") from error
+
+
+def check_images(rows: Iterable[PortraitRow]) -> None:
+    """Decode every image, so that a broken one is found now and not after an hour.
+
+    Args:
+        rows: the rows.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_image`, for the first image that does not decode.
+
+    Source: [ours].
+    """
+    for row in rows:
+        load_image(row)
+
+
+def preprocess_image(image: Image.Image, resolution: int) -> torch.Tensor:
+    """Pixels as the VAE takes them: the shorter side resized to `resolution` (Lanczos), the centre cropped.
+
+    Args:
+        image: RGB.
+        resolution: R, at least 1.
+
+    Returns:
+        (3, R, R) float32 in [-1, 1].
+
+    Source: [ours].
+    """
+    # One resize of the centre box: resizing first would make a huge image of a very narrow one.
+    image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32))
+    return pixels.permute(2, 0, 1).contiguous() / 127.5 - 1
+
+
+def batch_indices(step: int, batch_size: int, count: int, seed: int) -> list[int]:
+    """The samples of one training step; a pure function, so that a resumed run goes on exactly where it stopped.
+
+    Args:
+        step: global step, from 0.
+        batch_size: samples of a step, over all processes and accumulated batches.
+        count: size of the set, at least 1.
+        seed: seed of the order.
+
+    Returns:
+        `batch_size` indices in [0, count). Each epoch has an order of its own; a batch at its end runs on into the
+        next, so every sample comes exactly once an epoch.
+
+    Source: [ours].
+    """
+    positions = range(step * batch_size, (step + 1) * batch_size)
+    return [_epoch_order(position // count, count, seed)[position % count] for position in positions]
+
+
+def draw_latents(
+    pipeline: StableDiffusionPipeline,
+    prompts: Sequence[str],
+    *,
+    seed: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+    height: int,
+    width: int,
+    batch_size: int,
+) -> torch.Tensor:
+    """Draw one portrait per prompt and keep its latents; whether an adapter is active is the caller's choice.
+
+    Args:
+        pipeline: a Stable Diffusion pipeline.
+        prompts: at least one.
+        seed: seed of the first portrait; the i-th has `seed + i`, drawn on the CPU, so that neither the batch size
+            nor the device changes a portrait's noise.
+        num_inference_steps: steps of the pipeline's scheduler.
+        guidance_scale: scale of classifier-free guidance.
+        height: in pixels.
+        width: in pixels.
+        batch_size: portraits drawn at once.
+
+    Returns:
+        (len(prompts), C, H, W) float32 on the CPU, scaled as the UNet takes them, without gradient.
+
+    Source: [ours] the alignment source `generated`.
+    """
+    latents = []
+    for start in range(0, len(prompts), batch_size):
+        chunk = list(prompts[start : start + batch_size])
+        generators = [torch.Generator("cpu").manual_seed(seed + start + i) for i in range(len(chunk))]
+        output = pipeline(
+            chunk,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=generators,
+            output_type="latent",
+        )
+        latents.append(output.images.float().cpu())
+    return torch.cat(latents)
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(epoch: int, count: int, seed: int) -> tuple[int, ...]:
+    # A text as seed is hashed: neighbouring seeds and epochs share nothing, and no library's version changes the order.
+    return tuple(random.Random(f"{seed} {epoch}").sample(range(count), count))
+
+
+def _read_folder(folder: Path) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
+    """The metadata file's name and its rows, each with its own source."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--train_data_dir {folder} is not a folder.")
+    if not any(folder.iterdir()):
+        raise FileNotFoundError(
+            f"--train_data_dir {folder} is empty; put images and a {METADATA} there: {METADATA_CONTENT}."
+        )
+    path = folder / METADATA
+    if not path.is_file():
+        raise FileNotFoundError(f"--train_data_dir {folder} has no {METADATA}; write one: {METADATA_CONTENT}.")
+    records = []
+    # Not `splitlines`, which also splits at line separators inside a JSON string.
+    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        source = f"{path}, line {number}"
+        try:
+            record = json.loads(line.decode("utf-8"))
+        except ValueError as error:  # broken JSON or broken UTF-8
+            raise ValueError(f"{source} is not JSON: {error}") from error
+        if not (isinstance(record, dict) and record):
+            raise ValueError(f"{source} must be a JSON object with columns, got {record!r}.")
+        records.append((source, record))
+    return str(path), records
+
+
+def _is_saved_to_disk(dataset_name: str) -> bool:
+    return any((Path(dataset_name) / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def _read_dataset(
+    dataset_name: str, dataset_config_name: str | None, cache_dir: str | Path | None, image_column: str
+) -> datasets.Dataset:
+    """The train split, with images as they are stored: encoded."""
+    try:
+        if _is_saved_to_disk(dataset_name):
+            dataset = datasets.load_from_disk(dataset_name)
+        else:
+            cache = None if cache_dir is None else str(cache_dir)
+            dataset = datasets.load_dataset(dataset_name, dataset_config_name, split="train", cache_dir=cache)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"--dataset_name {dataset_name!r} cannot be read: {' '.join(str(error).split())}") from error
+    if isinstance(dataset, datasets.DatasetDict):
+        if "train" not in dataset:
+            raise ValueError(f"--dataset_name {dataset_name!r} has no split 'train'; it has {sorted(dataset)}.")
+        dataset = dataset["train"]
+    images = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+    if image_column not in images:
+        raise ValueError(
+            f"--dataset_name {dataset_name!r} has no images in --image_column {image_column!r}; its columns of images are "
+            f"{images}, all columns {dataset.column_names}."
+        )
+    return dataset.with_format(None).cast_column(image_column, datasets.Image(decode=False))
+
+
+def _stored_image(value: Mapping[str, Any] | None, where: str) -> Path | Image.Image:
+    if value is None:
+        raise ValueError(f"{where} is empty.")
+    return Path(value["path"]) if value["bytes"] is None else _open_image(BytesIO(value["bytes"]), where)
+
+
+def _open_image(file: Path | BytesIO, where: str) -> Image.Image:
+    """Read an image's header."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return Image.open(file)
+    except _TOO_LARGE as error:
+        raise ValueError(f"{where} is too large: {error}") from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{where} does not exist.") from error
+    except _BROKEN_IMAGE as error:
+        raise ValueError(f"{where} is broken: {error}") from error
+
+
+def _find_image(folder: Path, file_name: Any, source: str) -> Path:
+    """A row's image file, which must lie in the folder itself."""
+    _check_text(file_name, f"{source}: column 'file_name'")
+    relative = Path(file_name)
+    if relative.anchor or ".." in relative.parts:
+        raise ValueError(f"{source}: the file_name {file_name!r} leads out of the folder.")
+    try:
+        resolved = (folder / relative).resolve(strict=True)
+    except (OSError, RuntimeError, ValueError) as error:  # also a loop of links, a name too long, a NUL in the name
+        raise FileNotFoundError(f"{source}: there is no image {folder / relative}.") from error
+    if not resolved.is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"{source}: the file_name {file_name!r} is a link that leads out of the folder, to {resolved}."
+        )
+    if not resolved.is_file():
+        raise ValueError(f"{source}: the image {folder / relative} is not a file.")
+    return folder / relative
+
+
+def _required(record: Mapping[str, Any], column: str, source: str, flag: str | None = None) -> Any:
+    if column not in record:
+        advice = "" if flag is None else f"; see {flag}"
+        raise ValueError(f"{source}: no column {column!r}{advice}. It has {list(record)}.")
+    return record[column]
+
+
+def _check_text(value: Any, where: str) -> None:
+    if not (isinstance(value, str) and value.strip()):
+        raise ValueError(f"{where} must be a text that is not empty, got {value!r}.")
+
+
+def _choose_target(
+    record: Mapping[str, Any], column: str, target_prompt: str | None, source: str
+) -> str | list[Target]:
+    """The row's own target, or the one of the whole set."""
+    if target_prompt is not None and record.get(column) is None:
+        return target_prompt
+    value = _required(record, column, source, "--target_prompt_column and --target_prompt")
+    target = _read_target(value, f"{source}: column {column!r}")
+    if target_prompt is not None and target not in (target_prompt, [target_prompt]):
+        raise ValueError(f"{source}: column {column!r} says {target!r}, and --target_prompt says {target_prompt!r}.")
+    return target
+
+
+def _read_phrases(value: Any, where: str) -> tuple[str, ...]:
+    if not (isinstance(value, list) and value):
+        raise ValueError(f"{where} must be a list of phrases, got {value!r}.")
+    for phrase in value:
+        _check_text(phrase, where)
+    return tuple(value)
+
+
+def _read_target(value: Any, where: str) -> str | list[Target]:
+    """A target as JSON spells it, pairs as tuples."""
+    if not isinstance(value, list):
+        _check_text(value, where)
+        return value
+    if not value:
+        raise ValueError(f"{where} must hold a target, got [].")
+    targets: list[Target] = []
+    for item in value:
+        if isinstance(item, list) and len(item) != 2:
+            raise ValueError(f"{where}: a replacement is [phrase, target], got {item!r}.")
+        for text in item if isinstance(item, list) else [item]:
+            _check_text(text, where)
+        targets.append(tuple(item) if isinstance(item, list) else item)
+    return targets
