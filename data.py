@@ -1,14 +1,15 @@
-"""The portraits and their prompts: a folder or a `datasets` id in, checked rows, pixels, batches and drawn latents out.
+"""The portraits and their prompts: a folder or a `datasets` id in; checked rows, pixels, batches and drawn latents out.
 
-A folder holds its images and a `metadata.jsonl`, one JSON object a line: `file_name`, `base_prompt`, `target_prompt` and, if
-wanted, `full_prompt` and `base_phrases`. A target prompt is a string (added to the base prompt) or a list of strings and of
-[replaced phrase, target] pairs.
+A folder holds images and a `metadata.jsonl`, one JSON object a line: `file_name`, `base_prompt`, `target_prompt` and, if
+wanted, `full_prompt` and `base_phrases` (a list). A target prompt is a string, added to the base prompt, or a list of
+such strings and of [replaced phrase, target] pairs.
 
 Legend: C channels, H/W latent size, R resolution in pixels. Paper: arXiv 2504.00396.
 """
 
 from __future__ import annotations
 
+import codecs
 import json
 import random
 import struct
@@ -25,17 +26,28 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 Target = str | tuple[str, str]  # an addition, or (replaced phrase, target)
 
 METADATA = "metadata.jsonl"
-METADATA_CONTENT = "one JSON object a line with 'file_name', 'base_prompt' and 'target_prompt'"
-MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb: a quarter of a gigabyte as RGB
-# Pillow's decoders let all of these out for a damaged file.
-_BROKEN_IMAGE = (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, KeyError, struct.error)
-_TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb
+# What Pillow's plugins let out for a damaged file, and its refusal of an absurd size.
+_UNREADABLE_IMAGE = (
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    EOFError,
+    IndexError,
+    KeyError,
+    RuntimeError,
+    struct.error,
+)
 
 
 @dataclass(frozen=True)
@@ -113,28 +125,30 @@ def load_rows(
 
     if train_data_dir is not None:
         folder = Path(train_data_dir)
-        origin, records = _read_folder(folder)
-        columns = {column for _, record in records for column in record}
+        origin = str(folder / METADATA)
+        sources, table = _read_folder(folder)
+        columns = sorted({column for record in table for column in record})
     else:
-        dataset = _read_dataset(dataset_name, dataset_config_name, cache_dir, image_column)
-        origin, columns = f"dataset {dataset_name!r}", dataset.column_names
-        # An index and not the row: a row of a large set is read only if it is chosen.
-        records = [(f"{origin}, row {i}", i) for i in range(len(dataset))]
-    for flag, column in (("full_prompt", full_prompt_column), ("base_phrases", base_phrases_column)):
-        if column != flag and column not in columns:
-            raise ValueError(f"{origin}: --{flag}_column {column!r} is no column; it has {sorted(columns)}.")
-    if not records:
+        origin = f"dataset {dataset_name!r}"
+        table = _read_dataset(dataset_name, dataset_config_name, cache_dir, image_column)
+        sources = [f"{origin}, row {i}" for i in range(len(table))]
+        columns = table.column_names
+    chosen = range(len(table))
+    if not chosen:
         raise ValueError(f"{origin} has no rows.")
-    if max_train_samples is not None and max_train_samples < len(records):
-        chosen = sorted(random.Random(seed).sample(range(len(records)), max_train_samples))
-        records = [records[i] for i in chosen]
+    if max_train_samples is not None and max_train_samples < len(chosen):
+        chosen = sorted(random.Random(seed).sample(chosen, max_train_samples))
+    for name, column in (("full_prompt", full_prompt_column), ("base_phrases", base_phrases_column)):
+        # A row may leave these out, but a name that was given by hand is in no row only if it is misspelled.
+        if column != name and column not in columns:
+            raise ValueError(f"{origin}: --{name}_column {column!r} is no column; it has {columns}.")
 
     rows = []
-    for source, record in records:
+    for i in chosen:
+        source, record = sources[i], table[i]
         if train_data_dir is not None:
             image = _find_image(folder, _required(record, "file_name", source), source)
         else:
-            record = dataset[record]
             image = _stored_image(record[image_column], f"{source}: column {image_column!r}")
         base_prompt = _required(record, base_prompt_column, source, "--base_prompt_column")
         _check_text(base_prompt, f"{source}: column {base_prompt_column!r}")
@@ -180,8 +194,8 @@ def load_image(row: PortraitRow, max_pixels: int = MAX_PIXELS) -> Image.Image:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-    except _BROKEN_IMAGE as error:
-        raise ValueError(f"{where} is broken: {error}") from error
+    except _UNREADABLE_IMAGE as error:
+        raise ValueError(f"{where} cannot be decoded: {error}") from error
 
 
 def check_images(rows: Iterable[PortraitRow]) -> None:
@@ -284,24 +298,24 @@ def draw_latents(
 
 @lru_cache(maxsize=2)
 def _epoch_order(epoch: int, count: int, seed: int) -> tuple[int, ...]:
-    # A text as seed is hashed: neighbouring seeds and epochs share nothing, and no library's version changes the order.
+    # A text as seed is hashed, so neighbouring seeds and epochs have nothing in common.
     return tuple(random.Random(f"{seed} {epoch}").sample(range(count), count))
 
 
-def _read_folder(folder: Path) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
-    """The metadata file's name and its rows, each with its own source."""
+def _read_folder(folder: Path) -> tuple[list[str], list[dict[str, Any]]]:
+    """The rows of the folder's metadata file, and the source of each."""
     if not folder.is_dir():
         raise FileNotFoundError(f"--train_data_dir {folder} is not a folder.")
-    if not any(folder.iterdir()):
-        raise FileNotFoundError(
-            f"--train_data_dir {folder} is empty; put images and a {METADATA} there: {METADATA_CONTENT}."
-        )
     path = folder / METADATA
     if not path.is_file():
-        raise FileNotFoundError(f"--train_data_dir {folder} has no {METADATA}; write one: {METADATA_CONTENT}.")
-    records = []
-    # Not `splitlines`, which also splits at line separators inside a JSON string.
-    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        state = f"has no {METADATA}" if any(folder.iterdir()) else "is empty"
+        raise FileNotFoundError(
+            f"--train_data_dir {folder} {state}; it needs images and a {METADATA}, one JSON object a line with "
+            "'file_name', 'base_prompt' and 'target_prompt'."
+        )
+    sources, records = [], []
+    # Not `splitlines`, which also splits at the line separators that a JSON string may hold.
+    for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
         if not line.strip():
             continue
         source = f"{path}, line {number}"
@@ -311,8 +325,9 @@ def _read_folder(folder: Path) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
             raise ValueError(f"{source} is not JSON: {error}") from error
         if not (isinstance(record, dict) and record):
             raise ValueError(f"{source} must be a JSON object with columns, got {record!r}.")
-        records.append((source, record))
-    return str(path), records
+        sources.append(source)
+        records.append(record)
+    return sources, records
 
 
 def _is_saved_to_disk(dataset_name: str) -> bool:
@@ -339,8 +354,8 @@ def _read_dataset(
     images = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
     if image_column not in images:
         raise ValueError(
-            f"--dataset_name {dataset_name!r} has no images in --image_column {image_column!r}; its columns of images are "
-            f"{images}, all columns {dataset.column_names}."
+            f"--dataset_name {dataset_name!r} has no images in --image_column {image_column!r}; columns of images: "
+            f"{images}, all columns: {dataset.column_names}."
         )
     return dataset.with_format(None).cast_column(image_column, datasets.Image(decode=False))
 
@@ -357,12 +372,10 @@ def _open_image(file: Path | BytesIO, where: str) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             return Image.open(file)
-    except _TOO_LARGE as error:
-        raise ValueError(f"{where} is too large: {error}") from error
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{where} does not exist.") from error
-    except _BROKEN_IMAGE as error:
-        raise ValueError(f"{where} is broken: {error}") from error
+    except _UNREADABLE_IMAGE as error:
+        raise ValueError(f"{where} cannot be read: {error}") from error
 
 
 def _find_image(folder: Path, file_name: Any, source: str) -> Path:
