@@ -15,6 +15,14 @@ import torch
 import torch.nn.functional as F
 
 
+def _stretch(maps: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """Map [low, high] to [0, 1]; zeros where the two differ by no more than rounding."""
+    span = high - low
+    # An interpolated or blurred flat map is flat up to rounding, which must not be stretched to a map of its own.
+    differs = span > 16 * torch.finfo(maps.dtype).eps * torch.maximum(low.abs(), high.abs())
+    return torch.where(differs, (maps - low) / torch.where(differs, span, 1), 0)
+
+
 def min_max_normalize(maps: torch.Tensor) -> torch.Tensor:
     """Stretch each map to [0, 1]; a flat map becomes zeros.
 
@@ -26,9 +34,7 @@ def min_max_normalize(maps: torch.Tensor) -> torch.Tensor:
 
     Source: [paper] normalised maps; [ours] per sample, flat maps to zero.
     """
-    low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
-    span = high - low
-    return torch.where(span > 0, (maps - low) / torch.where(span > 0, span, 1), 0)
+    return _stretch(maps, maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True))
 
 
 def percentile_normalize(maps: torch.Tensor, low: float = 0.05, high: float = 0.95) -> torch.Tensor:
@@ -45,9 +51,8 @@ def percentile_normalize(maps: torch.Tensor, low: float = 0.05, high: float = 0.
     Source: [ours], less moved by single noisy pixels than the extremes are.
     """
     flat = maps.flatten(-2).float()
-    bounds = torch.quantile(flat, torch.tensor([low, high], device=maps.device), dim=-1)[..., None, None].to(maps.dtype)
-    span = bounds[1] - bounds[0]
-    return torch.where(span > 0, ((maps - bounds[0]) / torch.where(span > 0, span, 1)).clamp(0, 1), 0)
+    bounds = torch.quantile(flat, torch.tensor([low, high], device=maps.device), dim=-1)[..., None, None]
+    return _stretch(maps, *bounds.to(maps.dtype)).clamp(0, 1)
 
 
 def blur(maps: torch.Tensor, kernel_size: int = 3) -> torch.Tensor:
@@ -161,7 +166,7 @@ def sfcm_noise(
 def sfcm_averaged(
     difference: torch.Tensor, phrase_maps: torch.Tensor, distances: torch.Tensor, phrase_mask: torch.Tensor
 ) -> torch.Tensor:
-    """The default: blurred, percentile-normalised difference minus the mean over phrases of relative distance times map.
+    """The default: the blurred, percentile-normalised difference minus the phrases' mean relative distance times map.
 
     Meant for a `difference` averaged over several noise samples at high timesteps. Arguments as in `sfcm_paper`.
     Source: [ours].
@@ -177,13 +182,14 @@ def sfcm_product(
 ) -> torch.Tensor:
     """The difference times `prod_p (1 - D'_p * M_p)`. Arguments as in `sfcm_paper`. Source: [ours]."""
     weights = relative_distances(distances, phrase_mask)[..., None, None]
-    return percentile_normalize(percentile_normalize(blur(difference)) * (1 - weights * phrase_maps).prod(1, keepdim=True))
+    kept = (1 - weights * phrase_maps).prod(1, keepdim=True)
+    return percentile_normalize(percentile_normalize(blur(difference)) * kept)
 
 
 def sfcm_none(
     difference: torch.Tensor, phrase_maps: torch.Tensor, distances: torch.Tensor, phrase_mask: torch.Tensor
 ) -> torch.Tensor:
-    """No region at all: everything is aligned (the paper's ablation). Arguments as in `sfcm_paper`. Source: [paper]."""
+    """No region: everything is aligned (the paper's ablation). Arguments as in `sfcm_paper`. Source: [paper]."""
     return torch.zeros_like(difference)
 
 
@@ -192,7 +198,7 @@ SfcmFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class SfcmMode:
-    """How a map is made: `compute`, and whether its difference is averaged over noise samples of the same portrait."""
+    """How a map is made: `compute`, and whether its difference is averaged over several noises of one portrait."""
 
     compute: SfcmFunction
     averaged: bool

@@ -1,0 +1,244 @@
+"""Tests of `sfcm.py` against values worked out by hand."""
+
+import pytest
+import torch
+
+from sfcm import (
+    SFCM_MODES,
+    blur,
+    min_max_normalize,
+    noise_difference,
+    percentile_normalize,
+    phrase_attention_maps,
+    phrase_distances,
+    relative_distances,
+    sfcm_averaged,
+    sfcm_noise,
+    sfcm_paper,
+    sfcm_product,
+)
+
+
+def make_inputs(batch: int = 3, phrases: int = 4, height: int = 8, width: int = 12) -> tuple[torch.Tensor, ...]:
+    """Difference, phrase maps, distances, mask; the last sample has one phrase, and its padding has wild distances."""
+    generator = torch.Generator().manual_seed(0)
+    difference = torch.rand(batch, 1, height, width, generator=generator)
+    maps = min_max_normalize(torch.rand(batch, phrases, height, width, generator=generator))
+    distances = 0.1 + 0.2 * torch.rand(batch, phrases, generator=generator)
+    mask = torch.ones(batch, phrases, dtype=torch.bool)
+    mask[-1, 1:] = False
+    maps[-1, 1:] = 0
+    distances[-1, 1:] = 2
+    return difference, maps, distances, mask
+
+
+# -------------------------------------------------------------------------------------------------- normalisation
+
+
+def test_min_max_is_per_map():
+    maps = torch.tensor([[[1.0, 2.0], [3.0, 5.0]], [[-4.0, 0.0], [-2.0, -3.0]]])
+    expected = torch.tensor([[[0, 0.25], [0.5, 1]], [[0, 1], [0.5, 0.25]]])
+    torch.testing.assert_close(min_max_normalize(maps), expected)
+
+
+@pytest.mark.parametrize("normalize", [min_max_normalize, percentile_normalize])
+@pytest.mark.parametrize("value", [0.0, 1 / 77, -3.0])
+def test_a_flat_map_is_zero_beside_one_that_is_not(normalize, value):
+    maps = torch.stack([torch.full((4, 5), value), torch.arange(20.0).view(4, 5)])
+    normalized = normalize(maps)
+    assert (normalized[0] == 0).all()
+    assert normalized[1].min() == 0 and normalized[1].max() == 1
+
+
+@pytest.mark.parametrize("normalize", [min_max_normalize, percentile_normalize])
+def test_rounding_errors_are_not_stretched_to_a_map(normalize):
+    flat = torch.full((1, 8, 8), 1 / 77)
+    flat += torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(0)) * 5e-9
+    assert flat.unique().numel() > 1
+    assert (normalize(flat) == 0).all()
+
+
+def test_a_faint_map_is_still_a_map():
+    faint = 1e-12 * torch.arange(4.0).view(1, 2, 2)
+    torch.testing.assert_close(min_max_normalize(faint), torch.arange(4.0).view(1, 2, 2) / 3)
+
+
+def test_percentiles_cut_a_lone_pixel():
+    maps = torch.arange(101.0).view(1, 1, 101)
+    maps[..., -1] = 1000
+    normalized = percentile_normalize(maps)[0, 0]
+    # The quantiles of 0..100 at .05 and .95 are 5 and 95.
+    torch.testing.assert_close(normalized[[0, 5, 50, 95, 100]], torch.tensor([0, 0, 0.5, 1, 1]))
+    torch.testing.assert_close(percentile_normalize(maps, 0.0, 0.5)[0, 0, 25], torch.tensor(0.5))
+
+
+def test_blur_repeats_the_border():
+    maps = torch.zeros(1, 1, 4, 4)
+    maps[..., 0, 0] = 9
+    expected = torch.zeros(4, 4)
+    # The corner counts four times for itself: once as it is and three times as border.
+    expected[0, 0], expected[0, 1], expected[1, 0], expected[1, 1] = 4, 2, 2, 1
+    torch.testing.assert_close(blur(maps)[0, 0], expected)
+    torch.testing.assert_close(blur(torch.full((2, 3, 5, 7), 0.3), 5), torch.full((2, 3, 5, 7), 0.3))
+
+
+# ------------------------------------------------------------------------------------------------- its ingredients
+
+
+def test_noise_difference_by_hand():
+    reference = torch.zeros(1, 2, 1, 2, dtype=torch.float16)
+    response = torch.tensor([[[[1.0, -1.0]], [[-3.0, 0.0]]]], dtype=torch.float16)
+    difference = noise_difference(response, reference)
+    assert difference.dtype == torch.float32
+    # The mean of absolute values, so a plus and a minus do not cancel.
+    assert difference.tolist() == [[[[2.0, 0.5]]]]
+
+
+def test_phrase_map_of_one_token_is_its_column():
+    probs = torch.rand(1, 6, 5, generator=torch.Generator().manual_seed(0))
+    weights = torch.zeros(1, 2, 5)
+    weights[0, 0, 3] = 1
+    weights[0, 1, [1, 2]] = 0.5
+    maps = phrase_attention_maps([probs], [(2, 3)], weights, (2, 3))
+    torch.testing.assert_close(maps[0, 0], min_max_normalize(probs[0, :, 3].view(2, 3)))
+    torch.testing.assert_close(maps[0, 1], min_max_normalize(probs[0, :, 1:3].mean(1).view(2, 3)))
+
+
+def test_phrase_maps_average_layers_before_they_are_normalised():
+    strong, weak = torch.tensor([0.0, 0.4, 0.0, 0.0]), torch.tensor([0.1, 0.0, 0.0, 0.0])
+    maps = phrase_attention_maps(
+        [strong.view(1, 4, 1), weak.view(1, 4, 1)], [(2, 2), (2, 2)], torch.ones(1, 1, 1), (2, 2)
+    )
+    torch.testing.assert_close(maps[0, 0], torch.tensor([[0.25, 1.0], [0.0, 0.0]]))
+
+
+def test_phrase_maps_of_layers_that_are_not_square():
+    probs = torch.zeros(1, 8, 1)
+    probs[0, 5] = 1  # row 1, column 1 of (2, 4)
+    maps = phrase_attention_maps([probs], [(2, 4)], torch.ones(1, 1, 1), (4, 8))
+    assert maps.shape == (1, 1, 4, 8)
+    rows, columns = torch.nonzero(maps[0, 0] == 1, as_tuple=True)
+    assert rows.tolist() == [3, 3] and columns.tolist() == [2, 3]
+
+
+def test_a_padded_phrase_has_no_map():
+    probs = torch.rand(1, 4, 3, generator=torch.Generator().manual_seed(0))
+    weights = torch.tensor([[[1.0, 0, 0], [0, 0, 0]]])
+    maps = phrase_attention_maps([probs], [(2, 2)], weights, (4, 4))
+    assert maps[0, 0].max() == 1
+    assert (maps[0, 1] == 0).all()
+
+
+@pytest.mark.parametrize(("side", "size"), [(8, 64), (16, 64), (16, 20), (5, 12)])
+def test_even_attention_has_no_map(side, size):
+    """Interpolating equal values leaves rounding errors, which must not become a map of their own."""
+    even = torch.full((1, side * side, 7), 1 / 77)
+    maps = phrase_attention_maps([even] * 3, [(side, side)] * 3, torch.eye(7)[None, :2], (size, size))
+    assert (maps == 0).all()
+
+
+def test_phrase_distances_by_hand():
+    phrases = torch.tensor([[[2.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [3.0, 3.0]]])
+    distances = phrase_distances(phrases, torch.tensor([[5.0, 0.0]]))
+    torch.testing.assert_close(distances, torch.tensor([[0.0, 1.0, 2.0, 1 - 0.5**0.5]]))
+
+
+def test_relative_distances_ignore_padding():
+    distances = torch.tensor([[0.7, 0.9, 1.1, 5.0], [0.8, 0.8, 0.8, 0.8], [0.5, 0.1, 0.2, 0.3], [1.0, 2.0, 3.0, 4.0]])
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]]).bool()
+    expected = torch.tensor([[0, 0.5, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+    torch.testing.assert_close(relative_distances(distances, mask), expected)
+
+
+# -------------------------------------------------------------------------------------------------------- the maps
+
+
+def test_paper_map_by_hand():
+    difference = torch.tensor([[[[2.0, 4.0], [6.0, 10.0]]]])  # normalised 0, .25, .5, 1
+    maps = torch.tensor([[[[0.0, 0.0], [1.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]], [[1.0, 1.0], [1.0, 1.0]]]])
+    distances = torch.tensor([[0.25, 0.5, 9.0]])
+    mask = torch.tensor([[True, True, False]])
+    # Left over: max(0 - .5, 0) = 0, .25, .5 - .25 = .25, 1 - .5 = .5; stretched to 0, .5, .5, 1.
+    expected = torch.tensor([[[[0.0, 0.5], [0.5, 1.0]]]])
+    torch.testing.assert_close(sfcm_paper(difference, maps, distances, mask), expected)
+
+
+def test_paper_map_is_wiped_out_by_large_distances():
+    difference, _, _, mask = make_inputs()
+    sfcm = sfcm_paper(difference, torch.ones(3, 4, 8, 12), torch.full((3, 4), 1.0), mask)
+    assert (sfcm == 0).all()
+
+
+def test_noise_map_looks_at_the_difference_alone():
+    difference, maps, distances, mask = make_inputs()
+    sfcm = sfcm_noise(difference, maps, distances, mask)
+    torch.testing.assert_close(sfcm, percentile_normalize(blur(difference)))
+    torch.testing.assert_close(sfcm, sfcm_noise(difference, 1 - maps, 2 * distances, ~mask))
+
+
+def test_averaged_map_takes_the_mean_over_the_phrases_there_are():
+    difference = torch.arange(20.0).view(1, 1, 1, 20).expand(2, 1, 20, 20).contiguous()
+    maps = torch.zeros(2, 3, 20, 20)
+    maps[:, 0, :10] = 1
+    distances = torch.tensor([[1.0, 0.5, 0.7], [1.0, 0.5, 9.0]])
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    start = percentile_normalize(blur(difference))
+    # The first phrase is the farthest of its prompt: a third, and a half, of its map goes.
+    left = torch.stack([start[0] - maps[0, :1] / 3, start[1] - maps[1, :1] / 2]).clamp(min=0)
+    torch.testing.assert_close(sfcm_averaged(difference, maps, distances, mask), percentile_normalize(left))
+
+
+def test_product_map_by_hand():
+    difference = torch.arange(20.0).view(1, 1, 1, 20).expand(1, 1, 20, 20).contiguous()
+    maps = torch.zeros(1, 3, 20, 20)
+    maps[0, 0, :10], maps[0, 1], maps[0, 2] = 1, 1, 1
+    distances, mask = torch.tensor([[1.0, 0.5, 9.0]]), torch.tensor([[True, True, False]])
+    sfcm = sfcm_product(difference, maps, distances, mask)
+    # Where the farthest phrase is, nothing is left; the nearest and the padded take nothing away.
+    assert (sfcm[..., :10, :] == 0).all()
+    taken = percentile_normalize(blur(difference))
+    taken[..., :10, :] = 0
+    torch.testing.assert_close(sfcm, percentile_normalize(taken))
+
+
+@pytest.mark.parametrize("name", SFCM_MODES)
+def test_every_mode_gives_a_map(name):
+    difference, maps, distances, mask = make_inputs()
+    sfcm = SFCM_MODES[name].compute(difference, maps, distances, mask)
+    assert sfcm.shape == difference.shape and sfcm.dtype == torch.float32
+    assert sfcm.min() >= 0 and sfcm.max() <= 1
+    peaks = sfcm.flatten(1).amax(1)
+    torch.testing.assert_close(peaks, torch.zeros(3) if name == "none" else torch.ones(3))
+
+
+@pytest.mark.parametrize("name", SFCM_MODES)
+def test_every_mode_is_per_sample(name):
+    difference, maps, distances, mask = make_inputs()
+    compute = SFCM_MODES[name].compute
+    together = compute(difference, maps, distances, mask)
+    for i in range(3):
+        one = slice(i, i + 1)
+        torch.testing.assert_close(together[one], compute(difference[one], maps[one], distances[one], mask[one]))
+
+
+@pytest.mark.parametrize("name", SFCM_MODES)
+def test_every_mode_ignores_what_pads_the_phrases(name):
+    difference, maps, distances, mask = make_inputs()
+    compute = SFCM_MODES[name].compute
+    short = compute(difference[-1:], maps[-1:, :1], distances[-1:, :1], mask[-1:, :1])
+    torch.testing.assert_close(compute(difference, maps, distances, mask)[-1:], short)
+
+
+@pytest.mark.parametrize("name", SFCM_MODES)
+@pytest.mark.parametrize("value", [0.0, 0.1])
+def test_no_difference_gives_no_map(name, value):
+    _, maps, distances, mask = make_inputs()
+    assert (SFCM_MODES[name].compute(torch.full((3, 1, 8, 12), value), maps, distances, mask) == 0).all()
+
+
+def test_which_modes_average_over_noise():
+    assert {name for name, mode in SFCM_MODES.items() if mode.averaged} == {
+        "averaged",
+        "averaged_noise",
+        "averaged_product",
+    }
