@@ -1,8 +1,8 @@
-"""The portraits and their prompts: a folder or a `datasets` id in; checked rows, pixels, batches and drawn latents out.
+"""The portraits and their prompts: a folder or a `datasets` id in; checked rows, pixels, batches, drawn latents out.
 
-A folder holds images and a `metadata.jsonl`, one JSON object a line: `file_name`, `base_prompt`, `target_prompt` and, if
-wanted, `full_prompt` and `base_phrases` (a list). A target prompt is a string, added to the base prompt, or a list of
-such strings and of [replaced phrase, target] pairs.
+A folder holds images and a `metadata.jsonl`, one JSON object a line: `file_name`, `base_prompt`, `target_prompt` and,
+if wanted, `full_prompt` and `base_phrases` (a list). A target prompt is a string, added to the base prompt, or a list
+of such strings and of [replaced phrase, target] pairs.
 
 Legend: C channels, H/W latent size, R resolution in pixels. Paper: arXiv 2504.00396.
 """

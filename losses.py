@@ -2,7 +2,7 @@
 
 Pure functions of tensors; the reference side is always detached.
 
-Legend: B batch, C latent channels, H/W latent size, S = h*w image tokens of a layer, T text tokens, K matched text tokens,
+Legend: B batch, C latent channels, H/W latent size, S = h*w image tokens of a layer, T text tokens, K matched tokens,
 N heads, D head dim, E size of a CLIP embedding.
 Paper: arXiv 2504.00396.
 """

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import TYPE_CHECKING
 
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
