@@ -335,22 +335,26 @@ def training_command(args: argparse.Namespace, target_name: str, run_name: str, 
 def train(args: argparse.Namespace, target_name: str, run_name: str, seed: int) -> Path:
     """Train one LoRA through the real script, in a process of its own, unless it is there already.
 
+    Flags and the weights it starts from are compared with those of a LoRA that is there; the script's code is not.
+
     Returns:
         Its folder.
 
     Raises:
-        ValueError: the folder holds a LoRA of other flags or another base model.
+        ValueError: the folder holds a LoRA of other flags, or from another base model or stage 1.
         RuntimeError: the training script failed.
     """
     folder = run_folder(args, target_name, run_name, seed)
     command = training_command(args, target_name, run_name, seed)
     recipe = {"command": command, "base_model": base_model_digest()}
+    if run_name not in CONTROLS:
+        recipe["stage1"] = file_digest(run_folder(args, target_name, "stage1", seed) / WEIGHTS_NAME)
     note = folder / "benchmark.json"
     if (folder / WEIGHTS_NAME).is_file() and note.is_file():
         found = json.loads(note.read_text(encoding="utf-8"))
         if {name: found[name] for name in recipe} != recipe:
             raise ValueError(
-                f"{folder} was trained with other flags or another base model: remove it or give another --output_dir."
+                f"{folder} was trained with other flags or from another model: remove it or give another --output_dir."
             )
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -746,9 +750,8 @@ def plot_panel(title: str, rows: list[Row], size: tuple[int, int] = (400, 340)) 
     place_x = lambda response: left + (right - left) * response  # noqa: E731
     place_y = lambda change: bottom - (bottom - top) * change / highest  # noqa: E731
 
-    pen.text((left, 6 * scale), title, fill="black", font=font)
+    pen.text((left, 6 * scale), f"{title}: change outside against response", fill="black", font=font)
     pen.text(((left + right) / 2, bottom + 30 * scale), "response", fill="black", font=font, anchor="mm")
-    pen.text((left, top - 2), "change outside", fill=(110, 110, 110), font=font, anchor="lb")
     for tick in np.linspace(0, 1, 6):
         pen.line((place_x(tick), top, place_x(tick), bottom), fill=(232, 232, 232), width=scale)
         pen.text((place_x(tick), bottom + 10 * scale), f"{tick:.1f}", fill=(90, 90, 90), font=font, anchor="mm")
@@ -882,6 +885,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    # one thread here as in every other process: the same rounding, and no threads waiting for each other
+    torch.set_num_threads(1)
     args.output_dir = args.output_dir.resolve()
     if args.evaluate is not None:
         evaluate_folders(args)
