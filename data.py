@@ -344,7 +344,8 @@ def _read_dataset(
         else:
             cache = None if cache_dir is None else str(cache_dir)
             dataset = datasets.load_dataset(dataset_name, dataset_config_name, split="train", cache_dir=cache)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, IndexError) as error:
+        # An IndexError is what comes of a set that was saved without rows.
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         raise kind(f"--dataset_name {dataset_name!r} cannot be read: {' '.join(str(error).split())}") from error
     if isinstance(dataset, datasets.DatasetDict):

@@ -1,0 +1,626 @@
+"""Tests of `data.py`: real image files, a real saved dataset, a real (tiny, random) Stable Diffusion pipeline."""
+
+import io
+import json
+import os
+import random
+import warnings
+import zlib
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from data import (
+    PortraitRow,
+    batch_indices,
+    check_images,
+    draw_latents,
+    load_image,
+    load_rows,
+    preprocess_image,
+)
+
+
+ROW = {"file_name": "0.png", "base_prompt": "a woman, a green jacket", "target_prompt": "blonde hair"}
+
+
+def write_image(path: Path, size: tuple[int, int] = (6, 4), color="red") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, color).save(path)
+    return path
+
+
+def write_folder(folder: Path, rows: list[dict | str | bytes], images: int = 1) -> Path:
+    """A folder with `images` pictures 0.png, 1.png, … and the given lines; a dict is a row."""
+    folder.mkdir(exist_ok=True)
+    for i in range(images):
+        write_image(folder / f"{i}.png")
+    lines = [json.dumps(row) if isinstance(row, dict) else row for row in rows]
+    lines = [line if isinstance(line, bytes) else line.encode() for line in lines]
+    (folder / "metadata.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    return folder
+
+
+def changed(**changes) -> dict:
+    """ROW with changes; None removes a column."""
+    return {key: value for key, value in {**ROW, **changes}.items() if value is not None}
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def refusal(kind: type[Exception], **arguments) -> str:
+    """The one-line message with which `load_rows` refuses its arguments."""
+    with pytest.raises(kind) as error:
+        load_rows(**arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def row_of(image: Path | Image.Image) -> PortraitRow:
+    return PortraitRow("somewhere, line 7", image, "a woman", "a hat")
+
+
+# --------------------------------------------------------------------------------------------------------- a folder
+
+
+def test_a_folder_with_every_column(tmp_path):
+    second = changed(
+        file_name="more/1.png",
+        target_prompt=[["a green jacket", "a suit"], "a hat"],
+        full_prompt="a woman, a suit, a hat",
+        base_phrases=["a woman"],
+        caption="is not looked at",
+    )
+    folder = write_folder(tmp_path / "set", [ROW, "", second])
+    write_image(folder / "more" / "1.png")
+    assert load_rows(train_data_dir=str(folder)) == [
+        PortraitRow(
+            source=f"{folder}/metadata.jsonl, line 1",
+            image=folder / "0.png",
+            base_prompt="a woman, a green jacket",
+            target_prompt="blonde hair",
+            full_prompt=None,
+            base_phrases=None,
+        ),
+        PortraitRow(
+            source=f"{folder}/metadata.jsonl, line 3",
+            image=folder / "more" / "1.png",
+            base_prompt="a woman, a green jacket",
+            target_prompt=[("a green jacket", "a suit"), "a hat"],
+            full_prompt="a woman, a suit, a hat",
+            base_phrases=("a woman",),
+        ),
+    ]
+
+
+def test_columns_by_other_names(tmp_path):
+    row = {"file_name": "0.png", "text": "a man", "change": "a hat", "both": "a man, a hat", "parts": ["a man"]}
+    folder = write_folder(tmp_path, [row])
+    (loaded,) = load_rows(
+        train_data_dir=folder,
+        base_prompt_column="text",
+        target_prompt_column="change",
+        full_prompt_column="both",
+        base_phrases_column="parts",
+    )
+    assert loaded.base_prompt == "a man" and loaded.target_prompt == "a hat"
+    assert loaded.full_prompt == "a man, a hat" and loaded.base_phrases == ("a man",)
+
+
+@pytest.mark.parametrize("name", ["full_prompt_column", "base_phrases_column"])
+def test_an_optional_column_by_a_wrong_name_is_an_error(tmp_path, name):
+    folder = write_folder(tmp_path, [ROW])
+    message = refusal(ValueError, train_data_dir=folder, **{name: "wrong"})
+    assert f"--{name} 'wrong'" in message and "['base_prompt', 'file_name', 'target_prompt']" in message
+
+
+def test_null_is_an_absent_column(tmp_path):
+    line = json.dumps({**ROW, "full_prompt": None, "base_phrases": None})
+    (row,) = load_rows(train_data_dir=write_folder(tmp_path, [line]))
+    assert row.full_prompt is None and row.base_phrases is None
+
+
+def test_text_as_windows_and_other_tools_write_it(tmp_path):
+    # A byte order mark, CRLF, and a line separator that JSON allows inside a string.
+    line = json.dumps(changed(base_prompt="a café,\u2028a cup"), ensure_ascii=False)
+    folder = write_folder(tmp_path, [b"\xef\xbb\xbf" + line.encode() + b"\r", b"\r"])
+    (row,) = load_rows(train_data_dir=folder)
+    assert row.base_prompt == "a café,\u2028a cup"
+
+
+def test_one_target_for_the_whole_set(tmp_path):
+    folder = write_folder(
+        tmp_path, [changed(target_prompt=None), changed(target_prompt="a hat"), changed(target_prompt=["a hat"])]
+    )
+    rows = load_rows(train_data_dir=folder, target_prompt="a hat")
+    assert [row.target_prompt for row in rows] == ["a hat", "a hat", ["a hat"]]
+
+
+def test_a_target_that_contradicts_the_flag(tmp_path):
+    folder = write_folder(tmp_path, [changed(target_prompt="a hat"), ROW])
+    message = refusal(ValueError, train_data_dir=folder, target_prompt="a hat")
+    assert message.startswith(f"{folder}/metadata.jsonl, line 2: ")
+    assert "'blonde hair'" in message and "--target_prompt says 'a hat'" in message
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{'file_name': 1}", "is not JSON"),
+        (json.dumps(ROW)[:-1], "is not JSON"),
+        (b'{"file_name": "\xff"}', "is not JSON"),
+        ("[1]", r"must be a JSON object with columns, got \[1\]"),
+        ("{}", "must be a JSON object with columns"),
+        (changed(file_name=None), r"no column 'file_name'. It has \['base_prompt', 'target_prompt'\]"),
+        (changed(base_prompt=None), "no column 'base_prompt'; see --base_prompt_column. It has"),
+        (changed(target_prompt=None), "no column 'target_prompt'; see --target_prompt_column and --target_prompt"),
+        (changed(base_prompt=3), "column 'base_prompt' must be a text that is not empty, got 3"),
+        (changed(base_prompt=" "), "column 'base_prompt' must be a text that is not empty, got ' '"),
+        (changed(base_prompt=["a"]), "column 'base_prompt' must be a text"),
+        (changed(target_prompt=""), "column 'target_prompt' must be a text that is not empty"),
+        (changed(target_prompt={"a": "b"}), "column 'target_prompt' must be a text"),
+        (changed(target_prompt=[]), "column 'target_prompt' must hold a target"),
+        (changed(target_prompt=["a", ""]), "column 'target_prompt' must be a text that is not empty, got ''"),
+        (changed(target_prompt=[["a", "b", "c"]]), r"a replacement is \[phrase, target\], got \['a', 'b', 'c'\]"),
+        (changed(target_prompt=[["a"]]), r"a replacement is \[phrase, target\], got \['a'\]"),
+        (changed(target_prompt=[["a", 1]]), "column 'target_prompt' must be a text that is not empty, got 1"),
+        (changed(full_prompt=" "), "column 'full_prompt' must be a text"),
+        (changed(base_phrases="a woman"), "column 'base_phrases' must be a list of phrases, got 'a woman'"),
+        (changed(base_phrases=[]), "column 'base_phrases' must be a list of phrases"),
+        (changed(base_phrases=["a", 1]), "column 'base_phrases' must be a text that is not empty, got 1"),
+        (changed(file_name=7), "column 'file_name' must be a text"),
+        (changed(file_name="../0.png"), r"file_name '../0.png' leads out of the folder"),
+        (changed(file_name="a/../../0.png"), "leads out of the folder"),
+        (changed(file_name=os.path.abspath("0.png")), "leads out of the folder"),
+        (changed(file_name="."), "is not a file"),
+    ],
+)
+def test_a_wrong_row_is_named(tmp_path, line, message):
+    folder = write_folder(tmp_path, [ROW, line])
+    with pytest.raises(ValueError, match=message) as error:
+        load_rows(train_data_dir=folder)
+    assert str(error.value).startswith(f"{folder}/metadata.jsonl, line 2")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("file_name", ["none.png", "0.png/0.png", "a\0b.png", "x" * 300 + ".png"])
+def test_a_missing_image_is_named(tmp_path, file_name):
+    folder = write_folder(tmp_path, [ROW, changed(file_name=file_name)])
+    message = refusal(FileNotFoundError, train_data_dir=folder)
+    assert message.startswith(f"{folder}/metadata.jsonl, line 2: there is no image {folder / file_name}")
+
+
+def test_links_may_not_lead_out_of_the_folder(tmp_path):
+    outside = write_image(tmp_path / "secret" / "0.png")
+    folder = write_folder(tmp_path / "set", [changed(file_name="link.png")])
+    (folder / "link.png").symlink_to(folder / "0.png")
+    assert load_rows(train_data_dir=folder)[0].image == folder / "link.png"
+    for link, target, file_name in (("out.png", outside, "out.png"), ("away", outside.parent, "away/0.png")):
+        (folder / link).symlink_to(target)
+        write_folder(folder, [changed(file_name=file_name)])
+        message = refusal(ValueError, train_data_dir=folder)
+        assert f"'{file_name}' is a link that leads out of the folder" in message
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    write_folder(folder, [changed(file_name="loop.png")])
+    assert "there is no image" in refusal(FileNotFoundError, train_data_dir=folder)
+
+
+def test_the_folder_itself_may_be_a_link(tmp_path):
+    folder = write_folder(tmp_path / "set", [ROW])
+    (tmp_path / "link").symlink_to(folder)
+    assert len(load_rows(train_data_dir=tmp_path / "link")) == 1
+
+
+def test_a_folder_that_holds_nothing(tmp_path):
+    assert f"--train_data_dir {tmp_path / 'none'}" in refusal(FileNotFoundError, train_data_dir=tmp_path / "none")
+    file = write_image(tmp_path / "file.png")
+    assert "is not a folder" in refusal(FileNotFoundError, train_data_dir=file)
+    (tmp_path / "empty").mkdir()
+    assert "is empty; it needs images and a metadata.jsonl" in refusal(
+        FileNotFoundError, train_data_dir=tmp_path / "empty"
+    )
+    message = refusal(FileNotFoundError, train_data_dir=tmp_path)
+    assert "has no metadata.jsonl" in message and "'file_name', 'base_prompt' and 'target_prompt'" in message
+    folder = write_folder(tmp_path / "bare", ["", "  "])
+    assert refusal(ValueError, train_data_dir=folder) == f"{folder}/metadata.jsonl has no rows."
+
+
+def test_a_choice_of_rows(tmp_path):
+    rows = [changed(file_name=f"{i}.png") for i in range(12)]
+    folder = write_folder(tmp_path, rows, images=12)
+
+    def choose(count, seed=0):
+        return [int(row.image.stem) for row in load_rows(train_data_dir=folder, max_train_samples=count, seed=seed)]
+
+    assert choose(12) == choose(13) == choose(None) == list(range(12))
+    assert len(set(choose(5))) == 5 and choose(5) == sorted(choose(5)) == choose(5)
+    assert choose(5) != list(range(5))
+    assert choose(5) != choose(5, seed=1)
+
+
+def test_flags_are_named(tmp_path):
+    folder = write_folder(tmp_path, [ROW])
+    assert "either --train_data_dir or --dataset_name" in refusal(ValueError)
+    assert "and not both" in refusal(ValueError, train_data_dir=folder, dataset_name="a/b")
+    for count in (0, -1):
+        message = refusal(ValueError, train_data_dir=folder, max_train_samples=count)
+        assert message == f"--max_train_samples must be at least 1, got {count}."
+    message = refusal(ValueError, train_data_dir=folder, target_prompt=" ")
+    assert message == "--target_prompt must be a text that is not empty, got ' '."
+    assert "--dataset_config_name 'x'" in refusal(ValueError, train_data_dir=folder, dataset_config_name="x")
+
+
+# ---------------------------------------------------------------------------------------------------- datasets' own
+
+
+def make_dataset(**columns) -> datasets.Dataset:
+    pixels = np.arange(2 * 4 * 6 * 3, dtype=np.uint8).reshape(2, 4, 6, 3)
+    rows = {
+        "image": [Image.fromarray(pixels[0]), Image.fromarray(pixels[1])],
+        "base_prompt": ["a woman, a coat", "a man, a coat"],
+        "target_prompt": [[["a coat", "a suit"]], [["a coat", "a dress"]]],
+        "base_phrases": [["a woman"], None],
+        **columns,
+    }
+    types = {"image": datasets.Image()} if isinstance(rows["image"][0], Image.Image) else {}
+    dataset = datasets.Dataset.from_dict({name: value for name, value in rows.items() if value is not None})
+    return dataset.cast(datasets.Features({**dataset.features, **types}))
+
+
+def test_a_dataset_from_disk(tmp_path):
+    dataset = make_dataset()
+    # The format is saved too; rows must not come as tensors for it.
+    dataset.with_format("torch").save_to_disk(tmp_path / "saved")
+    rows = load_rows(dataset_name=str(tmp_path / "saved"))
+    assert [row.source for row in rows] == [f"dataset '{tmp_path / 'saved'}', row {i}" for i in range(2)]
+    assert [row.target_prompt for row in rows] == [[("a coat", "a suit")], [("a coat", "a dress")]]
+    assert [row.base_phrases for row in rows] == [("a woman",), None]
+    check_images(rows)
+    for row, original in zip(rows, dataset["image"], strict=True):
+        assert isinstance(row.image, Image.Image)
+        assert load_image(row).tobytes() == original.tobytes()
+
+
+def test_the_train_split_of_a_dataset_dict(tmp_path):
+    splits = datasets.DatasetDict(train=make_dataset(), test=make_dataset().select([0]))
+    splits.save_to_disk(tmp_path / "splits")
+    assert len(load_rows(dataset_name=str(tmp_path / "splits"))) == 2
+    del splits["train"]
+    splits.save_to_disk(tmp_path / "no_train")
+    message = refusal(ValueError, dataset_name=str(tmp_path / "no_train"))
+    assert "has no split 'train'; it has ['test']" in message
+
+
+def test_a_folder_read_by_load_dataset(tmp_path):
+    folder = write_folder(tmp_path / "set", [ROW, changed(file_name="1.png", target_prompt="a hat")], images=2)
+    rows = load_rows(dataset_name=str(folder), cache_dir=tmp_path / "cache")
+    assert (tmp_path / "cache").is_dir()
+    assert [(row.image, row.target_prompt) for row in rows] == [
+        (folder / "0.png", "blonde hair"),
+        (folder / "1.png", "a hat"),
+    ]
+    (row,) = load_rows(dataset_name=str(folder), cache_dir=tmp_path / "cache", max_train_samples=1)
+    assert row in rows
+
+
+@pytest.mark.parametrize(
+    ("columns", "arguments", "message"),
+    [
+        ({}, {"image_column": "picture"}, "no images in --image_column 'picture'; columns of images: ['image']"),
+        ({}, {"image_column": "base_prompt"}, "no images in --image_column 'base_prompt'"),
+        ({}, {"base_prompt_column": "text"}, "row 0: no column 'text'; see --base_prompt_column. It has ['image', "),
+        ({"target_prompt": None}, {}, "row 0: no column 'target_prompt'"),
+        ({"target_prompt": ["a hat", None]}, {}, "row 1: column 'target_prompt' must be a text"),
+        ({"base_prompt": ["a man", ""]}, {}, "row 1: column 'base_prompt' must be a text"),
+        ({}, {"dataset_config_name": "x"}, "--dataset_config_name 'x' needs a --dataset_name that has configurations"),
+        ({}, {"full_prompt_column": "text"}, "--full_prompt_column 'text' is no column"),
+    ],
+)
+def test_a_wrong_dataset_is_named(tmp_path, columns, arguments, message):
+    make_dataset(**columns).save_to_disk(tmp_path / "saved")
+    assert message in refusal(ValueError, dataset_name=str(tmp_path / "saved"), **arguments)
+
+
+def test_a_dataset_without_rows_or_images(tmp_path):
+    make_dataset().select([]).save_to_disk(tmp_path / "saved")
+    make_dataset().select([]).to_parquet(tmp_path / "parquet" / "train.parquet")
+    for name in ("saved", "parquet"):
+        message = refusal(ValueError, dataset_name=str(tmp_path / name), cache_dir=tmp_path / "cache")
+        assert message.startswith(f"--dataset_name '{tmp_path / name}' cannot be read: ")
+    holes = make_dataset().to_list()
+    holes[1]["image"] = None
+    datasets.Dataset.from_list(holes, features=make_dataset().features).save_to_disk(tmp_path / "holes")
+    assert "row 1: column 'image' is empty" in refusal(ValueError, dataset_name=str(tmp_path / "holes"))
+
+
+def test_a_dataset_that_is_not_there(tmp_path):
+    message = refusal(FileNotFoundError, dataset_name=str(tmp_path / "none"), cache_dir=tmp_path)
+    assert message.startswith(f"--dataset_name '{tmp_path / 'none'}' cannot be read: ")
+    message = refusal(ValueError, dataset_name="nobody/nothing-of-the-kind", cache_dir=tmp_path)
+    assert message.startswith("--dataset_name 'nobody/nothing-of-the-kind' cannot be read: ")
+    folder = write_folder(tmp_path / "set", [ROW])
+    message = refusal(ValueError, dataset_name=str(folder), dataset_config_name="other", cache_dir=tmp_path / "cache")
+    assert "cannot be read" in message and "'other'" in message
+
+
+@pytest.mark.parametrize("cut", [20, -200])
+def test_a_broken_image_of_a_dataset(tmp_path, cut):
+    noisy = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+    stored = [{"bytes": encode(Image.fromarray(noisy)), "path": None}] * 2
+    stored[1] = {"bytes": stored[0]["bytes"][:cut], "path": None}
+    features = datasets.Features(
+        {"image": datasets.Image(), "base_prompt": datasets.Value("string"), "target_prompt": datasets.Value("string")}
+    )
+    values = {"image": stored, "base_prompt": ["a man"] * 2, "target_prompt": ["a hat"] * 2}
+    datasets.Dataset.from_dict(values, features=features).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"^dataset '.*saved', row 1: "):
+        check_images(load_rows(dataset_name=str(tmp_path / "saved")))
+
+
+# ----------------------------------------------------------------------------------------------------------- images
+
+
+def test_an_image_is_upright_and_rgb(tmp_path):
+    image = Image.new("RGB", (2, 1), "black")
+    image.putpixel((0, 0), (255, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    image.save(tmp_path / "0.png", exif=exif)
+    loaded = load_image(row_of(tmp_path / "0.png"))
+    assert loaded.mode == "RGB" and loaded.size == (1, 2)
+    assert loaded.getpixel((0, 0)) == (255, 0, 0) and loaded.getpixel((0, 1)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "RGB"])
+def test_every_usual_mode_becomes_rgb(tmp_path, mode):
+    path = tmp_path / ("0.tif" if mode == "CMYK" else "0.png")
+    Image.new("RGB", (3, 2), "white").convert(mode).save(path)
+    loaded = load_image(row_of(path))
+    assert loaded.mode == "RGB" and loaded.getcolors() == [(6, (255, 255, 255))]
+
+
+def test_what_is_transparent_lies_on_white(tmp_path):
+    image = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+    image.putpixel((1, 0), (255, 0, 0, 255))
+    image.save(tmp_path / "0.png")
+    loaded = load_image(row_of(tmp_path / "0.png"))
+    assert [loaded.getpixel((x, 0)) for x in range(2)] == [(255, 255, 255), (255, 0, 0)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        image.convert("P").save(tmp_path / "1.png", transparency=bytes([0] * 200 + [255] * 56))
+        load_image(row_of(tmp_path / "1.png"))
+
+
+def test_a_decoded_image_of_ones_own():
+    assert load_image(row_of(Image.new("L", (2, 2), 7))).getcolors() == [(4, (7, 7, 7))]
+
+
+@pytest.mark.parametrize("mode", ["I;16", "F"])
+def test_deep_images_are_refused_rather_than_clipped(tmp_path, mode):
+    Image.new(mode, (2, 2)).save(tmp_path / "0.tif")
+    with pytest.raises(ValueError, match=f"0.tif has the mode '{mode}'; save it with 8 bits"):
+        load_image(row_of(tmp_path / "0.tif"))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_a_truncated_image_is_found(tmp_path, kind):
+    noisy = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))
+    content = encode(noisy, kind)
+    folder = write_folder(tmp_path, [ROW, changed(file_name="1.png")])
+    (folder / "1.png").write_bytes(content)
+    rows = load_rows(train_data_dir=folder)
+    check_images(rows)
+    # The header is whole, so only decoding tells.
+    (folder / "1.png").write_bytes(content[: len(content) // 2])
+    rows = load_rows(train_data_dir=folder)
+    with pytest.raises(ValueError, match=r"metadata.jsonl, line 2: the image .*1\.png cannot be") as error:
+        check_images(rows)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + b"\0" * 30])
+def test_a_file_that_is_no_image(tmp_path, content):
+    (tmp_path / "0.png").write_bytes(content)
+    with pytest.raises(ValueError, match="somewhere, line 7: the image .*0.png cannot be read"):
+        check_images([row_of(tmp_path / "0.png")])
+
+
+def test_a_damaged_chunk_is_found(tmp_path):
+    """Pillow lets a SyntaxError out for this one."""
+    content = bytearray(encode(Image.new("RGB", (64, 64), "red")))
+    position = content.index(b"IDAT")
+    content[position : position + 4] = b"\0\1\2\3"
+    (tmp_path / "0.png").write_bytes(content)
+    with pytest.raises(ValueError, match="0.png cannot be"):
+        load_image(row_of(tmp_path / "0.png"))
+
+
+def test_an_image_that_went_away(tmp_path):
+    with pytest.raises(FileNotFoundError, match="somewhere, line 7: the image .*0.png does not exist"):
+        load_image(row_of(tmp_path / "0.png"))
+
+
+def test_a_large_image_is_not_decoded(tmp_path, monkeypatch):
+    write_image(tmp_path / "0.png", size=(6, 4))
+    assert load_image(row_of(tmp_path / "0.png"), max_pixels=24).size == (6, 4)
+
+    def decode(self):
+        raise AssertionError("The image was decoded.")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", decode)
+    with pytest.raises(ValueError, match="0.png has 6x4 pixels, more than the 23 allowed"):
+        load_image(row_of(tmp_path / "0.png"), max_pixels=23)
+
+
+@pytest.mark.parametrize("side", [10_000, 60_000])
+def test_a_decompression_bomb_is_refused(tmp_path, side, monkeypatch):
+    """The first of these sizes is one that Pillow itself would only warn of."""
+    content = bytearray(encode(Image.new("RGB", (1, 1))))
+    header = content.index(b"IHDR")
+    content[header + 4 : header + 12] = side.to_bytes(4, "big") * 2
+    content[header + 17 : header + 21] = zlib.crc32(content[header : header + 17]).to_bytes(4, "big")
+    (tmp_path / "0.png").write_bytes(content)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)
+    with pytest.raises(ValueError, match=r"0.png cannot be read: Image size \(\d+ pixels\) exceeds limit"):
+        load_image(row_of(tmp_path / "0.png"))
+
+
+def test_pixels_are_scaled_to_plus_and_minus_one():
+    image = Image.new("RGB", (2, 2))
+    image.putpixel((1, 0), (255, 51, 0))
+    pixels = preprocess_image(image, 2)
+    assert pixels.shape == (3, 2, 2) and pixels.dtype == torch.float32 and pixels.is_contiguous()
+    torch.testing.assert_close(pixels[:, 0, 1], torch.tensor([1, 51 / 127.5 - 1, -1]))
+    torch.testing.assert_close(pixels[:, 1, 0], torch.full((3,), -1.0))
+
+
+@pytest.mark.parametrize("size", [(30, 10), (10, 30)])
+def test_the_centre_is_cropped(size):
+    """A red middle square between blue sides; nothing of the sides is left, and nothing of the middle lost."""
+    image = Image.new("RGB", size, "blue")
+    corner = ((size[0] - 10) // 2, (size[1] - 10) // 2)
+    image.paste("red", (*corner, corner[0] + 10, corner[1] + 10))
+    image.putpixel(corner, (0, 255, 0))
+    pixels = preprocess_image(image, 10)
+    assert pixels[:, 0, 0].tolist() == [-1, 1, -1]
+    assert pixels[:, 1:, :].flatten(1).unique(dim=1).tolist() == [[1], [-1], [-1]]
+
+
+@pytest.mark.parametrize("size", [(3, 3), (5, 9), (200, 100), (1, 40_000)])
+def test_any_size_is_fitted(size):
+    pixels = preprocess_image(Image.new("RGB", size, (255, 255, 255)), 16)
+    assert pixels.shape == (3, 16, 16)
+    assert (pixels == 1).all()
+
+
+# ---------------------------------------------------------------------------------------------------------- batches
+
+
+@pytest.mark.parametrize(("batch_size", "count"), [(1, 5), (2, 5), (5, 5), (4, 6), (7, 3), (3, 1)])
+def test_every_sample_comes_once_an_epoch(batch_size, count):
+    steps = 4 * count
+    stream = [i for step in range(steps) for i in batch_indices(step, batch_size, count, seed=3)]
+    assert len(stream) == steps * batch_size
+    epochs = [stream[start : start + count] for start in range(0, len(stream), count)]
+    assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
+
+
+def test_the_order_is_new_each_epoch_and_for_each_seed():
+    def epoch(number, seed):
+        return batch_indices(number, 50, 50, seed)
+
+    orders = [epoch(number, seed) for number in range(3) for seed in (-1, 0, 1)]
+    assert len({tuple(order) for order in orders}) == len(orders)
+    assert list(range(50)) not in orders
+
+
+def test_a_batch_depends_on_its_step_alone():
+    forward = [batch_indices(step, 3, 7, seed=0) for step in range(20)]
+    backward = [batch_indices(step, 3, 7, seed=0) for step in reversed(range(20))]
+    assert forward == backward[::-1]
+
+
+def test_a_batch_does_not_touch_the_global_random_state():
+    random.seed(0)
+    expected = random.random()
+    random.seed(0)
+    batch_indices(0, 3, 7, seed=5)
+    assert random.random() == expected
+
+
+# ---------------------------------------------------------------------------------------------------------- latents
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> StableDiffusionPipeline:
+    torch.manual_seed(0)
+    letters = [chr(code) for code in range(33, 127)]
+    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=16)
+    text_config = CLIPTextConfig(
+        vocab_size=len(tokens),
+        hidden_size=32,
+        intermediate_size=37,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=16,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    unet = UNet2DConditionModel(
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        sample_size=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(4, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text_config).eval(),
+        tokenizer=tokenizer,
+        unet=unet.eval(),
+        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw(pipeline, prompts=("a", "b", "c"), **changes) -> torch.Tensor:
+    options = {"seed": 5, "num_inference_steps": 2, "guidance_scale": 3.0, "height": 16, "width": 24, "batch_size": 2}
+    return draw_latents(pipeline, prompts, **{**options, **changes})
+
+
+def test_latents_do_not_depend_on_the_batch_size(pipeline):
+    latents = draw(pipeline)
+    assert latents.shape == (3, 4, 8, 12) and latents.dtype == torch.float32 and not latents.requires_grad
+    for batch_size in (1, 3, 8):
+        torch.testing.assert_close(draw(pipeline, batch_size=batch_size), latents, atol=1e-5, rtol=0)
+
+
+def test_each_portrait_has_its_own_seed(pipeline):
+    latents = draw(pipeline, prompts=["a", "a", "a"])
+    differences = [(latents[i] - latents[j]).abs().max() for i, j in ((0, 1), (0, 2), (1, 2))]
+    assert min(differences) > 0.1
+    # The second portrait of seed 5 is the first of seed 6.
+    torch.testing.assert_close(draw(pipeline, prompts=["a"], seed=6)[0], latents[1], atol=1e-5, rtol=0)
+    assert (draw(pipeline, prompts=["b", "a", "a"])[0] - latents[0]).abs().max() > 1e-4
+
+
+def test_latents_are_what_the_pipeline_decodes(pipeline):
+    (latents,) = draw(pipeline, prompts=["a"]).split(1)
+    image = pipeline(
+        "a",
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        height=16,
+        width=24,
+        generator=torch.Generator().manual_seed(5),
+        output_type="pt",
+    ).images
+    with torch.no_grad():
+        decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
+    torch.testing.assert_close((decoded / 2 + 0.5).clamp(0, 1), image, atol=1e-5, rtol=0)

@@ -1,0 +1,65 @@
+"""The layout of the repository, told from its imports alone: leaves below, the pipeline on them, scripts on top."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).resolve().parents[1]
+LEAVES = ("attention_processors", "prompts", "sfcm", "losses", "data")
+PURE_LEAVES = {"prompts": {"transformers"}, "sfcm": {"torch"}, "losses": {"torch"}}
+PIPELINE = "pipeline_spf_portrait"
+# Every Python file that belongs to the repository; hidden folders hold environments and caches.
+FILES = sorted(
+    path for path in ROOT.rglob("*.py") if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
+)
+# What `import name` can find at the top level of the repository.
+OWN_MODULES = {path.stem for path in ROOT.glob("*.py")} | {
+    path.name for path in ROOT.iterdir() if path.is_dir() and any(path.glob("*.py"))
+}
+
+
+def imported_modules(source: str) -> set[str]:
+    """First names of all imported modules; a relative import counts as the module of this repository that it names."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module} if node.module else {alias.name for alias in node.names}
+    return {name.split(".")[0] for name in names}
+
+
+def test_the_walk_sees_every_form_of_import():
+    source = "import a.b as c\nfrom d.e import f\nfrom . import g\nfrom .h import i\ndef j():\n    import k, l\n"
+    assert imported_modules(source) == {"a", "d", "g", "h", "k", "l"}
+
+
+def test_the_house_is_complete():
+    assert {*LEAVES, PIPELINE, "train_spf_portrait_lora"} <= OWN_MODULES
+    assert ROOT / "tests" / "test_house.py" in FILES
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_a_leaf_imports_nothing_of_the_repository(leaf):
+    source = (ROOT / f"{leaf}.py").read_text(encoding="utf-8")
+    assert imported_modules(source) & OWN_MODULES == set()
+
+
+@pytest.mark.parametrize(("leaf", "libraries"), PURE_LEAVES.items())
+def test_a_pure_leaf_needs_one_library(leaf, libraries):
+    source = (ROOT / f"{leaf}.py").read_text(encoding="utf-8")
+    assert imported_modules(source) - sys.stdlib_module_names == libraries
+
+
+def test_the_pipeline_imports_only_leaves():
+    imported = imported_modules((ROOT / f"{PIPELINE}.py").read_text(encoding="utf-8"))
+    assert imported & OWN_MODULES <= set(LEAVES)
+    assert "attention_processors" in imported
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_needs_torchvision(path):
+    assert "torchvision" not in imported_modules(path.read_text(encoding="utf-8"))
