@@ -148,6 +148,17 @@ def test_processor_keeps_every_part_of_the_stock_math(kwargs, masked):
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_upcast_attention_takes_a_mask_in_half_precision():
+    torch.manual_seed(0)
+    attn = Attention(query_dim=32, cross_attention_dim=12, heads=4, dim_head=8, upcast_attention=True).bfloat16()
+    hidden_states, states = torch.randn(2, 9, 32).bfloat16(), torch.randn(2, TOKENS, 12).bfloat16()
+    mask = ((1 - encoder_mask())[:, None] * -10000).bfloat16()
+    expected = attn(hidden_states, encoder_hidden_states=states, attention_mask=mask)
+    attn.set_processor(CapturingAttnProcessor("layer", CrossAttentionStore()))
+    actual = attn(hidden_states, encoder_hidden_states=states, attention_mask=mask)
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
+
+
 def test_processor_takes_images_with_spatial_norm_and_no_text():
     torch.manual_seed(0)
     attn = Attention(query_dim=32, heads=4, dim_head=8, spatial_norm_dim=5, residual_connection=True)
@@ -583,6 +594,8 @@ def test_the_paths_are_the_original_and_the_adapted_model(lora_unet, mode):
 
 @pytest.mark.parametrize("mode", DUAL_PATH_MODES)
 def test_gradient_flows_through_the_response_only(lora_unet, mode):
+    """Also when weights that both paths use are trained."""
+    lora_unet.requires_grad_(True)
     paths, _ = run_dual_path(lora_unet, mode, checkpointing=False)
     assert not paths.reference_pred.requires_grad
     assert paths.response_pred.requires_grad
