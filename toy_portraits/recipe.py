@@ -1,0 +1,20 @@
+"""How the training script is run on the toy world: one set of flags for every target, demo and benchmark alike.
+
+Source: [ours].
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+HERE = Path(__file__).resolve().parent
+BASE_MODEL = HERE / "base_model"
+# A model of 1.85M parameters takes a higher learning rate than Stable Diffusion; all else of the method is its default.
+FLAGS = ("--resolution", "64", "--train_batch_size", "8", "--learning_rate", "1e-3")
+
+
+def training_flags(target: str) -> list[str]:
+    """Flags that train the toy base model on one of `world.TARGETS`; steps, seed and output are the caller's."""
+    paths = ["--pretrained_model_name_or_path", str(BASE_MODEL), "--clip_model_name_or_path", str(BASE_MODEL / "clip")]
+    return [*paths, "--train_data_dir", str(HERE / target), *FLAGS]
