@@ -426,10 +426,9 @@ def prepare_run(args: argparse.Namespace, inputs: Inputs, accelerator: Accelerat
     ).to(device)
     pipeline.set_progress_bar_config(disable=True)
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    if noise_scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
-        raise ValueError(
-            f"--pretrained_model_name_or_path: no training for prediction_type {noise_scheduler.config.prediction_type!r}"
-        )
+    prediction_type = noise_scheduler.config.prediction_type
+    if prediction_type not in ("epsilon", "v_prediction"):
+        raise ValueError(f"--pretrained_model_name_or_path: prediction_type {prediction_type!r} cannot be trained")
     clip, clip_tokenizer, clip_processor = load_clip(args, device)
     for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder, clip):
         module.requires_grad_(False)
@@ -633,8 +632,8 @@ def draw_batch(run: Run, portraits: Portraits, micro_step: int, stream: int, unc
 
 
 # ----------------------------------------------------------------------------------------------------------- losses
-# Each context below is one forward of a step and yields its losses by name. The caller runs backward inside it, since a
-# recomputation under gradient checkpointing has to find hooks and processors as the forward saw them.
+# Each context below is one forward of a step and yields its losses by name. The caller runs backward inside it, since
+# a recomputation under gradient checkpointing has to find hooks and processors as the forward saw them.
 
 
 def uses_enhancement(args: argparse.Namespace) -> bool:
@@ -730,7 +729,7 @@ def composed_predictions(
 ) -> tuple[torch.Tensor, torch.Tensor, CrossAttentionFeatures | None]:
     """The original model's and the stage-1 adapter's predictions (B, C, H, W); the former's features if the map asks.
 
-    The teacher sees FULL rows alone; elsewhere its prediction is the reference's, which the composition leaves as it is.
+    The teacher sees FULL rows alone; elsewhere its prediction is the reference's, which the composition keeps.
     """
     full = (batch.kinds == FULL).nonzero().flatten()
     with ExitStack() as stack:

@@ -19,6 +19,7 @@ import torch
 from .probe import CLASS_FACTORS, PIXEL_FACTORS, PortraitProbe
 from .world import HAIR_COLORS, LABELS, SIZE, ToyTarget, caption_phrases, join_phrases, sample_factors
 
+
 PROBE_FOLDER = Path(__file__).parent / "probe"
 MARGIN = 2  # pixels around the target's region where antialiasing and the VAE mix it with its surroundings
 # The renderer's light is within 1 +- 0.12 and paints the hair behind the head at 0.85.

@@ -83,7 +83,7 @@ class PortraitProbe(nn.Module):
         (Path(folder) / "accuracy.json").write_text(json.dumps(accuracy, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "PortraitProbe":
+    def from_pretrained(cls, folder: str | Path) -> PortraitProbe:
         """Load the probe in evaluation mode."""
         probe = cls()
         probe.load_state_dict(load_file(Path(folder) / "probe.safetensors"))

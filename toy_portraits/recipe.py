@@ -10,7 +10,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 BASE_MODEL = HERE / "base_model"
-# A model of 1.85M parameters takes a higher learning rate than Stable Diffusion; all else of the method is its default.
+# A model this small takes a higher learning rate than Stable Diffusion; all else of the method is its default.
 FLAGS = ("--resolution", "64", "--train_batch_size", "8", "--learning_rate", "1e-3")
 
 
