@@ -314,8 +314,8 @@ def _read_folder(folder: Path) -> tuple[list[str], list[dict[str, Any]]]:
             "'file_name', 'base_prompt' and 'target_prompt'."
         )
     sources, records = [], []
-    # Not `splitlines`, which also splits at the line separators that a JSON string may hold.
-    for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
+    # Lines of bytes: those of a text also end at separators that a JSON string may hold.
+    for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
         if not line.strip():
             continue
         source = f"{path}, line {number}"

@@ -436,13 +436,15 @@ def test_a_file_that_is_no_image(tmp_path, content):
 
 
 def test_a_damaged_chunk_is_found(tmp_path):
-    """Pillow lets a SyntaxError out for this one."""
-    content = bytearray(encode(Image.new("RGB", (64, 64), "red")))
-    position = content.index(b"IDAT")
-    content[position : position + 4] = b"\0\1\2\3"
+    """Pillow lets a SyntaxError out while it decodes this one."""
+    noisy = Image.fromarray(np.random.default_rng(0).integers(0, 255, (256, 256, 3), dtype=np.uint8))
+    content = bytearray(encode(noisy))
+    second = content.index(b"IDAT", content.index(b"IDAT") + 4)
+    content[second : second + 4] = b"\0\1\2\3"
     (tmp_path / "0.png").write_bytes(content)
-    with pytest.raises(ValueError, match="0.png cannot be"):
+    with pytest.raises(ValueError, match="0.png cannot be decoded: broken PNG file") as error:
         load_image(row_of(tmp_path / "0.png"))
+    assert isinstance(error.value.__cause__, SyntaxError)
 
 
 def test_an_image_that_went_away(tmp_path):
