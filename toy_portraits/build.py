@@ -1,8 +1,8 @@
 """Build the embedded default from nothing: `python -m toy_portraits.build`.
 
-Renders the world, trains CLIP on its captions, then a VAE, a probe and a UNet, and writes them in diffusers' folder layout
-with the polluted training sets beside them. Deterministic for a seed, a machine and a thread count. `--stages` rebuilds a
-part; a stage reads what the earlier ones wrote.
+Renders the world, trains CLIP on its captions, then a VAE, a probe and a UNet, and writes them in diffusers' folder
+layout with the polluted training sets beside them. Deterministic for a seed, a machine and a thread count. `--stages`
+rebuilds a part; a stage reads what the earlier ones wrote.
 Source: [ours].
 """
 
@@ -70,10 +70,15 @@ class Progress:
         if (step + 1) % self.every == 0 or step + 1 == self.steps:
             spent = time.time() - self.start
             left = spent / (step + 1) * (self.steps - step - 1)
-            print(f"[{self.stage}] {step + 1}/{self.steps} loss {self.mean:.4f} {note} {spent:.0f}s, {left:.0f}s left", flush=True)
+            print(
+                f"[{self.stage}] {step + 1}/{self.steps} loss {self.mean:.4f} {note} {spent:.0f}s, {left:.0f}s left",
+                flush=True,
+            )
 
 
-def cosine_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: int = 50) -> torch.optim.lr_scheduler.LambdaLR:
+def cosine_schedule(
+    optimizer: torch.optim.Optimizer, steps: int, warmup: int = 50
+) -> torch.optim.lr_scheduler.LambdaLR:
     def scale(step: int) -> float:
         return min((step + 1) / warmup, 0.5 * (1 + np.cos(np.pi * min(step / steps, 1.0))) + 0.01)
 
@@ -82,21 +87,39 @@ def cosine_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: int = 
 
 def build_tokenizer() -> CLIPTokenizer:
     """A real CLIP byte-pair tokenizer; each word of the world is one token, any other word is spelled in pieces."""
-    words = ["a photo of", "a portrait of", "with", "in", "wearing", "and", "jacket shirt", "hat", "hair", "background", "glasses"]
+    words = [
+        "a photo of",
+        "a portrait of",
+        "with",
+        "in",
+        "wearing",
+        "and",
+        "jacket shirt",
+        "hat",
+        "hair",
+        "background",
+        "glasses",
+    ]
     words += list(SEXES) + list(HAIR_COLORS) + list(CLOTHES) + list(BACKGROUNDS) + [t.prompt for t in TARGETS.values()]
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit()])
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=2000, min_frequency=1, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, min_frequency=1, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )
     bpe.train_from_iterator(words, trainer)
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     tokens = alphabet + [letter + "</w>" for letter in alphabet] + ["".join(pair) for pair in merges]
     tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=MAX_TOKENS)
+    return CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=MAX_TOKENS
+    )
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
-    return tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt").input_ids
+    return tokenizer(
+        captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
+    ).input_ids
 
 
 def build_clip(base: Path, seed: int, steps: int, count: int) -> None:
@@ -203,7 +226,10 @@ def build_vae(base: Path, seed: int, steps: int, count: int) -> None:
         latents = vae.encode(held).latent_dist.mean
         vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
         error = (vae.decode(latents).sample - held).abs().mean().item() * 127.5
-    print(f"[vae] held-out mean absolute error {error:.2f} of 255, scaling factor {vae.config.scaling_factor}", flush=True)
+    print(
+        f"[vae] held-out mean absolute error {error:.2f} of 255, scaling factor {vae.config.scaling_factor}",
+        flush=True,
+    )
     vae.half().save_pretrained(base / "vae")
 
 
@@ -231,7 +257,9 @@ def build_probe(base: Path, seed: int, steps: int, count: int) -> None:
         for name in CLASS_FACTORS:
             loss = loss + 0.3 * F.cross_entropy(out[name], torch.from_numpy(factors[name][index]).long())
         for name, spread in zip(PIXEL_FACTORS, spreads):
-            loss = loss + 0.3 * F.smooth_l1_loss(out[name] / spread, torch.from_numpy(factors[name][index]).float() / spread)
+            loss = loss + 0.3 * F.smooth_l1_loss(
+                out[name] / spread, torch.from_numpy(factors[name][index]).float() / spread
+            )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -252,7 +280,9 @@ def base_world_captions(factors: dict[str, np.ndarray], rng: np.random.Generator
     captions = []
     for i in range(len(factors["sex"])):
         phrases = caption_phrases(factors, i)
-        keep = {"sex", "glasses"} | {n for n, share in (("hair_color", 0.5), ("clothes", 0.85), ("background", 0.9)) if rng.random() < share}
+        keep = {"sex", "glasses"} | {
+            n for n, share in (("hair_color", 0.5), ("clothes", 0.85), ("background", 0.9)) if rng.random() < share
+        }
         for name, target in TARGETS.items():
             factor = target.replaces or name
             if phrases.get(factor) == target.prompt:
@@ -261,8 +291,13 @@ def base_world_captions(factors: dict[str, np.ndarray], rng: np.random.Generator
     return captions
 
 
-def build_unet(base: Path, seed: int, steps: int, count: int, target_share: float, named_targets: float, batch_size: int) -> None:
-    """The diffusion model; keeps an exponential mean of its weights. Targets occur in few portraits and are hardly ever named."""
+def build_unet(
+    base: Path, seed: int, steps: int, count: int, target_share: float, named_targets: float, batch_size: int
+) -> None:
+    """The diffusion model, as the exponential mean of its weights.
+
+    Targets occur in few portraits and are hardly ever named.
+    """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed + 3)
     clip = CLIPModel.from_pretrained(base / "clip")
@@ -271,7 +306,9 @@ def build_unet(base: Path, seed: int, steps: int, count: int, target_share: floa
     text_encoder.load_state_dict(clip.text_model.state_dict())
     text_encoder.eval()
     vae = AutoencoderKL.from_pretrained(base / "vae")
-    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000)
+    scheduler = DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000
+    )
     unet = UNet2DConditionModel(
         sample_size=SIZE // 4,
         block_out_channels=(48, 80),
@@ -290,9 +327,14 @@ def build_unet(base: Path, seed: int, steps: int, count: int, target_share: floa
     images, _ = render(factors)
     captions = base_world_captions(factors, rng, named_targets)
     with torch.no_grad():
-        latents = torch.cat([vae.encode(p).latent_dist.mean for p in to_tensor(images).split(128)]) * vae.config.scaling_factor
+        latents = (
+            torch.cat([vae.encode(p).latent_dist.mean for p in to_tensor(images).split(128)])
+            * vae.config.scaling_factor
+        )
         unique = sorted(set(captions) | {""})
-        embeds = torch.cat([text_encoder(tokenize(tokenizer, unique[i : i + 256]))[0] for i in range(0, len(unique), 256)])
+        embeds = torch.cat(
+            [text_encoder(tokenize(tokenizer, unique[i : i + 256]))[0] for i in range(0, len(unique), 256)]
+        )
     row = {caption: i for i, caption in enumerate(unique)}
     caption_rows = torch.tensor([row[c] for c in captions])
 
@@ -304,7 +346,9 @@ def build_unet(base: Path, seed: int, steps: int, count: int, target_share: floa
         clean = latents[index]
         noise = torch.randn_like(clean)
         # stratified timesteps: the same mean, less variance from batch to batch
-        timesteps = ((torch.arange(batch_size) + torch.rand(batch_size)) / batch_size * 1000).long()[torch.randperm(batch_size)]
+        timesteps = ((torch.arange(batch_size) + torch.rand(batch_size)) / batch_size * 1000).long()[
+            torch.randperm(batch_size)
+        ]
         rows = torch.where(torch.rand(batch_size) < 0.1, row[""], caption_rows[index])
         model_pred = unet(scheduler.add_noise(clean, noise, timesteps), timesteps, embeds[rows]).sample
         weight = snr[timesteps].clamp(max=5) / snr[timesteps]
@@ -329,8 +373,14 @@ def save_pipeline(base: Path, unet, vae, text_encoder, tokenizer, scheduler) -> 
     """
     sampler = DDIMScheduler.from_config(scheduler.config, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     pipeline = StableDiffusionPipeline(
-        vae=copy.deepcopy(vae).half(), text_encoder=text_encoder, tokenizer=tokenizer, unet=copy.deepcopy(unet).half(), scheduler=sampler, safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
+        vae=copy.deepcopy(vae).half(),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=copy.deepcopy(unet).half(),
+        scheduler=sampler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
     pipeline.save_pretrained(base, safe_serialization=True)
 
@@ -367,8 +417,12 @@ def build_sets(base: Path, seed: int, per_target: int) -> None:
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=HERE, help="Where base_model/, probe/ and the sets are written.")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="What to build, in this order.")
+    parser.add_argument(
+        "--output_dir", type=Path, default=HERE, help="Where base_model/, probe/ and the sets are written."
+    )
+    parser.add_argument(
+        "--stages", nargs="+", choices=STAGES, default=list(STAGES), help="What to build, in this order."
+    )
     parser.add_argument("--seed", type=int, default=0, help="Seed of renders, initial weights and noise.")
     parser.add_argument("--clip_steps", type=int, default=1500)
     parser.add_argument("--vae_steps", type=int, default=2000)
@@ -376,8 +430,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--unet_steps", type=int, default=4200)
     parser.add_argument("--unet_batch_size", type=int, default=32)
     parser.add_argument("--num_renders", type=int, default=20000, help="Portraits in the base world.")
-    parser.add_argument("--target_share", type=float, default=0.025, help="Share of the base world that shows each target.")
-    parser.add_argument("--named_targets", type=float, default=0.1, help="Share of those whose caption names the target.")
+    parser.add_argument(
+        "--target_share", type=float, default=0.025, help="Share of the base world that shows each target."
+    )
+    parser.add_argument(
+        "--named_targets", type=float, default=0.1, help="Share of those whose caption names the target."
+    )
     parser.add_argument("--portraits_per_set", type=int, default=240)
     return parser.parse_args(input_args)
 
@@ -394,7 +452,13 @@ def main(args: argparse.Namespace) -> None:
         build_probe(base, args.seed, args.probe_steps, min(args.num_renders, 8000))
     if "unet" in args.stages:
         build_unet(
-            base, args.seed, args.unet_steps, args.num_renders, args.target_share, args.named_targets, args.unet_batch_size
+            base,
+            args.seed,
+            args.unet_steps,
+            args.num_renders,
+            args.target_share,
+            args.named_targets,
+            args.unet_batch_size,
         )
     if "sets" in args.stages:
         build_sets(base, args.seed, args.portraits_per_set)

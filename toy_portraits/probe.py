@@ -60,7 +60,8 @@ class PortraitProbe(nn.Module):
             images: (B, 3, 64, 64), float in [-1, 1].
 
         Returns:
-            Logits (B, classes) per discrete factor, "mask" logits (B, L, 64, 64), and each geometric factor (B,) in pixels.
+            Logits (B, classes) per discrete factor, "mask" logits (B, L, 64, 64), and each geometric factor (B,) in
+            pixels.
         """
         x0 = self.stem(images)
         x1 = self.down1(x0)

@@ -1,8 +1,8 @@
 """The toy world: procedural 64x64 portraits whose every factor, caption and label mask is known.
 
-A portrait is a dictionary of factors. Some are named in captions (sex, hair colour, jacket, background, glasses, and the
-three targets), the others never are (skin, face geometry, eyes, head position and turn, light): a model that draws the
-same portrait again has to keep them on its own.
+A portrait is a dictionary of factors. Some are named in captions (sex, hair colour, jacket, background, glasses, and
+the three targets), the others never are (skin, face geometry, eyes, head position and turn, light): a model that draws
+the same portrait again has to keep them on its own.
 
 Shapes: B portraits, 64x64 pixels, RGB in 0-255 as float32; label masks hold the index of `LABELS`.
 Source: [ours].
@@ -142,9 +142,7 @@ class _Canvas:
 
     def box(self, cx, cy, rx, ry, corner=1.0) -> np.ndarray:
         """Coverage of rounded boxes given by centre, half width, half height and corner radius."""
-        cx, cy, rx, ry, corner = (
-            np.asarray(v, dtype=np.float32).reshape(-1, 1, 1) for v in (cx, cy, rx, ry, corner)
-        )
+        cx, cy, rx, ry, corner = (np.asarray(v, dtype=np.float32).reshape(-1, 1, 1) for v in (cx, cy, rx, ry, corner))
         dx, dy = np.abs(self.x - cx) - rx + corner, np.abs(self.y - cy) - ry + corner
         outside = np.hypot(np.maximum(dx, 0), np.maximum(dy, 0)) + np.minimum(np.maximum(dx, dy), 0)
         return np.clip(0.5 - (outside - corner), 0, 1)
@@ -211,12 +209,16 @@ def render(factors: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     stripes = np.clip(0.5 + 1.6 * np.sin((canvas.y - column(chin)[..., None]) * (2 * np.pi / 6.0)), 0, 1)
     canvas.paint(torso * stripes * on(striped), np.array(STRIPE_COLOR) * gain)
     for side in (-1, 1):
-        lapel = np.abs(canvas.x - column(cx)[..., None] - side * (canvas.y - column(chin + 6)[..., None]) * -0.3 - side * 4)
+        lapel = np.abs(
+            canvas.x - column(cx)[..., None] - side * (canvas.y - column(chin + 6)[..., None]) * -0.3 - side * 4
+        )
         canvas.paint(np.clip(1.3 - lapel, 0, 1) * torso * on(~striped), clothes * 0.6)
 
     # head
     for side in (-1, 1):
-        canvas.paint(canvas.ellipse(cx + side * width, cy + 1, np.full(count, 1.8), np.full(count, 2.8)), skin * 0.9, "skin")
+        canvas.paint(
+            canvas.ellipse(cx + side * width, cy + 1, np.full(count, 1.8), np.full(count, 2.8)), skin * 0.9, "skin"
+        )
     face = canvas.ellipse(cx, cy, width, height)
     canvas.paint(face, skin, "skin")
     beard = canvas.ellipse(cx, cy + 0.3, width - 0.2, height - 0.2) * (1 - canvas.above(cy + height * 0.38))
@@ -228,12 +230,17 @@ def render(factors: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         eye_x = cx + turn + side * f["eye_distance"]
         size = f["eye_size"]
         canvas.paint(canvas.ellipse(eye_x, eye_y, 2.5 * size, 1.75 * size), np.array((250, 250, 248)))
-        canvas.paint(canvas.ellipse(eye_x + turn * 0.2, eye_y, 1.5 * size, 1.6 * size), _palette(EYE_COLORS, f["eye_color"]))
+        canvas.paint(
+            canvas.ellipse(eye_x + turn * 0.2, eye_y, 1.5 * size, 1.6 * size), _palette(EYE_COLORS, f["eye_color"])
+        )
         canvas.paint(canvas.ellipse(eye_x + turn * 0.2, eye_y, 0.7 * size, 0.8 * size), np.array((14, 12, 14)))
         brow = canvas.box(eye_x, eye_y - 3.6 * size, 2.6 * size, np.where(man, 0.9, 0.55), 0.5)
         canvas.paint(brow, skin * 0.36)
     canvas.paint(canvas.box(cx + turn * 1.3, cy + height * 0.22, np.full(count, 0.7), height * 0.12, 0.6), skin * 0.72)
-    bend = f["smile"].reshape(-1, 1, 1) * ((canvas.x - column(cx + turn)[..., None]) / column(f["mouth_width"])[..., None]) ** 2
+    bend = (
+        f["smile"].reshape(-1, 1, 1)
+        * ((canvas.x - column(cx + turn)[..., None]) / column(f["mouth_width"])[..., None]) ** 2
+    )
     lips = np.where(man, 0.8, 1.35).reshape(-1, 1, 1)
     mouth = np.clip(0.5 + lips - np.abs(canvas.y - column(mouth_y)[..., None] + bend), 0, 1)
     mouth = mouth * canvas.box(cx + turn, mouth_y, f["mouth_width"], np.full(count, 4.0), 0.5)
@@ -274,7 +281,9 @@ def caption_phrases(factors: dict[str, np.ndarray], index: int) -> dict[str, str
         phrases["hair_color"] = f"{list(HAIR_COLORS)[value['hair_color']]} hair"
     # the shirt replaces the jacket, so it stands where the jacket's phrase would
     phrases["clothes"] = (
-        TARGETS["striped_shirt"].prompt if "striped_shirt" in targets else f"a {list(CLOTHES)[value['clothes']]} jacket"
+        TARGETS["striped_shirt"].prompt
+        if "striped_shirt" in targets
+        else f"a {list(CLOTHES)[value['clothes']]} jacket"
     )
     phrases["background"] = f"a {list(BACKGROUNDS)[value['background']]} background"
     if value["glasses"]:
