@@ -56,7 +56,7 @@ class PortraitRow:
 
     Args:
         source: where the row was read, "data/metadata.jsonl, line 3" or "dataset 'x', row 2"; errors begin with it.
-        image: the file, or the image of a `datasets` row, opened and decoded when it is first needed.
+        image: the file, or the image of a `datasets` row, decoded when it is first needed and then kept in memory.
         base_prompt: the base prompt.
         target_prompt: the target, or several; a pair is (replaced phrase, target).
         full_prompt: base and target in one prompt, if the set gives it.
