@@ -127,7 +127,8 @@ def make_prompt_table(
         reference_rows=torch.tensor([unique[ids] for ids in reference], device=device),
         response_rows=torch.tensor([unique[ids] for ids in response], device=device),
         phrase_weights=weights.to(device),
-        phrase_mask=mask,
+        # A phrase that was cut off is nowhere in the image, like the padding of a shorter prompt.
+        phrase_mask=mask & weights.any(-1).to(mask.device),
         distances=distances,
         target_embeds=targets,
         base_positions=base_positions.to(device),
