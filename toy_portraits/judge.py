@@ -113,7 +113,7 @@ def wears_red_hat(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def wears_stripes(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Whether the clothes' brightness swings along y with the period of stripes; arguments and result as `is_blonde`."""
+    """Whether the clothes' brightness swings along y as stripes do; arguments and result as `is_blonde`."""
     gray = images.astype(np.float32).mean(axis=-1)
     verdicts = np.zeros(len(images), dtype=bool)
     for i, mask in enumerate(labels == LABELS.index("clothes")):
@@ -228,8 +228,8 @@ class PortraitJudge:
 
         Returns:
             (B,) floats each: `response` and `response_pixels` of `images`; `change` and `change_outside` (the target's
-            region), mean absolute difference in 0-255; `kept_<factor>`, 1 where the probe reads the factor alike in both;
-            `kept`, their mean; `head_shift` in pixels.
+            region), mean absolute difference in 0-255; `kept_<factor>`, 1 where the probe reads the factor alike in
+            both; `kept`, their mean; `head_shift` in pixels.
 
         Raises:
             ValueError: the two stacks differ in shape.
