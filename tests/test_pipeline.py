@@ -116,6 +116,13 @@ class World:
             pipeline.scheduler = copy.deepcopy(scheduler)
 
 
+def add_text_encoder_lora(world):
+    text_encoder = copy.deepcopy(world.ours.text_encoder)
+    text_encoder.add_adapter(lora_config(["q_proj", "v_proj"]), "text")
+    world.ours.register_modules(text_encoder=text_encoder)
+    world.stock.register_modules(text_encoder=text_encoder)
+
+
 @pytest.fixture(scope="module")
 def world(tokenizer):
     """Shared: no test may change it."""
@@ -294,17 +301,34 @@ def test_compare_without_generator_gives_both_halves_the_same_noise(tokenizer):
 
 
 def test_compare_switches_off_every_adapter_and_that_of_the_text_encoder(own_world):
-    unet, text_encoder = own_world.ours.unet, copy.deepcopy(own_world.ours.text_encoder)
+    unet = own_world.ours.unet
     unet.add_adapter(lora_config(["conv1", "time_emb_proj", "to_k"]), "second")
     unet.set_adapter(["style", "second"])
-    text_encoder.add_adapter(lora_config(["q_proj", "v_proj"]), "text")
-    own_world.ours.register_modules(text_encoder=text_encoder)
-    own_world.stock.register_modules(text_encoder=text_encoder)
+    add_text_encoder_lora(own_world)
     before = state(own_world.ours)
     output = draw(own_world.ours, BASE, target_prompt=TARGET, compare=True, return_sfcm=True, negative_prompt="bad")
     assert_close(output.images, draw(own_world.stock, FULL, negative_prompt="bad").images)
     assert_close(output.reference_images, draw(own_world.original, BASE, negative_prompt="bad").images)
     assert state(own_world.ours) == before
+
+
+def test_compare_splits_the_safety_checkers_flags(own_world):
+    own_world.ours.run_safety_checker = lambda image, device, dtype: (image, [True, False, False, True])
+    output = draw(own_world.ours, BASE, target_prompt=TARGET, compare=True, num_images_per_prompt=2)
+    assert output.nsfw_content_detected == [True, False]
+    assert len(output.images) == len(output.reference_images) == 2
+
+
+def test_half_precision_with_dora(own_world):
+    own_world.ours.unet.delete_adapters("style")
+    own_world.ours.unet.add_adapter(lora_config(use_dora=True), "style")
+    own_world.ours.to(torch.bfloat16)
+    own_world.original.to(torch.bfloat16)
+    output = draw(own_world.ours, BASE, target_prompt=TARGET, compare=True, return_sfcm=True)
+    assert_close(output.images, draw(own_world.stock, FULL).images, 0.05)
+    assert_close(output.reference_images, draw(own_world.original, BASE).images, 0.05)
+    assert output.sfcm.dtype == output.phrase_maps.dtype == output.phrase_distances.dtype == torch.float32
+    assert output.sfcm.max() == 1
 
 
 # ------------------------------------------------------------------------------------------------------------- sfcm
@@ -316,21 +340,21 @@ def expected_maps(world, prompt, latents_of_steps, mode):
     tokens = tokenize_prompt_pair(pair, world.ours.tokenizer)
     weights = torch.tensor([phrase_mask(tokens.phrase_positions, 77)])
 
-    def encode(text):
-        return world.ours.encode_prompt(text, "cpu", 1, False)[0]
+    def encode(pipeline, text):
+        return pipeline.encode_prompt(text, "cpu", 1, False)[0]
 
     differences, probs = [], []
     with torch.no_grad(), capture_cross_attention(world.original.unet) as store, store.record():
         for latents, timestep in zip(latents_of_steps, world.ours.scheduler.timesteps, strict=True):
-            response = world.ours.unet(latents, timestep, encode(pair.full_prompt)).sample
-            reference = world.original.unet(latents, timestep, encode(prompt)).sample
+            response = world.ours.unet(latents, timestep, encode(world.ours, pair.full_prompt)).sample
+            reference = world.original.unet(latents, timestep, encode(world.original, prompt)).sample
             differences.append(noise_difference(response, reference))
             features = store.pop()
             resolution = phrase_map_resolution(features.resolutions)
             layers = features.at_resolution(resolution).attention_probs.values()
             probs.append(torch.stack(list(layers)).mean(0))
         texts = world.ours.tokenizer([*pair.base_phrases, TARGET], padding="max_length", return_tensors="pt")
-        embeds = world.ours.text_encoder(texts.input_ids).pooler_output
+        embeds = world.original.text_encoder(texts.input_ids).pooler_output
     difference = torch.stack(differences).mean(0)
     maps = phrase_attention_maps([torch.stack(probs).mean(0)], [resolution], weights, difference.shape[-2:])
     distances = 1 - torch.nn.functional.cosine_similarity(embeds[:-1], embeds[-1:])[None]
@@ -338,10 +362,7 @@ def expected_maps(world, prompt, latents_of_steps, mode):
     return SFCM_MODES[mode].compute(difference, maps, distances, present), maps, distances
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
-@pytest.mark.parametrize("compare", [True, False])
-@pytest.mark.parametrize("sfcm_mode", ["averaged", "paper"])
-def test_sfcm_is_that_of_separate_calls_on_the_responses_own_latents(world, sfcm_mode, compare, guidance_scale):
+def check_sfcm(world, sfcm_mode, compare, guidance_scale):
     steps = [torch.randn(1, 4, 12, 8, generator=torch.Generator().manual_seed(0))]
 
     def remember(pipeline, step, timestep, tensors):
@@ -351,9 +372,8 @@ def test_sfcm_is_that_of_separate_calls_on_the_responses_own_latents(world, sfcm
     arguments = {"height": 24, "width": 16, "guidance_scale": guidance_scale, "negative_prompt": "bad"}
     plain = draw(world.ours, BASE, target_prompt=TARGET, callback_on_step_end=remember, **arguments)
     before = state(world.ours)
-    output = draw(
-        world.ours, BASE, target_prompt=TARGET, return_sfcm=True, compare=compare, sfcm_mode=sfcm_mode, **arguments
-    )
+    arguments.update(target_prompt=TARGET, return_sfcm=True, compare=compare, sfcm_mode=sfcm_mode)
+    output = draw(world.ours, BASE, **arguments)
     assert state(world.ours) == before
     assert_close(output.images, plain.images)
     assert (output.reference_images is not None) == compare
@@ -364,6 +384,18 @@ def test_sfcm_is_that_of_separate_calls_on_the_responses_own_latents(world, sfcm
     assert_close(output.sfcm, sfcm, 1e-3)
     assert_close(output.phrase_maps, maps, 1e-3)
     assert_close(output.phrase_distances, distances)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+@pytest.mark.parametrize("compare", [True, False])
+@pytest.mark.parametrize("sfcm_mode", ["averaged", "paper"])
+def test_sfcm_is_that_of_separate_calls_on_the_responses_own_latents(world, sfcm_mode, compare, guidance_scale):
+    check_sfcm(world, sfcm_mode, compare, guidance_scale)
+
+
+def test_sfcm_is_against_the_original_text_encoder(own_world):
+    add_text_encoder_lora(own_world)
+    check_sfcm(own_world, "averaged", compare=False, guidance_scale=5.0)
 
 
 def test_sfcm_of_several_prompts_and_images(world):
