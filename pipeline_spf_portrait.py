@@ -128,8 +128,7 @@ def overlay_heat_map(
     if not (values.min() >= 0 and values.max() <= 1):
         raise ValueError(f"`heat_map` has to be in [0, 1] but reaches from {values.min()} to {values.max()}.")
     resized = np.asarray(PIL.Image.fromarray(values).resize(image.size, PIL.Image.Resampling.BILINEAR))
-    positions = np.linspace(0, 1, len(HEAT_COLORS))
-    channels = [np.interp(resized, positions, channel) for channel in zip(*HEAT_COLORS)]
+    channels = [np.interp(resized, np.linspace(0, 1, len(HEAT_COLORS)), channel) for channel in zip(*HEAT_COLORS)]
     grey = np.asarray(image.convert("RGB").convert("L"), dtype=np.float32)[..., None]
     blended = (1 - opacity) * grey + opacity * np.stack(channels, axis=-1)
     return PIL.Image.fromarray(blended.round().clip(0, 255).astype(np.uint8))
