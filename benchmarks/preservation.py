@@ -39,7 +39,8 @@ from PIL import Image, ImageDraw, ImageFont
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from toy_portraits.judge import PortraitJudge, ToyPrompt, base_prompts  # noqa: E402
+import toy_portraits.judge  # noqa: E402
+from toy_portraits.judge import PROBE_FOLDER, PortraitJudge, ToyPrompt, base_prompts  # noqa: E402
 from toy_portraits.world import SIZE, TARGETS  # noqa: E402
 
 
@@ -187,6 +188,10 @@ def base_model_digest() -> str:
     return file_digest(*sorted(BASE_MODEL.glob("*/*.safetensors")), *sorted(BASE_MODEL.glob("*/*config.json")))
 
 
+def judge_digest() -> str:
+    return file_digest(Path(toy_portraits.judge.__file__), PROBE_FOLDER / "probe.safetensors")
+
+
 def cached_arrays(folder: Path, key: object, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Arrays from disk, or made and written there; `key` is everything they depend on."""
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
@@ -286,7 +291,7 @@ def evaluate_lora(
             pipeline.unet.unload_lora()
         return judge_images(judge, originals, full_images, base_images) | {"pictures": full_images[:PICTURED]}
 
-    digests = [base_model_digest(), file_digest(weights)]
+    digests = [base_model_digest(), file_digest(weights), judge_digest()]
     return cached_arrays(cache_dir, ["lora", originals.target_name, strength, asdict(settings), digests], make)
 
 

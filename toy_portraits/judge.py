@@ -112,21 +112,30 @@ def wears_red_hat(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return verdicts
 
 
+def _stripe_amplitude(gray: np.ndarray, mask: np.ndarray) -> float:
+    """The largest swing, in 0-255, of the rows' mean brightness inside a mask over the periods of stripes."""
+    rows = np.flatnonzero(mask.sum(axis=1) >= 4)
+    if len(rows) < 6:
+        return 0.0
+    profile = np.array([gray[row][mask[row]].mean() for row in rows])
+    amplitudes = []
+    for period in STRIPE_PERIODS:
+        phase = 2 * np.pi * rows / period
+        basis = np.column_stack([np.ones(len(rows)), rows - rows.mean(), np.sin(phase), np.cos(phase)])
+        amplitudes.append(np.hypot(*np.linalg.lstsq(basis, profile, rcond=None)[0][2:]))
+    return float(max(amplitudes))
+
+
 def wears_stripes(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Whether the clothes' brightness swings along y as stripes do; arguments and result as `is_blonde`."""
-    gray = images.astype(np.float32).mean(axis=-1)
     verdicts = np.zeros(len(images), dtype=bool)
     for i, mask in enumerate(labels == LABELS.index("clothes")):
-        rows = np.flatnonzero(mask.sum(axis=1) >= 6)
-        if len(rows) < 6:
-            continue
-        profile = np.array([gray[i, row][mask[row]].mean() for row in rows])
-        trend = np.stack([np.ones(len(rows)), rows - rows.mean()], axis=1)
-        for period in STRIPE_PERIODS:
-            phase = 2 * np.pi * rows / period
-            basis = np.column_stack([trend, np.sin(phase), np.cos(phase)])
-            wave = np.linalg.lstsq(basis, profile, rcond=None)[0][2:]
-            verdicts[i] |= np.hypot(*wave) > STRIPE_AMPLITUDE
+        columns = np.flatnonzero(mask.any(axis=0))
+        if len(columns):
+            gray, middle = images[i].astype(np.float32).mean(axis=-1), (columns[0] + columns[-1] + 1) // 2
+            # a generated shirt's stripes may not meet in the middle, so that both halves together show none
+            halves = [_stripe_amplitude(gray[:, side], mask[:, side]) for side in (np.s_[:middle], np.s_[middle:])]
+            verdicts[i] = np.mean(halves) > STRIPE_AMPLITUDE
     return verdicts
 
 
