@@ -198,13 +198,23 @@ SfcmFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class SfcmMode:
-    """How a map is made: `compute`, and whether its difference is averaged over several noises of one portrait."""
+    """How a map is made.
+
+    Attributes:
+        compute: the function.
+        averaged: whether its difference is averaged over several noises of one portrait.
+        target_only: whether the difference is what the target's words change *under the adapter*, full prompt against
+            base prompt. It leaves out what the adapter changes whatever the prompt: the pollution itself. Otherwise
+            the difference is that of the two paths.
+    """
 
     compute: SfcmFunction
     averaged: bool
+    target_only: bool = False
 
 
 SFCM_MODES = {
+    "averaged_target": SfcmMode(sfcm_averaged, averaged=True, target_only=True),
     "averaged": SfcmMode(sfcm_averaged, averaged=True),
     "averaged_noise": SfcmMode(sfcm_noise, averaged=True),
     "averaged_product": SfcmMode(sfcm_product, averaged=True),

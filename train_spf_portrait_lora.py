@@ -24,10 +24,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import LoggerType, ProjectConfiguration, set_seed
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import cast_training_params
@@ -36,7 +35,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
-from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from attention_processors import (
     DUAL_PATH_MODES,
@@ -66,6 +65,7 @@ from sfcm import SFCM_MODES, noise_difference, phrase_attention_maps
 logger = get_logger(__name__)
 
 STAGE1_ADAPTER = "stage1"
+SCHEDULERS = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
 
 
 # ------------------------------------------------------------------------------------------------------ arguments
@@ -127,11 +127,26 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
         default="composed",
         help="`paper`: feature alignment and response enhancement. `composed`: predictions composed by the SFCM.",
     )
-    group.add_argument("--lambda_text", type=float, default=5.0, help="Weight of the text-consistent loss (paper).")
-    group.add_argument("--lambda_fine", type=float, default=1.5, help="Weight of the fine-grained loss (paper).")
+    group.add_argument(
+        "--composed_init",
+        choices=("zero", "stage1"),
+        default="zero",
+        help="Whether `composed` starts from the original model or from stage 1, which teaches it in either case.",
+    )
+    group.add_argument(
+        "--teacher_scale", type=float, default=1.25, help="Factor on what stage 1 changes inside the map (composed)."
+    )
+    group.add_argument(
+        "--composed_timestep_power",
+        type=float,
+        default=0.5,
+        help="Draw composed alignment's timesteps with density (noise/signal)^power; 0 is uniform.",
+    )
+    group.add_argument("--lambda_text", type=float, default=20.0, help="Weight of the text-consistent loss (paper).")
+    group.add_argument("--lambda_fine", type=float, default=6.0, help="Weight of the fine-grained loss (paper).")
     group.add_argument("--lambda_enh", type=float, default=20.0, help="Weight of the enhancement loss (paper).")
     group.add_argument(
-        "--lambda_base", type=float, default=5.0, help="Weight of keeping predictions for unchanged prompts (paper)."
+        "--lambda_base", type=float, default=10.0, help="Weight of keeping predictions for unchanged prompts (paper)."
     )
     group.add_argument(
         "--enhancement_loss",
@@ -142,11 +157,13 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--base_prompt_share",
         type=float,
-        default=0.375,
-        help="Share of the alignment rows, in [0, 1), that ask for no change: half base prompt, half empty prompt.",
+        default=0.6,
+        help="Share of the alignment rows, in [0, 1), that ask for no change: 2/3 base prompt, 1/3 empty prompt.",
     )
-    group.add_argument("--sfcm_mode", choices=tuple(SFCM_MODES), default="averaged", help="How the map is made.")
-    group.add_argument("--sfcm_gamma", type=float, default=1.0, help="Exponent of the map in the composition.")
+    group.add_argument(
+        "--sfcm_mode", choices=tuple(SFCM_MODES), default="averaged_target", help="How the map is made."
+    )
+    group.add_argument("--sfcm_gamma", type=float, default=2.0, help="Exponent of the map in the composition.")
     group.add_argument(
         "--sfcm_noise_samples", type=int, default=4, help="Noise samples a portrait's map is averaged over."
     )
@@ -170,6 +187,12 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
         default="generated",
         help="Portraits both paths are aligned on: drawn by the original model, the training portraits, or both.",
     )
+    group.add_argument(
+        "--alignment_phrase_dropout",
+        type=float,
+        default=0.5,
+        help="Chance in [0, 1) that a drawn portrait's prompt leaves out a phrase, so that the portraits differ more.",
+    )
     group.add_argument("--num_alignment_images", type=int, default=64, help="How many portraits are drawn for it.")
     group.add_argument("--alignment_inference_steps", type=int, default=25, help="Denoising steps of each of them.")
     group.add_argument("--alignment_guidance_scale", type=float, default=5.0, help="Guidance scale of each of them.")
@@ -186,11 +209,10 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--gradient_checkpointing", action="store_true", help="Less memory, more time.")
     group.add_argument("--learning_rate", type=float, default=1e-4, help="Learning rate of AdamW.")
     group.add_argument(
-        "--lr_scheduler",
-        choices=[kind.value for kind in SchedulerType if kind != "piecewise_constant"],
-        default="constant",
+        "--lr_scheduler", choices=SCHEDULERS, default="constant", help="Learning rate over the steps of stage 1."
     )
-    group.add_argument("--lr_warmup_steps", type=int, default=0, help="Warm-up steps of the scheduler.")
+    group.add_argument("--stage2_lr_scheduler", choices=SCHEDULERS, default="cosine", help="The same for stage 2.")
+    group.add_argument("--lr_warmup_steps", type=int, default=0, help="Warm-up steps of each stage's scheduler.")
     group.add_argument("--adam_beta1", type=float, default=0.9)
     group.add_argument("--adam_beta2", type=float, default=0.999)
     group.add_argument("--adam_weight_decay", type=float, default=1e-2)
@@ -205,7 +227,10 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument("--logging_dir", default="logs", help="Folder of the tracker's logs, inside --output_dir.")
     group.add_argument(
-        "--report_to", default="tensorboard", help="Tracker: tensorboard, wandb, comet_ml, all or none."
+        "--report_to",
+        choices=[*(tracker.value for tracker in LoggerType), "none"],
+        default="tensorboard",
+        help="Where losses and pictures are shown while training.",
     )
     group.add_argument(
         "--validation_base_prompt", help="Base prompt of the pictures; the first portrait's if not given."
@@ -239,6 +264,8 @@ def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     not_negative = (
         "stage1_steps", "stage2_steps", "lambda_text", "lambda_fine", "lambda_enh", "lambda_base", "lr_warmup_steps",
         "num_validation_images", "validation_steps", "sfcm_refresh_steps", "adam_weight_decay", "seed",
+        "teacher_scale",
+        "composed_timestep_power", "alignment_guidance_scale", "validation_guidance_scale",
     )  # fmt: skip
     positive = ("learning_rate", "sfcm_gamma", "max_grad_norm", "lora_alpha", "adam_epsilon")
     for names, wrong, rule in (
@@ -250,8 +277,13 @@ def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
             value = getattr(args, name)
             if value is not None and wrong(value):
                 parser.error(f"--{name} must be {rule}, got {value}")
-    if not 0 <= args.base_prompt_share < 1:
-        parser.error(f"--base_prompt_share must be in [0, 1), got {args.base_prompt_share}")
+    for name in ("base_prompt_share", "alignment_phrase_dropout", "adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            parser.error(f"--{name} must be in [0, 1), got {getattr(args, name)}")
+    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
+        parser.error(f"--output_dir {args.output_dir} is a file")
+    if args.stage1_lora_path is not None and not Path(args.stage1_lora_path).exists():
+        parser.error(f"--stage1_lora_path {args.stage1_lora_path} does not exist")
     if not 0 <= args.sfcm_timesteps[0] < args.sfcm_timesteps[1]:
         parser.error(f"--sfcm_timesteps must be two rising timesteps, got {args.sfcm_timesteps}")
     if args.stage1_lora_path is not None and args.stage1_steps > 0:
@@ -269,7 +301,15 @@ def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is known before a model is loaded: rows, prompts and tokens of the N portraits, all checked."""
+    """What is known before a model is loaded, all checked.
+
+    Attributes:
+        rows: the N training portraits.
+        pairs: their prompts, then those of the portraits that will be drawn for the alignment.
+        tokens: the tokens of `pairs`.
+        tokenizer: the diffusion model's.
+        validation_pair: the prompts of the validation pictures.
+    """
 
     rows: list[PortraitRow]
     pairs: list[PromptPair]
@@ -286,8 +326,23 @@ def check_inputs(args: argparse.Namespace) -> Inputs:
     """
     hub = {"revision": args.revision, "cache_dir": args.cache_dir}
     model = args.pretrained_model_name_or_path
-    unet_config = UNet2DConditionModel.load_config(model, subfolder="unet", **hub)
-    vae_config = AutoencoderKL.load_config(model, subfolder="vae", **hub)
+    with naming_flag("pretrained_model_name_or_path", f"{model}, unet"):
+        unet_config = UNet2DConditionModel.load_config(model, subfolder="unet", **hub)
+    with naming_flag("pretrained_model_name_or_path", f"{model}, vae"):
+        vae_config = AutoencoderKL.load_config(model, subfolder="vae", **hub)
+    with naming_flag("pretrained_model_name_or_path", f"{model}, scheduler"):
+        scheduler = DDPMScheduler.from_pretrained(model, subfolder="scheduler", **hub)
+    with naming_flag("clip_model_name_or_path", args.clip_model_name_or_path):
+        CLIPConfig.from_pretrained(args.clip_model_name_or_path, cache_dir=args.cache_dir)
+    if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+        raise ValueError(
+            f"--pretrained_model_name_or_path {model}: no training for prediction_type "
+            f"{scheduler.config.prediction_type!r}"
+        )
+    if args.sfcm_timesteps[1] > scheduler.config.num_train_timesteps:
+        raise ValueError(
+            f"--sfcm_timesteps: HIGH is above the model's {scheduler.config.num_train_timesteps} timesteps"
+        )
     multiple = 2 ** (len(vae_config["block_out_channels"]) - 1) * 2 ** (len(unet_config["block_out_channels"]) - 1)
     if args.resolution % multiple:
         raise ValueError(f"--resolution must be a multiple of {multiple} for {model!r}, got {args.resolution}")
@@ -315,7 +370,43 @@ def check_inputs(args: argparse.Namespace) -> Inputs:
         except ValueError as error:
             raise ValueError(f"{row.source}: {error}") from error
     check_images(rows)
-    return Inputs(rows, pairs, tokens, tokenizer, _validation_pair(args, pairs[0], tokenizer))
+    drawn = alignment_pairs(args, pairs) if args.stage2_steps and args.alignment_source != "data" else []
+    tokens += [tokenize_prompt_pair(pair, tokenizer) for pair in drawn]
+    return Inputs(rows, pairs + drawn, tokens, tokenizer, _validation_pair(args, pairs[0], tokenizer))
+
+
+def alignment_pairs(args: argparse.Namespace, pairs: Sequence[PromptPair]) -> list[PromptPair]:
+    """Prompts of the portraits to be drawn: the data's in a random order, each with some phrases left out [ours].
+
+    What the data never varies (one background for all) is drawn in many forms once its phrase is gone.
+    """
+    rng = np.random.default_rng(args.seed)
+    different = list(dict.fromkeys(pairs))
+    order = np.concatenate(
+        [rng.permutation(len(different)) for _ in range(0, args.num_alignment_images, len(different))]
+    )
+    return [thin_out(different[i], args.alignment_phrase_dropout, rng) for i in order[: args.num_alignment_images]]
+
+
+def thin_out(pair: PromptPair, dropout: float, rng: np.random.Generator) -> PromptPair:
+    """The pair with each base phrase left out by chance, one at least kept; a replaced phrase always stays."""
+    keep = rng.random(len(pair.base_phrases)) >= dropout
+    if keep.all():
+        return pair
+    keep[rng.integers(len(keep))] |= not keep.any()
+    kept = [phrase for phrase, stays in zip(pair.base_phrases, keep) if stays]
+    replaced = [target.replaces for target in pair.target_prompts if target.replaces is not None]
+    words = sorted([*kept, *replaced], key=lambda phrase: pair.base_prompt.lower().find(phrase.lower()))
+    return make_prompt_pair(", ".join(words), pair.target_prompts, base_phrases=kept)
+
+
+@contextmanager
+def naming_flag(flag: str, value: str) -> Iterator[None]:
+    """Put a flag and its value before what a library says of them, in one line."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--{flag} {value}: {' '.join(str(error).split())}") from error
 
 
 def _validation_pair(args: argparse.Namespace, first: PromptPair, tokenizer: CLIPTokenizer) -> PromptPair:
@@ -335,18 +426,14 @@ def _validation_pair(args: argparse.Namespace, first: PromptPair, tokenizer: CLI
 def print_dry_run(inputs: Inputs, distances: torch.Tensor) -> None:
     """Print each different pair of prompts, its phrases, their token positions and CLIP distances to the target."""
     seen = set()
-    for row, pair, tokens, row_distances in zip(
-        inputs.rows, inputs.pairs, inputs.tokens, distances.tolist(), strict=True
-    ):
+    for row, pair, tokens, row_distances in zip(inputs.rows, inputs.pairs, inputs.tokens, distances.tolist()):
         if pair in seen:
             continue
         seen.add(pair)
         print(f"{row.source}\n  base prompt  {pair.base_prompt}\n  full prompt  {pair.full_prompt}")
         print(f"  target       {pair.target_text}  (tokens {_ranges(tokens.target_positions)} of the full prompt)")
         for phrase, positions, distance in zip(pair.base_phrases, tokens.phrase_positions, row_distances):
-            print(
-                f"  phrase       {phrase}  (tokens {_ranges(positions)}, CLIP distance {distance:.3f})"
-            )
+            print(f"  phrase       {phrase}  (tokens {_ranges(positions)}, CLIP distance {distance:.3f})")
     print(f"{len(inputs.rows)} portraits, {len(seen)} different pairs of prompts. Nothing was trained (--dry_run).")
 
 
@@ -426,16 +513,18 @@ def prepare_run(args: argparse.Namespace, inputs: Inputs, accelerator: Accelerat
     ).to(device)
     pipeline.set_progress_bar_config(disable=True)
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    prediction_type = noise_scheduler.config.prediction_type
-    if prediction_type not in ("epsilon", "v_prediction"):
-        raise ValueError(f"--pretrained_model_name_or_path: prediction_type {prediction_type!r} cannot be trained")
     clip, clip_tokenizer, clip_processor = load_clip(args, device)
     for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder, clip):
         module.requires_grad_(False)
 
     unet = pipeline.unet
     if args.stage1_lora_path is not None:
-        unet.load_lora_adapter(args.stage1_lora_path, prefix="unet", adapter_name="default")
+        state_dict, network_alphas, metadata = SPFPortraitPipeline.lora_state_dict(
+            args.stage1_lora_path, return_lora_metadata=True, use_safetensors=True
+        )
+        SPFPortraitPipeline.load_lora_into_unet(
+            state_dict, network_alphas, unet, adapter_name="default", metadata=metadata
+        )
         unet.set_adapter("default")
         for name, parameter in unet.named_parameters():
             parameter.requires_grad_(".lora_" in name)
@@ -493,24 +582,23 @@ def encode_training_portraits(
 def draw_alignment_portraits(run: Run) -> Portraits:
     """Portraits of the original model from base prompts, shared between the processes, each from a seed of its own."""
     args, accelerator = run.args, run.accelerator
-    different = list({pair.base_prompt: i for i, pair in enumerate(run.inputs.pairs)}.values())
-    order = torch.randperm(len(different), generator=torch.Generator().manual_seed(args.seed)).tolist()
-    pair_index = [different[order[i % len(different)]] for i in range(args.num_alignment_images)]
+    pair_index = list(range(len(run.inputs.rows), len(run.inputs.pairs)))
     share = -(-len(pair_index) // accelerator.num_processes)
-    own = range(accelerator.process_index * share, min((accelerator.process_index + 1) * share, len(pair_index)))
+    first = accelerator.process_index * share
+    # Every process draws as many, the last ones perhaps some too many, which are cut off again.
+    own = [min(i, len(pair_index) - 1) for i in range(first, first + share)]
     with active_adapters(run.unet, None):
         drawn = draw_latents(
             run.pipeline,
             [run.inputs.pairs[pair_index[i]].base_prompt for i in own],
-            seed=args.seed + 1_000_000 + own.start,
+            seed=args.seed + 1_000_000 + first,
             num_inference_steps=args.alignment_inference_steps,
             guidance_scale=args.alignment_guidance_scale,
             height=args.resolution,
             width=args.resolution,
             batch_size=2 * args.train_batch_size,
         )
-    padded = F.pad(drawn, (0, 0, 0, 0, 0, 0, 0, share - len(drawn))).to(run.device)
-    latents = accelerator.gather(padded)[: len(pair_index)]
+    latents = accelerator.gather(drawn.to(run.device))[: len(pair_index)]
     return Portraits(latents, torch.tensor(pair_index, device=run.device))
 
 
@@ -551,10 +639,16 @@ def fill_sfcm_bank(run: Run, portraits: Portraits) -> torch.Tensor:
             place = (sample + torch.rand(len(latents), generator=generator)) / args.sfcm_noise_samples
             timesteps = (low + place * (high - low)).long().to(run.device)
             noisy_latents = run.noise_scheduler.add_noise(latents, noise, timesteps)
-            with capture_cross_attention(run.unet) as store:
-                with dual_path(run.unet, noisy_latents, timesteps, *prompt_embeds(run, rows), store=store) as paths:
-                    difference = difference + noise_difference(paths.response_pred, paths.reference_pred)
-                    features = paths.reference.at_resolution(phrase_map_resolution(paths.reference.resolutions))
+            reference_embeds, response_embeds = prompt_embeds(run, rows)
+            with (
+                capture_cross_attention(run.unet) as store,
+                dual_path(run.unet, noisy_latents, timesteps, reference_embeds, response_embeds, store=store) as paths,
+            ):
+                features = paths.reference.at_resolution(phrase_map_resolution(paths.reference.resolutions))
+            start_pred = paths.reference_pred
+            if SFCM_MODES[args.sfcm_mode].target_only:
+                start_pred = run.unet(noisy_latents, timesteps, reference_embeds, return_dict=False)[0]
+            difference = difference + noise_difference(paths.response_pred, start_pred)
             probs += features.attention_probs.values()
             resolutions += features.resolutions.values()
         maps.append(make_sfcm(run, rows, difference, probs, resolutions))
@@ -604,7 +698,14 @@ class Batch:
     timesteps: torch.Tensor
 
 
-def draw_batch(run: Run, portraits: Portraits, micro_step: int, stream: int, unchanged_share: float = 0.0) -> Batch:
+def draw_batch(
+    run: Run,
+    portraits: Portraits,
+    micro_step: int,
+    stream: int,
+    unchanged_share: float = 0.0,
+    timestep_power: float = 0.0,
+) -> Batch:
     """Draw a batch as a pure function of seed, step and stream, cut into the processes' shares.
 
     Args:
@@ -612,6 +713,7 @@ def draw_batch(run: Run, portraits: Portraits, micro_step: int, stream: int, unc
         micro_step: counts batches, from 0.
         stream: keeps apart what one step draws twice.
         unchanged_share: share of BASE and EMPTY rows, in [0, 1).
+        timestep_power: timesteps are drawn with density (noise/signal)^power; 0 is uniform.
     """
     args, accelerator = run.args, run.accelerator
     size = args.train_batch_size * accelerator.num_processes
@@ -622,13 +724,27 @@ def draw_batch(run: Run, portraits: Portraits, micro_step: int, stream: int, unc
     index = torch.tensor(batch_indices(micro_step, size, len(portraits.latents), args.seed + stream))[own]
     # Stratified, so that a batch has its share of each kind however small the share is.
     place = (torch.randperm(size, generator=generator) + torch.rand(size, generator=generator)) / size
-    kinds = torch.where(place < unchanged_share / 2, EMPTY, torch.where(place < unchanged_share, BASE, FULL))[own]
+    kinds = torch.where(place < unchanged_share / 3, EMPTY, torch.where(place < unchanged_share, BASE, FULL))[own]
     noise = torch.randn(size, *portraits.latents.shape[1:], generator=generator)[own].to(run.device)
-    timesteps = torch.randint(0, run.noise_scheduler.config.num_train_timesteps, (size,), generator=generator)[own]
+    density = timestep_density(run.noise_scheduler.alphas_cumprod.cpu(), timestep_power)
+    timesteps = torch.multinomial(density, size, replacement=True, generator=generator)[own]
     index, kinds, timesteps = (values.to(run.device) for values in (index, kinds, timesteps))
     pairs = portraits.pair_index[index]
     noisy_latents = run.noise_scheduler.add_noise(portraits.latents[index], noise, timesteps)
     return Batch(index, kinds, pairs, kinds * len(run.inputs.pairs) + pairs, noise, noisy_latents, timesteps)
+
+
+def timestep_density(alphas_cumprod: torch.Tensor, power: float) -> torch.Tensor:
+    """Weights of the timesteps, (noise/signal)^power of the variances.
+
+    Where a head is, and how large, is decided at high timesteps, where errors of the predicted noise are small numbers
+    and move the portrait most.
+
+    Source: [ours].
+    """
+    density = ((1 - alphas_cumprod) / alphas_cumprod) ** power
+    # A schedule that ends in pure noise has no signal at its last timestep.
+    return torch.where(density.isfinite(), density, density[density.isfinite()].max())
 
 
 # ----------------------------------------------------------------------------------------------------------- losses
@@ -714,10 +830,18 @@ def alignment_terms(run: Run, micro_step: int) -> Iterator[dict[str, torch.Tenso
 def composed_terms(run: Run, micro_step: int) -> Iterator[dict[str, torch.Tensor]]:
     """`L_composed`: the stage-1 adapter's prediction inside the SFCM, the original model's elsewhere [ours]."""
     args = run.args
-    batch = draw_batch(run, run.alignment, micro_step, stream=2, unchanged_share=args.base_prompt_share)
+    batch = draw_batch(
+        run,
+        run.alignment,
+        micro_step,
+        stream=2,
+        unchanged_share=args.base_prompt_share,
+        timestep_power=args.composed_timestep_power,
+    )
     reference_embeds, response_embeds = prompt_embeds(run, batch.rows)
     reference_pred, teacher_pred, features = composed_predictions(run, batch, reference_embeds, response_embeds)
     sfcm = alignment_sfcm(run, batch, teacher_pred, reference_pred, features)
+    teacher_pred = reference_pred + args.teacher_scale * (teacher_pred - reference_pred)
     target = compose_prediction(reference_pred, teacher_pred, sfcm, args.sfcm_gamma)
     response_pred = run.response_unet(batch.noisy_latents, batch.timesteps, response_embeds, return_dict=False)[0]
     yield {"composed": diffusion_loss(response_pred, target).mean()}
@@ -866,7 +990,8 @@ def draw_validation(run: Run, global_step: int) -> None:
         "width": args.resolution,
     }
     rows = []
-    with active_adapters(run.unet, "default"):
+    # accelerate's UNet answers in float32; autocast brings that to the dtype of the other models.
+    with active_adapters(run.unet, "default"), accelerator.autocast():
         for seed in range(args.num_validation_images):
             base = run.pipeline(**shared, compare=True, generator=torch.Generator().manual_seed(args.seed + seed))
             full = run.pipeline(
@@ -924,14 +1049,20 @@ def save_lora(run: Run, folder: Path) -> None:
 
 
 def add_teacher(run: Run) -> None:
-    """Keep the LoRA as it is after stage 1 as a second, frozen adapter."""
+    """Keep the LoRA as it is after stage 1 as a second, frozen adapter, and bring the trained one to its start.
+
+    Started from zero, the trained LoRA has nothing to unlearn: it is the original model until it is shown more.
+    """
     unet, config = run.unet, run.unet.peft_config["default"]
+    starts_from_zero = run.args.stage2_objective == "composed" and run.args.composed_init == "zero"
     state = get_peft_model_state_dict(unet, adapter_name="default")
     unet.add_adapter(config, STAGE1_ADAPTER)
     set_peft_model_state_dict(unet, state, adapter_name=STAGE1_ADAPTER)
     unet.set_adapter("default")
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_(".lora_" in name and f".{STAGE1_ADAPTER}." not in name)
+        if ".lora_B.default." in name and starts_from_zero:
+            parameter.data.zero_()
 
 
 # ------------------------------------------------------------------------------------------------------------- loop
@@ -947,10 +1078,6 @@ def train(args: argparse.Namespace, inputs: Inputs) -> None:
         project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / args.logging_dir),
     )
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
-    if args.num_alignment_images < accelerator.num_processes:
-        raise ValueError(
-            f"--num_alignment_images {args.num_alignment_images} leaves some of the processes without any"
-        )
     set_seed(args.seed)
     if args.dry_run:
         clip, clip_tokenizer, _ = load_clip(args, accelerator.device)
@@ -958,44 +1085,24 @@ def train(args: argparse.Namespace, inputs: Inputs) -> None:
         return
 
     run = prepare_run(args, inputs, accelerator)
-    parameters = [parameter for parameter in run.unet.parameters() if parameter.requires_grad]
-    total_steps = args.stage1_steps + args.stage2_steps
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=total_steps
-    )
-    run.response_unet, optimizer = accelerator.prepare(run.unet, optimizer)
+    run.response_unet = accelerator.prepare(run.unet)
     if accelerator.is_main_process:
         accelerator.init_trackers("spf-portrait", config=tracker_config(args))
     logger.info(
-        "%d portraits, %d steps of stage 1, %d of stage 2", len(inputs.rows), args.stage1_steps, args.stage2_steps
+        "%d portraits, %d processes, %d steps of stage 1, %d of stage 2",
+        len(inputs.rows),
+        accelerator.num_processes,
+        args.stage1_steps,
+        args.stage2_steps,
     )
 
     draw_validation(run, 0)
-    progress = tqdm(total=total_steps, desc="stage 1", disable=not accelerator.is_local_main_process)
-    for global_step in range(total_steps):
-        stage = 1 if global_step < args.stage1_steps else 2
-        if global_step == args.stage1_steps:
+    total_steps = args.stage1_steps + args.stage2_steps
+    with tqdm(total=total_steps, disable=not accelerator.is_local_main_process) as progress:
+        train_stage(run, 1, range(args.stage1_steps), args.lr_scheduler, progress)
+        if args.stage2_steps > 0:
             start_stage2(run, output_dir)
-            progress.set_description("stage 2")
-        refresh = args.sfcm_refresh_steps
-        if stage == 2 and refresh and (stage2_step := global_step - args.stage1_steps) and stage2_step % refresh == 0:
-            run.alignment.sfcm = fill_sfcm_bank(run, run.alignment)
-
-        losses = train_step(run, stage, global_step, optimizer, parameters)
-        lr_scheduler.step()
-        progress.update()
-        progress.set_postfix({name: f"{value:.4f}" for name, value in losses.items()})
-        accelerator.log({f"loss/{name}": value for name, value in losses.items()}, step=global_step + 1)
-        if args.validation_steps and (global_step + 1) % args.validation_steps == 0 and global_step + 1 < total_steps:
-            draw_validation(run, global_step + 1)
-    progress.close()
+            train_stage(run, 2, range(args.stage1_steps, total_steps), args.stage2_lr_scheduler, progress)
 
     save_lora(run, output_dir)
     draw_validation(run, total_steps)
@@ -1004,13 +1111,43 @@ def train(args: argparse.Namespace, inputs: Inputs) -> None:
 
 
 def start_stage2(run: Run, output_dir: Path) -> None:
-    """Save stage 1's LoRA, freeze a copy of it as the teacher, and prepare the alignment portraits and their maps."""
+    """Save stage 1's LoRA, prepare the alignment portraits and their maps, and keep stage 1 as the teacher."""
     if run.args.stage1_steps > 0:
         save_lora(run, output_dir / "stage1")
-    if run.args.stage2_objective != "paper":
-        add_teacher(run)
     logger.info("Preparing %s alignment portraits and their maps", run.args.alignment_source)
     run.alignment = prepare_alignment(run)
+    if run.args.stage2_objective != "paper":
+        add_teacher(run)
+
+
+def train_stage(run: Run, stage: int, steps: range, lr_scheduler_name: str, progress: tqdm) -> None:
+    """The steps of one stage, with an optimizer and a learning rate of its own."""
+    args, accelerator = run.args, run.accelerator
+    parameters = [parameter for parameter in run.unet.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
+    lr_scheduler = get_scheduler(
+        lr_scheduler_name, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=len(steps)
+    )
+    optimizer = accelerator.prepare(optimizer)
+    progress.set_description(f"stage {stage}")
+    for global_step in steps:
+        done = global_step - steps.start
+        if stage == 2 and args.sfcm_refresh_steps and done and done % args.sfcm_refresh_steps == 0:
+            run.alignment.sfcm = fill_sfcm_bank(run, run.alignment)
+        losses = train_step(run, stage, global_step, optimizer, parameters)
+        lr_scheduler.step()
+        progress.set_postfix({name: f"{value:.4f}" for name, value in losses.items()}, refresh=False)
+        progress.update()
+        accelerator.log({f"loss/{name}": value for name, value in losses.items()}, step=global_step + 1)
+        last = global_step + 1 == progress.total
+        if args.validation_steps and (global_step + 1) % args.validation_steps == 0 and not last:
+            draw_validation(run, global_step + 1)
 
 
 def tracker_config(args: argparse.Namespace) -> dict[str, bool | int | float | str]:

@@ -41,14 +41,12 @@ sys.path.insert(0, str(ROOT))
 
 import toy_portraits.judge  # noqa: E402
 from toy_portraits.judge import PROBE_FOLDER, PortraitJudge, ToyPrompt, base_prompts  # noqa: E402
+from toy_portraits.recipe import BASE_MODEL, FLAGS, training_flags  # noqa: E402
 from toy_portraits.world import SIZE, TARGETS  # noqa: E402
 
 
-BASE_MODEL = ROOT / "toy_portraits" / "base_model"
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
-TOY_TRAINING_FLAGS = (
-    "--resolution 64 --train_batch_size 8 --learning_rate 1e-3 --num_validation_images 0 --report_to none"
-)
+UNWATCHED = ("--num_validation_images", "0", "--report_to", "none")
 STRENGTHS = (1.0, 0.75, 0.5, 0.25)
 PICTURED = 6  # prompts in the comparison pictures
 RESAMPLES = 1000
@@ -319,14 +317,7 @@ def training_command(args: argparse.Namespace, target_name: str, run_name: str, 
     Plain LoRA gets as many steps as both stages together. What has a second stage starts it from stage 1's LoRA of the
     same target and seed, so that stage 1 is trained once.
     """
-    command = [
-        "--pretrained_model_name_or_path",
-        str(BASE_MODEL),
-        "--clip_model_name_or_path",
-        str(BASE_MODEL / "clip"),
-    ]
-    command += ["--train_data_dir", str(ROOT / "toy_portraits" / target_name), "--seed", str(seed)]
-    command += shlex.split(TOY_TRAINING_FLAGS)
+    command = [*training_flags(target_name), "--seed", str(seed), *UNWATCHED]
     if run_name == "plain":
         command += ["--stage1_steps", str(args.stage1_steps + args.stage2_steps), "--stage2_steps", "0"]
     elif run_name == "stage1":
@@ -694,7 +685,7 @@ def write_results(args: argparse.Namespace, tables: dict[str, list[Row]]) -> Non
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     document = {
         "settings": settings,
-        "training_flags": TOY_TRAINING_FLAGS,
+        "training_flags": " ".join(FLAGS),
         "base_model": base_model_digest(),
         "targets": results,
     }
