@@ -1,0 +1,250 @@
+"""The flags of the training script, in groups, and the checks that need nothing but their values.
+
+Source: [ours].
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from accelerate.utils import LoggerType
+from diffusers.optimization import SchedulerType
+
+from attention_processors import DUAL_PATH_MODES
+from losses import ENHANCEMENT_LOSSES
+from sfcm import SFCM_MODES
+
+
+SCHEDULERS = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
+
+
+def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read and check the flags; a value that cannot work ends the program with a line that names it."""
+    parser = argparse.ArgumentParser(
+        prog="train_spf_portrait_lora.py",
+        description="Teach Stable Diffusion a portrait attribute as a LoRA, without moving anything else.",
+        usage="%(prog)s [flags; --help lists them]",
+    )
+
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--pretrained_model_name_or_path", required=True, help="Stable Diffusion 1.x/2.x: a folder or a Hub id."
+    )
+    group.add_argument("--revision", help="Revision of the Hub id.")
+    group.add_argument("--variant", help="Variant of the weight files, such as fp16.")
+    group.add_argument(
+        "--clip_model_name_or_path",
+        default="openai/clip-vit-large-patch14",
+        help="CLIP model that measures phrases against the target and judges portraits in the enhancement loss.",
+    )
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--train_data_dir", help="Folder with pictures and metadata.jsonl.")
+    group.add_argument("--dataset_name", help="A `datasets` id or path, instead of --train_data_dir.")
+    group.add_argument("--dataset_config_name", help="Configuration of the data set.")
+    group.add_argument("--cache_dir", help="Where models and data sets from the Hub are kept.")
+    group.add_argument("--image_column", default="image", help="Column of the pictures, with --dataset_name.")
+    group.add_argument("--base_prompt_column", default="base_prompt", help="Column of the base prompts.")
+    group.add_argument("--target_prompt_column", default="target_prompt", help="Column of the target prompts.")
+    group.add_argument(
+        "--full_prompt_column", default="full_prompt", help="Optional column of the full prompts, for replacements."
+    )
+    group.add_argument(
+        "--base_phrases_column", default="base_phrases", help="Optional column of the base prompts' phrases, as lists."
+    )
+    group.add_argument("--target_prompt", help="One target for the whole set, whose captions are base prompts.")
+    group.add_argument("--max_train_samples", type=int, help="Train on this many portraits only.")
+    group.add_argument("--resolution", type=int, default=512, help="Side of the training pictures, in pixels.")
+
+    group = parser.add_argument_group("LoRA")
+    group.add_argument("--rank", type=int, default=16, help="Rank of the LoRA.")
+    group.add_argument("--lora_alpha", type=float, help="Alpha of the LoRA; the rank if not given.")
+    group.add_argument(
+        "--lora_target",
+        choices=("cross", "all"),
+        default="cross",
+        help="Cross-attention projections, or self-attention's too.",
+    )
+
+    group = parser.add_argument_group("method")
+    group.add_argument("--stage1_steps", type=int, default=500, help="Steps of standard fine-tuning.")
+    group.add_argument("--stage2_steps", type=int, default=500, help="Steps of alignment; 0 is a plain LoRA.")
+    group.add_argument(
+        "--stage1_lora_path", help="Folder or file of a LoRA that takes stage 1's place (needs --stage1_steps 0)."
+    )
+    group.add_argument(
+        "--stage2_objective",
+        choices=("composed", "paper", "both"),
+        default="composed",
+        help="`paper`: feature alignment and response enhancement. `composed`: predictions composed by the SFCM.",
+    )
+    group.add_argument(
+        "--composed_init",
+        choices=("zero", "stage1"),
+        default="zero",
+        help="Whether `composed` starts from the original model or from stage 1, which teaches it in either case.",
+    )
+    group.add_argument(
+        "--teacher_scale", type=float, default=1.25, help="Factor on what stage 1 changes inside the map (composed)."
+    )
+    group.add_argument(
+        "--composed_timestep_power",
+        type=float,
+        default=0.5,
+        help="Draw composed alignment's timesteps with density (noise/signal)^power; 0 is uniform.",
+    )
+    group.add_argument("--lambda_text", type=float, default=20.0, help="Weight of the text-consistent loss (paper).")
+    group.add_argument("--lambda_fine", type=float, default=6.0, help="Weight of the fine-grained loss (paper).")
+    group.add_argument("--lambda_enh", type=float, default=20.0, help="Weight of the enhancement loss (paper).")
+    group.add_argument(
+        "--lambda_base", type=float, default=10.0, help="Weight of keeping predictions for unchanged prompts (paper)."
+    )
+    group.add_argument(
+        "--enhancement_loss",
+        choices=(*ENHANCEMENT_LOSSES, "none"),
+        default="difference",
+        help="Form of the enhancement loss.",
+    )
+    group.add_argument(
+        "--base_prompt_share",
+        type=float,
+        default=0.6,
+        help="Share of the alignment rows, in [0, 1), that ask for no change: 2/3 base prompt, 1/3 empty prompt.",
+    )
+    group.add_argument(
+        "--sfcm_mode", choices=tuple(SFCM_MODES), default="averaged_target", help="How the map is made."
+    )
+    group.add_argument("--sfcm_gamma", type=float, default=2.0, help="Exponent of the map in the composition.")
+    group.add_argument(
+        "--sfcm_noise_samples", type=int, default=4, help="Noise samples a portrait's map is averaged over."
+    )
+    group.add_argument(
+        "--sfcm_timesteps",
+        type=int,
+        nargs=2,
+        default=(600, 950),
+        metavar=("LOW", "HIGH"),
+        help="Timesteps of those samples.",
+    )
+    group.add_argument(
+        "--sfcm_refresh_steps",
+        type=int,
+        default=0,
+        help="Make the averaged maps anew every so many steps; 0 is never.",
+    )
+    group.add_argument(
+        "--alignment_source",
+        choices=("generated", "data", "both"),
+        default="generated",
+        help="Portraits both paths are aligned on: drawn by the original model, the training portraits, or both.",
+    )
+    group.add_argument(
+        "--alignment_phrase_dropout",
+        type=float,
+        default=0.5,
+        help="Chance in [0, 1) that a drawn portrait's prompt leaves out a phrase, so that the portraits differ more.",
+    )
+    group.add_argument("--num_alignment_images", type=int, default=64, help="How many portraits are drawn for it.")
+    group.add_argument("--alignment_inference_steps", type=int, default=25, help="Denoising steps of each of them.")
+    group.add_argument("--alignment_guidance_scale", type=float, default=5.0, help="Guidance scale of each of them.")
+    group.add_argument(
+        "--dual_path",
+        choices=DUAL_PATH_MODES,
+        default="two_pass",
+        help="Two passes, or one batched pass, for the two paths.",
+    )
+
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--train_batch_size", type=int, default=4, help="Portraits a step and process.")
+    group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="Batches an update.")
+    group.add_argument("--gradient_checkpointing", action="store_true", help="Less memory, more time.")
+    group.add_argument("--learning_rate", type=float, default=1e-4, help="Learning rate of AdamW.")
+    group.add_argument(
+        "--lr_scheduler", choices=SCHEDULERS, default="constant", help="Learning rate over the steps of stage 1."
+    )
+    group.add_argument("--stage2_lr_scheduler", choices=SCHEDULERS, default="cosine", help="The same for stage 2.")
+    group.add_argument("--lr_warmup_steps", type=int, default=0, help="Warm-up steps of each stage's scheduler.")
+    group.add_argument("--adam_beta1", type=float, default=0.9)
+    group.add_argument("--adam_beta2", type=float, default=0.999)
+    group.add_argument("--adam_weight_decay", type=float, default=1e-2)
+    group.add_argument("--adam_epsilon", type=float, default=1e-8)
+    group.add_argument("--max_grad_norm", type=float, default=1.0, help="Largest norm of the gradient.")
+    group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="accelerate's setting if not given.")
+    group.add_argument("--seed", type=int, default=0, help="Seed of everything random in the training.")
+
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--output_dir", default="spf-portrait-lora", help="Where the LoRA and the pictures are written."
+    )
+    group.add_argument("--logging_dir", default="logs", help="Folder of the tracker's logs, inside --output_dir.")
+    group.add_argument(
+        "--report_to",
+        choices=[*(tracker.value for tracker in LoggerType), "none"],
+        default="tensorboard",
+        help="Where losses and pictures are shown while training.",
+    )
+    group.add_argument(
+        "--validation_base_prompt", help="Base prompt of the pictures; the first portrait's if not given."
+    )
+    group.add_argument("--validation_target_prompt", help="Their target; the first portrait's if not given.")
+    group.add_argument("--num_validation_images", type=int, default=4, help="Seeds, one a row; 0 draws nothing.")
+    group.add_argument(
+        "--validation_steps", type=int, default=0, help="Draw every so many steps; 0: at the start and end."
+    )
+    group.add_argument("--validation_inference_steps", type=int, default=25, help="Denoising steps of the pictures.")
+    group.add_argument("--validation_guidance_scale", type=float, default=5.0, help="Guidance scale of the pictures.")
+    group.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="Print prompts, phrases, token positions and CLIP distances; train nothing.",
+    )
+
+    args = parser.parse_args(input_args)
+    _check_flags(parser, args)
+    if args.lora_alpha is None:
+        args.lora_alpha = float(args.rank)
+    return args
+
+
+def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End the program at the first flag whose value cannot work."""
+    at_least_one = (
+        "rank", "train_batch_size", "gradient_accumulation_steps", "num_alignment_images", "alignment_inference_steps",
+        "sfcm_noise_samples", "validation_inference_steps", "resolution",
+    )  # fmt: skip
+    not_negative = (
+        "stage1_steps", "stage2_steps", "lambda_text", "lambda_fine", "lambda_enh", "lambda_base", "lr_warmup_steps",
+        "num_validation_images", "validation_steps", "sfcm_refresh_steps", "adam_weight_decay", "seed",
+        "teacher_scale",
+        "composed_timestep_power", "alignment_guidance_scale", "validation_guidance_scale",
+    )  # fmt: skip
+    positive = ("learning_rate", "sfcm_gamma", "max_grad_norm", "lora_alpha", "adam_epsilon")
+    for names, wrong, rule in (
+        (at_least_one, lambda value: value < 1, "at least 1"),
+        (not_negative, lambda value: not 0 <= value < math.inf, "0 or more"),
+        (positive, lambda value: not 0 < value < math.inf, "above 0"),
+    ):
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and wrong(value):
+                parser.error(f"--{name} must be {rule}, got {value}")
+    for name in ("base_prompt_share", "alignment_phrase_dropout", "adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            parser.error(f"--{name} must be in [0, 1), got {getattr(args, name)}")
+    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
+        parser.error(f"--output_dir {args.output_dir} is a file")
+    if args.stage1_lora_path is not None and not Path(args.stage1_lora_path).exists():
+        parser.error(f"--stage1_lora_path {args.stage1_lora_path} does not exist")
+    if not 0 <= args.sfcm_timesteps[0] < args.sfcm_timesteps[1]:
+        parser.error(f"--sfcm_timesteps must be two rising timesteps, got {args.sfcm_timesteps}")
+    if args.stage1_lora_path is not None and args.stage1_steps > 0:
+        parser.error("--stage1_lora_path takes stage 1's place, so it needs --stage1_steps 0")
+    if args.stage1_steps == args.stage2_steps == 0:
+        parser.error("--stage1_steps and --stage2_steps are both 0: there is nothing to train")
+    if args.stage1_steps == 0 and args.stage1_lora_path is None and args.stage2_objective != "paper":
+        parser.error(
+            f"--stage2_objective {args.stage2_objective} needs a stage 1: give --stage1_steps or --stage1_lora_path"
+        )
