@@ -241,4 +241,6 @@ def test_which_modes_average_over_noise():
         "averaged",
         "averaged_noise",
         "averaged_product",
+        "averaged_target",
     }
+    assert {name for name, mode in SFCM_MODES.items() if mode.target_only} == {"averaged_target"}
