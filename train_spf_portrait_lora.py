@@ -784,6 +784,22 @@ def draw_validation(run: Run, global_step: int) -> None:
             tracker.log_images({"validation": [grid]}, step=global_step)
 
 
+@torch.no_grad()
+def draw_alignment(run: Run) -> None:
+    """Write the first alignment portraits and the SFCM over each, so that one sees what stage 2 will protect."""
+    args, accelerator, alignment = run.args, run.accelerator, run.alignment
+    if args.num_validation_images == 0 or alignment.sfcm is None or not accelerator.is_main_process:
+        return
+    vae, processor, rows = run.pipeline.vae, run.pipeline.image_processor, []
+    for latents, sfcm in zip(alignment.latents[: args.num_validation_images], alignment.sfcm):
+        pixels = vae.decode(latents[None].to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+        portrait = processor.postprocess(pixels.float(), output_type="pil")[0]
+        rows.append([portrait, overlay_heat_map(portrait, sfcm[0].cpu())])
+    path = Path(args.output_dir) / "validation" / "alignment.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture_grid(rows, ("alignment portrait", "SFCM")).save(path)
+
+
 def picture_grid(rows: Sequence[Sequence[Image.Image]], headers: Sequence[str]) -> Image.Image:
     """Pictures of one size in rows, each at least 192 pixels wide, under a line of headers."""
     factor = max(1, -(-192 // rows[0][0].width))
@@ -886,6 +902,7 @@ def start_stage2(run: Run, output_dir: Path) -> None:
         save_lora(run, output_dir / "stage1")
     logger.info("Preparing %s alignment portraits and their maps", run.args.alignment_source)
     run.alignment = prepare_alignment(run)
+    draw_alignment(run)
     if run.args.stage2_objective != "paper":
         add_teacher(run)
 

@@ -1,7 +1,8 @@
 """The main job on the embedded default: `python -m toy_portraits.demo`.
 
 Trains a plain LoRA and an SPF LoRA on the same polluted portraits with the same number of steps, then draws the same
-seeds with the original model and with both, and the SFCM that guided the training's composition.
+seeds with the original model and with both, and the SFCM of the second. The maps that guided its training are in
+`spf_lora/validation/alignment.png`.
 Source: [ours].
 """
 
@@ -38,20 +39,27 @@ def train(target: str, output_dir: Path, stage1_steps: int, stage2_steps: int, s
     subprocess.run(command, check=True)
 
 
-def draw(lora: Path | None, target: str, seed: int) -> tuple[Image.Image, Image.Image]:
-    """One portrait with the target (the base prompt alone without a LoRA), and the SFCM over it."""
+def draw_rows(plain: Path, spf: Path, target: str, seeds: range) -> list[list[Image.Image]]:
+    """Per seed: the original model's portrait, the same with each LoRA asked for the target, and the SFCM."""
     pipeline = SPFPortraitPipeline.from_pretrained(BASE_MODEL, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(plain, adapter_name="plain")
+    pipeline.load_lora_weights(spf, adapter_name="spf")
     toy, prompt = TARGETS[target], BASE_PROMPTS[target]
-    options = {"num_inference_steps": 25, "guidance_scale": 5.0, "generator": torch.Generator().manual_seed(seed)}
-    if lora is None:
-        image = pipeline(prompt, **options).images[0]
-        return image, image
-    pipeline.load_lora_weights(lora)
-    replaced = next((phrase for phrase in prompt.split(", ") if phrase.endswith("jacket")), None)
-    goal = [(replaced, toy.prompt)] if toy.replaces else toy.prompt
-    result = pipeline(prompt, target_prompt=goal, return_sfcm=True, **options)
-    return result.images[0], overlay_heat_map(result.images[0], result.sfcm[0, 0])
+    jacket = next(phrase for phrase in prompt.split(", ") if phrase.endswith("jacket"))
+    goal = [(jacket, toy.prompt)] if toy.replaces else toy.prompt
+    rows = []
+    for seed in seeds:
+        options = {"target_prompt": goal, "num_inference_steps": 25, "guidance_scale": 5.0}
+        pipeline.set_adapters("plain")
+        polluted = pipeline(prompt, **options, generator=torch.Generator().manual_seed(seed)).images[0]
+        pipeline.set_adapters("spf")
+        clean = pipeline(
+            prompt, **options, compare=True, return_sfcm=True, generator=torch.Generator().manual_seed(seed)
+        )
+        overlay = overlay_heat_map(clean.images[0], clean.sfcm[0, 0])
+        rows.append([clean.reference_images[0], polluted, clean.images[0], overlay])
+    return rows
 
 
 def main(input_args: list[str] | None = None) -> None:
@@ -70,12 +78,7 @@ def main(input_args: list[str] | None = None) -> None:
     print(f"2/3 SPF, {args.stage1_steps} + {args.stage2_steps} steps", flush=True)
     train(args.target, spf, args.stage1_steps, args.stage2_steps, args.seed)
     print("3/3 the picture", flush=True)
-    rows = []
-    for seed in range(args.seed, args.seed + args.num_images):
-        original, _ = draw(None, args.target, seed)
-        polluted, _ = draw(plain, args.target, seed)
-        clean, overlay = draw(spf, args.target, seed)
-        rows.append([original, polluted, clean, overlay])
+    rows = draw_rows(plain, spf, args.target, range(args.seed, args.seed + args.num_images))
     headers = ("original model", f"plain LoRA, {TARGETS[args.target].prompt}", "SPF, same steps", "SFCM")
     path = args.output_dir / f"{args.target}.png"
     picture_grid(rows, headers).save(path)
