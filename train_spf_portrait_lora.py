@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, init_empty_weights
 from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -33,8 +34,9 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image, ImageDraw
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from transformers import AutoConfig, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from attention_processors import (
     CrossAttentionFeatures,
@@ -102,8 +104,16 @@ def check_inputs(args: argparse.Namespace) -> Inputs:
         vae_config = AutoencoderKL.load_config(model, subfolder="vae", **hub)
     with naming_flag("pretrained_model_name_or_path", f"{model}, scheduler"):
         scheduler = DDPMScheduler.from_pretrained(model, subfolder="scheduler", **hub)
+    with naming_flag("pretrained_model_name_or_path", f"{model}, tokenizer"):
+        tokenizer = load_tokenizer(model, subfolder="tokenizer", **hub)
     with naming_flag("clip_model_name_or_path", args.clip_model_name_or_path):
-        CLIPConfig.from_pretrained(args.clip_model_name_or_path, cache_dir=args.cache_dir)
+        config = AutoConfig.from_pretrained(args.clip_model_name_or_path, cache_dir=args.cache_dir)
+        if not isinstance(config, CLIPConfig):
+            raise ValueError("not a CLIP model of texts and pictures")
+        load_tokenizer(args.clip_model_name_or_path, cache_dir=args.cache_dir)
+    if args.stage1_lora_path is not None:
+        with naming_flag("stage1_lora_path", args.stage1_lora_path):
+            check_lora(args.stage1_lora_path, unet_config)
     if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
         raise ValueError(
             f"--pretrained_model_name_or_path {model}: no training for prediction_type "
@@ -111,7 +121,8 @@ def check_inputs(args: argparse.Namespace) -> Inputs:
         )
     if args.sfcm_timesteps[1] > scheduler.config.num_train_timesteps:
         raise ValueError(
-            f"--sfcm_timesteps: HIGH is above the model's {scheduler.config.num_train_timesteps} timesteps"
+            f"--sfcm_timesteps: HIGH is {args.sfcm_timesteps[1]}, above the model's "
+            f"{scheduler.config.num_train_timesteps} timesteps"
         )
     multiple = 2 ** (len(vae_config["block_out_channels"]) - 1) * 2 ** (len(unet_config["block_out_channels"]) - 1)
     if args.resolution % multiple:
@@ -131,7 +142,6 @@ def check_inputs(args: argparse.Namespace) -> Inputs:
         max_train_samples=args.max_train_samples,
         seed=args.seed,
     )
-    tokenizer = CLIPTokenizer.from_pretrained(model, subfolder="tokenizer", **hub)
     pairs, tokens = [], []
     for row in rows:
         try:
@@ -175,16 +185,45 @@ def naming_flag(flag: str, value: str) -> Iterator[None]:
     """Put a flag and its value before what a library says of them, in one line."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"--{flag} {value}: {' '.join(str(error).split())}") from error
+
+
+def load_tokenizer(name: str, **kwargs: str | None) -> CLIPTokenizer:
+    """A CLIP tokenizer; a ValueError where its files are missing and transformers makes up an empty one."""
+    tokenizer = CLIPTokenizer.from_pretrained(name, **kwargs)
+    if len(tokenizer) < 256:
+        raise ValueError(f"a tokenizer of {len(tokenizer)} tokens, so its files are missing")
+    return tokenizer
+
+
+def check_lora(path: str, unet_config: dict) -> None:
+    """Compare names and shapes in a LoRA with the UNet, of whose weights none are loaded.
+
+    Raises:
+        ValueError, OSError, SafetensorError: there is no LoRA, or it does not fit.
+    """
+    state_dict, _, _ = SPFPortraitPipeline.lora_state_dict(path, return_lora_metadata=True, use_safetensors=True)
+    with init_empty_weights():
+        modules = dict(UNet2DConditionModel.from_config(unet_config).named_modules())
+    for name, weight in state_dict.items():
+        match = re.fullmatch(r"unet\.(.+)\.(lora_A|lora_B|lora\.down|lora\.up)\.weight", name)
+        layer = modules.get(match[1]) if match else None
+        if not isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
+            raise ValueError(f"{name!r} belongs to no layer of this UNet")
+        side = 1 if match[2] in ("lora_A", "lora.down") else 0
+        if weight.ndim != layer.weight.ndim or weight.shape[side] != layer.weight.shape[side]:
+            raise ValueError(f"{name!r} is {tuple(weight.shape)}, and this UNet's layer {tuple(layer.weight.shape)}")
 
 
 def _validation_pair(args: argparse.Namespace, first: PromptPair, tokenizer: CLIPTokenizer) -> PromptPair:
     """The prompts of the validation pictures: what the flags give, the first portrait's for what they do not."""
     if args.validation_base_prompt is None and args.validation_target_prompt is None:
         return first
-    base_prompt = args.validation_base_prompt or first.base_prompt
-    targets = [args.validation_target_prompt] if args.validation_target_prompt else list(first.target_prompts)
+    base_prompt = first.base_prompt if args.validation_base_prompt is None else args.validation_base_prompt
+    targets = list(first.target_prompts)
+    if args.validation_target_prompt is not None:
+        targets = [args.validation_target_prompt]
     try:
         pair = make_prompt_pair(base_prompt, targets)
         tokenize_prompt_pair(pair, tokenizer)
@@ -332,7 +371,7 @@ def load_clip(
     """The CLIP model of --clip_model_name_or_path in float32, its tokenizer and its image processor."""
     name = args.clip_model_name_or_path
     clip = CLIPModel.from_pretrained(name, cache_dir=args.cache_dir, dtype=torch.float32).to(device).eval()
-    tokenizer = CLIPTokenizer.from_pretrained(name, cache_dir=args.cache_dir)
+    tokenizer = load_tokenizer(name, cache_dir=args.cache_dir)
     return clip, tokenizer, CLIPImageProcessorPil.from_pretrained(name, cache_dir=args.cache_dir)
 
 
@@ -398,15 +437,17 @@ def fill_sfcm_bank(run: Run, portraits: Portraits) -> torch.Tensor:
     """
     args, maps = run.args, []
     low, high = args.sfcm_timesteps
-    generator = torch.Generator().manual_seed(args.seed + 2_000_000)
-    for start in range(0, len(portraits.latents), 2 * args.train_batch_size):
-        latents = portraits.latents[start : start + 2 * args.train_batch_size]
-        rows = portraits.pair_index[start : start + 2 * args.train_batch_size]
+    size = 2 * args.train_batch_size
+    for start in range(0, len(portraits.latents), size):
+        latents, rows = portraits.latents[start : start + size], portraits.pair_index[start : start + size]
+        # Each portrait has its own generator, so that the size of a batch does not change its map.
+        generators = [torch.Generator().manual_seed(args.seed + 2_000_000 + start + i) for i in range(len(latents))]
         difference, probs, resolutions = 0, [], []
         for sample in range(args.sfcm_noise_samples):
-            noise = torch.randn(latents.shape, generator=generator).to(run.device)
+            noise = torch.stack([torch.randn(latents.shape[1:], generator=own) for own in generators]).to(run.device)
             # One timestep from each part of the range, so that few samples cover it.
-            place = (sample + torch.rand(len(latents), generator=generator)) / args.sfcm_noise_samples
+            offsets = torch.cat([torch.rand(1, generator=own) for own in generators])
+            place = (sample + offsets) / args.sfcm_noise_samples
             timesteps = (low + place * (high - low)).long().to(run.device)
             noisy_latents = run.noise_scheduler.add_noise(latents, noise, timesteps)
             reference_embeds, response_embeds = prompt_embeds(run, rows)
@@ -711,11 +752,11 @@ def step_terms(run: Run, stage: int) -> list[Callable[[Run, int], AbstractContex
 
 
 def check_finite(parts: dict[str, torch.Tensor], global_step: int) -> None:
-    """Stop before the update at the first loss that is not finite."""
+    """Stop before the update at the first loss, or norm of the gradient, that is not finite."""
     for name, value in parts.items():
         if not torch.isfinite(value):
             raise FloatingPointError(
-                f"The loss {name!r} is {value.item()} at step {global_step}; nothing was updated, and what was saved "
+                f"{name!r} is {value.item()} at step {global_step}; nothing was updated, and what was saved "
                 "before is whole. A lower --learning_rate or --mixed_precision bf16 instead of fp16 usually helps."
             )
 
@@ -735,7 +776,9 @@ def train_step(
                     accelerator.backward(sum(weights[name] * value for name, value in parts.items()) / accumulation)
             for name, value in parts.items():
                 means[name] = means.get(name, 0.0) + value.detach() / accumulation
-    accelerator.clip_grad_norm_(parameters, run.args.max_grad_norm)
+    norm = accelerator.clip_grad_norm_(parameters, run.args.max_grad_norm)
+    if accelerator.scaler is None:  # a scaler skips such an update by itself
+        check_finite({"gradient": norm}, global_step)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return {name: accelerator.reduce(value, "mean").item() for name, value in means.items()}
@@ -767,6 +810,7 @@ def draw_validation(run: Run, global_step: int) -> None:
             full = run.pipeline(
                 **shared,
                 target_prompt=targets,
+                base_phrases=list(pair.base_phrases),
                 return_sfcm=True,
                 generator=torch.Generator().manual_seed(args.seed + seed),
             )
@@ -885,7 +929,8 @@ def train(args: argparse.Namespace, inputs: Inputs) -> None:
     draw_validation(run, 0)
     total_steps = args.stage1_steps + args.stage2_steps
     with tqdm(total=total_steps, disable=not accelerator.is_local_main_process) as progress:
-        train_stage(run, 1, range(args.stage1_steps), args.lr_scheduler, progress)
+        if args.stage1_steps > 0:
+            train_stage(run, 1, range(args.stage1_steps), args.lr_scheduler, progress)
         if args.stage2_steps > 0:
             start_stage2(run, output_dir)
             train_stage(run, 2, range(args.stage1_steps, total_steps), args.stage2_lr_scheduler, progress)

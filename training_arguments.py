@@ -234,8 +234,11 @@ def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     for name in ("base_prompt_share", "alignment_phrase_dropout", "adam_beta1", "adam_beta2"):
         if not 0 <= getattr(args, name) < 1:
             parser.error(f"--{name} must be in [0, 1), got {getattr(args, name)}")
-    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
-        parser.error(f"--output_dir {args.output_dir} is a file")
+    if args.seed >= 2**32:
+        parser.error(f"--seed must be below 2**32, got {args.seed}")
+    output_dir = Path(args.output_dir)
+    if not next(path for path in (output_dir, *output_dir.parents) if path.exists()).is_dir():
+        parser.error(f"--output_dir {args.output_dir} is, or lies below, a file")
     if args.stage1_lora_path is not None and not Path(args.stage1_lora_path).exists():
         parser.error(f"--stage1_lora_path {args.stage1_lora_path} does not exist")
     if not 0 <= args.sfcm_timesteps[0] < args.sfcm_timesteps[1]:
