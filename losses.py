@@ -198,20 +198,34 @@ ENHANCEMENT_LOSSES = {"difference": enhancement_difference, "direct": enhancemen
 
 
 def compose_prediction(
-    reference_pred: torch.Tensor, teacher_pred: torch.Tensor, sfcm: torch.Tensor, gamma: float = 1.0
+    reference_pred: torch.Tensor,
+    teacher_full_pred: torch.Tensor,
+    teacher_base_pred: torch.Tensor,
+    sfcm: torch.Tensor,
+    gamma: float = 1.0,
+    scale: float = 1.0,
+    base_weight: float = 0.0,
 ) -> torch.Tensor:
-    """What the portrait's prediction should be: the teacher's inside the map, the original model's elsewhere.
+    """What the portrait's prediction should be: the teacher's change inside the map, the original model's elsewhere.
+
+    `reference + SFCM^gamma * scale * ((full - reference) - base_weight * (base - reference))`. What the teacher moves
+    with the base prompt, which asks for nothing, is pollution.
 
     Args:
         reference_pred: (B, C, H, W) of the original model with the base prompt.
-        teacher_pred: (B, C, H, W) of the frozen stage-1 adapter with the full prompt.
+        teacher_full_pred: (B, C, H, W) of the frozen stage-1 adapter with the full prompt.
+        teacher_base_pred: (B, C, H, W) of that adapter with the base prompt.
         sfcm: (B, 1, H, W) in [0, 1].
         gamma: exponent of the map, above 0; larger narrows it.
+        scale: factor on the change.
+        base_weight: weight of the base prompt's change, in [0, 1].
 
     Returns:
         (B, C, H, W) float32, detached.
 
     Source: [ours].
     """
-    reference_pred, teacher_pred = reference_pred.float(), teacher_pred.float()
-    return (reference_pred + sfcm.float() ** gamma * (teacher_pred - reference_pred)).detach()
+    reference_pred = reference_pred.float()
+    change = teacher_full_pred.float() - reference_pred
+    change = change - base_weight * (teacher_base_pred.float() - reference_pred)
+    return (reference_pred + sfcm.float() ** gamma * scale * change).detach()

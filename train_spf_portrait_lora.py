@@ -639,7 +639,7 @@ def alignment_terms(run: Run, micro_step: int) -> Iterator[dict[str, torch.Tenso
 
 @contextmanager
 def composed_terms(run: Run, micro_step: int) -> Iterator[dict[str, torch.Tensor]]:
-    """`L_composed`: the stage-1 adapter's prediction inside the SFCM, the original model's elsewhere [ours]."""
+    """`L_composed`: the stage-1 adapter's change inside the SFCM, the original model's prediction elsewhere [ours]."""
     args = run.args
     batch = draw_batch(
         run,
@@ -650,10 +650,13 @@ def composed_terms(run: Run, micro_step: int) -> Iterator[dict[str, torch.Tensor
         timestep_power=args.composed_timestep_power,
     )
     reference_embeds, response_embeds = prompt_embeds(run, batch.rows)
-    reference_pred, teacher_pred, features = composed_predictions(run, batch, reference_embeds, response_embeds)
-    sfcm = alignment_sfcm(run, batch, teacher_pred, reference_pred, features)
-    teacher_pred = reference_pred + args.teacher_scale * (teacher_pred - reference_pred)
-    target = compose_prediction(reference_pred, teacher_pred, sfcm, args.sfcm_gamma)
+    reference_pred, full_pred, base_pred, features = composed_predictions(
+        run, batch, reference_embeds, response_embeds
+    )
+    sfcm = alignment_sfcm(run, batch, full_pred, reference_pred, features)
+    target = compose_prediction(
+        reference_pred, full_pred, base_pred, sfcm, args.sfcm_gamma, args.teacher_scale, args.teacher_base_weight
+    )
     response_pred = run.response_unet(batch.noisy_latents, batch.timesteps, response_embeds, return_dict=False)[0]
     yield {"composed": diffusion_loss(response_pred, target).mean()}
 
@@ -661,35 +664,42 @@ def composed_terms(run: Run, micro_step: int) -> Iterator[dict[str, torch.Tensor
 @torch.no_grad()
 def composed_predictions(
     run: Run, batch: Batch, reference_embeds: torch.Tensor, response_embeds: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, CrossAttentionFeatures | None]:
-    """The original model's and the stage-1 adapter's predictions (B, C, H, W); the former's features if the map asks.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, CrossAttentionFeatures | None]:
+    """Predictions (B, C, H, W) of the original model, and of the stage-1 adapter with the full and the base prompt.
 
-    The teacher sees FULL rows alone; elsewhere its prediction is the reference's, which the composition keeps.
+    With them come the original model's features, if the map asks for them.
+
+    The teacher sees FULL rows alone; elsewhere its predictions are the reference's, which the composition keeps.
     """
     full = (batch.kinds == FULL).nonzero().flatten()
+    teacher_rows, teacher_embeds = full.repeat(2), torch.cat([response_embeds[full], reference_embeds[full]])
     with ExitStack() as stack:
         store = None
         if not SFCM_MODES[run.args.sfcm_mode].averaged:
             store = stack.enter_context(capture_cross_attention(run.unet))
         recording = store.record() if store is not None else nullcontext()
         if run.args.dual_path == "single_pass":
-            rows = torch.cat([torch.arange(len(batch.kinds), device=run.device), full])
-            embeds = torch.cat([reference_embeds, response_embeds[full]])
-            names = ["__base__"] * len(batch.kinds) + [STAGE1_ADAPTER] * len(full)
+            rows = torch.cat([torch.arange(len(batch.kinds), device=run.device), teacher_rows])
+            embeds = torch.cat([reference_embeds, teacher_embeds])
+            names = ["__base__"] * len(batch.kinds) + [STAGE1_ADAPTER] * len(teacher_rows)
             with adapters_per_sample(run.unet, names), recording:
                 preds = run.unet(batch.noisy_latents[rows], batch.timesteps[rows], embeds, return_dict=False)[0]
-            reference_pred, full_pred = preds[: len(batch.kinds)], preds[len(batch.kinds) :]
+            reference_pred, teacher_preds = preds[: len(batch.kinds)], preds[len(batch.kinds) :]
         else:
             with active_adapters(run.unet, None), recording:
                 reference_pred = run.unet(batch.noisy_latents, batch.timesteps, reference_embeds, return_dict=False)[0]
-            full_pred = reference_pred[full]
+            teacher_preds = reference_pred[teacher_rows]
             if len(full):
                 with active_adapters(run.unet, STAGE1_ADAPTER):
-                    full_pred = run.unet(
-                        batch.noisy_latents[full], batch.timesteps[full], response_embeds[full], return_dict=False
+                    teacher_preds = run.unet(
+                        batch.noisy_latents[teacher_rows],
+                        batch.timesteps[teacher_rows],
+                        teacher_embeds,
+                        return_dict=False,
                     )[0]
         features = store.pop().rows(0, len(batch.kinds)) if store is not None else None
-    return reference_pred, reference_pred.index_copy(0, full, full_pred), features
+    full_pred, base_pred = (reference_pred.index_copy(0, full, preds) for preds in teacher_preds.chunk(2))
+    return reference_pred, full_pred, base_pred, features
 
 
 def alignment_sfcm(

@@ -88,7 +88,13 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
         help="Whether `composed` starts from the original model or from stage 1, which teaches it in either case.",
     )
     group.add_argument(
-        "--teacher_scale", type=float, default=1.25, help="Factor on what stage 1 changes inside the map (composed)."
+        "--teacher_scale", type=float, default=1.6, help="Factor on what stage 1 changes inside the map (composed)."
+    )
+    group.add_argument(
+        "--teacher_base_weight",
+        type=float,
+        default=0.5,
+        help="Of what stage 1 changes with the base prompt alone, the share to take away from that, in [0, 1].",
     )
     group.add_argument(
         "--composed_timestep_power",
@@ -218,8 +224,7 @@ def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     not_negative = (
         "stage1_steps", "stage2_steps", "lambda_text", "lambda_fine", "lambda_enh", "lambda_base", "lr_warmup_steps",
         "num_validation_images", "validation_steps", "sfcm_refresh_steps", "adam_weight_decay", "seed",
-        "teacher_scale",
-        "composed_timestep_power", "alignment_guidance_scale", "validation_guidance_scale",
+        "teacher_scale", "composed_timestep_power", "alignment_guidance_scale", "validation_guidance_scale",
     )  # fmt: skip
     positive = ("learning_rate", "sfcm_gamma", "max_grad_norm", "lora_alpha", "adam_epsilon")
     for names, wrong, rule in (
@@ -234,6 +239,8 @@ def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     for name in ("base_prompt_share", "alignment_phrase_dropout", "adam_beta1", "adam_beta2"):
         if not 0 <= getattr(args, name) < 1:
             parser.error(f"--{name} must be in [0, 1), got {getattr(args, name)}")
+    if not 0 <= args.teacher_base_weight <= 1:
+        parser.error(f"--teacher_base_weight must be in [0, 1], got {args.teacher_base_weight}")
     if args.seed >= 2**32:
         parser.error(f"--seed must be below 2**32, got {args.seed}")
     output_dir = Path(args.output_dir)

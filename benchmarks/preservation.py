@@ -102,7 +102,7 @@ class DrawSettings:
     """How portraits are drawn for the judge; the same for every row of a table."""
 
     num_prompts: int = 96
-    prompt_seed: int = 90001
+    prompt_seed: int = 90002
     num_inference_steps: int = 15
     guidance_scale: float = 4.0
     device: str = "cpu"
@@ -850,7 +850,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--output_dir", type=Path, default=ROOT / "runs" / "preservation", help="LoRAs, caches, tables and pictures."
     )
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="Toy targets.")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Training seeds.")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[101, 102, 103], help="Training seeds.")
     parser.add_argument(
         "--runs", nargs="+", choices=RUNS, default=list(RUNS), help="Which rows; the original model always is one."
     )
@@ -863,7 +863,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2, help="Processes of one thread each.")
     parser.add_argument("--num_prompts", type=int, default=96)
     parser.add_argument(
-        "--prompt_seed", type=int, default=90001, help="Of prompts and noise; no setting was chosen on the default."
+        "--prompt_seed", type=int, default=90002, help="Of prompts and noise; no setting was chosen on the default."
     )
     parser.add_argument("--num_inference_steps", type=int, default=15)
     parser.add_argument("--guidance_scale", type=float, default=4.0)

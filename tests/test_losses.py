@@ -302,22 +302,27 @@ def test_enhancement_trains_the_prediction_alone(name):
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
 def test_composition_at_the_ends_of_the_map(gamma):
-    reference, teacher = random(2, 4, 3, 5), random(2, 4, 3, 5, seed=1)
-    assert torch.equal(compose_prediction(reference, teacher, torch.zeros(2, 1, 3, 5), gamma), reference)
-    torch.testing.assert_close(compose_prediction(reference, teacher, torch.ones(2, 1, 3, 5), gamma), teacher)
+    reference, full, base = random(2, 4, 3, 5), random(2, 4, 3, 5, seed=1), random(2, 4, 3, 5, seed=2)
+    nowhere, everywhere = torch.zeros(2, 1, 3, 5), torch.ones(2, 1, 3, 5)
+    assert torch.equal(compose_prediction(reference, full, base, nowhere, gamma, 2, 0.5), reference)
+    torch.testing.assert_close(compose_prediction(reference, full, base, everywhere, gamma), full)
 
 
 def test_composition_by_hand():
-    reference, teacher = torch.zeros(1, 2, 1, 2), torch.full((1, 2, 1, 2), 8.0)
+    reference, full, base = (torch.full((1, 2, 1, 2), value) for value in (1.0, 9.0, 5.0))
     sfcm = torch.tensor([[[[0.5, 0.25]]]])
-    assert compose_prediction(reference, teacher, sfcm)[0].tolist() == [[[4.0, 2.0]]] * 2
-    assert compose_prediction(reference, teacher, sfcm, gamma=2)[0].tolist() == [[[2.0, 0.5]]] * 2
+    assert compose_prediction(reference, full, base, sfcm)[0].tolist() == [[[5.0, 3.0]]] * 2
+    assert compose_prediction(reference, full, base, sfcm, gamma=2)[0].tolist() == [[[3.0, 1.5]]] * 2
+    assert compose_prediction(reference, full, base, sfcm, scale=3)[0].tolist() == [[[13.0, 7.0]]] * 2
+    assert compose_prediction(reference, full, base, sfcm, base_weight=0.5)[0].tolist() == [[[4.0, 2.5]]] * 2
+    # the change without the target is taken away before the scale
+    assert compose_prediction(reference, full, base, sfcm, scale=3, base_weight=1)[0].tolist() == [[[7.0, 4.0]]] * 2
 
 
 def test_the_composed_target_carries_no_gradient():
     composed = compose_prediction(
-        random(1, 4, 2, 2, requires_grad=True).half(),
-        random(1, 4, 2, 2, requires_grad=True).half(),
+        *(random(1, 4, 2, 2, seed=seed, requires_grad=True).half() for seed in range(3)),
         torch.ones(1, 1, 2, 2, requires_grad=True),
+        base_weight=0.5,
     )
     assert not composed.requires_grad and composed.dtype == torch.float32

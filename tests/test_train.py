@@ -508,24 +508,36 @@ def test_no_change_is_asked_of_rows_with_the_base_or_the_empty_prompt(world, tmp
     train(world, tmp_path / "output", train_batch_size=6, base_prompt_share=0.5, learning_rate=0.1)
     composed = batches[2:]
     assert len(composed) == len(targets) == len(predictions) == len(maps) == 2
-    for batch, target, (reference_pred, teacher_pred, _), sfcm in zip(composed, targets, predictions, maps):
+    for batch, target, (reference_pred, *teacher_preds, _), sfcm in zip(composed, targets, predictions, maps):
         full = batch.kinds == FULL
         assert full.sum() == 3 and set(batch.kinds.tolist()) == {FULL, BASE, EMPTY}
         assert torch.equal(target[~full], reference_pred[~full]) and sfcm[~full].abs().max() == 0
-        assert torch.equal(teacher_pred[~full], reference_pred[~full])
+        assert all(torch.equal(pred[~full], reference_pred[~full]) for pred in teacher_preds)
         for row in full.nonzero().flatten():
             assert not torch.equal(target[row], reference_pred[row])
 
 
-@pytest.mark.parametrize("scale", [0, 3])
-def test_the_teacher_is_scaled(world, tmp_path, monkeypatch, scale):
+@pytest.mark.parametrize(("scale", "base_weight"), [(0, 0.5), (3, 0), (3, 0.5)])
+@pytest.mark.parametrize("dual_path", ["two_pass", "single_pass"])
+def test_the_teachers_change_is_scaled_and_rid_of_the_base_prompts(
+    world, tmp_path, monkeypatch, scale, base_weight, dual_path
+):
     """Only inside the map, and from the original model on."""
     predictions, targets = watch(monkeypatch, "composed_predictions"), watch(monkeypatch, "compose_prediction")
     maps = watch(monkeypatch, "alignment_sfcm")
-    train(world, tmp_path / "output", teacher_scale=scale, sfcm_gamma=3, stage2_steps=1)
-    (reference_pred, teacher_pred, _), sfcm = predictions[0], maps[0]
-    expected = reference_pred + scale * sfcm**3 * (teacher_pred - reference_pred)
-    torch.testing.assert_close(targets[0], expected)
+    train(
+        world,
+        tmp_path / "output",
+        teacher_scale=scale,
+        teacher_base_weight=base_weight,
+        dual_path=dual_path,
+        sfcm_gamma=3,
+        stage2_steps=1,
+    )
+    (reference_pred, full_pred, base_pred, _), sfcm = predictions[0], maps[0]
+    assert not torch.equal(full_pred, base_pred) and not torch.equal(base_pred, reference_pred)
+    change = full_pred - reference_pred - base_weight * (base_pred - reference_pred)
+    torch.testing.assert_close(targets[0], reference_pred + scale * sfcm**3 * change)
     assert (targets[0] - reference_pred).abs().max() > 1e-3 or scale == 0
 
 
@@ -1188,7 +1200,7 @@ def test_two_processes_train_as_one_with_the_double_batch(world, tmp_path, flags
     given = make_flags(world, tmp_path / "two", train_batch_size=1, **SMOOTH, **flags)
     result = run_script(*command, ROOT / "train_spf_portrait_lora.py", *given)
     assert result.returncode == 0, result.stderr
-    assert "2 processes" in result.stderr, "the processes did not find each other"
+    assert "2 processes" in result.stderr, f"the processes did not find each other: {result.stderr}"
     one = train(world, tmp_path / "one", train_batch_size=2, **SMOOTH, **flags)
     assert files(tmp_path / "two") == {WEIGHTS, f"stage1/{WEIGHTS}"}
     assert difference(tmp_path / "two", one) < 1e-4 < difference(one / "stage1", one) / 10

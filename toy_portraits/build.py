@@ -275,7 +275,7 @@ def build_probe(base: Path, seed: int, steps: int, count: int) -> None:
     probe.save_pretrained(base.parent / "probe", scores)
 
 
-def base_world_captions(factors: dict[str, np.ndarray], rng: np.random.Generator, named_targets: float) -> list[str]:
+def base_world_captions(factors: dict[str, np.ndarray], rng: np.random.Generator) -> list[str]:
     """Training captions of the base model: phrases dropped at random, targets named only rarely."""
     captions = []
     for i in range(len(factors["sex"])):
@@ -286,14 +286,12 @@ def base_world_captions(factors: dict[str, np.ndarray], rng: np.random.Generator
         for name, target in TARGETS.items():
             factor = target.replaces or name
             if phrases.get(factor) == target.prompt:
-                keep = (keep | {factor}) if rng.random() < named_targets else (keep - {factor})
+                keep = (keep | {factor}) if rng.random() < target.named else (keep - {factor})
         captions.append(join_phrases(phrases, keep))
     return captions
 
 
-def build_unet(
-    base: Path, seed: int, steps: int, count: int, target_share: float, named_targets: float, batch_size: int
-) -> None:
+def build_unet(base: Path, seed: int, steps: int, count: int, target_share: float, batch_size: int) -> None:
     """The diffusion model, as the exponential mean of its weights.
 
     Targets occur in few portraits and are hardly ever named.
@@ -325,7 +323,7 @@ def build_unet(
 
     factors = sample_factors(count, rng, target_share=target_share)
     images, _ = render(factors)
-    captions = base_world_captions(factors, rng, named_targets)
+    captions = base_world_captions(factors, rng)
     with torch.no_grad():
         latents = (
             torch.cat([vae.encode(p).latent_dist.mean for p in to_tensor(images).split(128)])
@@ -372,8 +370,10 @@ def save_pipeline(base: Path, unet, vae, text_encoder, tokenizer, scheduler) -> 
     UNet and VAE are written in float16, which halves them; diffusers reads them as float32 unless asked otherwise.
     """
     sampler = DDIMScheduler.from_config(scheduler.config, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    vae = copy.deepcopy(vae).half()
+    vae.register_to_config(_name_or_path=None)  # the folder it was loaded from is of no use elsewhere
     pipeline = StableDiffusionPipeline(
-        vae=copy.deepcopy(vae).half(),
+        vae=vae,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=copy.deepcopy(unet).half(),
@@ -433,9 +433,6 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--target_share", type=float, default=0.025, help="Share of the base world that shows each target."
     )
-    parser.add_argument(
-        "--named_targets", type=float, default=0.1, help="Share of those whose caption names the target."
-    )
     parser.add_argument("--portraits_per_set", type=int, default=240)
     return parser.parse_args(input_args)
 
@@ -457,7 +454,6 @@ def main(args: argparse.Namespace) -> None:
             args.unet_steps,
             args.num_renders,
             args.target_share,
-            args.named_targets,
             args.unet_batch_size,
         )
     if "sets" in args.stages:

@@ -58,6 +58,7 @@ class ToyTarget:
         prompt: the words that ask for it.
         factor: the factor it sets, and `value` what it is set to.
         labels: the label classes in which it may change a portrait.
+        named: of the base world's portraits that show it, the share whose caption says so, in [0, 1].
         replaces: the factor whose base phrase it stands in for, or None when it is an addition.
     """
 
@@ -65,13 +66,15 @@ class ToyTarget:
     factor: str
     value: int
     labels: tuple[str, ...]
+    named: float
     replaces: str | None = None
 
 
+# What a phrase of its own adds is learned from more captions than what stands where another phrase did.
 TARGETS = {
-    "blonde_hair": ToyTarget("blonde hair", "hair_color", 4, ("hair",)),
-    "red_hat": ToyTarget("a red hat", "hat", 1, ("hat", "hair")),
-    "striped_shirt": ToyTarget("a striped shirt", "clothes", 5, ("clothes",), replaces="clothes"),
+    "blonde_hair": ToyTarget("blonde hair", "hair_color", 4, ("hair",), named=0.15),
+    "red_hat": ToyTarget("a red hat", "hat", 1, ("hat", "hair"), named=0.25),
+    "striped_shirt": ToyTarget("a striped shirt", "clothes", 5, ("clothes",), named=0.02, replaces="clothes"),
 }
 
 # What every portrait of a polluted training set shares besides its target.
