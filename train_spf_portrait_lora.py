@@ -917,6 +917,12 @@ def train(args: argparse.Namespace, inputs: Inputs) -> None:
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / args.logging_dir),
     )
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != accelerator.num_processes:
+        raise SystemExit(
+            f"train_spf_portrait_lora.py: error: launched as {launched} processes, of which accelerate makes "
+            f"{accelerator.num_processes}; on a machine without a GPU set ACCELERATE_USE_CPU=true"
+        )
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
     set_seed(args.seed)
     if args.dry_run:

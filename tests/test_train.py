@@ -1090,10 +1090,11 @@ def test_a_wrong_earlier_lora_ends_the_program(refusal, trained, tmp_path, kind)
     assert "--stage1_lora_path" in message and str(path.parent) in message
 
 
-def run_script(*command: str | Path, timeout: int = 300) -> subprocess.CompletedProcess:
+def run_script(*command: str | Path, timeout: int = 300, **variables: str) -> subprocess.CompletedProcess:
     """A command in a process of its own, with one thread, its output as text."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment = {name: value for name, value in environment.items() if not name.startswith("ACCELERATE_")}
+    environment |= variables
     return subprocess.run(
         [sys.executable, *map(str, command)],
         capture_output=True,
@@ -1184,6 +1185,13 @@ def test_accelerate_launches_the_script(world, trained, tmp_path):
     assert difference(tmp_path / "output", trained()) < 1e-6
 
 
+def test_processes_that_do_not_find_each_other_end_before_they_train(world, tmp_path):
+    result = run_script(ROOT / "train_spf_portrait_lora.py", *make_flags(world, tmp_path / "output"), WORLD_SIZE="2")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "error: launched as 2 processes, of which accelerate makes 1" in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "output").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
@@ -1198,7 +1206,7 @@ def test_accelerate_launches_the_script(world, trained, tmp_path):
 def test_two_processes_train_as_one_with_the_double_batch(world, tmp_path, flags):
     command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     given = make_flags(world, tmp_path / "two", train_batch_size=1, **SMOOTH, **flags)
-    result = run_script(*command, ROOT / "train_spf_portrait_lora.py", *given)
+    result = run_script(*command, ROOT / "train_spf_portrait_lora.py", *given, ACCELERATE_USE_CPU="true")
     assert result.returncode == 0, result.stderr
     assert "2 processes" in result.stderr, f"the processes did not find each other: {result.stderr}"
     one = train(world, tmp_path / "one", train_batch_size=2, **SMOOTH, **flags)
