@@ -170,7 +170,7 @@ def test_tables_and_pictures_are_written(tmp_path, names):
     entries = document["targets"]["blonde_hair"]["rows"]
     assert [entry["run"] for entry in entries if entry["strength"] == 1] == list(names)
     assert entries[-1]["training_seconds"] == 3 and entries[-1]["measures"]["response"]["mean"] == 0.6
-    assert document["settings"]["prompt_seed"] == 90001
+    assert document["settings"]["prompt_seed"] == 90002
     text = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert "both branches of the" in text and text.count("| SPF-Portrait, composed |") >= 3
     lines = (tmp_path / "results.csv").read_text(encoding="utf-8").splitlines()

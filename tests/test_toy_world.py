@@ -256,6 +256,8 @@ def test_a_tiny_build_writes_every_part(tmp_path, capsys):
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "base_model")
     assert pipeline.scheduler.config._class_name == "DDIMScheduler"
     assert (tmp_path / "base_model" / "clip" / "preprocessor_config.json").is_file()
+    texts = [path.read_text(encoding="utf-8") for path in (tmp_path / "base_model").rglob("*.json")]
+    assert not any(str(tmp_path) in text for text in texts), "the folder it was built in is no one's business"
     PortraitJudge.from_pretrained(tmp_path / "probe")
     for name in TARGETS:
         assert len(load_rows(train_data_dir=tmp_path / name)) == 5
