@@ -12,6 +12,7 @@ from accelerate.commands.launch import launch_command_parser
 from PIL import Image
 from test_house import ROOT
 
+from benchmarks import preservation
 from data import load_rows
 from pipeline_spf_portrait import SPFPortraitPipeline, SPFPortraitPipelineOutput
 from prompts import make_prompt_pair
@@ -109,7 +110,15 @@ def test_every_choice_of_a_flag_is_named_in_its_row(actions, flag_rows):
 def test_every_flag_named_in_the_prose_is_a_flag_of_the_trainer(actions):
     named = {flag for code in prose_code() for flag in re.findall(r"--\w[\w-]*", code)}
     assert len(named) > 40
-    assert named - set(actions) == {"--extra-index-url"}
+    of_the_benchmark = {"--num_inference_steps", "--targets", "--seeds", "--runs"}
+    assert named - set(actions) == {"--extra-index-url"} | of_the_benchmark
+
+
+def test_the_benchmarks_commands_are_ones_it_takes():
+    commands = [code for code in prose_code() if code.startswith(("python benchmarks/preservation.py", "--targets"))]
+    assert len(commands) == 3
+    for command in commands:
+        preservation.parse_args(shlex.split(command.removeprefix("python benchmarks/preservation.py")))
 
 
 def test_every_command_is_one_its_program_takes(monkeypatch):
