@@ -953,6 +953,10 @@ def train(args: argparse.Namespace, inputs: Inputs) -> None:
 
     save_lora(run, output_dir)
     draw_validation(run, total_steps)
+    # The distributed wrapper goes before the group of processes it talks to, and no process before the others.
+    accelerator.wait_for_everyone()
+    run.response_unet = run.unet
+    accelerator.free_memory()
     accelerator.end_training()
     logger.info("The LoRA is %s", output_dir / "pytorch_lora_weights.safetensors")
 
