@@ -986,6 +986,7 @@ def copy_model(world, tmp_path: Path, changes: dict[str, dict]) -> Path:
         ({"stage1_lora_path": "."}, ["--stage1_lora_path", "--stage1_steps 0"]),
         ({"alignment_phrase_dropout": 1}, ["--alignment_phrase_dropout", "1"]),
         ({"teacher_scale": -1}, ["--teacher_scale", "-1"]),
+        ({"teacher_base_weight": 1.5}, ["--teacher_base_weight", "1.5"]),
         ({"composed_timestep_power": -1}, ["--composed_timestep_power", "-1"]),
         ({"stage1_steps": 0}, ["--stage2_objective composed", "--stage1_steps", "--stage1_lora_path"]),
         ({"resolution": 18}, ["--resolution", "18", "4"]),
