@@ -4,18 +4,21 @@ A folder holds images and a `metadata.jsonl`, one JSON object a line: `file_name
 if wanted, `full_prompt` and `base_phrases` (a list). A target prompt is a string, added to the base prompt, or a list
 of such strings and of [replaced phrase, target] pairs.
 
-Legend: C channels, H/W latent size, R resolution in pixels. Paper: arXiv 2504.00396.
+Legend: C channels, H/W size in pixels, of latents where it says so. Paper: arXiv 2504.00396.
 """
 
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
 import random
+import re
 import struct
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -24,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 
 if TYPE_CHECKING:
@@ -34,6 +37,15 @@ Target = str | tuple[str, str]  # an addition, or (replaced phrase, target)
 
 METADATA = "metadata.jsonl"
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb
+INTERPOLATION_MODES: dict[str, Image.Resampling] = {
+    "lanczos": Image.Resampling.LANCZOS,
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
+    "nearest": Image.Resampling.NEAREST,
+}
+_SIDEWAYS = (5, 6, 7, 8)  # the values of EXIF's orientation that swap width and height
 # What Pillow's plugins let out for a damaged file, and its refusal of an absurd size.
 _UNREADABLE_IMAGE = (
     Image.DecompressionBombError,
@@ -180,7 +192,7 @@ def load_image(row: PortraitRow, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
     Source: [ours].
     """
-    where = f"{row.source}: the image {row.image}" if isinstance(row.image, Path) else f"{row.source}: the image"
+    where = _name_image(row)
     image = _open_image(row.image, where) if isinstance(row.image, Path) else row.image
     width, height = image.size
     if width * height > max_pixels:
@@ -213,22 +225,157 @@ def check_images(rows: Iterable[PortraitRow]) -> None:
         load_image(row)
 
 
-def preprocess_image(image: Image.Image, resolution: int) -> torch.Tensor:
-    """Pixels as the VAE takes them: the shorter side resized to `resolution` (Lanczos), the centre cropped.
+def upright_size(row: PortraitRow) -> tuple[int, int]:
+    """Size of a row's image as `load_image` returns it, from the file's header where that tells it.
 
     Args:
-        image: RGB.
-        resolution: R, at least 1.
+        row: the row.
 
     Returns:
-        (3, R, R) float32 in [-1, 1].
+        (width, height) with the EXIF orientation applied.
+
+    Raises:
+        FileNotFoundError: the file is gone.
+        ValueError: the image is broken.
 
     Source: [ours].
     """
-    # One resize of the centre box: resizing first would make a huge image of a very narrow one.
-    image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
+    where = _name_image(row)
+    image = _open_image(row.image, where) if isinstance(row.image, Path) else row.image
+    try:
+        if image.format == "TIFF":
+            # Pillow turns a TIFF while it decodes it; until then its size may be the turned one or not.
+            image.load()
+        width, height = image.size
+        sideways = image.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS
+    except _UNREADABLE_IMAGE as error:
+        raise ValueError(f"{where} cannot be decoded: {error}") from error
+    return (height, width) if sideways else (width, height)
+
+
+def content_key(row: PortraitRow) -> str:
+    """A name for what a row's image shows: a picture that changed under its old name has another.
+
+    Args:
+        row: the row.
+
+    Returns:
+        SHA-256 in hexadecimal digits: of the file's bytes; for an image of a `datasets` row, of the size and pixels
+        that `load_image` returns.
+
+    Raises:
+        FileNotFoundError: the file is gone.
+        ValueError: the file cannot be read, or the image is one that `load_image` refuses.
+
+    Source: [ours].
+    """
+    if isinstance(row.image, Path):
+        try:
+            return hashlib.sha256(row.image.read_bytes()).hexdigest()
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{_name_image(row)} does not exist.") from error
+        except OSError as error:
+            raise ValueError(f"{_name_image(row)} cannot be read: {error}") from error
+    # The pixels of a palette image are numbers that say nothing without the palette, so those in RGB are taken.
+    image = load_image(row)
+    header = f"{image.mode} {image.width}x{image.height} "
+    return hashlib.sha256(header.encode() + image.tobytes()).hexdigest()
+
+
+def preprocess_image(
+    image: Image.Image,
+    size: tuple[int, int],
+    *,
+    flip: bool = False,
+    centering: tuple[float, float] = (0.5, 0.5),
+    interpolation: str = "lanczos",
+) -> torch.Tensor:
+    """Pixels as the VAE takes them: the largest part of the image with the shape of `size`, resized to it.
+
+    Args:
+        image: RGB.
+        size: (H, W), each at least 1.
+        flip: mirror it, left for right, after the crop.
+        centering: (x, y) in [0, 1]: where the part lies. x = 0 cuts at the right only, x = 1 at the left, y = 0 at the
+            bottom, y = 1 at the top.
+        interpolation: a key of `INTERPOLATION_MODES`.
+
+    Returns:
+        (3, H, W) float32 in [-1, 1].
+
+    Raises:
+        ValueError: `centering` or `interpolation` is none of these.
+
+    Source: [ours].
+    """
+    if interpolation not in INTERPOLATION_MODES:
+        raise ValueError(f"interpolation must be one of {list(INTERPOLATION_MODES)}, got {interpolation!r}.")
+    if not all(0 <= value <= 1 for value in centering):
+        # Pillow would crop the centre instead.
+        raise ValueError(f"centering must lie in [0, 1], got {centering}.")
+    height, width = size
+    # One resize of the part: resizing first would make a huge image of a very narrow one.
+    image = ImageOps.fit(image, (width, height), INTERPOLATION_MODES[interpolation], centering=centering)
+    if flip:
+        image = ImageOps.mirror(image)
     pixels = torch.from_numpy(np.array(image, dtype=np.float32))
     return pixels.permute(2, 0, 1).contiguous() / 127.5 - 1
+
+
+def parse_aspect_ratio_buckets(text: str, multiple: int) -> tuple[tuple[int, int], ...]:
+    """Read the sizes of --aspect_ratio_buckets.
+
+    Args:
+        text: "512,512;640,448", height and width of each, as diffusers' training scripts spell it.
+        multiple: what every side must be a multiple of.
+
+    Returns:
+        The (H, W) in the order given, at least one, all different.
+
+    Raises:
+        ValueError: names the flag and the part that is wrong.
+
+    Source: [ours].
+    """
+    buckets: list[tuple[int, int]] = []
+    for part in text.split(";"):
+        match = re.fullmatch(r"\s*([0-9]{1,6})\s*,\s*([0-9]{1,6})\s*", part)
+        if match is None:
+            raise ValueError(
+                "--aspect_ratio_buckets takes height,width in pixels, several separated by ';', as in "
+                f"'512,512;640,448'; got {part!r}."
+            )
+        bucket = (int(match[1]), int(match[2]))
+        if min(bucket) < 1 or any(side % multiple for side in bucket):
+            raise ValueError(f"--aspect_ratio_buckets: {part!r} must be positive multiples of {multiple}.")
+        if bucket in buckets:
+            raise ValueError(f"--aspect_ratio_buckets names {part!r} twice.")
+        buckets.append(bucket)
+    return tuple(buckets)
+
+
+def nearest_bucket(image_size: tuple[int, int], buckets: Sequence[tuple[int, int]]) -> int:
+    """The bucket for which least of an image is cropped.
+
+    Args:
+        image_size: (width, height) of the upright image, as Pillow and `upright_size` give it.
+        buckets: their (H, W), at least one.
+
+    Returns:
+        Index of the bucket whose aspect ratio is nearest, on a logarithmic scale; of equally near ones, of the one
+        whose area is nearest to the image's; of several such, of the first.
+
+    Source: [ours].
+    """
+    image_width, image_height = image_size
+
+    def distance(index: int) -> tuple[Fraction, int]:
+        height, width = buckets[index]
+        # Exact, and in the order of the logarithms: rounding would decide between a bucket and the same one turned.
+        ratio = Fraction(image_width * height, image_height * width)
+        return max(ratio, 1 / ratio), abs(height * width - image_height * image_width)
+
+    return min(range(len(buckets)), key=distance)
 
 
 def batch_indices(step: int, batch_size: int, count: int, seed: int) -> list[int]:
@@ -248,6 +395,34 @@ def batch_indices(step: int, batch_size: int, count: int, seed: int) -> list[int
     """
     positions = range(step * batch_size, (step + 1) * batch_size)
     return [_epoch_order(position // count, count, seed)[position % count] for position in positions]
+
+
+def bucketed_batch_indices(step: int, batch_size: int, buckets: Sequence[int], seed: int) -> list[int]:
+    """The samples of one training step, all of one bucket; a pure function like `batch_indices`.
+
+    Args:
+        step: global step, from 0.
+        batch_size: samples of a step, over all processes and accumulated batches.
+        buckets: the bucket of each sample, at least one.
+        seed: seed of the order.
+
+    Returns:
+        `batch_size` indices in [0, len(buckets)). With one bucket in use, those of `batch_indices`. With several, each
+        comes once per sample of its own in len(buckets) steps, in an order that differs each time, so that every
+        sample comes exactly `batch_size` times in them, and no sample again before all others of its bucket.
+
+    Source: [ours].
+    """
+    count = len(buckets)
+    if len(set(buckets)) == 1:
+        return batch_indices(step, batch_size, count, seed)
+    cycle, position = divmod(step, count)
+    turns = [buckets[i] for i in _epoch_order(cycle, count, _derive_seed(seed, "turns of buckets"))]
+    bucket = turns[position]
+    samples = [i for i in range(count) if buckets[i] == bucket]
+    batch = cycle * len(samples) + turns[:position].count(bucket)
+    chosen = batch_indices(batch, batch_size, len(samples), _derive_seed(seed, f"bucket {bucket}"))
+    return [samples[i] for i in chosen]
 
 
 def draw_latents(
@@ -296,10 +471,14 @@ def draw_latents(
     return torch.cat(latents)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=32)  # two epochs of each of several buckets
 def _epoch_order(epoch: int, count: int, seed: int) -> tuple[int, ...]:
     # A text as seed is hashed, so neighbouring seeds and epochs have nothing in common.
     return tuple(random.Random(f"{seed} {epoch}").sample(range(count), count))
+
+
+def _derive_seed(seed: int, purpose: str) -> int:
+    return random.Random(f"{seed} {purpose}").getrandbits(64)
 
 
 def _read_folder(folder: Path) -> tuple[list[str], list[dict[str, Any]]]:
@@ -365,6 +544,11 @@ def _stored_image(value: Mapping[str, Any] | None, where: str) -> Path | Image.I
     if value is None:
         raise ValueError(f"{where} is empty.")
     return Path(value["path"]) if value["bytes"] is None else _open_image(BytesIO(value["bytes"]), where)
+
+
+def _name_image(row: PortraitRow) -> str:
+    """How an error names a row's image."""
+    return f"{row.source}: the image {row.image}" if isinstance(row.image, Path) else f"{row.source}: the image"
 
 
 def _open_image(file: Path | BytesIO, where: str) -> Image.Image:

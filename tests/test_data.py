@@ -480,7 +480,7 @@ def test_a_decompression_bomb_is_refused(tmp_path, side, monkeypatch):
 def test_pixels_are_scaled_to_plus_and_minus_one():
     image = Image.new("RGB", (2, 2))
     image.putpixel((1, 0), (255, 51, 0))
-    pixels = preprocess_image(image, 2)
+    pixels = preprocess_image(image, (2, 2))
     assert pixels.shape == (3, 2, 2) and pixels.dtype == torch.float32 and pixels.is_contiguous()
     torch.testing.assert_close(pixels[:, 0, 1], torch.tensor([1, 51 / 127.5 - 1, -1]))
     torch.testing.assert_close(pixels[:, 1, 0], torch.full((3,), -1.0))
@@ -493,14 +493,14 @@ def test_the_centre_is_cropped(size):
     corner = ((size[0] - 10) // 2, (size[1] - 10) // 2)
     image.paste("red", (*corner, corner[0] + 10, corner[1] + 10))
     image.putpixel(corner, (0, 255, 0))
-    pixels = preprocess_image(image, 10)
+    pixels = preprocess_image(image, (10, 10))
     assert pixels[:, 0, 0].tolist() == [-1, 1, -1]
     assert pixels[:, 1:, :].flatten(1).unique(dim=1).tolist() == [[1], [-1], [-1]]
 
 
 @pytest.mark.parametrize("size", [(3, 3), (5, 9), (200, 100), (1, 40_000)])
 def test_any_size_is_fitted(size):
-    pixels = preprocess_image(Image.new("RGB", size, (255, 255, 255)), 16)
+    pixels = preprocess_image(Image.new("RGB", size, (255, 255, 255)), (16, 16))
     assert pixels.shape == (3, 16, 16)
     assert (pixels == 1).all()
 
