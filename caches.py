@@ -1,0 +1,189 @@
+"""Tensors kept on disk under a name made from all that they depend on, so that nothing ever needs to be invalidated.
+
+A frozen model's outputs are computed once: their key is a fingerprint of the model and of what it was given.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+
+Part = str | bytes | int | float | tuple | None
+
+logger = logging.getLogger(__name__)
+
+_TENSOR = "tensor"  # its name in the file
+# What a configuration says of how it was stored and read, and not of what the model computes.
+_ORIGIN = frozenset(
+    {"_class_name", "_diffusers_version", "_name_or_path", "_use_default_values", "transformers_version"}
+)
+
+
+def fingerprint(*parts: Part) -> str:
+    """A name for some values; different values, types or groupings have different names.
+
+    Args:
+        parts: strings, bytes, integers, floats, truth values, None and tuples of such.
+
+    Returns:
+        SHA-256 in hexadecimal digits.
+
+    Raises:
+        TypeError: a part is of another type.
+
+    Source: [ours].
+    """
+    return hashlib.sha256(_encode(parts)).hexdigest()
+
+
+def module_fingerprint(module: torch.nn.Module) -> str:
+    """A name for what a model computes: its weights and buffers, and its configuration if it has one.
+
+    Args:
+        module: any; the device does not matter, the dtype does.
+
+    Returns:
+        SHA-256 in hexadecimal digits; the same wherever the model was loaded from.
+
+    Raises:
+        TypeError: the configuration cannot be written as JSON.
+
+    Source: [ours].
+    """
+    digest = hashlib.sha256(_encode(_read_config(module)))
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(_encode((name, str(tensor.dtype), tuple(tensor.shape))))
+        # numpy has no bfloat16, but every tensor can be seen as bytes; those have no dimension to lose in a scalar.
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class TensorCache:
+    """Tensors by key, one safetensors file each.
+
+    Several processes may share a folder: a file appears whole or not at all, and whoever writes a key writes the same.
+
+    Args:
+        folder: where the files are kept; made when the first is written. None: nothing is kept.
+
+    Source: [ours].
+    """
+
+    def __init__(self, folder: Path | None):
+        self.folder = folder
+
+    def get_or_compute(
+        self, keys: Sequence[str], compute: Callable[[list[int]], Iterable[torch.Tensor]]
+    ) -> list[torch.Tensor]:
+        """Look tensors up and compute those that are missing.
+
+        Args:
+            keys: a key for each tensor, in hexadecimal digits as `fingerprint` returns them.
+            compute: takes the indices of missing keys, each different key once, and yields their tensors in that
+                order. Each is written as it comes, so an interrupted run keeps what it has. Not called if none is
+                missing.
+
+        Returns:
+            The tensor of each key, on the CPU, without gradient, in the dtype in which it was computed; equal keys
+            share one tensor.
+
+        Raises:
+            OSError: a file cannot be read or written; the message names --cache_dir and the file.
+            ValueError: `compute` yields another number of tensors than it was asked for.
+
+        Source: [ours].
+        """
+        tensors: dict[str, torch.Tensor] = {}
+        missing: dict[str, int] = {}
+        for i, key in enumerate(keys):
+            if key in tensors or key in missing:
+                continue
+            tensor = None if self.folder is None else _read(_path(self.folder, key))
+            if tensor is None:
+                missing[key] = i
+            else:
+                tensors[key] = tensor
+        if missing:
+            for (key, _), tensor in zip(missing.items(), compute(list(missing.values())), strict=True):
+                # A view would keep the whole batch that it was cut from in memory.
+                tensors[key] = tensor.detach().to("cpu", copy=True).contiguous()
+                if self.folder is not None:
+                    _write(_path(self.folder, key), tensors[key])
+        return [tensors[key] for key in keys]
+
+
+def _path(folder: Path, key: str) -> Path:
+    return folder / key[:2] / f"{key}.safetensors"
+
+
+def _read(path: Path) -> torch.Tensor | None:
+    """The tensor in a file; None if there is no file, or a damaged one."""
+    try:
+        return load(path.read_bytes())[_TENSOR]
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise OSError(f"--cache_dir: {path} cannot be read: {error.strerror}") from error
+    except (SafetensorError, KeyError) as error:
+        logger.warning("The cached %s is damaged (%r); it is computed again and replaced.", path, error)
+        return None
+
+
+def _write(path: Path, tensor: torch.Tensor) -> None:
+    """Write a file that appears whole or not at all, whoever else writes it."""
+    # A name of its own for each writer; opened by hand, for the permissions of a `tempfile` would shut others out.
+    temporary = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(save({_TENSOR: tensor}))
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(f"--cache_dir: {path} cannot be written: {error.strerror}") from error
+
+
+def _encode(value: Any) -> bytes:
+    """Type, length and content, so that no two values have the same bytes, alone or one after another."""
+    # The exact type: a truth value is an integer too, and 1 == True == 1.0.
+    kind = type(value)
+    if kind is tuple:
+        content = b"".join(map(_encode, value))
+    elif kind is bytes:
+        content = value
+    elif kind in (str, bool, int, type(None)):
+        content = str(value).encode("utf-8", "surrogatepass")
+    elif kind is float:
+        content = value.hex().encode()
+    else:
+        raise TypeError(f"A fingerprint is made of str, bytes, int, float, None and tuples of them, got {value!r}.")
+    return f"{kind.__name__} {len(content)} ".encode() + content
+
+
+def _read_config(module: torch.nn.Module) -> str | None:
+    """A model's configuration as JSON, without where it comes from."""
+    config = getattr(module, "config", None)
+    if config is None:
+        return None
+    if not isinstance(config, Mapping):
+        config = config.to_dict()
+    return json.dumps(_drop_origin(config), sort_keys=True)
+
+
+def _drop_origin(value: Any) -> Any:
+    """Also from configurations within: CLIP's has one of the texts and one of the pictures."""
+    if isinstance(value, Mapping):
+        return {str(key): _drop_origin(item) for key, item in value.items() if key not in _ORIGIN}
+    return [_drop_origin(item) for item in value] if isinstance(value, list | tuple) else value
