@@ -1,0 +1,443 @@
+"""The finished LoRA for others: kohya's format for ComfyUI and A1111, the model card, a repository on the Hub.
+
+Paper: arXiv 2504.00396.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shlex
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+import safetensors.torch
+import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+
+
+CARD = "README.md"
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+KOHYA_WEIGHTS = "pytorch_lora_weights_kohya.safetensors"
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+TAGS = (
+    "text-to-image",
+    "stable-diffusion",
+    "lora",
+    "diffusers",
+    "diffusers-training",
+    "spf-portrait",
+    "template:sd-lora",
+)
+# A layer of the UNet, and which of its tensors: diffusers renames the attention's, and leaves PEFT's names to others.
+_LORA_KEY = re.compile(
+    r"unet\.(.+)\.(?:(lora_A|lora_B|lora\.down|lora\.up)\.weight|(lora_magnitude_vector)(?:\.weight)?)"
+)
+_KOHYA_NAMES = {
+    "lora_A": "lora_down.weight",
+    "lora.down": "lora_down.weight",
+    "lora_B": "lora_up.weight",
+    "lora.up": "lora_up.weight",
+    "lora_magnitude_vector": "dora_scale",
+}
+_SD2_TEXT_WIDTH = 1024  # of the text embeddings that a cross-attention layer reads; SD 1.x has 768
+
+CITATION = """\
+@article{xian2025spfportrait,
+  title   = {SPF-Portrait: Towards Pure Text-to-Portrait Customization with Semantic Pollution-Free Fine-Tuning},
+  author  = {Xian, Xiaole and Liao, Zhichao and Li, Qingyu and Qin, Wenyu and Wan, Pengfei and Xie, Weicheng and
+             Zeng, Long and Shen, Linlin and Feng, Pingfa},
+  journal = {arXiv preprint arXiv:2504.00396},
+  year    = {2025}
+}"""
+
+
+# ------------------------------------------------------------------------------------------------------ kohya's format
+
+
+def save_kohya_lora(lora: Path, path: Path) -> None:
+    """Write a LoRA of diffusers' format in kohya's format, which ComfyUI and A1111 read, whole or not at all.
+
+    Both scale a layer by `alpha / rank`, and kohya's file holds an alpha for each layer. diffusers has a converter of
+    its own; it writes `alpha = rank` whatever the alpha, and does not find DoRA's magnitude in a UNet.
+
+    A DoRA's magnitude is written as (out, 1), one number for each output. No common reader treats it as PEFT does:
+    diffusers drops `dora_scale`, ComfyUI divides by the norm of the original weight alone, A1111 by that of columns.
+
+    Args:
+        lora: a `.safetensors` file with the adapter metadata that `save_lora_weights` writes.
+        path: the file to write; its folder exists.
+
+    Raises:
+        FileNotFoundError: there is no file `lora`.
+        ValueError: it is no such file, has no metadata, or holds something other than a LoRA of a UNet.
+
+    Source: [ours].
+    """
+    tensors, config = _read_lora(lora)
+    layers: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = _LORA_KEY.fullmatch(key)
+        if match is None:
+            raise ValueError(f"{lora}: {key!r} is no LoRA weight of a UNet, so kohya's format has no place for it")
+        layers.setdefault(match[1], {})[_KOHYA_NAMES[match[2] or match[3]]] = tensor
+
+    state, ranks, alphas = {}, set(), set()
+    pattern = config["alpha_pattern"]
+    for layer, weights in layers.items():
+        missing = {"lora_down.weight", "lora_up.weight"} - weights.keys()
+        if missing:
+            raise ValueError(f"{lora}: layer {layer!r} has no {' and no '.join(sorted(missing))}")
+        up, rank = weights["lora_up.weight"], len(weights["lora_down.weight"])
+        alpha = float(pattern.get(get_pattern_key(pattern, layer), config["lora_alpha"]))
+        if config["use_rslora"]:
+            alpha *= math.sqrt(rank)  # rsLoRA divides by the root of the rank, and the readers by the rank
+        if "dora_scale" in weights:
+            # A plain vector would be taken for one number an input, and broadcast along the wrong side.
+            weights["dora_scale"] = weights["dora_scale"].reshape(-1, *[1] * (up.ndim - 1))
+        name = f"lora_unet_{layer.replace('.', '_')}"
+        state |= {f"{name}.{kind}": weight for kind, weight in weights.items()}
+        state[f"{name}.alpha"] = torch.tensor(alpha)
+        ranks.add(rank)
+        alphas.add(alpha)
+
+    widths = {weights["lora_down.weight"].shape[1] for layer, weights in layers.items() if "attn2.to_k" in layer}
+    metadata = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": _one_or_dynamic(ranks),
+        "ss_network_alpha": _one_or_dynamic(alphas),
+        # Without it, A1111 takes a LoRA with metadata for one of SD 1.x, and hides it from other models.
+        "ss_v2": str(_SD2_TEXT_WIDTH in widths),
+    }
+    _write_whole(path, safetensors.torch.save(state, metadata))
+
+
+def _read_lora(lora: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """The tensors of a LoRA file, and of its metadata what decides the scale."""
+    try:
+        with safe_open(lora, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{lora}: {error}") from error
+    if LORA_ADAPTER_METADATA_KEY not in metadata:
+        raise ValueError(f"{lora} has no {LORA_ADAPTER_METADATA_KEY}, so nothing tells the LoRA's alpha")
+    packed = json.loads(metadata[LORA_ADAPTER_METADATA_KEY])
+    if not tensors or "unet.lora_alpha" not in packed:
+        raise ValueError(f"{lora} holds no LoRA of a UNet, or its metadata no alpha")
+    return tensors, {
+        "lora_alpha": packed["unet.lora_alpha"],
+        "alpha_pattern": packed.get("unet.alpha_pattern", {}),
+        "use_rslora": packed.get("unet.use_rslora", False),
+    }
+
+
+def _one_or_dynamic(values: set) -> str:
+    return str(*values) if len(values) == 1 else "Dynamic"
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    # In a folder beside it, so that the last step is a rename on one file system.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as temporary:
+        whole = Path(temporary) / path.name
+        whole.write_bytes(content)
+        os.replace(whole, path)
+
+
+# ------------------------------------------------------------------------------------------------------ the model card
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """All that a model card says.
+
+    Args:
+        base_model: Hub id or local folder of the base model.
+        targets: the target prompts, which are the trigger words.
+        example_prompt: a full prompt, base and target.
+        base_prompt: its base, for the example with the custom pipeline.
+        settings: the training flags and their values, free of secrets; None is a flag that was not given.
+        pictures: pictures as paths inside the repository, such as "validation/step_000240.png".
+        licence: as the Hub spells it, such as "creativeml-openrail-m".
+        repo_id: "user/name" on the Hub; None while nothing is pushed, and the examples then name the output folder.
+        has_kohya: whether the file for ComfyUI and A1111 lies beside the LoRA.
+        is_dora: whether the LoRA has a magnitude (DoRA), which the readers of that file treat differently.
+    """
+
+    base_model: str
+    targets: tuple[str, ...]
+    example_prompt: str
+    base_prompt: str
+    settings: dict[str, object]
+    pictures: tuple[str, ...]
+    licence: str
+    repo_id: str | None
+    has_kohya: bool
+    is_dora: bool = False
+
+
+def write_model_card(folder: Path, facts: CardFacts) -> Path:
+    """Write README.md with the metadata that the Hub reads, over one that is there.
+
+    The Hub rejects a card whose `base_model` is no id, so a local folder is named in the text alone.
+
+    Args:
+        folder: the output folder, which exists.
+        facts: what the card says.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: no target prompt.
+
+    Source: [ours].
+    """
+    if not facts.targets:
+        raise ValueError("targets: a model card needs at least one target prompt")
+    data = ModelCardData(
+        base_model=facts.base_model if _is_hub_id(facts.base_model) else None,
+        library_name="diffusers",
+        license=facts.licence,
+        inference=True,
+        instance_prompt=", ".join(dict.fromkeys(facts.targets)),
+        tags=list(TAGS),
+        widget=[{"text": facts.example_prompt, "output": {"url": picture}} for picture in facts.pictures] or None,
+    )
+    text = "\n\n".join(_card_sections(folder.resolve().name, facts))
+    path = folder / CARD
+    _write_whole(path, str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")).encode())
+    return path
+
+
+def _is_hub_id(base_model: str) -> bool:
+    # `from_pretrained` takes the folder where there are both.
+    if Path(base_model).exists():
+        return False
+    try:
+        validate_repo_id(base_model)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _card_sections(folder_name: str, facts: CardFacts) -> list[str]:
+    lora = facts.repo_id or folder_name
+    base = facts.base_model
+    pipeline = facts.repo_id or "path/to/pipeline_spf_portrait.py"
+    base_link = f"[{base}](https://huggingface.co/{base})" if _is_hub_id(base) else f"the local model {_inline(base)}"
+    triggers = "\n".join(f"- {_inline(target)}" for target in dict.fromkeys(facts.targets))
+    load = f"pipe.load_lora_weights({lora!r}, weight_name={LORA_WEIGHTS!r})"
+    sections = [
+        f"# {lora}",
+        f"A LoRA for {base_link}, trained with SPF-Portrait ([arXiv 2504.00396](https://arxiv.org/abs/2504.00396)): "
+        "it adds the target attribute to a portrait and keeps what the base prompt asks for as the original model "
+        "draws it.",
+        f"## Trigger words\n\n{triggers}",
+        *(f"![Portraits drawn with this LoRA](<{quote(picture)}>)" for picture in facts.pictures),
+        "## Use with diffusers",
+        f"""```py
+import torch
+from diffusers import StableDiffusionPipeline
+
+pipe = StableDiffusionPipeline.from_pretrained({base!r}, dtype=torch.float16).to("cuda")
+{load}
+image = pipe({facts.example_prompt!r}).images[0]
+image.save("portrait.png")
+```""",
+        "## Use with the SPF-Portrait pipeline",
+        "It takes the target apart from the base prompt, and draws the original model's own portrait beside yours. "
+        "`trust_remote_code=True` runs code of "
+        + ("this repository" if facts.repo_id else "the training repository, where the file lies")
+        + ".",
+        f"""```py
+import torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained(
+    {base!r},
+    dtype=torch.float16,
+    custom_pipeline={pipeline!r},
+    trust_remote_code=True,
+).to("cuda")
+{load}
+output = pipe({facts.base_prompt!r}, target_prompt={facts.targets[0]!r}, compare=True)
+output.images[0].save("portrait.png")
+output.reference_images[0].save("original_model.png")
+```""",
+    ]
+    if facts.has_kohya:
+        sections.append(_kohya_section(facts))
+    rows = [(name, value) for name, value in facts.settings.items() if value is not None]
+    if rows:
+        table = "\n".join(f"| {_cell(f'--{name}')} | {_cell(value)} |" for name, value in rows)
+        sections.append(f"## Training\n\n| flag | value |\n| --- | --- |\n{table}")
+    sections += [
+        f"## Licence\n\n{_inline(facts.licence)}; the terms of the base model hold too.",
+        f"## Citation\n\n```bibtex\n{CITATION}\n```",
+    ]
+    return sections
+
+
+def _kohya_section(facts: CardFacts) -> str:
+    text = (
+        f"## Use with ComfyUI and A1111\n\nDownload `{KOHYA_WEIGHTS}`.\n\n"
+        "- ComfyUI: put it into `models/loras` and load it with the node *Load LoRA*.\n"
+        f"- A1111: put it into `models/Lora` and write `<lora:{Path(KOHYA_WEIGHTS).stem}:1>` into the prompt.\n\n"
+        f"Then write the trigger words into the prompt, for example: {_inline(facts.example_prompt)}"
+    )
+    if facts.is_dora:
+        text += (
+            "\n\nThis LoRA is a DoRA. ComfyUI and A1111 apply its magnitude in other ways than PEFT, and diffusers "
+            f"ignores it in this file: only `{LORA_WEIGHTS}` with diffusers draws what was trained."
+        )
+    return text
+
+
+def _inline(text: object) -> str:
+    """Code in Markdown, whatever quotes and breaks it holds."""
+    line = " ".join(str(text).split())
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
+    pad = " " if "`" in line else ""
+    return f"{fence}{pad}{line}{pad}{fence}"
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, list | tuple):
+        value = " ".join(map(str, value))
+    # A bar ends a cell, even inside code.
+    return _inline(value).replace("|", r"\|")
+
+
+# ------------------------------------------------------------------------------------------------------------- the Hub
+
+
+def create_hub_repo(hub_model_id: str, token: str | None, private: bool) -> str:
+    """Make the repository before the training, so that a wrong name or token ends the program at once.
+
+    Args:
+        hub_model_id: "user/name", or "name" for the token's own user. It may exist.
+        token: a token of the Hub; None takes the one of `hf auth login` or of the environment.
+        private: whether a new repository is private. One that exists keeps its state, so a public one is refused.
+
+    Returns:
+        "user/name".
+
+    Raises:
+        ValueError: a name that the Hub does not take; no token, an unknown one, or one that may not write; a public
+            repository where a private one is wanted; the Hub is out of reach. The message never holds the token.
+
+    Source: [ours].
+    """
+    try:
+        validate_repo_id(hub_model_id)
+    except HFValidationError as error:
+        raise ValueError(f"--hub_model_id: {error}") from error
+    api = HfApi(token=token)
+    try:
+        account = api.whoami()
+    except LocalTokenNotFoundError as error:
+        raise ValueError("--hub_token: there is none, and `hf auth login` has stored none either") from error
+    except HfHubHTTPError as error:
+        raise ValueError(f"--hub_token: the Hub does not take it: {_one_line(error, token)}") from error
+    except (HTTPError, OSError, ValueError) as error:
+        raise ValueError(f"--hub_token: cannot ask {api.endpoint} about it: {_one_line(error, token)}") from error
+    # `create_repo` is content with a repository that the token can only read, if it exists.
+    if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise ValueError("--hub_token: it may only read; pushing needs a token that may write")
+    repo_id = hub_model_id if "/" in hub_model_id else f"{account['name']}/{hub_model_id}"
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        is_public = not api.model_info(repo_id).private
+    except (HTTPError, OSError, ValueError) as error:
+        raise ValueError(f"--hub_model_id: cannot make {repo_id!r}: {_one_line(error, token)}") from error
+    if private and is_public:
+        raise ValueError(f"--hub_model_id: {repo_id!r} exists and is public, and a private repository is wanted")
+    return repo_id
+
+
+def push_lora(
+    folder: Path,
+    repo_id: str,
+    token: str | None,
+    code: Mapping[str, Path],
+    files: Sequence[str],
+    commit_message: str = "Upload LoRA, pipeline and model card",
+) -> str:
+    """Upload the model card, the LoRA, what else is listed and the pipeline's code, in one commit.
+
+    The list decides alone: nothing else in the folder, such as checkpoints, caches or logs, is looked at.
+
+    Args:
+        folder: the output folder, with README.md and the LoRA.
+        repo_id: "user/name", as `create_hub_repo` returns it.
+        token: a token of the Hub; None takes the one of `hf auth login` or of the environment.
+        code: Python files by their name in the repository; `pipeline.py` is the one that diffusers looks for.
+        files: further files as paths relative to `folder`: the LoRA in kohya's format, and pictures.
+        commit_message: one line.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        ValueError: a file that is missing, leads out of the folder, is of no kind that belongs on the Hub, or holds
+            the token.
+        OSError: the Hub refused or did not answer. The files are as they were; the message says how to push again.
+
+    Source: [ours].
+    """
+    sources = {name: _file_to_push(folder, name) for name in dict.fromkeys((CARD, LORA_WEIGHTS, *files))}
+    for name, path in code.items():
+        if Path(name).name != name or Path(name).suffix != ".py" or not path.is_file():
+            raise ValueError(f"{name!r}: {path} is no Python file for the top level of the repository")
+        sources[name] = path
+
+    api = HfApi(token=token)
+    secret = token or get_token()
+    operations = []
+    for name, path in sources.items():
+        content = path.read_bytes()
+        if secret and secret.encode() in content:
+            raise ValueError(f"{path} holds the Hub's token, and is not pushed")
+        # The bytes that were looked at, whatever becomes of the file.
+        operations.append(CommitOperationAdd(name, content))
+    try:
+        commit = api.create_commit(repo_id, operations, commit_message=commit_message)
+    # The transport of large files raises RuntimeError, and metadata that the Hub does not take a ValueError.
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:
+        own = [name for name in sources if name not in code]
+        includes = [word for name in own for word in ("--include", name)]
+        commands = [["hf", "upload", repo_id, str(folder), ".", *includes]]
+        commands += [["hf", "upload", repo_id, str(path), name] for name, path in code.items()]
+        again = " && ".join(shlex.join(command) for command in commands)
+        raise OSError(
+            f"--push_to_hub: {repo_id} was not pushed ({_one_line(error, secret)}); nothing is lost, the LoRA is "
+            f"whole in {folder}; push it again with: {again}"
+        ) from error
+    return str(commit.repo_url)
+
+
+def _file_to_push(folder: Path, name: str) -> Path:
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{name!r} leads out of {folder}, and is not pushed")
+    if name not in (CARD, LORA_WEIGHTS, KOHYA_WEIGHTS) and path.suffix.lower() not in PICTURES:
+        raise ValueError(f"{name!r} is neither the card, nor a LoRA, nor a picture, and is not pushed")
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, and cannot be pushed")
+    return path
+
+
+def _one_line(error: Exception, token: str | None) -> str:
+    line = " ".join(str(error).split()) or type(error).__name__
+    return line.replace(token, "***") if token else line
