@@ -1,11 +1,13 @@
 """Tests of `data.py`: real image files, a real saved dataset, a real (tiny, random) Stable Diffusion pipeline."""
 
 import io
+import itertools
 import json
 import os
 import random
 import warnings
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import datasets
@@ -17,13 +19,19 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from data import (
+    INTERPOLATION_MODES,
     PortraitRow,
     batch_indices,
+    bucketed_batch_indices,
     check_images,
+    content_key,
     draw_latents,
     load_image,
     load_rows,
+    nearest_bucket,
+    parse_aspect_ratio_buckets,
     preprocess_image,
+    upright_size,
 )
 
 
@@ -500,9 +508,239 @@ def test_the_centre_is_cropped(size):
 
 @pytest.mark.parametrize("size", [(3, 3), (5, 9), (200, 100), (1, 40_000)])
 def test_any_size_is_fitted(size):
-    pixels = preprocess_image(Image.new("RGB", size, (255, 255, 255)), (16, 16))
-    assert pixels.shape == (3, 16, 16)
-    assert (pixels == 1).all()
+    image = Image.new("RGB", size, (255, 255, 255))
+    for height, width in ((16, 16), (24, 8), (7, 40)):
+        pixels = preprocess_image(image, (height, width), centering=(1.0, 1.0))
+        assert pixels.shape == (3, height, width)
+        assert (pixels == 1).all()
+
+
+def noise(size: tuple[int, int], seed: int = 0) -> Image.Image:
+    width, height = size
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def unchanged(image: Image.Image, box: tuple[int, int, int, int]) -> torch.Tensor:
+    """The pixels of a part of the image, in [-1, 1] without any resize."""
+    return torch.tensor(np.array(image.crop(box))).permute(2, 0, 1) / 127.5 - 1
+
+
+@pytest.mark.parametrize("centering", [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0), (0.5, 0.5), (0.25, 0.75)])
+@pytest.mark.parametrize("size", [(12, 20), (12, 12)])
+def test_the_crop_lies_where_it_should(centering, size):
+    """The image is as high, or as wide, as the size, so that nothing but the crop happens."""
+    height, width = size
+    wide, high = noise((width + 8, height)), noise((width, height + 8))
+    left, top = int(8 * centering[0]), int(8 * centering[1])
+    pixels = preprocess_image(wide, size, centering=centering)
+    torch.testing.assert_close(pixels, unchanged(wide, (left, 0, left + width, height)), atol=0, rtol=0)
+    pixels = preprocess_image(high, size, centering=centering)
+    torch.testing.assert_close(pixels, unchanged(high, (0, top, width, top + height)), atol=0, rtol=0)
+
+
+def test_a_crop_is_resized_too():
+    """The ends of a picture four times as wide as high, at half its size; a resize looks a little over the edge."""
+    image = Image.new("RGB", (64, 16), "black")
+    image.paste("red", (0, 0, 24, 16))
+    image.paste("blue", (40, 0, 64, 16))
+    left = preprocess_image(image, (8, 8), centering=(0.0, 0.5))
+    right = preprocess_image(image, (8, 8), centering=(1.0, 0.5))
+    assert left.flatten(1).unique(dim=1).tolist() == [[1], [-1], [-1]]
+    assert right.flatten(1).unique(dim=1).tolist() == [[-1], [-1], [1]]
+
+
+@pytest.mark.parametrize("size", [(10, 10), (12, 7), (6, 20)])
+def test_a_mirrored_portrait_is_the_mirror_of_the_portrait(size):
+    """Of the same part: the mirror comes after the crop."""
+    image = noise((31, 23))
+    for centering in ((0.0, 0.0), (0.8, 0.3)):
+        plain = preprocess_image(image, size, centering=centering)
+        mirrored = preprocess_image(image, size, centering=centering, flip=True)
+        assert torch.equal(mirrored, plain.flip(2)) and mirrored.is_contiguous()
+        assert not torch.equal(mirrored, plain)
+
+
+def test_lanczos_is_what_is_meant_if_nothing_is_said():
+    """The pixels of Pillow's own resize, to the bit."""
+    image = noise((40, 40))
+    pixels = {name: preprocess_image(image, (12, 12), interpolation=name) for name in INTERPOLATION_MODES}
+    assert torch.equal(preprocess_image(image, (12, 12)), pixels["lanczos"])
+    assert len({tuple(each.flatten().tolist()) for each in pixels.values()}) == len(INTERPOLATION_MODES) == 6
+    for name, each in pixels.items():
+        resized = image.resize((12, 12), Image.Resampling[name.upper()])
+        torch.testing.assert_close(each, unchanged(resized, (0, 0, 12, 12)), atol=0, rtol=0)
+
+
+def test_an_unknown_interpolation():
+    with pytest.raises(ValueError, match=r"interpolation must be one of \['lanczos', .*\], got 'Lanczos'"):
+        preprocess_image(Image.new("RGB", (4, 4)), (4, 4), interpolation="Lanczos")
+
+
+@pytest.mark.parametrize("centering", [(-0.01, 0.5), (0.5, 1.01), (float("nan"), 0.5)])
+def test_a_crop_outside_of_the_image(centering):
+    with pytest.raises(ValueError, match=r"centering must lie in \[0, 1\], got \("):
+        preprocess_image(Image.new("RGB", (4, 4)), (4, 4), centering=centering)
+
+
+# ------------------------------------------------------------------------------------------------------------ sizes
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", [None, *range(1, 9)])
+def test_the_upright_size_is_that_of_the_loaded_image(tmp_path, kind, orientation):
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    (tmp_path / "0").write_bytes(encode(noise((6, 4)), kind, exif=exif))
+    sideways = orientation is not None and orientation >= 5
+    assert upright_size(row_of(tmp_path / "0")) == ((4, 6) if sideways else (6, 4))
+    # An image of a `datasets` row, before it is decoded and after.
+    row = row_of(Image.open(tmp_path / "0"))
+    for _ in range(2):
+        assert upright_size(row) == load_image(row).size == ((4, 6) if sideways else (6, 4))
+
+
+def test_the_upright_size_needs_no_pixels(tmp_path, monkeypatch):
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for kind in ("JPEG", "PNG"):
+        (tmp_path / "0").write_bytes(encode(Image.new("RGB", (6, 4)), kind, exif=exif))
+        assert upright_size(row_of(tmp_path / "0")) == (4, 6)
+
+
+def test_the_upright_size_of_a_broken_image(tmp_path):
+    with pytest.raises(FileNotFoundError, match="somewhere, line 7: the image .*0.png does not exist"):
+        upright_size(row_of(tmp_path / "0.png"))
+    (tmp_path / "0.png").write_bytes(b"not an image")
+    with pytest.raises(ValueError, match="somewhere, line 7: the image .*0.png cannot be read"):
+        upright_size(row_of(tmp_path / "0.png"))
+    content = encode(noise((64, 64)))
+    (tmp_path / "0.png").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="somewhere, line 7: the image .*0.png cannot be decoded"):
+        upright_size(row_of(tmp_path / "0.png"))
+
+
+def test_a_changed_picture_has_another_key(tmp_path):
+    row = row_of(tmp_path / "0.png")
+    noise((6, 4)).save(row.image)
+    before = content_key(row)
+    assert content_key(row) == before and len(before) == 64 and int(before, 16)
+    noise((6, 4), seed=1).save(row.image)
+    assert content_key(row) != before
+
+
+def test_a_picture_keeps_its_key_under_another_name(tmp_path):
+    noise((6, 4)).save(tmp_path / "0.png")
+    noise((6, 4)).save(tmp_path / "1.png")
+    rows = [row_of(tmp_path / "0.png"), PortraitRow("elsewhere, line 1", tmp_path / "1.png", "a man", "a cap")]
+    assert content_key(rows[0]) == content_key(rows[1])
+
+
+def test_the_key_of_an_image_of_a_data_set():
+    """Whatever changes what is loaded changes the key: pixels, shape, palette, transparency, orientation."""
+    grey = Image.new("P", (6, 4), 1)
+    grey.putpalette([0, 0, 0, 9, 9, 9])
+    red = grey.copy()
+    red.putpalette([0, 0, 0, 255, 0, 0])
+    turned = Image.Exif()
+    turned[0x0112] = 3
+    clear = noise((6, 4)).convert("RGBA")
+    clear.putalpha(128)
+    jpegs = [io.BytesIO(encode(noise((6, 4)), "JPEG", **options)) for options in ({}, {"exif": turned})]
+    images = [
+        noise((6, 4)),
+        noise((6, 4), seed=1),
+        noise((6, 4)).transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+        Image.new("RGB", (6, 4)),
+        Image.new("RGB", (4, 6)),
+        grey,
+        red,
+        clear,
+        *map(Image.open, jpegs),
+    ]
+    keys = [content_key(row_of(image)) for image in images]
+    assert len(set(keys)) == len(images)
+    assert keys == [content_key(row_of(image)) for image in images]
+    assert content_key(row_of(Image.open(io.BytesIO(encode(noise((6, 4))))))) == keys[0]
+
+
+def test_the_key_of_a_file_that_cannot_be_read(tmp_path):
+    with pytest.raises(FileNotFoundError, match="somewhere, line 7: the image .*0.png does not exist"):
+        content_key(row_of(tmp_path / "0.png"))
+    with pytest.raises(ValueError, match="somewhere, line 7: the image .* cannot be read: .*Is a directory"):
+        content_key(row_of(tmp_path))
+
+
+# ---------------------------------------------------------------------------------------------------------- buckets
+
+
+def test_buckets_as_they_are_written():
+    assert parse_aspect_ratio_buckets("512,512;640,448", 64) == ((512, 512), (640, 448))
+    assert parse_aspect_ratio_buckets(" 64 , 128 ", 8) == ((64, 128),)
+    assert parse_aspect_ratio_buckets("640,448;448,640", 64) == ((640, 448), (448, 640))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "got ''"),
+        (";", "got ''"),
+        ("512,512;", "got ''"),
+        ("512", "got '512'"),
+        ("512,512,512", "got '512,512,512'"),
+        ("512x512", "got '512x512'"),
+        ("512,512 640,448", "got '512,512 640,448'"),
+        ("512,512;a,448", "got 'a,448'"),
+        ("512,-512", "got '512,-512'"),
+        ("512,512.0", "got '512,512.0'"),
+        ("5_12,512", "got '5_12,512'"),
+        ("٥١٢,512", "got '٥١٢,512'"),
+        ("512," + "9" * 5000, "got '512,99999"),
+        ("512,512;0,512", "'0,512' must be positive multiples of 64"),
+        ("512,0", "'512,0' must be positive multiples of 64"),
+        ("512,512;640,440", "'640,440' must be positive multiples of 64"),
+        ("640,448;512,512; 640,448", "names ' 640,448' twice"),
+        ("512,512;0512,512", "names '0512,512' twice"),
+    ],
+)
+def test_buckets_that_are_none(text, message):
+    with pytest.raises(ValueError) as error:
+        parse_aspect_ratio_buckets(text, 64)
+    assert str(error.value).startswith("--aspect_ratio_buckets") and message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("image_size", "bucket"),
+    [
+        ((500, 500), (512, 512)),
+        ((300, 420), (640, 448)),
+        ((420, 300), (448, 640)),
+        ((10, 4000), (640, 448)),
+        ((4000, 10), (448, 640)),
+        # The border lies at the root of 640 / 448, 1.1952: halfway by its logarithm, and not at 1.2143.
+        ((1000, 1195), (512, 512)),
+        ((1000, 1196), (640, 448)),
+        ((1195, 1000), (512, 512)),
+        ((1196, 1000), (448, 640)),
+    ],
+)
+def test_the_nearest_bucket(image_size, bucket):
+    buckets = [(448, 640), (512, 512), (640, 448)]
+    for order in itertools.permutations(buckets):
+        assert order[nearest_bucket(image_size, order)] == bucket
+
+
+def test_the_size_decides_between_buckets_of_one_shape():
+    buckets = [(1024, 1024), (256, 256), (512, 512)]
+    sizes = [(3000, 3000), (600, 500), (10, 10), (300, 290)]
+    assert [nearest_bucket(size, buckets) for size in sizes] == [0, 2, 1, 1]
+    # As near by shape, one wider and one higher: the area decides here too, and if that is equal, the order.
+    assert nearest_bucket((100, 100), [(200, 100), (50, 100)]) == 1
+    for sides in ((3, 7), (11, 13), (449, 641)):
+        assert nearest_bucket((100, 100), [sides, sides[::-1]]) == 0
+        assert nearest_bucket((100, 100), [sides[::-1], sides]) == 0
 
 
 # ---------------------------------------------------------------------------------------------------------- batches
@@ -537,6 +775,68 @@ def test_a_batch_does_not_touch_the_global_random_state():
     expected = random.random()
     random.seed(0)
     batch_indices(0, 3, 7, seed=5)
+    assert random.random() == expected
+
+
+@pytest.mark.parametrize("bucket", [0, 3])
+@pytest.mark.parametrize(("batch_size", "count"), [(1, 5), (4, 6), (7, 3), (3, 1)])
+def test_one_bucket_changes_nothing(bucket, batch_size, count):
+    for seed in (0, 7):
+        for step in (*range(30), 10**12):
+            expected = batch_indices(step, batch_size, count, seed)
+            assert bucketed_batch_indices(step, batch_size, [bucket] * count, seed) == expected
+
+
+BUCKETS = [1, 0, 1, 1, 4, 0, 1, 1, 4, 0, 1]  # of 11 samples: six, three and two
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 8])
+@pytest.mark.parametrize("first_cycle", [0, 10**9])
+def test_every_bucket_and_sample_has_its_share(batch_size, first_cycle):
+    count = len(BUCKETS)
+    for cycle in range(first_cycle, first_cycle + 4):
+        batches = [bucketed_batch_indices(cycle * count + i, batch_size, BUCKETS, seed=3) for i in range(count)]
+        assert all(len(batch) == batch_size and len({BUCKETS[i] for i in batch}) == 1 for batch in batches)
+        turns = [BUCKETS[batch[0]] for batch in batches]
+        assert [turns.count(bucket) for bucket in (0, 1, 4)] == [3, 6, 2]
+        assert Counter(i for batch in batches for i in batch) == dict.fromkeys(range(count), batch_size)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_no_sample_comes_again_before_the_others_of_its_bucket(batch_size):
+    stream = [i for step in range(66) for i in bucketed_batch_indices(step, batch_size, BUCKETS, seed=3)]
+    for bucket in (0, 1, 4):
+        own = [i for i, other in enumerate(BUCKETS) if other == bucket]
+        drawn = [i for i in stream if BUCKETS[i] == bucket]
+        epochs = [drawn[start : start + len(own)] for start in range(0, len(drawn), len(own))]
+        assert all(sorted(epoch) == own for epoch in epochs)
+        assert len({tuple(epoch) for epoch in epochs}) > 1
+
+
+def test_the_turns_of_the_buckets_are_new_each_cycle_and_for_each_seed():
+    buckets = [0, 1, 2] * 20
+    turns = {
+        tuple(buckets[bucketed_batch_indices(60 * cycle + i, 1, buckets, seed)[0]] for i in range(60))
+        for cycle in range(3)
+        for seed in (-1, 0, 1)
+    }
+    assert len(turns) == 9
+
+
+def test_buckets_of_one_size_have_orders_of_their_own():
+    """Else the batches of one would be told by those of the other."""
+    buckets = [0] * 40 + [1] * 40
+    stream = [bucketed_batch_indices(step, 1, buckets, seed=0)[0] for step in range(80)]
+    assert [i for i in stream if i < 40] != [i - 40 for i in stream if i >= 40]
+
+
+def test_a_bucketed_batch_depends_on_its_arguments_alone():
+    random.seed(0)
+    expected = random.random()
+    random.seed(0)
+    forward = [bucketed_batch_indices(step, 3, BUCKETS, seed=0) for step in range(40)]
+    backward = [bucketed_batch_indices(step, 3, tuple(BUCKETS), seed=0) for step in reversed(range(40))]
+    assert forward == backward[::-1]
     assert random.random() == expected
 
 
