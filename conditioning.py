@@ -7,13 +7,14 @@ Paper: arXiv 2504.00396.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTextModel, CLIPTokenizer
 
+from caches import TensorCache, fingerprint, module_fingerprint
 from prompts import PromptPair, PromptTokens, phrase_mask
 from sfcm import phrase_distances
 
@@ -29,8 +30,9 @@ class PromptTable:
     FULL sets the base prompt against the full prompt; BASE and EMPTY set a prompt against itself.
     """
 
-    prompt_embeds: torch.Tensor  # (U, T, E) of the U different prompts
-    reference_rows: torch.Tensor  # (R,) rows of prompt_embeds
+    prompt_ids: torch.Tensor  # (U, T) tokens of the U different prompts
+    prompt_embeds: torch.Tensor | None  # (U, T, E), or None where each step encodes its own
+    reference_rows: torch.Tensor  # (R,) rows of the two above
     response_rows: torch.Tensor  # (R,)
     phrase_weights: torch.Tensor  # (N, P, T)
     phrase_mask: torch.Tensor  # (N, P) bool
@@ -83,6 +85,9 @@ def make_prompt_table(
     text_encoder: CLIPTextModel,
     clip: CLIPModel,
     clip_tokenizer: CLIPTokenizer,
+    *,
+    encode: bool = True,
+    cache: TensorCache | None = None,
 ) -> PromptTable:
     """Encode every prompt once and lay out token positions.
 
@@ -93,6 +98,8 @@ def make_prompt_table(
         text_encoder: the diffusion model's; the table lies on its device.
         clip: the model that measures phrases against targets.
         clip_tokenizer: its tokenizer.
+        encode: False leaves the prompts to `encode_prompts` in each step.
+        cache: where text embeddings are looked up and kept; None computes them.
 
     Source: [paper] phrases, PAD and distances; [ours] the rows that ask for no change.
     """
@@ -106,7 +113,7 @@ def make_prompt_table(
     )
     unique = {ids: row for row, ids in enumerate(dict.fromkeys(reference + response))}
     all_ids = torch.tensor(list(unique), device=device)
-    embeds = torch.cat([text_encoder(chunk)[0] for chunk in all_ids.split(32)])
+    embeds = _encode_once(text_encoder, all_ids, cache) if encode else None
 
     length = len(empty_ids)
     # Set against itself, every token of a prompt between BOS and its padding matches.
@@ -123,6 +130,7 @@ def make_prompt_table(
     for i, tokens in enumerate(pair_tokens):
         weights[i, : len(tokens.phrase_positions)] = torch.tensor(phrase_mask(tokens.phrase_positions, length))
     return PromptTable(
+        prompt_ids=all_ids,
         prompt_embeds=embeds,
         reference_rows=torch.tensor([unique[ids] for ids in reference], device=device),
         response_rows=torch.tensor([unique[ids] for ids in response], device=device),
@@ -137,6 +145,29 @@ def make_prompt_table(
         base_padding=_row_mask([base for base, _ in padding], length).to(device),
         full_padding=_row_mask([full for _, full in padding], length).to(device),
     )
+
+
+def _encode_once(text_encoder: CLIPTextModel, ids: torch.Tensor, cache: TensorCache | None) -> torch.Tensor:
+    """Text embeddings (U, T, E) of the prompts `ids` (U, T), from the cache as far as it has them."""
+
+    def compute(missing: Sequence[int]) -> Iterator[torch.Tensor]:
+        for chunk in ids[list(missing)].split(32):
+            yield from text_encoder(chunk)[0]
+
+    if cache is None:
+        return torch.stack(list(compute(range(len(ids)))))
+    model = module_fingerprint(text_encoder)
+    keys = [fingerprint("text embedding", model, tuple(row)) for row in ids.tolist()]
+    return torch.stack(cache.get_or_compute(keys, compute)).to(ids.device)
+
+
+@torch.no_grad()
+def encode_prompts(table: PromptTable, rows: torch.Tensor, text_encoder: CLIPTextModel) -> torch.Tensor:
+    """Text embeddings (B, T, E) of the prompts `rows` (B,), from the table or by the text encoder."""
+    if table.prompt_embeds is not None:
+        return table.prompt_embeds[rows]
+    unique, places = rows.unique(return_inverse=True)
+    return text_encoder(table.prompt_ids[unique])[0][places]
 
 
 def _pad_rows(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -69,7 +69,8 @@ def save_kohya_lora(lora: Path, path: Path) -> None:
     """Write a LoRA of diffusers' format in kohya's format, which ComfyUI and A1111 read, whole or not at all.
 
     Both scale a layer by `alpha / rank`, and kohya's file holds an alpha for each layer. diffusers has a converter of
-    its own; it writes `alpha = rank` whatever the alpha, and does not find DoRA's magnitude in a UNet.
+    its own; it writes `alpha = rank` whatever the alpha, and does not find DoRA's magnitude in a UNet. Its loader takes
+    one of the file's alphas for all layers: they are made equal here, and a layer's own alpha is put into `lora_up`.
 
     A DoRA's magnitude is written as (out, 1), one number for each output. No common reader treats it as PEFT does:
     diffusers drops `dora_scale`, ComfyUI divides by the norm of the original weight alone, A1111 by that of columns.
@@ -92,16 +93,18 @@ def save_kohya_lora(lora: Path, path: Path) -> None:
             raise ValueError(f"{lora}: {key!r} is no LoRA weight of a UNet, so kohya's format has no place for it")
         layers.setdefault(match[1], {})[_KOHYA_NAMES[match[2] or match[3]]] = tensor
 
-    state, ranks, alphas = {}, set(), set()
-    pattern = config["alpha_pattern"]
+    state, ranks = {}, set()
+    alpha, pattern = float(config["lora_alpha"]), config["alpha_pattern"]
     for layer, weights in layers.items():
         missing = {"lora_down.weight", "lora_up.weight"} - weights.keys()
         if missing:
             raise ValueError(f"{lora}: layer {layer!r} has no {' and no '.join(sorted(missing))}")
         up, rank = weights["lora_up.weight"], len(weights["lora_down.weight"])
-        alpha = float(pattern.get(get_pattern_key(pattern, layer), config["lora_alpha"]))
+        own_alpha = float(pattern.get(get_pattern_key(pattern, layer), alpha))
         if config["use_rslora"]:
-            alpha *= math.sqrt(rank)  # rsLoRA divides by the root of the rank, and the readers by the rank
+            own_alpha *= math.sqrt(rank)  # rsLoRA divides by the root of the rank, and the readers by the rank
+        if own_alpha != alpha:
+            weights["lora_up.weight"] = up * (own_alpha / alpha)
         if "dora_scale" in weights:
             # A plain vector would be taken for one number an input, and broadcast along the wrong side.
             weights["dora_scale"] = weights["dora_scale"].reshape(-1, *[1] * (up.ndim - 1))
@@ -109,13 +112,12 @@ def save_kohya_lora(lora: Path, path: Path) -> None:
         state |= {f"{name}.{kind}": weight for kind, weight in weights.items()}
         state[f"{name}.alpha"] = torch.tensor(alpha)
         ranks.add(rank)
-        alphas.add(alpha)
 
     widths = {weights["lora_down.weight"].shape[1] for layer, weights in layers.items() if "attn2.to_k" in layer}
     metadata = {
         "ss_network_module": "networks.lora",
-        "ss_network_dim": _one_or_dynamic(ranks),
-        "ss_network_alpha": _one_or_dynamic(alphas),
+        "ss_network_dim": str(*ranks) if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": str(alpha),
         # Without it, A1111 takes a LoRA with metadata for one of SD 1.x, and hides it from other models.
         "ss_v2": str(_SD2_TEXT_WIDTH in widths),
     }
@@ -140,10 +142,6 @@ def _read_lora(lora: Path) -> tuple[dict[str, torch.Tensor], dict]:
         "alpha_pattern": packed.get("unet.alpha_pattern", {}),
         "use_rslora": packed.get("unet.use_rslora", False),
     }
-
-
-def _one_or_dynamic(values: set) -> str:
-    return str(*values) if len(values) == 1 else "Dynamic"
 
 
 def _write_whole(path: Path, content: bytes) -> None:

@@ -30,6 +30,30 @@ def diffusion_loss(model_pred: torch.Tensor, target: torch.Tensor) -> torch.Tens
     return (model_pred.float() - target.float().detach()).square().flatten(1).mean(1)
 
 
+def min_snr_weights(
+    alphas_cumprod: torch.Tensor, timesteps: torch.Tensor, gamma: float, prediction_type: str = "epsilon"
+) -> torch.Tensor:
+    """Weights that keep the easy, nearly clean timesteps from ruling the diffusion loss.
+
+    Args:
+        alphas_cumprod: (number of training timesteps,).
+        timesteps: (B,) integers.
+        gamma: largest signal-to-noise ratio that counts, 5 is usual.
+        prediction_type: "epsilon" or "v_prediction".
+
+    Returns:
+        (B,) float32, for epsilon `min(snr, gamma) / snr`, for v `min(snr, gamma) / (snr + 1)`.
+
+    Source: Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy", arXiv 2303.09556.
+    """
+    alpha_bar = alphas_cumprod.to(timesteps.device)[timesteps].float()
+    snr = alpha_bar / (1 - alpha_bar)
+    if prediction_type == "v_prediction":
+        return snr.clamp(max=gamma) / (snr + 1)
+    # Written so that a timestep of pure noise has the weight 1 and not 0 / 0.
+    return (gamma / snr).clamp(max=1)
+
+
 def predict_original_sample(
     noisy_latents: torch.Tensor,
     model_pred: torch.Tensor,

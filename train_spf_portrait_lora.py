@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Teach a Stable Diffusion model a portrait attribute as a LoRA, without moving anything else (SPF-Portrait).
 
-Reads top to bottom: inputs (checked before any model is loaded), models, alignment portraits and their SFCMs, batches,
-the losses of each stage, pictures and files, and the loop. The flags are in training_arguments.py.
+Reads top to bottom: models, portraits and their SFCMs, batches, the losses of each stage, pictures and files, and the
+loop. The flags are in training_arguments.py, what is read before any model is loaded in training_inputs.py.
 
 Legend: B batch, C channels, H/W latent size, T text tokens, P base phrases, K matched tokens, N training portraits,
 M alignment portraits.
@@ -14,29 +14,32 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import re
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, init_empty_weights
+import torch.nn.functional as F
+from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, set_seed
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import XFormersAttnProcessor
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from PIL import Image, ImageDraw
-from safetensors import SafetensorError
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoConfig, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from attention_processors import (
     CrossAttentionFeatures,
@@ -47,20 +50,46 @@ from attention_processors import (
     find_cross_attention_layers,
     phrase_map_resolution,
 )
-from conditioning import BASE, EMPTY, FULL, PromptTable, clip_phrase_distances, embed_pixels, make_prompt_table
-from data import PortraitRow, batch_indices, check_images, draw_latents, load_image, load_rows, preprocess_image
+from caches import TensorCache, fingerprint, module_fingerprint
+from checkpoints import CheckpointError, remove_leftovers, save_checkpoint, what_is_safe
+from conditioning import (
+    BASE,
+    EMPTY,
+    FULL,
+    PromptTable,
+    clip_phrase_distances,
+    embed_pixels,
+    encode_prompts,
+    make_prompt_table,
+)
+from data import bucketed_batch_indices, draw_latents
+from interruption import Interrupted, StopRequest, catch_stop_signals
 from losses import (
     ENHANCEMENT_LOSSES,
     compose_prediction,
     diffusion_loss,
     fine_grained_loss,
+    min_snr_weights,
     predict_original_sample,
     text_consistent_loss,
 )
+from optimizers import make_optimizer
+from pictures import picture_grid
 from pipeline_spf_portrait import SPFPortraitPipeline, overlay_heat_map
-from prompts import PromptPair, PromptTokens, make_prompt_pair, tokenize_prompt_pair
 from sfcm import SFCM_MODES, noise_difference, phrase_attention_maps
-from training_arguments import parse_args
+from training_arguments import parse_args, uses_enhancement
+from training_inputs import (
+    InputError,
+    Inputs,
+    Sample,
+    TrainingSet,
+    check_inputs,
+    check_record,
+    load_tokenizer,
+    naming_flag,
+    print_dry_run,
+    resume_record,
+)
 
 
 logger = get_logger(__name__)
@@ -68,211 +97,41 @@ logger = get_logger(__name__)
 STAGE1_ADAPTER = "stage1"
 
 
-# --------------------------------------------------------------------------------------------------------- inputs
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What is known before a model is loaded, all checked.
-
-    Attributes:
-        rows: the N training portraits.
-        pairs: their prompts, then those of the portraits that will be drawn for the alignment.
-        tokens: the tokens of `pairs`.
-        tokenizer: the diffusion model's.
-        validation_pair: the prompts of the validation pictures.
-    """
-
-    rows: list[PortraitRow]
-    pairs: list[PromptPair]
-    tokens: list[PromptTokens]
-    tokenizer: CLIPTokenizer
-    validation_pair: PromptPair
-
-
-def check_inputs(args: argparse.Namespace) -> Inputs:
-    """Read the data and everything about the model that needs no weights.
-
-    Raises:
-        ValueError, OSError: one line that names the flag, the file and its line, or the value.
-    """
-    hub = {"revision": args.revision, "cache_dir": args.cache_dir}
-    model = args.pretrained_model_name_or_path
-    with naming_flag("pretrained_model_name_or_path", f"{model}, unet"):
-        unet_config = UNet2DConditionModel.load_config(model, subfolder="unet", **hub)
-    with naming_flag("pretrained_model_name_or_path", f"{model}, vae"):
-        vae_config = AutoencoderKL.load_config(model, subfolder="vae", **hub)
-    with naming_flag("pretrained_model_name_or_path", f"{model}, scheduler"):
-        scheduler = DDPMScheduler.from_pretrained(model, subfolder="scheduler", **hub)
-    with naming_flag("pretrained_model_name_or_path", f"{model}, tokenizer"):
-        tokenizer = load_tokenizer(model, subfolder="tokenizer", **hub)
-    with naming_flag("clip_model_name_or_path", args.clip_model_name_or_path):
-        config = AutoConfig.from_pretrained(args.clip_model_name_or_path, cache_dir=args.cache_dir)
-        if not isinstance(config, CLIPConfig):
-            raise ValueError("not a CLIP model of texts and pictures")
-        load_tokenizer(args.clip_model_name_or_path, cache_dir=args.cache_dir)
-    if args.stage1_lora_path is not None:
-        with naming_flag("stage1_lora_path", args.stage1_lora_path):
-            check_lora(args.stage1_lora_path, unet_config)
-    if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
-        raise ValueError(
-            f"--pretrained_model_name_or_path {model}: no training for prediction_type "
-            f"{scheduler.config.prediction_type!r}"
-        )
-    if args.sfcm_timesteps[1] > scheduler.config.num_train_timesteps:
-        raise ValueError(
-            f"--sfcm_timesteps: HIGH is {args.sfcm_timesteps[1]}, above the model's "
-            f"{scheduler.config.num_train_timesteps} timesteps"
-        )
-    multiple = 2 ** (len(vae_config["block_out_channels"]) - 1) * 2 ** (len(unet_config["block_out_channels"]) - 1)
-    if args.resolution % multiple:
-        raise ValueError(f"--resolution must be a multiple of {multiple} for {model!r}, got {args.resolution}")
-
-    rows = load_rows(
-        train_data_dir=args.train_data_dir,
-        dataset_name=args.dataset_name,
-        dataset_config_name=args.dataset_config_name,
-        cache_dir=args.cache_dir,
-        image_column=args.image_column,
-        base_prompt_column=args.base_prompt_column,
-        target_prompt_column=args.target_prompt_column,
-        full_prompt_column=args.full_prompt_column,
-        base_phrases_column=args.base_phrases_column,
-        target_prompt=args.target_prompt,
-        max_train_samples=args.max_train_samples,
-        seed=args.seed,
-    )
-    pairs, tokens = [], []
-    for row in rows:
-        try:
-            pairs.append(make_prompt_pair(row.base_prompt, row.target_prompt, row.full_prompt, row.base_phrases))
-            tokens.append(tokenize_prompt_pair(pairs[-1], tokenizer))
-        except ValueError as error:
-            raise ValueError(f"{row.source}: {error}") from error
-    check_images(rows)
-    drawn = alignment_pairs(args, pairs) if args.stage2_steps and args.alignment_source != "data" else []
-    tokens += [tokenize_prompt_pair(pair, tokenizer) for pair in drawn]
-    return Inputs(rows, pairs + drawn, tokens, tokenizer, _validation_pair(args, pairs[0], tokenizer))
-
-
-def alignment_pairs(args: argparse.Namespace, pairs: Sequence[PromptPair]) -> list[PromptPair]:
-    """Prompts of the portraits to be drawn: the data's in a random order, each with some phrases left out [ours].
-
-    What the data never varies (one background for all) is drawn in many forms once its phrase is gone.
-    """
-    rng = np.random.default_rng(args.seed)
-    different = list(dict.fromkeys(pairs))
-    order = np.concatenate(
-        [rng.permutation(len(different)) for _ in range(0, args.num_alignment_images, len(different))]
-    )
-    return [thin_out(different[i], args.alignment_phrase_dropout, rng) for i in order[: args.num_alignment_images]]
-
-
-def thin_out(pair: PromptPair, dropout: float, rng: np.random.Generator) -> PromptPair:
-    """The pair with each base phrase left out by chance, one at least kept; a replaced phrase always stays."""
-    keep = rng.random(len(pair.base_phrases)) >= dropout
-    if keep.all():
-        return pair
-    keep[rng.integers(len(keep))] |= not keep.any()
-    kept = [phrase for phrase, stays in zip(pair.base_phrases, keep) if stays]
-    replaced = [target.replaces for target in pair.target_prompts if target.replaces is not None]
-    words = sorted([*kept, *replaced], key=lambda phrase: pair.base_prompt.lower().find(phrase.lower()))
-    return make_prompt_pair(", ".join(words), pair.target_prompts, base_phrases=kept)
-
-
-@contextmanager
-def naming_flag(flag: str, value: str) -> Iterator[None]:
-    """Put a flag and its value before what a library says of them, in one line."""
-    try:
-        yield
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"--{flag} {value}: {' '.join(str(error).split())}") from error
-
-
-def load_tokenizer(name: str, **kwargs: str | None) -> CLIPTokenizer:
-    """A CLIP tokenizer; a ValueError where its files are missing and transformers makes up an empty one."""
-    tokenizer = CLIPTokenizer.from_pretrained(name, **kwargs)
-    if len(tokenizer) < 256:
-        raise ValueError(f"a tokenizer of {len(tokenizer)} tokens, so its files are missing")
-    return tokenizer
-
-
-def check_lora(path: str, unet_config: dict) -> None:
-    """Compare names and shapes in a LoRA with the UNet, of whose weights none are loaded.
-
-    Raises:
-        ValueError, OSError, SafetensorError: there is no LoRA, or it does not fit.
-    """
-    state_dict, _, _ = SPFPortraitPipeline.lora_state_dict(path, return_lora_metadata=True, use_safetensors=True)
-    with init_empty_weights():
-        modules = dict(UNet2DConditionModel.from_config(unet_config).named_modules())
-    for name, weight in state_dict.items():
-        match = re.fullmatch(r"unet\.(.+)\.(lora_A|lora_B|lora\.down|lora\.up)\.weight", name)
-        layer = modules.get(match[1]) if match else None
-        if not isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
-            raise ValueError(f"{name!r} belongs to no layer of this UNet")
-        side = 1 if match[2] in ("lora_A", "lora.down") else 0
-        if weight.ndim != layer.weight.ndim or weight.shape[side] != layer.weight.shape[side]:
-            raise ValueError(f"{name!r} is {tuple(weight.shape)}, and this UNet's layer {tuple(layer.weight.shape)}")
-
-
-def _validation_pair(args: argparse.Namespace, first: PromptPair, tokenizer: CLIPTokenizer) -> PromptPair:
-    """The prompts of the validation pictures: what the flags give, the first portrait's for what they do not."""
-    if args.validation_base_prompt is None and args.validation_target_prompt is None:
-        return first
-    base_prompt = first.base_prompt if args.validation_base_prompt is None else args.validation_base_prompt
-    targets = list(first.target_prompts)
-    if args.validation_target_prompt is not None:
-        targets = [args.validation_target_prompt]
-    try:
-        pair = make_prompt_pair(base_prompt, targets)
-        tokenize_prompt_pair(pair, tokenizer)
-    except ValueError as error:
-        raise ValueError(f"--validation_base_prompt / --validation_target_prompt: {error}") from error
-    return pair
-
-
-def print_dry_run(inputs: Inputs, distances: torch.Tensor) -> None:
-    """Print each different pair of prompts, its phrases, their token positions and CLIP distances to the target."""
-    seen = set()
-    for row, pair, tokens, row_distances in zip(inputs.rows, inputs.pairs, inputs.tokens, distances.tolist()):
-        if pair in seen:
-            continue
-        seen.add(pair)
-        print(f"{row.source}\n  base prompt  {pair.base_prompt}\n  full prompt  {pair.full_prompt}")
-        print(f"  target       {pair.target_text}  (tokens {_ranges(tokens.target_positions)} of the full prompt)")
-        for phrase, positions, distance in zip(pair.base_phrases, tokens.phrase_positions, row_distances):
-            print(f"  phrase       {phrase}  (tokens {_ranges(positions)}, CLIP distance {distance:.3f})")
-    print(f"{len(inputs.rows)} portraits, {len(seen)} different pairs of prompts. Nothing was trained (--dry_run).")
-
-
-def _ranges(positions: Sequence[int]) -> str:
-    return ", ".join(map(str, positions)) or "none, cut off"
-
-
 # --------------------------------------------------------------------------------------------- models and portraits
 
 
 @dataclass
 class Portraits:
-    """Portraits a step draws its batch from, as latents on the device.
+    """Portraits a step draws its batch from.
 
     Attributes:
-        latents: (M, C, H, W) float32, scaled as the UNet expects them.
-        pair_index: (M,) which of the N pairs of prompts belongs to each.
-        sfcm: (M, 1, H, W) float32 in [0, 1], once the bank is filled.
+        latents: M of (C, H, W) float32 on the device, scaled as the UNet expects them; of training portraits their
+            mirror images come after them with --random_flip. None where each step encodes its own.
+        pair_index: (M,) which pair of prompts belongs to each.
+        buckets: which size each has.
+        sfcm: M of (1, H, W) float32 in [0, 1], once the bank is filled.
         image_embeds: (M, E') CLIP image embeddings, where the enhancement loss asks for them.
     """
 
-    latents: torch.Tensor
+    latents: Sequence[torch.Tensor] | None
     pair_index: torch.Tensor
-    sfcm: torch.Tensor | None = None
+    buckets: tuple[int, ...]
+    sfcm: Sequence[torch.Tensor] | None = None
     image_embeds: torch.Tensor | None = None
 
 
 @dataclass
 class Run:
-    """All that a training step needs. `response_unet` is the distributed wrapper of `unet`, or `unet` itself."""
+    """All that a training step needs.
+
+    Attributes:
+        response_unet: the distributed wrapper of `unet`, or `unet` itself.
+        decoder: decodes for the enhancement loss.
+        released: the pipeline's models that no step uses; they lie on the CPU while nothing is drawn.
+        pixels: the batches of the stage, where latents are not cached.
+        stage, global_step: where the run is: in stage 1 or 2, after so many updates.
+        saved_step: of the last checkpoint.
+    """
 
     args: argparse.Namespace
     accelerator: Accelerator
@@ -281,72 +140,89 @@ class Run:
     unet: UNet2DConditionModel
     response_unet: torch.nn.Module
     noise_scheduler: DDPMScheduler
-    clip: CLIPModel
+    clip: CLIPModel | None
     clip_processor: CLIPImageProcessorPil
+    decoder: AutoencoderKL | AutoencoderTiny
     table: PromptTable
+    training_set: TrainingSet
     training: Portraits
     alignment: Portraits | None = None
+    released: tuple[str, ...] = ()
+    pixels: Iterator[torch.Tensor] | None = None
+    optimizer: torch.optim.Optimizer | None = None
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
+    stop: StopRequest = field(default_factory=StopRequest)
+    stage: int = 1
+    global_step: int = 0
+    saved_step: int | None = None
 
     @property
     def device(self) -> torch.device:
         return self.accelerator.device
 
+    @property
+    def total_steps(self) -> int:
+        return self.args.stage1_steps + self.args.stage2_steps
+
 
 def lora_config(args: argparse.Namespace, unet: UNet2DConditionModel) -> LoraConfig:
-    """LoRA on the projections of the cross-attention layers, or of all attention layers."""
-    names = list(find_cross_attention_layers(unet))
-    if args.lora_target == "all":
-        names += [name.removesuffix("attn2") + "attn1" for name in names]
+    """LoRA on the projections of the cross-attention layers, of all attention layers, or on the layers named."""
+    targets = args.lora_layers
+    if targets is None:
+        names = list(find_cross_attention_layers(unet))
+        if args.lora_target == "all":
+            names += [name.removesuffix("attn2") + "attn1" for name in names]
+        targets = [f"{name}.{projection}" for name in names for projection in ("to_q", "to_k", "to_v", "to_out.0")]
     return LoraConfig(
         r=args.rank,
         lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        use_dora=args.use_dora,
         init_lora_weights="gaussian",
-        target_modules=[
-            f"{name}.{projection}" for name in names for projection in ("to_q", "to_k", "to_v", "to_out.0")
-        ],
+        target_modules=targets,
     )
 
 
 def prepare_run(args: argparse.Namespace, inputs: Inputs, accelerator: Accelerator) -> Run:
-    """Load the models, add the LoRA, and turn prompts and portraits into tensors on the device."""
+    """Load the models, add the LoRA, and turn prompts and portraits into tensors on the device.
+
+    Raises:
+        InputError: weights are missing, damaged or a pickle.
+    """
     device = accelerator.device
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    pipeline = SPFPortraitPipeline.from_pretrained(
-        args.pretrained_model_name_or_path,
-        revision=args.revision,
-        variant=args.variant,
-        cache_dir=args.cache_dir,
-        safety_checker=None,
-        requires_safety_checker=False,
-        dtype=weight_dtype,
-    ).to(device)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = load_pipeline(args, weight_dtype).to(device)
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     clip, clip_tokenizer, clip_processor = load_clip(args, device)
-    for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder, clip):
+    decoder = load_decoder(args, pipeline, weight_dtype, device)
+    for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder, clip, decoder):
         module.requires_grad_(False)
 
-    unet = pipeline.unet
-    if args.stage1_lora_path is not None:
-        state_dict, network_alphas, metadata = SPFPortraitPipeline.lora_state_dict(
-            args.stage1_lora_path, return_lora_metadata=True, use_safetensors=True
-        )
-        SPFPortraitPipeline.load_lora_into_unet(
-            state_dict, network_alphas, unet, adapter_name="default", metadata=metadata
-        )
-        unet.set_adapter("default")
-        for name, parameter in unet.named_parameters():
-            parameter.requires_grad_(".lora_" in name)
-    else:
+    unet, earlier = pipeline.unet, args.stage1_lora_path if inputs.resume is None else inputs.resume.folder
+    if earlier is None:
         unet.add_adapter(lora_config(args, unet))
+    else:
+        load_adapter(unet, earlier)
     cast_training_params(unet, dtype=torch.float32)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    unet.train()
+    if args.enable_xformers_memory_efficient_attention:
+        use_xformers(unet)
+    unet.eval()  # the LoRA's dropout is on in the training forward alone
 
+    cache = None if args.cache_dir is None else Path(args.cache_dir) / "spf-portrait"
     table = make_prompt_table(
-        inputs.pairs, inputs.tokens, inputs.tokenizer, pipeline.text_encoder, clip, clip_tokenizer
+        inputs.pairs,
+        inputs.tokens,
+        inputs.tokenizer,
+        pipeline.text_encoder,
+        clip,
+        clip_tokenizer,
+        encode=args.cache_text_embeddings,
+        cache=TensorCache(cache),
     )
+    training_set = make_training_set(args, inputs, accelerator)
+    count = len(inputs.rows)
     run = Run(
         args=args,
         accelerator=accelerator,
@@ -357,12 +233,47 @@ def prepare_run(args: argparse.Namespace, inputs: Inputs, accelerator: Accelerat
         noise_scheduler=noise_scheduler,
         clip=clip,
         clip_processor=clip_processor,
+        decoder=decoder,
         table=table,
-        training=encode_training_portraits(args, inputs, pipeline.vae, device),
+        training_set=training_set,
+        training=Portraits(None, torch.arange(count, device=device), inputs.buckets[:count]),
     )
-    if uses_enhancement(args):
-        run.training.image_embeds = embed_training_portraits(run)
+    if args.cache_latents:
+        run.training.latents = encode_training_portraits(run, TensorCache(cache))
+        if uses_enhancement(args):
+            run.training.image_embeds = embed_training_portraits(run)
+    if inputs.resume is not None:
+        run.stage, run.global_step = inputs.resume.state["stage"], inputs.resume.state["global_step"]
+        run.saved_step = run.global_step
+    release_unused(run)
     return run
+
+
+def load_pipeline(args: argparse.Namespace, weight_dtype: torch.dtype) -> SPFPortraitPipeline:
+    """The base model, with the VAE and the prediction type of the flags. A pickle is not read."""
+    hub = {"cache_dir": args.cache_dir, "use_safetensors": True}
+    parts = {}
+    if args.pretrained_vae_model_name_or_path is not None:
+        with naming_flag("pretrained_vae_model_name_or_path", args.pretrained_vae_model_name_or_path):
+            parts["vae"] = AutoencoderKL.from_pretrained(
+                args.pretrained_vae_model_name_or_path, dtype=weight_dtype, **hub
+            )
+    with naming_flag("pretrained_model_name_or_path", args.pretrained_model_name_or_path):
+        pipeline = SPFPortraitPipeline.from_pretrained(
+            args.pretrained_model_name_or_path,
+            revision=args.revision,
+            variant=args.variant,
+            safety_checker=None,
+            requires_safety_checker=False,
+            dtype=weight_dtype,
+            **hub,
+            **parts,
+        )
+    if args.prediction_type is not None:
+        config = pipeline.scheduler.config
+        pipeline.scheduler = type(pipeline.scheduler).from_config(config, prediction_type=args.prediction_type)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def load_clip(
@@ -370,100 +281,249 @@ def load_clip(
 ) -> tuple[CLIPModel, CLIPTokenizer, CLIPImageProcessorPil]:
     """The CLIP model of --clip_model_name_or_path in float32, its tokenizer and its image processor."""
     name = args.clip_model_name_or_path
-    clip = CLIPModel.from_pretrained(name, cache_dir=args.cache_dir, dtype=torch.float32).to(device).eval()
+    with naming_flag("clip_model_name_or_path", name):
+        clip = CLIPModel.from_pretrained(name, cache_dir=args.cache_dir, dtype=torch.float32, use_safetensors=True)
     tokenizer = load_tokenizer(name, cache_dir=args.cache_dir)
-    return clip, tokenizer, CLIPImageProcessorPil.from_pretrained(name, cache_dir=args.cache_dir)
+    return clip.to(device).eval(), tokenizer, CLIPImageProcessorPil.from_pretrained(name, cache_dir=args.cache_dir)
+
+
+def load_decoder(
+    args: argparse.Namespace, pipeline: SPFPortraitPipeline, weight_dtype: torch.dtype, device: torch.device
+) -> AutoencoderKL | AutoencoderTiny:
+    """What decodes for the enhancement loss: the tiny VAE if there is one, else the model's own."""
+    name = args.tiny_vae_model_name_or_path
+    if name is None:
+        return pipeline.vae
+    with naming_flag("tiny_vae_model_name_or_path", name):
+        decoder = AutoencoderTiny.from_pretrained(
+            name, cache_dir=args.cache_dir, dtype=weight_dtype, use_safetensors=True
+        )
+    return decoder.to(device).eval()
+
+
+def load_adapter(unet: UNet2DConditionModel, path: str | Path) -> None:
+    """Load the LoRA in a file or folder as the one in training, with the rank, alpha and layers it has."""
+    state_dict, network_alphas, metadata = SPFPortraitPipeline.lora_state_dict(
+        path, return_lora_metadata=True, use_safetensors=True
+    )
+    SPFPortraitPipeline.load_lora_into_unet(
+        state_dict, network_alphas, unet, adapter_name="default", metadata=metadata
+    )
+    unet.set_adapter("default")
+    for name, parameter in unet.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
+
+
+def use_xformers(unet: UNet2DConditionModel) -> None:
+    """xformers in self-attention; cross-attention is captured, which its kernels cannot be."""
+    processors = {
+        name: XFormersAttnProcessor() if ".attn1." in name else processor
+        for name, processor in unet.attn_processors.items()
+    }
+    unet.set_attn_processor(processors)
+
+
+def make_training_set(args: argparse.Namespace, inputs: Inputs, accelerator: Accelerator) -> TrainingSet:
+    """The training portraits, of whose batches this process has its share."""
+    first = accelerator.process_index * args.train_batch_size
+    return TrainingSet(
+        rows=inputs.rows,
+        keys=inputs.keys,
+        sizes=inputs.sizes,
+        buckets=inputs.buckets[: len(inputs.rows)],
+        batch_size=args.train_batch_size * accelerator.num_processes,
+        share=slice(first, first + args.train_batch_size),
+        seed=args.seed,
+        repeats=args.repeats,
+        random_flip=args.random_flip,
+        center_crop=args.center_crop,
+        interpolation=args.image_interpolation_mode,
+    )
 
 
 @torch.no_grad()
-def encode_training_portraits(
-    args: argparse.Namespace, inputs: Inputs, vae: AutoencoderKL, device: torch.device
-) -> Portraits:
-    """The training pictures as latents, encoded once; nothing in them is random."""
-    latents = []
-    for start in range(0, len(inputs.rows), args.train_batch_size):
-        rows = inputs.rows[start : start + args.train_batch_size]
-        pixels = torch.stack([preprocess_image(load_image(row), args.resolution) for row in rows])
-        latents.append(vae.encode(pixels.to(device, vae.dtype)).latent_dist.mode().float() * vae.config.scaling_factor)
-    return Portraits(torch.cat(latents), torch.arange(len(inputs.rows), device=device))
+def encode_pixels(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
+    """Latents (B, C, H, W) float32 of pictures (B, 3, H', W') in [-1, 1]; nothing in them is random."""
+    return vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float() * vae.config.scaling_factor
+
+
+def training_samples(run: Run) -> list[Sample]:
+    """Every form in which a training portrait can come: as it is, then mirrored where that is asked for."""
+    mirrored = (False, True) if run.args.random_flip else (False,)
+    return [Sample(i, flip) for flip in mirrored for i in range(len(run.inputs.rows))]
+
+
+def read_pixels(
+    run: Run, numbers: Sequence[Sample] | range, read: Callable[[Sample | int], torch.Tensor]
+) -> DataLoader:
+    """What `read` makes of each of them, in order, by --dataloader_num_workers processes."""
+    return DataLoader(numbers, batch_size=None, collate_fn=read, num_workers=run.args.dataloader_num_workers)
+
+
+def encode_training_portraits(run: Run, cache: TensorCache) -> list[torch.Tensor]:
+    """Latents (C, H, W) of each of `training_samples`, each encoded once."""
+    vae, training_set, samples = run.pipeline.vae, run.training_set, training_samples(run)
+    # Only a file outlives the model that made it.
+    model = None if cache.folder is None else module_fingerprint(vae)
+    keys = [
+        fingerprint(
+            "latents",
+            model,
+            training_set.keys[sample.index],
+            training_set.sizes[training_set.buckets[sample.index]],
+            sample.flip,
+            training_set.interpolation,
+        )
+        for sample in samples
+    ]
+
+    def compute(missing: Sequence[int]) -> Iterator[torch.Tensor]:
+        for pixels in read_pixels(run, [samples[i] for i in missing], training_set.pixels):
+            yield encode_pixels(vae, pixels[None])[0]
+
+    return [latents.to(run.device) for latents in cache.get_or_compute(keys, compute)]
+
+
+def release_unused(run: Run) -> None:
+    """Take what no step uses off the device: it comes back for the pictures, see `resident`."""
+    args, released = run.args, []
+    if args.cache_latents and not (uses_enhancement(args) and args.tiny_vae_model_name_or_path is None):
+        released.append("vae")
+    if args.cache_text_embeddings:
+        released.append("text_encoder")
+    if not uses_enhancement(args):
+        run.clip = None
+    run.released = tuple(released)
+    for name in released:
+        getattr(run.pipeline, name).to("cpu")
+    if run.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def resident(run: Run) -> Iterator[None]:
+    """Inside, all of the pipeline's models lie on the device."""
+    try:
+        for name in run.released:
+            getattr(run.pipeline, name).to(run.device)
+        yield
+    finally:
+        for name in run.released:
+            getattr(run.pipeline, name).to("cpu")
 
 
 def draw_alignment_portraits(run: Run) -> Portraits:
     """Portraits of the original model from base prompts, shared between the processes, each from a seed of its own."""
+    inputs, count = run.inputs, len(run.inputs.rows)
+    pair_index, buckets, latents = list(range(count, len(inputs.pairs))), inputs.buckets[count:], []
+    with active_adapters(run.unet, None), resident(run):
+        for first, stop in runs_of_equal(buckets):
+            latents += draw_one_size(run, pair_index[first:stop], first, inputs.sizes[buckets[first]])
+    return Portraits(latents, torch.tensor(pair_index, device=run.device), buckets)
+
+
+def draw_one_size(run: Run, pair_index: Sequence[int], first: int, size: tuple[int, int]) -> list[torch.Tensor]:
+    """Latents of one (H, W) in pixels for the base prompts of these pairs; `first` counts the seeds."""
     args, accelerator = run.args, run.accelerator
-    pair_index = list(range(len(run.inputs.rows), len(run.inputs.pairs)))
     share = -(-len(pair_index) // accelerator.num_processes)
-    first = accelerator.process_index * share
+    start = accelerator.process_index * share
     # Every process draws as many, the last ones perhaps some too many, which are cut off again.
-    own = [min(i, len(pair_index) - 1) for i in range(first, first + share)]
-    with active_adapters(run.unet, None):
-        drawn = draw_latents(
-            run.pipeline,
-            [run.inputs.pairs[pair_index[i]].base_prompt for i in own],
-            seed=args.seed + 1_000_000 + first,
-            num_inference_steps=args.alignment_inference_steps,
-            guidance_scale=args.alignment_guidance_scale,
-            height=args.resolution,
-            width=args.resolution,
-            batch_size=2 * args.train_batch_size,
-        )
-    latents = accelerator.gather(drawn.to(run.device))[: len(pair_index)]
-    return Portraits(latents, torch.tensor(pair_index, device=run.device))
+    own = [min(i, len(pair_index) - 1) for i in range(start, start + share)]
+    drawn = draw_latents(
+        run.pipeline,
+        [run.inputs.pairs[pair_index[i]].base_prompt for i in own],
+        seed=args.seed + 1_000_000 + first + start,
+        num_inference_steps=args.alignment_inference_steps,
+        guidance_scale=args.alignment_guidance_scale,
+        height=size[0],
+        width=size[1],
+        batch_size=2 * args.train_batch_size,
+    )
+    return list(accelerator.gather(drawn.to(run.device))[: len(pair_index)])
+
+
+def runs_of_equal(values: Sequence[int]) -> list[tuple[int, int]]:
+    """Start and end of each stretch of equal values."""
+    starts = [i for i, value in enumerate(values) if i == 0 or value != values[i - 1]]
+    return list(zip(starts, [*starts[1:], len(values)], strict=True))
 
 
 def prepare_alignment(run: Run) -> Portraits:
     """The portraits both paths are aligned on, with their SFCMs where the mode averages over noise samples."""
-    source = run.args.alignment_source
-    if source == "data":
-        alignment = Portraits(run.training.latents, run.training.pair_index)
-    else:
-        alignment = draw_alignment_portraits(run)
-        if source == "both":
-            latents = torch.cat([alignment.latents, run.training.latents])
-            alignment = Portraits(latents, torch.cat([alignment.pair_index, run.training.pair_index]))
+    source, parts = run.args.alignment_source, []
+    if source != "data":
+        parts.append(draw_alignment_portraits(run))
+    if source != "generated":
+        parts.append(own_portraits(run))
+    alignment = Portraits(
+        [latents for part in parts for latents in part.latents],
+        torch.cat([part.pair_index for part in parts]),
+        tuple(bucket for part in parts for bucket in part.buckets),
+    )
     if SFCM_MODES[run.args.sfcm_mode].averaged:
         alignment.sfcm = fill_sfcm_bank(run, alignment)
     return alignment
 
 
+def own_portraits(run: Run) -> Portraits:
+    """The training portraits to be aligned on: as they are, never mirrored, for each has one map."""
+    training, count = run.training, len(run.inputs.rows)
+    if training.latents is not None:
+        return Portraits(training.latents[:count], training.pair_index, training.buckets)
+    samples = [Sample(i) for i in range(count)]
+    latents = [
+        encode_pixels(run.pipeline.vae, pixels[None])[0]
+        for pixels in read_pixels(run, samples, run.training_set.pixels)
+    ]
+    return Portraits(latents, training.pair_index, training.buckets)
+
+
 @torch.no_grad()
-def fill_sfcm_bank(run: Run, portraits: Portraits) -> torch.Tensor:
+def fill_sfcm_bank(run: Run, portraits: Portraits) -> list[torch.Tensor]:
     """The SFCM of each portrait, its noise difference averaged over several noise samples at high timesteps.
 
     Returns:
-        (M, 1, H, W) float32 in [0, 1].
+        M of (1, H, W) float32 in [0, 1].
 
     Source: [ours].
     """
-    args, maps = run.args, []
+    size, maps = 2 * run.args.train_batch_size, {}
+    for bucket in sorted(set(portraits.buckets)):
+        members = [i for i, own in enumerate(portraits.buckets) if own == bucket]
+        for start in range(0, len(members), size):
+            chunk = members[start : start + size]
+            maps |= zip(chunk, averaged_sfcm(run, portraits, chunk), strict=True)
+    return [maps[i] for i in range(len(portraits.buckets))]
+
+
+def averaged_sfcm(run: Run, portraits: Portraits, members: Sequence[int]) -> torch.Tensor:
+    """The SFCMs (B, 1, H, W) of portraits of one size."""
+    args, rows = run.args, portraits.pair_index[list(members)]
+    latents = torch.stack([portraits.latents[i] for i in members])
     low, high = args.sfcm_timesteps
-    size = 2 * args.train_batch_size
-    for start in range(0, len(portraits.latents), size):
-        latents, rows = portraits.latents[start : start + size], portraits.pair_index[start : start + size]
-        # Each portrait has its own generator, so that the size of a batch does not change its map.
-        generators = [torch.Generator().manual_seed(args.seed + 2_000_000 + start + i) for i in range(len(latents))]
-        difference, probs, resolutions = 0, [], []
-        for sample in range(args.sfcm_noise_samples):
-            noise = torch.stack([torch.randn(latents.shape[1:], generator=own) for own in generators]).to(run.device)
-            # One timestep from each part of the range, so that few samples cover it.
-            offsets = torch.cat([torch.rand(1, generator=own) for own in generators])
-            place = (sample + offsets) / args.sfcm_noise_samples
-            timesteps = (low + place * (high - low)).long().to(run.device)
-            noisy_latents = run.noise_scheduler.add_noise(latents, noise, timesteps)
-            reference_embeds, response_embeds = prompt_embeds(run, rows)
-            with (
-                capture_cross_attention(run.unet) as store,
-                dual_path(run.unet, noisy_latents, timesteps, reference_embeds, response_embeds, store=store) as paths,
-            ):
-                features = paths.reference.at_resolution(phrase_map_resolution(paths.reference.resolutions))
-            start_pred = paths.reference_pred
-            if SFCM_MODES[args.sfcm_mode].target_only:
-                start_pred = run.unet(noisy_latents, timesteps, reference_embeds, return_dict=False)[0]
-            difference = difference + noise_difference(paths.response_pred, start_pred)
-            probs += features.attention_probs.values()
-            resolutions += features.resolutions.values()
-        maps.append(make_sfcm(run, rows, difference, probs, resolutions))
-    return torch.cat(maps)
+    # Each portrait has its own generator, so that the size of a batch does not change its map.
+    generators = [torch.Generator().manual_seed(args.seed + 2_000_000 + i) for i in members]
+    difference, probs, resolutions = 0, [], []
+    for sample in range(args.sfcm_noise_samples):
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=own) for own in generators]).to(run.device)
+        # One timestep from each part of the range, so that few samples cover it.
+        offsets = torch.cat([torch.rand(1, generator=own) for own in generators])
+        place = (sample + offsets) / args.sfcm_noise_samples
+        timesteps = (low + place * (high - low)).long().to(run.device)
+        noisy_latents = run.noise_scheduler.add_noise(latents, noise, timesteps)
+        reference_embeds, response_embeds = prompt_embeds(run, rows)
+        with (
+            capture_cross_attention(run.unet) as store,
+            dual_path(run.unet, noisy_latents, timesteps, reference_embeds, response_embeds, store=store) as paths,
+        ):
+            features = paths.reference.at_resolution(phrase_map_resolution(paths.reference.resolutions))
+        start_pred = paths.reference_pred
+        if SFCM_MODES[args.sfcm_mode].target_only:
+            start_pred = run.unet(noisy_latents, timesteps, reference_embeds, return_dict=False)[0]
+        difference = difference + noise_difference(paths.response_pred, start_pred)
+        probs += features.attention_probs.values()
+        resolutions += features.resolutions.values()
+    return make_sfcm(run, rows, difference, probs, resolutions)
 
 
 def make_sfcm(
@@ -482,8 +542,11 @@ def make_sfcm(
 
 def prompt_embeds(run: Run, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Text embeddings (B, T, E) of the reference and of the response prompt of table rows (B,)."""
-    table = run.table
-    return table.prompt_embeds[table.reference_rows[rows]], table.prompt_embeds[table.response_rows[rows]]
+    table, text_encoder = run.table, run.pipeline.text_encoder
+    return (
+        encode_prompts(table, table.reference_rows[rows], text_encoder),
+        encode_prompts(table, table.response_rows[rows], text_encoder),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- batches
@@ -494,19 +557,22 @@ class Batch:
     """One step's rows on this process.
 
     Attributes:
-        index: (B,) the portraits.
+        index: (B,) the portraits, as places in their latents.
         kinds: (B,) FULL, BASE or EMPTY.
         pairs: (B,) their pairs of prompts; `rows` (B,) the rows of the prompt table.
-        noise, noisy_latents: (B, C, H, W) float32; timesteps: (B,).
+        latents, noise, noisy_latents: (B, C, H, W) float32; timesteps: (B,).
+        pixels: (B, 3, H', W') in [-1, 1], where the batch was encoded in this step.
     """
 
     index: torch.Tensor
     kinds: torch.Tensor
     pairs: torch.Tensor
     rows: torch.Tensor
+    latents: torch.Tensor
     noise: torch.Tensor
     noisy_latents: torch.Tensor
     timesteps: torch.Tensor
+    pixels: torch.Tensor | None = None
 
 
 def draw_batch(
@@ -516,6 +582,7 @@ def draw_batch(
     stream: int,
     unchanged_share: float = 0.0,
     timestep_power: float = 0.0,
+    noise_offset: float = 0.0,
 ) -> Batch:
     """Draw a batch as a pure function of seed, step and stream, cut into the processes' shares.
 
@@ -525,24 +592,43 @@ def draw_batch(
         stream: keeps apart what one step draws twice.
         unchanged_share: share of BASE and EMPTY rows, in [0, 1).
         timestep_power: timesteps are drawn with density (noise/signal)^power; 0 is uniform.
+        noise_offset: standard deviation of an offset that all noise of one channel shares.
     """
     args, accelerator = run.args, run.accelerator
     size = args.train_batch_size * accelerator.num_processes
     own = slice(
         accelerator.process_index * args.train_batch_size, (accelerator.process_index + 1) * args.train_batch_size
     )
+    index, latents, pixels = take_portraits(run, portraits, micro_step, size, own, stream)
     generator = torch.Generator().manual_seed((args.seed * 1_000_003 + micro_step) * 4 + stream)
-    index = torch.tensor(batch_indices(micro_step, size, len(portraits.latents), args.seed + stream))[own]
     # Stratified, so that a batch has its share of each kind however small the share is.
     place = (torch.randperm(size, generator=generator) + torch.rand(size, generator=generator)) / size
     kinds = torch.where(place < unchanged_share / 3, EMPTY, torch.where(place < unchanged_share, BASE, FULL))[own]
-    noise = torch.randn(size, *portraits.latents.shape[1:], generator=generator)[own].to(run.device)
+    noise = torch.randn(size, *latents.shape[1:], generator=generator)
     density = timestep_density(run.noise_scheduler.alphas_cumprod.cpu(), timestep_power)
     timesteps = torch.multinomial(density, size, replacement=True, generator=generator)[own]
-    index, kinds, timesteps = (values.to(run.device) for values in (index, kinds, timesteps))
-    pairs = portraits.pair_index[index]
-    noisy_latents = run.noise_scheduler.add_noise(portraits.latents[index], noise, timesteps)
-    return Batch(index, kinds, pairs, kinds * len(run.inputs.pairs) + pairs, noise, noisy_latents, timesteps)
+    if noise_offset:
+        noise = noise + noise_offset * torch.randn(size, latents.shape[1], 1, 1, generator=generator)
+    index, kinds, timesteps, noise = (values.to(run.device) for values in (index, kinds, timesteps, noise[own]))
+    pairs = portraits.pair_index[index % len(portraits.pair_index)]
+    rows = kinds * len(run.inputs.pairs) + pairs
+    noisy_latents = run.noise_scheduler.add_noise(latents, noise, timesteps)
+    return Batch(index, kinds, pairs, rows, latents, noise, noisy_latents, timesteps, pixels)
+
+
+def take_portraits(
+    run: Run, portraits: Portraits, micro_step: int, size: int, own: slice, stream: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """This process's portraits of a batch: places (B,), latents (B, C, H, W), and pixels where they are read now."""
+    if portraits is not run.training:
+        index = bucketed_batch_indices(micro_step, size, portraits.buckets, run.args.seed + stream)[own]
+        return torch.tensor(index), torch.stack([portraits.latents[i] for i in index]), None
+    samples = run.training_set.samples(micro_step)
+    index = [sample.index + len(portraits.buckets) * sample.flip for sample in samples]
+    if portraits.latents is not None:
+        return torch.tensor(index), torch.stack([portraits.latents[i] for i in index]), None
+    pixels = next(run.pixels).to(run.device)
+    return torch.tensor(index), encode_pixels(run.pipeline.vae, pixels), pixels
 
 
 def timestep_density(alphas_cumprod: torch.Tensor, power: float) -> torch.Tensor:
@@ -563,16 +649,12 @@ def timestep_density(alphas_cumprod: torch.Tensor, power: float) -> torch.Tensor
 # a recomputation under gradient checkpointing has to find hooks and processors as the forward saw them.
 
 
-def uses_enhancement(args: argparse.Namespace) -> bool:
-    """Whether any step computes the enhancement loss."""
-    return args.stage2_steps > 0 and args.stage2_objective != "composed" and args.enhancement_loss != "none"
-
-
 def loss_weights(args: argparse.Namespace) -> dict[str, float]:
     """Weight of each loss by name."""
     return {
         "diffusion": 1.0,
-        "enhancement": args.lambda_enh,
+        # In the mean over the steps it weighs as much as if each of them computed it.
+        "enhancement": args.lambda_enh * args.enhancement_every,
         "text_consistent": args.lambda_text,
         "fine_grained": args.lambda_fine,
         "base_prompt": args.lambda_base,
@@ -583,13 +665,17 @@ def loss_weights(args: argparse.Namespace) -> dict[str, float]:
 @contextmanager
 def diffusion_terms(run: Run, micro_step: int, enhance: bool) -> Iterator[dict[str, torch.Tensor]]:
     """`L_diffusion` on the training portraits with the full prompt, and `L_enh` if asked for."""
-    batch = draw_batch(run, run.training, micro_step, stream=0)
+    args, scheduler = run.args, run.noise_scheduler
+    batch = draw_batch(run, run.training, micro_step, stream=0, noise_offset=args.noise_offset)
     _, response_embeds = prompt_embeds(run, batch.rows)
     model_pred = run.response_unet(batch.noisy_latents, batch.timesteps, response_embeds, return_dict=False)[0]
-    target = batch.noise
-    if run.noise_scheduler.config.prediction_type == "v_prediction":
-        target = run.noise_scheduler.get_velocity(run.training.latents[batch.index], batch.noise, batch.timesteps)
-    parts = {"diffusion": diffusion_loss(model_pred, target).mean()}
+    target, prediction_type = batch.noise, scheduler.config.prediction_type
+    if prediction_type == "v_prediction":
+        target = scheduler.get_velocity(batch.latents, batch.noise, batch.timesteps)
+    losses = diffusion_loss(model_pred, target)
+    if args.snr_gamma is not None:
+        losses *= min_snr_weights(scheduler.alphas_cumprod, batch.timesteps, args.snr_gamma, prediction_type)
+    parts = {"diffusion": losses.mean()}
     if enhance:
         parts["enhancement"] = enhancement_loss(run, batch, model_pred)
     yield parts
@@ -711,7 +797,7 @@ def alignment_sfcm(
 ) -> torch.Tensor:
     """The SFCM (B, 1, H, W) of a batch, from the bank or this step's predictions; zero where nothing may change."""
     if SFCM_MODES[run.args.sfcm_mode].averaged:
-        sfcm = run.alignment.sfcm[batch.index]
+        sfcm = torch.stack([run.alignment.sfcm[i] for i in batch.index.tolist()])
     else:
         features = reference.at_resolution(phrase_map_resolution(reference.resolutions))
         difference = noise_difference(response_pred, reference_pred)
@@ -726,39 +812,64 @@ def enhancement_loss(run: Run, batch: Batch, model_pred: torch.Tensor) -> torch.
     latents = predict_original_sample(
         batch.noisy_latents, model_pred, batch.timesteps, scheduler.alphas_cumprod, scheduler.config.prediction_type
     )
-    vae = run.pipeline.vae
-    pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+    if batch.pixels is None:
+        image_embeds = run.training.image_embeds[batch.index]
+    else:
+        with torch.no_grad():
+            image_embeds = embed_pixels(run.clip, run.clip_processor, batch.pixels)
     losses = ENHANCEMENT_LOSSES[run.args.enhancement_loss](
-        embed_pixels(run.clip, run.clip_processor, pixels),
-        run.training.image_embeds[batch.index],
+        embed_pixels(run.clip, run.clip_processor, decode_for_clip(run, latents)),
+        image_embeds,
         run.table.target_embeds[batch.pairs],
     )
     return (scheduler.alphas_cumprod.to(run.device)[batch.timesteps] * losses).mean()
 
 
+def decode_for_clip(run: Run, latents: torch.Tensor) -> torch.Tensor:
+    """Pixels (B, 3, H', W') of latents, with gradient, decoded no larger than CLIP looks at them [ours]."""
+    decoder = run.decoder
+    side = max(1, run.clip.config.vision_config.image_size // run.pipeline.vae_scale_factor)
+    if min(latents.shape[-2:]) > side:
+        latents = F.interpolate(latents, (side, side), mode="bilinear", antialias=True, align_corners=False)
+    return decoder.decode(latents.to(decoder.dtype) / decoder.config.scaling_factor, return_dict=False)[0]
+
+
 @torch.no_grad()
 def embed_training_portraits(run: Run) -> torch.Tensor:
-    """CLIP image embeddings (N, E') of the training pictures."""
-    embeds = []
-    for row in run.inputs.rows:
-        pixels = preprocess_image(load_image(row), run.args.resolution)[None].to(run.device)
-        embeds.append(embed_pixels(run.clip, run.clip_processor, pixels))
-    return torch.cat(embeds)
+    """CLIP image embeddings (M, E') of each of `training_samples`."""
+    pictures = read_pixels(run, training_samples(run), run.training_set.pixels)
+    return torch.cat([embed_pixels(run.clip, run.clip_processor, pixels[None].to(run.device)) for pixels in pictures])
 
 
-def step_terms(run: Run, stage: int) -> list[Callable[[Run, int], AbstractContextManager[dict[str, torch.Tensor]]]]:
+def step_terms(
+    run: Run, stage: int, global_step: int
+) -> list[Callable[[Run, int], AbstractContextManager[dict[str, torch.Tensor]]]]:
     """The forwards of a step.
 
     The diffusion term comes last: under DDP only the last backward is reduced, and the alignment terms leave some LoRA
     weights without a gradient.
     """
-    objective = run.args.stage2_objective
+    args = run.args
     if stage == 1:
         return [partial(diffusion_terms, enhance=False)]
-    terms = [composed_terms] if objective != "paper" else []
-    if objective != "composed":
-        terms = [alignment_terms, *terms, partial(diffusion_terms, enhance=run.args.enhancement_loss != "none")]
+    terms = [composed_terms] if args.stage2_objective != "paper" else []
+    if args.stage2_objective != "composed":
+        enhance = uses_enhancement(args) and (global_step - args.stage1_steps) % args.enhancement_every == 0
+        terms = [alignment_terms, *terms, partial(diffusion_terms, enhance=enhance)]
     return terms
+
+
+@contextmanager
+def lora_dropout(run: Run) -> Iterator[None]:
+    """Inside, the dropout of the LoRA in training is on; the frozen one and the original model have none."""
+    dropouts = [layer.lora_dropout["default"] for layer in run.unet.modules() if isinstance(layer, BaseTunerLayer)]
+    try:
+        for dropout in dropouts:
+            dropout.train()
+        yield
+    finally:
+        for dropout in dropouts:
+            dropout.eval()
 
 
 def check_finite(parts: dict[str, torch.Tensor], global_step: int) -> None:
@@ -776,11 +887,15 @@ def train_step(
 ) -> dict[str, float]:
     """One update of the LoRA; returns its losses by name, averaged over the batches of the step."""
     accelerator, accumulation = run.accelerator, run.args.gradient_accumulation_steps
-    weights, terms, means = loss_weights(run.args), step_terms(run, stage), {}
+    weights, terms, means = loss_weights(run.args), step_terms(run, stage, global_step), {}
+    # What is dropped is a function of the step, as all that is random is.
+    torch.manual_seed(
+        (run.args.seed * 1_000_003 + global_step) * accelerator.num_processes + accelerator.process_index
+    )
     for k in range(accumulation):
         for i, term in enumerate(terms):
             reduces = k == accumulation - 1 and i == len(terms) - 1
-            with nullcontext() if reduces else accelerator.no_sync(run.response_unet):
+            with lora_dropout(run), nullcontext() if reduces else accelerator.no_sync(run.response_unet):
                 with term(run, global_step * accumulation + k) as parts:
                     check_finite(parts, global_step)
                     accelerator.backward(sum(weights[name] * value for name, value in parts.items()) / accumulation)
@@ -797,24 +912,25 @@ def train_step(
 # ------------------------------------------------------------------------------------------------- pictures and files
 
 
-def draw_validation(run: Run, global_step: int) -> None:
+def draw_validation(run: Run) -> None:
     """Write one picture: rows are seeds; columns are the original model and the adapted one with the base prompt, the
     adapted one with the full prompt, and the SFCM over it."""
     args, accelerator = run.args, run.accelerator
     if args.num_validation_images == 0 or not accelerator.is_main_process:
         return
     pair = run.inputs.validation_pair
+    height, width = run.inputs.sizes[run.inputs.buckets[0]]
     targets = [(t.replaces, t.text) if t.replaces is not None else t.text for t in pair.target_prompts]
     shared = {
         "prompt": pair.base_prompt,
         "num_inference_steps": args.validation_inference_steps,
         "guidance_scale": args.validation_guidance_scale,
-        "height": args.resolution,
-        "width": args.resolution,
+        "height": height,
+        "width": width,
     }
     rows = []
     # accelerate's UNet answers in float32; autocast brings that to the dtype of the other models.
-    with active_adapters(run.unet, "default"), accelerator.autocast():
+    with resident(run), active_adapters(run.unet, "default"), accelerator.autocast():
         for seed in range(args.num_validation_images):
             base = run.pipeline(**shared, compare=True, generator=torch.Generator().manual_seed(args.seed + seed))
             full = run.pipeline(
@@ -828,14 +944,19 @@ def draw_validation(run: Run, global_step: int) -> None:
             rows.append([base.reference_images[0], base.images[0], full.images[0], overlay])
     headers = ("original, base prompt", "adapted, base prompt", f"adapted, {pair.target_text}", "SFCM")
     grid = picture_grid(rows, headers)
-    path = Path(args.output_dir) / "validation" / f"step_{global_step:06d}.png"
+    path = Path(args.output_dir) / validation_picture(run.global_step)
     path.parent.mkdir(parents=True, exist_ok=True)
     grid.save(path)
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
-            tracker.log_images({"validation": np.asarray(grid)[None]}, step=global_step, dataformats="NHWC")
+            tracker.log_images({"validation": np.asarray(grid)[None]}, step=run.global_step, dataformats="NHWC")
         elif tracker.name == "wandb":
-            tracker.log_images({"validation": [grid]}, step=global_step)
+            tracker.log_images({"validation": [grid]}, step=run.global_step)
+
+
+def validation_picture(global_step: int) -> str:
+    """Where the picture of a step is, in --output_dir."""
+    return f"validation/step_{global_step:06d}.png"
 
 
 @torch.no_grad()
@@ -845,30 +966,16 @@ def draw_alignment(run: Run) -> None:
     if args.num_validation_images == 0 or alignment.sfcm is None or not accelerator.is_main_process:
         return
     vae, processor, rows = run.pipeline.vae, run.pipeline.image_processor, []
-    for latents, sfcm in zip(alignment.latents[: args.num_validation_images], alignment.sfcm):
-        pixels = vae.decode(latents[None].to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
-        portrait = processor.postprocess(pixels.float(), output_type="pil")[0]
-        rows.append([portrait, overlay_heat_map(portrait, sfcm[0].cpu())])
+    # A grid has pictures of one size: those of the first portrait's.
+    chosen = [i for i, bucket in enumerate(alignment.buckets) if bucket == alignment.buckets[0]]
+    with resident(run):
+        for i in chosen[: args.num_validation_images]:
+            latents = alignment.latents[i][None].to(vae.dtype) / vae.config.scaling_factor
+            portrait = processor.postprocess(vae.decode(latents, return_dict=False)[0].float(), output_type="pil")[0]
+            rows.append([portrait, overlay_heat_map(portrait, alignment.sfcm[i][0].cpu())])
     path = Path(args.output_dir) / "validation" / "alignment.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     picture_grid(rows, ("alignment portrait", "SFCM")).save(path)
-
-
-def picture_grid(rows: Sequence[Sequence[Image.Image]], headers: Sequence[str]) -> Image.Image:
-    """Pictures of one size in rows, each at least 192 pixels wide, under a line of headers."""
-    factor = max(1, -(-192 // rows[0][0].width))
-    width, height = rows[0][0].width * factor, rows[0][0].height * factor
-    margin, top = 6, 22
-    grid = Image.new(
-        "RGB", (len(headers) * (width + margin) + margin, len(rows) * (height + margin) + margin + top), "white"
-    )
-    for column, header in enumerate(headers):
-        ImageDraw.Draw(grid).text((margin + column * (width + margin), 6), header, fill="black")
-    for i, row in enumerate(rows):
-        for column, picture in enumerate(row):
-            place = (margin + column * (width + margin), top + i * (height + margin))
-            grid.paste(picture.resize((width, height), Image.Resampling.LANCZOS), place)
-    return grid
 
 
 def save_lora(run: Run, folder: Path) -> None:
@@ -888,28 +995,97 @@ def save_lora(run: Run, folder: Path) -> None:
             os.replace(file, folder / file.name)
 
 
-def add_teacher(run: Run) -> None:
-    """Keep the LoRA as it is after stage 1 as a second, frozen adapter, and bring the trained one to its start.
+def write_checkpoint(run: Run) -> None:
+    """Write all that the run needs to go on exactly: batches, noise and timesteps are functions of seed and step."""
+    if not run.accelerator.is_main_process or run.saved_step == run.global_step:
+        return
+    args, stage2, scaler = run.args, run.stage == 2, run.accelerator.scaler
+    state = {
+        "record": resume_record(args, run.training_set.batch_size),
+        "data": run.inputs.data_fingerprint,
+        "stage": run.stage,
+        "global_step": run.global_step,
+        "optimizer": run.optimizer.state_dict(),
+        "lr_scheduler": run.lr_scheduler.state_dict(),
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "alignment": vars(run.alignment) if stage2 else None,
+        "teacher": get_peft_model_state_dict(run.unet, adapter_name=STAGE1_ADAPTER) if has_teacher(run) else None,
+    }
+    save_checkpoint(
+        Path(args.output_dir), run.global_step, state, partial(save_lora, run), args.checkpoints_total_limit
+    )
+    run.saved_step = run.global_step
 
-    Started from zero, the trained LoRA has nothing to unlearn: it is the original model until it is shown more.
-    """
-    unet, config = run.unet, run.unet.peft_config["default"]
-    starts_from_zero = run.args.stage2_objective == "composed" and run.args.composed_init == "zero"
-    state = get_peft_model_state_dict(unet, adapter_name="default")
-    unet.add_adapter(config, STAGE1_ADAPTER)
+
+def has_teacher(run: Run) -> bool:
+    """Whether the LoRA of stage 1 is there as a second adapter."""
+    return STAGE1_ADAPTER in run.unet.peft_config
+
+
+# -------------------------------------------------------------------------------------------------------- stage 2
+
+
+def start_stage2(run: Run) -> None:
+    """Save stage 1's LoRA, prepare the alignment portraits and their maps, and keep stage 1 as the teacher."""
+    args = run.args
+    if args.stage1_steps > 0:
+        save_lora(run, Path(args.output_dir) / "stage1")
+    logger.info("Preparing %s alignment portraits and their maps", args.alignment_source)
+    with run.stop.at_once():
+        run.alignment = prepare_alignment(run)
+        draw_alignment(run)
+    if args.stage2_objective != "paper":
+        add_teacher(run, get_peft_model_state_dict(run.unet, adapter_name="default"))
+        if args.stage2_objective == "composed" and args.composed_init == "zero":
+            bring_to_zero(run.unet)
+    run.stage = 2
+
+
+def resume_stage2(run: Run, state: dict[str, Any]) -> None:
+    """The alignment portraits, their maps and the teacher as a checkpoint holds them."""
+    alignment = {name: to_device(value, run.device) for name, value in state["alignment"].items()}
+    run.alignment = Portraits(**alignment)
+    if state["teacher"] is not None:
+        add_teacher(run, state["teacher"])
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """A tensor, or a list of tensors, on the device; anything else as it is."""
+    if isinstance(value, list):
+        return [to_device(item, device) for item in value]
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def add_teacher(run: Run, state: dict[str, torch.Tensor]) -> None:
+    """Add stage 1's LoRA as a second, frozen adapter beside the one in training."""
+    unet = run.unet
+    unet.add_adapter(unet.peft_config["default"], STAGE1_ADAPTER)
     set_peft_model_state_dict(unet, state, adapter_name=STAGE1_ADAPTER)
     unet.set_adapter("default")
+    unet.eval()  # the new adapter's dropout is on when it is made
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_(".lora_" in name and f".{STAGE1_ADAPTER}." not in name)
-        if ".lora_B.default." in name and starts_from_zero:
-            parameter.data.zero_()
+
+
+@torch.no_grad()
+def bring_to_zero(unet: UNet2DConditionModel) -> None:
+    """Make the LoRA in training the original model again.
+
+    Started from there it has nothing to unlearn: it is the original model until it is shown more.
+    """
+    for layer in unet.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.lora_B["default"].weight.zero_()
+            if layer.use_dora.get("default", False):
+                norms = layer.get_base_layer().weight.float().flatten(1).norm(dim=1)
+                layer.lora_magnitude_vector["default"].weight.copy_(norms)
 
 
 # ------------------------------------------------------------------------------------------------------------- loop
 
 
-def train(args: argparse.Namespace, inputs: Inputs) -> None:
-    """Both stages, from checked inputs to the LoRA in --output_dir."""
+def make_accelerator(args: argparse.Namespace) -> Accelerator:
+    """The processes, the precision and the trackers."""
     output_dir = Path(args.output_dir)
     accelerator = Accelerator(
         gradient_accumulation_steps=1,
@@ -919,20 +1095,32 @@ def train(args: argparse.Namespace, inputs: Inputs) -> None:
     )
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:
-        raise SystemExit(
-            f"train_spf_portrait_lora.py: error: launched as {launched} processes, of which accelerate makes "
-            f"{accelerator.num_processes}; on a machine without a GPU set ACCELERATE_USE_CPU=true"
+        raise InputError(
+            f"launched as {launched} processes, of which accelerate makes {accelerator.num_processes}; on a machine "
+            "without a GPU set ACCELERATE_USE_CPU=true"
         )
+    return accelerator
+
+
+def train(args: argparse.Namespace, inputs: Inputs) -> None:
+    """Both stages, from checked inputs to the LoRA in --output_dir."""
+    accelerator = make_accelerator(args)
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
     set_seed(args.seed)
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
     if args.dry_run:
         clip, clip_tokenizer, _ = load_clip(args, accelerator.device)
         print_dry_run(inputs, clip_phrase_distances(clip, clip_tokenizer, inputs.pairs)[0])
         return
+    if inputs.resume is not None:
+        now = resume_record(args, args.train_batch_size * accelerator.num_processes)
+        check_record(inputs.resume.folder, inputs.resume.state["record"], now)
 
     run = prepare_run(args, inputs, accelerator)
     run.response_unet = accelerator.prepare(run.unet)
     if accelerator.is_main_process:
+        remove_leftovers(Path(args.output_dir))
         accelerator.init_trackers("spf-portrait", config=tracker_config(args))
     logger.info(
         "%d portraits, %d processes, %d steps of stage 1, %d of stage 2",
@@ -941,18 +1129,125 @@ def train(args: argparse.Namespace, inputs: Inputs) -> None:
         args.stage1_steps,
         args.stage2_steps,
     )
+    with catch_stop_signals() as run.stop:
+        try:
+            train_stages(run)
+        except Interrupted as interruption:
+            leave(run, interruption)
+    finish(run)
 
-    draw_validation(run, 0)
-    total_steps = args.stage1_steps + args.stage2_steps
-    with tqdm(total=total_steps, disable=not accelerator.is_local_main_process) as progress:
-        if args.stage1_steps > 0:
-            train_stage(run, 1, range(args.stage1_steps), args.lr_scheduler, progress)
+
+def train_stages(run: Run) -> None:
+    """Stage 1 and stage 2, or what is left of them."""
+    args, resume = run.args, run.inputs.resume
+    if resume is None:
+        with run.stop.at_once():
+            draw_validation(run)
+    else:
+        logger.info("Going on from %s", resume.folder)
+        if run.stage == 2:
+            resume_stage2(run, resume.state)
+    with tqdm(
+        total=run.total_steps, initial=run.global_step, disable=not run.accelerator.is_local_main_process
+    ) as progress:
+        if run.global_step < args.stage1_steps:
+            train_stage(run, range(args.stage1_steps), args.lr_scheduler, progress)
         if args.stage2_steps > 0:
-            start_stage2(run, output_dir)
-            train_stage(run, 2, range(args.stage1_steps, total_steps), args.stage2_lr_scheduler, progress)
+            if run.stage == 1:
+                start_stage2(run)
+            train_stage(run, range(args.stage1_steps, run.total_steps), args.stage2_lr_scheduler, progress)
 
-    save_lora(run, output_dir)
-    draw_validation(run, total_steps)
+
+def train_stage(run: Run, steps: range, lr_scheduler_name: str, progress: tqdm) -> None:
+    """The steps of one stage, or those that are left, with an optimizer and a learning rate of its own."""
+    args, accelerator = run.args, run.accelerator
+    parameters = [parameter for parameter in run.unet.parameters() if parameter.requires_grad]
+    prepare_optimizer(run, parameters, len(steps), lr_scheduler_name)
+    if not args.cache_latents:
+        accumulation = args.gradient_accumulation_steps
+        micro_steps = range(run.global_step * accumulation, steps.stop * accumulation)
+        run.pixels = iter(read_pixels(run, micro_steps, run.training_set.batch_pixels))
+    progress.set_description(f"stage {run.stage}")
+    for global_step in range(run.global_step, steps.stop):
+        done = global_step - steps.start
+        if run.stage == 2 and args.sfcm_refresh_steps and done and done % args.sfcm_refresh_steps == 0:
+            run.alignment.sfcm = fill_sfcm_bank(run, run.alignment)
+        losses = train_step(run, run.stage, global_step, run.optimizer, parameters)
+        run.lr_scheduler.step()
+        run.global_step += 1
+        progress.set_postfix({name: f"{value:.4f}" for name, value in losses.items()}, refresh=False)
+        progress.update()
+        accelerator.log({f"loss/{name}": value for name, value in losses.items()}, step=run.global_step)
+        if args.checkpointing_steps and run.global_step % args.checkpointing_steps == 0:
+            write_checkpoint(run)
+        stop_if_asked(run)
+        last = run.global_step == run.total_steps
+        if args.validation_steps and run.global_step % args.validation_steps == 0 and not last:
+            with run.stop.at_once():
+                draw_validation(run)
+
+
+def prepare_optimizer(run: Run, parameters: list[torch.nn.Parameter], num_steps: int, lr_scheduler_name: str) -> None:
+    """An optimizer and a schedule for a stage of so many steps, as the checkpoint has them if the run goes on."""
+    args, accelerator, resume = run.args, run.accelerator, run.inputs.resume
+    learning_rate = args.learning_rate
+    if args.scale_lr:
+        learning_rate *= args.gradient_accumulation_steps * run.training_set.batch_size
+    optimizer = make_optimizer(
+        args.optimizer,
+        parameters,
+        learning_rate=learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        epsilon=args.adam_epsilon,
+        use_8bit_adam=args.use_8bit_adam,
+    )
+    run.lr_scheduler = get_scheduler(
+        lr_scheduler_name,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=num_steps,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
+    run.optimizer = accelerator.prepare(optimizer)
+    if resume is not None and resume.state["stage"] == run.stage and resume.state["global_step"] == run.global_step:
+        run.optimizer.load_state_dict(resume.state["optimizer"])
+        run.lr_scheduler.load_state_dict(resume.state["lr_scheduler"])
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(resume.state["scaler"])
+
+
+def stop_if_asked(run: Run) -> None:
+    """Stop all processes after the same step, whichever of them was sent a signal."""
+    asked = run.stop.signal_number
+    if run.accelerator.num_processes > 1:
+        asked = int(run.accelerator.gather(torch.tensor([asked], device=run.device)).max())
+    if asked:
+        raise Interrupted(asked)
+
+
+def leave(run: Run, interruption: Interrupted) -> None:
+    """Write a checkpoint, say how to go on, and end the program as its signal would have."""
+    if run.global_step > 0:
+        write_checkpoint(run)
+        advice = f"go on with the same flags and --resume_from_checkpoint latest ({run.args.output_dir})"
+    else:
+        advice = "before the first one there is nothing to keep: start again"
+    if run.accelerator.is_main_process:
+        logger.warning("%s after step %d of %d: %s", interruption, run.global_step, run.total_steps, advice)
+    run.accelerator.end_training()
+    sys.exit(128 + interruption.signal_number)
+
+
+def finish(run: Run) -> None:
+    """The LoRA, the last picture, the model card, and what else was asked for."""
+    accelerator, output_dir = run.accelerator, Path(run.args.output_dir)
+    try:
+        save_lora(run, output_dir)
+    except OSError as error:
+        raise CheckpointError(f"the LoRA could not be written: {error}; {what_is_safe(output_dir)}") from error
+    draw_validation(run)
     # The distributed wrapper goes before the group of processes it talks to, and no process before the others.
     accelerator.wait_for_everyone()
     run.response_unet = run.unet
@@ -961,53 +1256,12 @@ def train(args: argparse.Namespace, inputs: Inputs) -> None:
     logger.info("The LoRA is %s", output_dir / "pytorch_lora_weights.safetensors")
 
 
-def start_stage2(run: Run, output_dir: Path) -> None:
-    """Save stage 1's LoRA, prepare the alignment portraits and their maps, and keep stage 1 as the teacher."""
-    if run.args.stage1_steps > 0:
-        save_lora(run, output_dir / "stage1")
-    logger.info("Preparing %s alignment portraits and their maps", run.args.alignment_source)
-    run.alignment = prepare_alignment(run)
-    draw_alignment(run)
-    if run.args.stage2_objective != "paper":
-        add_teacher(run)
-
-
-def train_stage(run: Run, stage: int, steps: range, lr_scheduler_name: str, progress: tqdm) -> None:
-    """The steps of one stage, with an optimizer and a learning rate of its own."""
-    args, accelerator = run.args, run.accelerator
-    parameters = [parameter for parameter in run.unet.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
-    lr_scheduler = get_scheduler(
-        lr_scheduler_name, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=len(steps)
-    )
-    optimizer = accelerator.prepare(optimizer)
-    progress.set_description(f"stage {stage}")
-    for global_step in steps:
-        done = global_step - steps.start
-        if stage == 2 and args.sfcm_refresh_steps and done and done % args.sfcm_refresh_steps == 0:
-            run.alignment.sfcm = fill_sfcm_bank(run, run.alignment)
-        losses = train_step(run, stage, global_step, optimizer, parameters)
-        lr_scheduler.step()
-        progress.set_postfix({name: f"{value:.4f}" for name, value in losses.items()}, refresh=False)
-        progress.update()
-        accelerator.log({f"loss/{name}": value for name, value in losses.items()}, step=global_step + 1)
-        last = global_step + 1 == progress.total
-        if args.validation_steps and (global_step + 1) % args.validation_steps == 0 and not last:
-            draw_validation(run, global_step + 1)
-
-
 def tracker_config(args: argparse.Namespace) -> dict[str, bool | int | float | str]:
-    """The flags as values a tracker can show."""
+    """The flags as values a tracker can show, without the token."""
     return {
         name: value if isinstance(value, bool | int | float | str) else str(value)
         for name, value in vars(args).items()
-        if value is not None
+        if value is not None and name != "hub_token"
     }
 
 
@@ -1018,7 +1272,10 @@ def main(input_args: Sequence[str] | None = None) -> None:
         inputs = check_inputs(args)
     except (ValueError, OSError) as error:
         raise SystemExit(f"train_spf_portrait_lora.py: error: {error}") from error
-    train(args, inputs)
+    try:
+        train(args, inputs)
+    except (InputError, CheckpointError) as error:
+        raise SystemExit(f"train_spf_portrait_lora.py: error: {error}") from error
 
 
 if __name__ == "__main__":

@@ -12,13 +12,18 @@ from pathlib import Path
 
 from accelerate.utils import LoggerType
 from diffusers.optimization import SchedulerType
+from diffusers.utils import is_xformers_available
 
 from attention_processors import DUAL_PATH_MODES
+from data import INTERPOLATION_MODES
 from losses import ENHANCEMENT_LOSSES
+from optimizers import OPTIMIZERS, check_optimizer
 from sfcm import SFCM_MODES
 
 
 SCHEDULERS = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
+# Trackers that keep the command line, and with it what was given as a flag.
+PRIVATE_TRACKERS = ("tensorboard", "none")
 
 
 def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
@@ -36,6 +41,13 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--revision", help="Revision of the Hub id.")
     group.add_argument("--variant", help="Variant of the weight files, such as fp16.")
     group.add_argument(
+        "--prediction_type",
+        choices=("epsilon", "v_prediction"),
+        help="What the UNet predicts; as the model's scheduler says if not given.",
+    )
+    group.add_argument("--pretrained_vae_model_name_or_path", help="Another VAE than the model's: a folder or Hub id.")
+    group.add_argument("--tiny_vae_model_name_or_path", help="AutoencoderTiny that decodes for the enhancement loss.")
+    group.add_argument(
         "--clip_model_name_or_path",
         default="openai/clip-vit-large-patch14",
         help="CLIP model that measures phrases against the target and judges portraits in the enhancement loss.",
@@ -45,7 +57,9 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--train_data_dir", help="Folder with pictures and metadata.jsonl.")
     group.add_argument("--dataset_name", help="A `datasets` id or path, instead of --train_data_dir.")
     group.add_argument("--dataset_config_name", help="Configuration of the data set.")
-    group.add_argument("--cache_dir", help="Where models and data sets from the Hub are kept.")
+    group.add_argument(
+        "--cache_dir", help="Where models and data sets from the Hub are kept, and latents and text embeddings, too."
+    )
     group.add_argument("--image_column", default="image", help="Column of the pictures, with --dataset_name.")
     group.add_argument("--base_prompt_column", default="base_prompt", help="Column of the base prompts.")
     group.add_argument("--target_prompt_column", default="target_prompt", help="Column of the target prompts.")
@@ -58,6 +72,40 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--target_prompt", help="One target for the whole set, whose captions are base prompts.")
     group.add_argument("--max_train_samples", type=int, help="Train on this many portraits only.")
     group.add_argument("--resolution", type=int, default=512, help="Side of the training pictures, in pixels.")
+    group.add_argument(
+        "--aspect_ratio_buckets",
+        help="Several sizes instead, as height,width;height,width: each portrait has the nearest in shape.",
+    )
+    group.add_argument(
+        "--center_crop",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Crop the middle; else anywhere by chance, which needs --no-cache_latents.",
+    )
+    group.add_argument(
+        "--random_flip",
+        action="store_true",
+        help="Mirror pictures by chance. A caption that says left or right is then wrong every second time.",
+    )
+    group.add_argument(
+        "--image_interpolation_mode", choices=tuple(INTERPOLATION_MODES), default="lanczos", help="How to resize."
+    )
+    group.add_argument("--repeats", type=int, default=1, help="How often each portrait comes in an epoch.")
+    group.add_argument(
+        "--dataloader_num_workers", type=int, default=0, help="Processes that read pictures; 0: the training's own."
+    )
+    group.add_argument(
+        "--cache_latents",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Encode each portrait once (with --cache_dir once for all runs) instead of in each step.",
+    )
+    group.add_argument(
+        "--cache_text_embeddings",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Encode each prompt once (with --cache_dir once for all runs) instead of in each step.",
+    )
 
     group = parser.add_argument_group("LoRA")
     group.add_argument("--rank", type=int, default=16, help="Rank of the LoRA.")
@@ -68,6 +116,13 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
         default="cross",
         help="Cross-attention projections, or self-attention's too.",
     )
+    group.add_argument(
+        "--lora_layers",
+        type=_split_names,
+        help="Instead of --lora_target: ends of the layers' names, separated by commas, as in attn2.to_k,attn2.to_v.",
+    )
+    group.add_argument("--lora_dropout", type=float, default=0.0, help="Dropout in front of the LoRA, in [0, 1).")
+    group.add_argument("--use_dora", action="store_true", help="Weight-decomposed LoRA (DoRA).")
 
     group = parser.add_argument_group("method")
     group.add_argument("--stage1_steps", type=int, default=500, help="Steps of standard fine-tuning.")
@@ -113,6 +168,9 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
         choices=(*ENHANCEMENT_LOSSES, "none"),
         default="difference",
         help="Form of the enhancement loss.",
+    )
+    group.add_argument(
+        "--enhancement_every", type=int, default=1, help="Compute the enhancement loss in every so manieth step alone."
     )
     group.add_argument(
         "--base_prompt_share",
@@ -167,19 +225,45 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--train_batch_size", type=int, default=4, help="Portraits a step and process.")
     group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="Batches an update.")
     group.add_argument("--gradient_checkpointing", action="store_true", help="Less memory, more time.")
-    group.add_argument("--learning_rate", type=float, default=1e-4, help="Learning rate of AdamW.")
+    group.add_argument("--learning_rate", type=float, default=1e-4, help="Learning rate; 1.0 is usual for prodigy.")
+    group.add_argument(
+        "--scale_lr", action="store_true", help="Multiply it by accumulation, batch size and number of processes."
+    )
+    group.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="prodigy needs prodigyopt.")
+    group.add_argument("--use_8bit_adam", action="store_true", help="AdamW's state in 8 bits, from bitsandbytes.")
     group.add_argument(
         "--lr_scheduler", choices=SCHEDULERS, default="constant", help="Learning rate over the steps of stage 1."
     )
     group.add_argument("--stage2_lr_scheduler", choices=SCHEDULERS, default="cosine", help="The same for stage 2.")
     group.add_argument("--lr_warmup_steps", type=int, default=0, help="Warm-up steps of each stage's scheduler.")
+    group.add_argument("--lr_num_cycles", type=int, default=1, help="Hard restarts of cosine_with_restarts.")
+    group.add_argument("--lr_power", type=float, default=1.0, help="Power of polynomial.")
+    group.add_argument(
+        "--snr_gamma", type=float, help="Min-SNR weighting of the diffusion loss; 5.0 is usual. None if not given."
+    )
+    group.add_argument(
+        "--noise_offset", type=float, default=0.0, help="Offset of the diffusion loss's noise a channel; 0.1 is usual."
+    )
     group.add_argument("--adam_beta1", type=float, default=0.9)
     group.add_argument("--adam_beta2", type=float, default=0.999)
     group.add_argument("--adam_weight_decay", type=float, default=1e-2)
     group.add_argument("--adam_epsilon", type=float, default=1e-8)
     group.add_argument("--max_grad_norm", type=float, default=1.0, help="Largest norm of the gradient.")
     group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="accelerate's setting if not given.")
+    group.add_argument("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and newer.")
+    group.add_argument(
+        "--enable_xformers_memory_efficient_attention",
+        action="store_true",
+        help="xformers in the layers whose attention is not captured: the self-attention.",
+    )
     group.add_argument("--seed", type=int, default=0, help="Seed of everything random in the training.")
+
+    group = parser.add_argument_group("checkpoints")
+    group.add_argument("--checkpointing_steps", type=int, default=500, help="Write one every so many steps; 0: never.")
+    group.add_argument("--checkpoints_total_limit", type=int, help="Keep this many of them; all if not given.")
+    group.add_argument(
+        "--resume_from_checkpoint", help="Go on from a checkpoint: latest, or a folder (of --output_dir)."
+    )
 
     group = parser.add_argument_group("output")
     group.add_argument(
@@ -208,25 +292,50 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
         help="Print prompts, phrases, token positions and CLIP distances; train nothing.",
     )
 
+    group = parser.add_argument_group("sharing")
+    group.add_argument("--push_to_hub", action="store_true", help="Push LoRA, card and pipeline at the end.")
+    group.add_argument("--hub_model_id", help="Repository; the name of --output_dir if not given.")
+    group.add_argument("--hub_token", help="Token to push with; the one of `hf auth login` if not given.")
+    group.add_argument("--hub_private_repo", action="store_true", help="Make the repository private.")
+    group.add_argument("--hub_license", default="creativeml-openrail-m", help="Licence the model card names.")
+    group.add_argument(
+        "--output_kohya_format",
+        action=argparse.BooleanOptionalAction,
+        help="Write the LoRA for ComfyUI and A1111, too; on with --push_to_hub if not given.",
+    )
+
     args = parser.parse_args(input_args)
     _check_flags(parser, args)
     if args.lora_alpha is None:
         args.lora_alpha = float(args.rank)
+    if args.output_kohya_format is None:
+        args.output_kohya_format = args.push_to_hub
     return args
+
+
+def _split_names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"an empty name in {text!r}")
+    return names
 
 
 def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End the program at the first flag whose value cannot work."""
     at_least_one = (
         "rank", "train_batch_size", "gradient_accumulation_steps", "num_alignment_images", "alignment_inference_steps",
-        "sfcm_noise_samples", "validation_inference_steps", "resolution",
+        "sfcm_noise_samples", "validation_inference_steps", "resolution", "repeats", "enhancement_every",
+        "checkpoints_total_limit", "lr_num_cycles",
     )  # fmt: skip
     not_negative = (
         "stage1_steps", "stage2_steps", "lambda_text", "lambda_fine", "lambda_enh", "lambda_base", "lr_warmup_steps",
         "num_validation_images", "validation_steps", "sfcm_refresh_steps", "adam_weight_decay", "seed",
         "teacher_scale", "composed_timestep_power", "alignment_guidance_scale", "validation_guidance_scale",
+        "dataloader_num_workers", "noise_offset", "checkpointing_steps",
     )  # fmt: skip
-    positive = ("learning_rate", "sfcm_gamma", "max_grad_norm", "lora_alpha", "adam_epsilon")
+    positive = (
+        "learning_rate", "sfcm_gamma", "max_grad_norm", "lora_alpha", "adam_epsilon", "lr_power", "snr_gamma",
+    )  # fmt: skip
     for names, wrong, rule in (
         (at_least_one, lambda value: value < 1, "at least 1"),
         (not_negative, lambda value: not 0 <= value < math.inf, "0 or more"),
@@ -236,7 +345,7 @@ def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
             value = getattr(args, name)
             if value is not None and wrong(value):
                 parser.error(f"--{name} must be {rule}, got {value}")
-    for name in ("base_prompt_share", "alignment_phrase_dropout", "adam_beta1", "adam_beta2"):
+    for name in ("base_prompt_share", "alignment_phrase_dropout", "adam_beta1", "adam_beta2", "lora_dropout"):
         if not 0 <= getattr(args, name) < 1:
             parser.error(f"--{name} must be in [0, 1), got {getattr(args, name)}")
     if not 0 <= args.teacher_base_weight <= 1:
@@ -258,3 +367,31 @@ def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         parser.error(
             f"--stage2_objective {args.stage2_objective} needs a stage 1: give --stage1_steps or --stage1_lora_path"
         )
+    if not args.center_crop and args.cache_latents:
+        parser.error("--no-center_crop takes another crop in each step, so it needs --no-cache_latents")
+    if args.use_dora and args.dual_path == "single_pass":
+        parser.error("--use_dora needs --dual_path two_pass: DoRA cannot be off in some rows of a batch")
+    if args.tiny_vae_model_name_or_path is not None and not uses_enhancement(args):
+        parser.error("--tiny_vae_model_name_or_path is for the enhancement loss, which these flags do not compute")
+    try:
+        check_optimizer(args.optimizer, args.use_8bit_adam)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.enable_xformers_memory_efficient_attention and not is_xformers_available():
+        parser.error("--enable_xformers_memory_efficient_attention needs the package xformers: pip install xformers")
+    if args.hub_token is not None and args.report_to not in PRIVATE_TRACKERS:
+        parser.error(
+            f"--hub_token would be kept by --report_to {args.report_to} with the command line: "
+            "log in with `hf auth login` instead"
+        )
+    if not args.push_to_hub:
+        for name in ("hub_model_id", "hub_token", "hub_private_repo"):
+            if getattr(args, name):
+                parser.error(f"--{name} needs --push_to_hub")
+    if args.aspect_ratio_buckets is not None and not args.aspect_ratio_buckets.strip():
+        parser.error("--aspect_ratio_buckets is empty")
+
+
+def uses_enhancement(args: argparse.Namespace) -> bool:
+    """Whether any step computes the enhancement loss."""
+    return args.stage2_steps > 0 and args.stage2_objective != "composed" and args.enhancement_loss != "none"

@@ -33,13 +33,13 @@ class HubServer:
 
     Args:
         user: the user whom the token belongs to.
-        token: the only token that it knows.
-        role: "write", or "read" for a token that may not push.
+        token: the user's token, which may write.
+        read_token: another one of the same user, which may only read.
         echo_token: whether errors repeat the token that came, as a careless proxy might.
     """
 
-    def __init__(self, user: str, token: str, role: str = "write", echo_token: bool = False):
-        self.user, self.token, self.role, self.echo_token = user, token, role, echo_token
+    def __init__(self, user: str, token: str, read_token: str | None = None, echo_token: bool = False):
+        self.user, self.token, self.read_token, self.echo_token = user, token, read_token, echo_token
         self.repos: dict[str, dict[str, bytes]] = {}
         self.private: set[str] = set()
         self.commits: dict[str, list[str]] = {}
@@ -104,8 +104,9 @@ class _Handler(BaseHTTPRequestHandler):
             if part in self.route:
                 return self.send_failure(status, "something broke\non this side")
         authorization = self.headers.get("Authorization")
-        self.known = authorization == f"Bearer {self.hub.token}"
-        if authorization and not self.known:
+        roles = {f"Bearer {self.hub.token}": "write", f"Bearer {self.hub.read_token}": "read"}
+        self.role = roles.get(authorization)
+        if authorization and self.role is None:
             return self.send_failure(401, "Invalid credentials in Authorization header")
         for pattern, method, answer in _ROUTES:
             match = re.fullmatch(pattern, self.route)
@@ -134,23 +135,23 @@ class _Handler(BaseHTTPRequestHandler):
 
     def may_read(self, repo_id: str) -> bool:
         """Otherwise the request is answered: the real Hub tells a private repository from none at all to nobody."""
-        if repo_id in self.hub.repos and (self.known or repo_id not in self.hub.private):
+        if repo_id in self.hub.repos and (self.role or repo_id not in self.hub.private):
             return True
-        self.send_failure(404 if self.known else 401, "Repository not found", "RepoNotFound")
+        self.send_failure(404 if self.role else 401, "Repository not found", "RepoNotFound")
         return False
 
     def may_write(self) -> bool:
-        if self.known and self.hub.role == "write":
+        if self.role == "write":
             return True
-        self.send_failure(403 if self.known else 401, "You don't have the rights to write here")
+        self.send_failure(403 if self.role else 401, "You don't have the rights to write here")
         return False
 
     # ------------------------------------------------------------------------------------------------- the answers
 
     def whoami(self) -> None:
-        if not self.known:
+        if self.role is None:
             return self.send_failure(401, "Invalid username or password.")
-        access = {"accessToken": {"displayName": "test", "role": self.hub.role}}
+        access = {"accessToken": {"displayName": "test", "role": self.role}}
         self.send_json({"type": "user", "name": self.hub.user, "orgs": [], "auth": access})
 
     def create(self) -> None:

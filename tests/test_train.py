@@ -29,6 +29,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextC
 
 import train_spf_portrait_lora as script
 import training_arguments as script_arguments
+import training_inputs as inputs_module
 from conditioning import BASE, EMPTY, FULL
 from prompts import make_prompt_pair
 
@@ -382,11 +383,12 @@ def test_alignment_sources(world, tmp_path, monkeypatch, source, counts):
     training, (alignment,) = runs[0].training, alignments
     drawn, taken = counts
     assert len(alignment.latents) == len(alignment.pair_index) == len(alignment.sfcm) == drawn + taken
-    assert torch.equal(alignment.latents[drawn:], training.latents[: taken or 0])
+    latents, sfcm = torch.stack(alignment.latents), torch.stack(alignment.sfcm)
+    assert all(torch.equal(own, same) for own, same in zip(latents[drawn:], training.latents[:taken], strict=True))
     assert alignment.pair_index[drawn:].tolist() == list(range(taken))
     assert len(set(alignment.pair_index[:drawn].tolist())) == drawn
-    assert alignment.latents.std(dim=(1, 2, 3)).min() > 0.01
-    assert alignment.sfcm.min() >= 0 and alignment.sfcm.max() <= 1 and alignment.sfcm.std() > 0.1
+    assert latents.std(dim=(1, 2, 3)).min() > 0.01
+    assert sfcm.min() >= 0 and sfcm.max() <= 1 and sfcm.std() > 0.1
 
 
 def test_alignment_portraits_are_the_original_models_own(world, trained, tmp_path, monkeypatch):
@@ -425,7 +427,7 @@ def test_processes_share_the_alignment_portraits(world, tmp_path, monkeypatch, p
         )
         script.draw_alignment_portraits(replace(runs[0], accelerator=accelerator))
     assert len({share.shape for share in shares}) == 1
-    torch.testing.assert_close(torch.cat(shares)[:3], alignments[0].latents, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.cat(shares)[:3], torch.stack(alignments[0].latents), rtol=1e-4, atol=1e-4)
 
 
 def test_more_alignment_portraits_than_prompts(world, tmp_path, monkeypatch):
@@ -436,7 +438,7 @@ def test_more_alignment_portraits_than_prompts(world, tmp_path, monkeypatch):
     assert alignments[0].pair_index.tolist() == list(range(3, 11))
     counts = Counter(pair.base_prompt for pair in pairs[3:])
     assert sorted(counts.values()) == [2, 3, 3] and set(pairs[3:]) == set(pairs[:3])
-    distances = torch.pdist(alignments[0].latents.flatten(1))
+    distances = torch.pdist(torch.stack(alignments[0].latents).flatten(1))
     assert distances.min() > 0.1, "two portraits are the same"
 
 
@@ -445,8 +447,8 @@ PAIR = make_prompt_pair("a woman, a green hat, a red scarf, a tie", [("a green h
 
 def test_drawn_portraits_leave_out_phrases_by_chance():
     random = np.random.default_rng(0)
-    assert script.thin_out(PAIR, 0.0, random) == PAIR
-    pairs = [script.thin_out(PAIR, 0.5, random) for _ in range(400)]
+    assert inputs_module.thin_out(PAIR, 0.0, random) == PAIR
+    pairs = [inputs_module.thin_out(PAIR, 0.5, random) for _ in range(400)]
     for pair in pairs:
         phrases = pair.base_prompt.split(", ")
         assert phrases == [phrase for phrase in PAIR.base_prompt.split(", ") if phrase in phrases]
@@ -456,7 +458,7 @@ def test_drawn_portraits_leave_out_phrases_by_chance():
     counts = Counter(phrase for pair in pairs for phrase in pair.base_phrases)
     # One of three phrases always stays, so a phrase does a little more often than every second time.
     assert all(count / 400 == pytest.approx(0.5 + 1 / 24, abs=0.08) for count in counts.values()) and len(counts) == 3
-    assert {len(script.thin_out(PAIR, 0.999, random).base_phrases) for _ in range(20)} == {1}
+    assert {len(inputs_module.thin_out(PAIR, 0.999, random).base_phrases) for _ in range(20)} == {1}
 
 
 def test_thinned_out_prompts_are_those_the_losses_ask_about(world, tmp_path, monkeypatch):
@@ -491,13 +493,14 @@ def test_the_bank_of_maps_does_not_depend_on_the_batch_size(world, tmp_path, mon
     for size in (1, 4):
         flags = {"stage1_steps": 0, "stage1_lora_path": lora, "train_batch_size": size, "alignment_source": "data"}
         train(world, tmp_path / f"{size}", stage2_steps=1, **flags)
-    first, second = (alignment.sfcm for alignment in alignments)
+    first, second = (torch.stack(alignment.sfcm) for alignment in alignments)
     assert (first - second).abs().max() < 1e-3 and first.std() > 0.1
 
 
 def test_the_bank_is_refreshed_with_the_student(world, tmp_path, monkeypatch):
     banks = watch(monkeypatch, "fill_sfcm_bank")
     train(world, tmp_path / "output", stage2_steps=5, sfcm_refresh_steps=2)
+    banks = [torch.stack(bank) for bank in banks]
     assert len(banks) == 1 + 2
     assert (banks[0] - banks[1]).abs().max() > 1e-3
 
@@ -614,7 +617,7 @@ def test_the_target_of_the_diffusion_loss(world, tmp_path, monkeypatch, predicti
     flags = {"stage2_objective": "both", "stage1_steps": 1, "stage2_steps": 1}
     output = train(world, tmp_path / "output", pretrained_model_name_or_path=model, **flags)
     assert files(output) == {WEIGHTS, f"stage1/{WEIGHTS}"}
-    batch, latents = batches[0], runs[0].training.latents[batches[0].index]
+    batch, latents = batches[0], torch.stack([runs[0].training.latents[i] for i in batches[0].index])
     alpha_bar = runs[0].noise_scheduler.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
     torch.testing.assert_close(batch.noisy_latents, alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * batch.noise)
     expected = alpha_bar.sqrt() * batch.noise - (1 - alpha_bar).sqrt() * latents
@@ -722,6 +725,7 @@ def fake_run(process_index: int = 0, num_processes: int = 1, batch_size: int = 8
         accelerator=SimpleNamespace(process_index=process_index, num_processes=num_processes),
         inputs=SimpleNamespace(pairs=[None] * 5),
         noise_scheduler=DDPMScheduler(),
+        training=None,
         device=torch.device("cpu"),
     )
 
@@ -729,11 +733,12 @@ def fake_run(process_index: int = 0, num_processes: int = 1, batch_size: int = 8
 @pytest.fixture(scope="module")
 def portraits():
     generator = torch.Generator().manual_seed(0)
-    return script.Portraits(torch.randn(7, 4, 4, 4, generator=generator), torch.tensor([0, 1, 2, 3, 4, 0, 1]))
+    pair_index = torch.tensor([0, 1, 2, 3, 4, 0, 1])
+    return script.Portraits(torch.randn(7, 4, 4, 4, generator=generator), pair_index, (0,) * 7)
 
 
 def tensors(batch) -> dict[str, torch.Tensor]:
-    return dict(vars(batch))
+    return {name: value for name, value in vars(batch).items() if value is not None}
 
 
 def test_a_batch_is_a_pure_function(portraits):
@@ -844,7 +849,11 @@ def concatenated(draw, size: int):
 
     def draw_batch(run, portraits, micro_step, *args, **kwargs):
         assert run.args.train_batch_size == size
-        small = replace(run, args=SimpleNamespace(**{**vars(run.args), "train_batch_size": 1}))
+        small = replace(
+            run,
+            args=SimpleNamespace(**{**vars(run.args), "train_batch_size": 1}),
+            training_set=replace(run.training_set, batch_size=1, share=slice(0, 1)),
+        )
         parts = [tensors(draw(small, portraits, size * micro_step + k, *args, **kwargs)) for k in range(size)]
         return script.Batch(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 

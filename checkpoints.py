@@ -1,0 +1,245 @@
+"""Checkpoints of a training run: folders that are whole or not there at all, and no pickle in them.
+
+A checkpoint is written into a hidden folder beside its place and renamed. Its manifest holds the size and the hash of
+every file, so that a damaged one is told from a whole one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+STATE_TENSORS, STATE_VALUES = "training_state.safetensors", "training_state.json"
+HIDDEN_PREFIX = ".checkpoint-"
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written; the message is one line that says what is safe."""
+
+
+# -------------------------------------------------------------------------------------------------- nested states
+
+
+def pack_state(state: Any, tensors: dict[str, torch.Tensor], path: str = "state") -> Any:
+    """Take the tensors out of a nested state, and make what is left of it JSON, from which it can be built again.
+
+    Args:
+        state: dicts with keys of texts and numbers, lists, tuples, tensors, texts, numbers, booleans and None.
+        tensors: filled with copies on the CPU, by their path in the state.
+        path: of `state` itself.
+
+    Returns:
+        What `json.dumps` takes.
+
+    Raises:
+        TypeError: anything else in the state; the message names its path.
+
+    Source: [ours].
+    """
+    if isinstance(state, torch.Tensor):
+        # A copy: safetensors refuses tensors that share memory, as the views of one optimizer buffer do.
+        tensors[path] = state.detach().cpu().contiguous().clone()
+        return {"tensor": path}
+    if isinstance(state, dict):
+        return {"dict": [[key, pack_state(value, tensors, f"{path}.{key}")] for key, value in state.items()]}
+    if isinstance(state, list | tuple):
+        items = [pack_state(value, tensors, f"{path}.{i}") for i, value in enumerate(state)]
+        return {type(state).__name__: items}
+    if state is None or isinstance(state, bool | int | float | str):
+        return state
+    raise TypeError(f"{path} is a {type(state).__name__}, which a checkpoint cannot hold")
+
+
+def unpack_state(packed: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """The state that `pack_state` took apart. Source: [ours]."""
+    if not isinstance(packed, dict):
+        return packed
+    ((kind, value),) = packed.items()
+    if kind == "tensor":
+        return tensors[value]
+    if kind == "dict":
+        return {key: unpack_state(item, tensors) for key, item in value}
+    items = [unpack_state(item, tensors) for item in value]
+    return tuple(items) if kind == "tuple" else items
+
+
+# ------------------------------------------------------------------------------------------------------- writing
+
+
+def save_checkpoint(
+    output_dir: Path,
+    step: int,
+    state: dict[str, Any],
+    write_lora: Callable[[Path], None],
+    total_limit: int | None = None,
+) -> Path:
+    """Write `checkpoint-<step>`, whole or not at all, and then delete the oldest ones above the limit.
+
+    Args:
+        output_dir: made if it is not there.
+        step: updates done so far.
+        state: all that the run needs to go on, see `pack_state`.
+        write_lora: writes the LoRA into the folder it is given.
+        total_limit: checkpoints to keep, at least 1; None keeps all.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        CheckpointError: it could not be written, for instance because the disk is full; what there was before is
+            untouched, and the message says which checkpoint is whole.
+
+    Source: [ours].
+    """
+    place = output_dir / f"checkpoint-{step}"
+    hidden = output_dir / f"{HIDDEN_PREFIX}{step}-{os.getpid()}"
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        hidden.mkdir()
+        write_lora(hidden)
+        _write_state(hidden, state)
+        _write_manifest(hidden, step)
+        _put_in_place(hidden, place)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(hidden, ignore_errors=True)
+        message = f"{place} could not be written: {' '.join(str(error).split())}; {what_is_safe(output_dir)}"
+        raise CheckpointError(message) from error
+    if total_limit is not None:
+        for folder in find_checkpoints(output_dir)[:-total_limit]:
+            _remove(folder)
+    return place
+
+
+def _write_state(folder: Path, state: dict[str, Any]) -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    packed = pack_state(state, tensors)
+    save_file(tensors, folder / STATE_TENSORS)
+    (folder / STATE_VALUES).write_text(json.dumps(packed), encoding="utf-8")
+
+
+def _write_manifest(folder: Path, step: int) -> None:
+    """Sizes and hashes of the files, all of which are on the disk before the manifest is."""
+    files = {}
+    for path in sorted(folder.iterdir()):
+        files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        _sync(path)
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps({"step": step, "files": files}, indent=1), encoding="utf-8")
+    _sync(manifest)
+
+
+def _put_in_place(hidden: Path, place: Path) -> None:
+    if place.exists():  # the run was here before, and what it left is damaged or of a later interruption
+        _remove(place)
+    os.rename(hidden, place)
+    _sync(place.parent)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint, out of sight first, so that an interruption leaves no half of it in place."""
+    hidden = folder.with_name(f"{HIDDEN_PREFIX}removed-{folder.name}-{os.getpid()}")
+    os.rename(folder, hidden)
+    shutil.rmtree(hidden)
+
+
+def _sync(path: Path) -> None:
+    """Bring a file or a folder's entries to the disk itself."""
+    if path.is_dir() and os.name == "nt":  # Windows cannot open a folder
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------- reading
+
+
+def find_checkpoints(output_dir: Path) -> list[Path]:
+    """The folders `checkpoint-<step>` in a folder, by step, whole or not. Source: [ours]."""
+    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Compare a checkpoint with its manifest.
+
+    Raises:
+        ValueError: it is not a checkpoint, or damaged; one line that names the folder and the file.
+
+    Source: [ours].
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} is no whole checkpoint: it has no {MANIFEST}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder} is damaged: {MANIFEST} cannot be read") from error
+    for name, (size, digest) in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{folder} is damaged: {name} is missing")
+        if path.stat().st_size != size or _sha256(path) != digest:
+            raise ValueError(f"{folder} is damaged: {name} is not what was written")
+
+
+def latest_checkpoint(output_dir: Path) -> Path | None:
+    """The whole checkpoint with the highest step; a damaged one is skipped with a warning that names it.
+
+    Returns:
+        Its folder, or None where there is none.
+
+    Source: [ours].
+    """
+    for folder in reversed(find_checkpoints(output_dir)):
+        try:
+            check_checkpoint(folder)
+        except ValueError as error:
+            logger.warning("Skipped: %s", error)
+        else:
+            return folder
+    return None
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The state in a checkpoint that was checked, its tensors on the CPU. Source: [ours]."""
+    with safe_open(folder / STATE_TENSORS, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    return unpack_state(json.loads((folder / STATE_VALUES).read_text(encoding="utf-8")), tensors)
+
+
+def what_is_safe(output_dir: Path) -> str:
+    """One clause on where a run can be taken up again. Source: [ours]."""
+    folder = latest_checkpoint(output_dir)
+    return "there is no earlier checkpoint" if folder is None else f"{folder} is whole, and the run can go on from it"
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Delete the hidden folders of a run that was killed while it wrote or deleted a checkpoint. Source: [ours]."""
+    for folder in output_dir.glob(f"{HIDDEN_PREFIX}*"):
+        shutil.rmtree(folder)

@@ -1,0 +1,65 @@
+"""The optimizers a LoRA can be trained with; those that are not torch's come from packages of their own."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+
+import torch
+
+
+OPTIMIZERS = ("adamw", "prodigy")
+
+
+def check_optimizer(name: str, use_8bit_adam: bool) -> None:
+    """Whether an optimizer can be had.
+
+    Raises:
+        ValueError: its package is not installed, or 8 bits were asked of one that has no such form.
+
+    Source: [ours].
+    """
+    if use_8bit_adam and name != "adamw":
+        raise ValueError(f"--use_8bit_adam is a form of --optimizer adamw, not of {name}")
+    package, flag = ("bitsandbytes", "--use_8bit_adam") if use_8bit_adam else ("prodigyopt", f"--optimizer {name}")
+    if (use_8bit_adam or name == "prodigy") and importlib.util.find_spec(package) is None:
+        raise ValueError(f"{flag} needs the package {package}: pip install {package}")
+
+
+def make_optimizer(
+    name: str,
+    parameters: Sequence[torch.nn.Parameter],
+    *,
+    learning_rate: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    epsilon: float,
+    use_8bit_adam: bool = False,
+) -> torch.optim.Optimizer:
+    """Build an optimizer.
+
+    Args:
+        name: one of `OPTIMIZERS`.
+        parameters: a list, since it is walked more than once.
+        learning_rate: for Prodigy a factor on the rate it finds, best left at 1.
+        betas: of the two running means.
+        weight_decay: decoupled from the gradient.
+        epsilon: added to the denominator.
+        use_8bit_adam: AdamW with its state in 8 bits, from bitsandbytes.
+
+    Raises:
+        ImportError: its package is not installed; see `check_optimizer`.
+
+    Source: [ours].
+    """
+    options = {"lr": learning_rate, "betas": betas, "weight_decay": weight_decay, "eps": epsilon}
+    if use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(parameters, **options)
+    if name == "prodigy":
+        from prodigyopt import Prodigy
+
+        # As its authors advise for diffusion models: bias correction, and no estimate of the rate in the warm-up.
+        return Prodigy(parameters, **options, use_bias_correction=True, safeguard_warmup=True)
+    return torch.optim.AdamW(parameters, **options)

@@ -1,0 +1,478 @@
+"""What a training run is made from, read and checked before any weights are loaded.
+
+Legend: N training portraits, M drawn ones, B batch, R portraits of one process, H/W size in pixels.
+Paper: arXiv 2504.00396; `[ours]` marks what it leaves open.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors import SafetensorError
+from transformers import AutoConfig, CLIPConfig, CLIPTokenizer
+
+from caches import fingerprint
+from checkpoints import check_checkpoint, find_checkpoints, latest_checkpoint, read_state
+from data import (
+    PortraitRow,
+    bucketed_batch_indices,
+    check_images,
+    content_key,
+    load_image,
+    load_rows,
+    nearest_bucket,
+    parse_aspect_ratio_buckets,
+    preprocess_image,
+    upright_size,
+)
+from prompts import PromptPair, PromptTokens, make_prompt_pair, tokenize_prompt_pair
+
+
+# What may be another when a run goes on, for it does not change what is computed; prompts and pictures are compared
+# by their content, the batch by its size over all processes.
+FREE_ON_RESUME = frozenset(
+    """
+    train_data_dir dataset_name dataset_config_name cache_dir image_column base_prompt_column target_prompt_column
+    full_prompt_column base_phrases_column target_prompt max_train_samples dataloader_num_workers cache_latents
+    cache_text_embeddings train_batch_size gradient_checkpointing allow_tf32 stage2_steps output_dir logging_dir
+    report_to checkpointing_steps checkpoints_total_limit resume_from_checkpoint validation_base_prompt
+    validation_target_prompt num_validation_images validation_steps validation_inference_steps
+    validation_guidance_scale push_to_hub hub_model_id hub_token hub_private_repo hub_license output_kohya_format
+    dry_run enable_xformers_memory_efficient_attention
+    """.split()
+)
+
+
+class InputError(ValueError):
+    """A mistake in what the run was given; its message is one line that names the flag and the value."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training portrait as a step takes it: which, mirrored or not, and where the crop lies in it."""
+
+    index: int
+    flip: bool = False
+    centering: tuple[float, float] = (0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """The training portraits in batches; what a batch holds is a pure function of its number.
+
+    Attributes:
+        rows: the N training portraits.
+        keys: of their pictures' content.
+        sizes: (H, W) of each bucket.
+        buckets: which of them each portrait belongs to.
+        batch_size: portraits a batch, over all processes.
+        share: this process's part of a batch.
+        seed, repeats, random_flip, center_crop, interpolation: the flags.
+    """
+
+    rows: Sequence[PortraitRow]
+    keys: Sequence[str]
+    sizes: Sequence[tuple[int, int]]
+    buckets: tuple[int, ...]
+    batch_size: int
+    share: slice
+    seed: int
+    repeats: int
+    random_flip: bool
+    center_crop: bool
+    interpolation: str
+
+    def samples(self, micro_step: int) -> list[Sample]:
+        """This process's R portraits of batch `micro_step`, all of one size."""
+        count = len(self.rows)
+        index = bucketed_batch_indices(micro_step, self.batch_size, self.buckets * self.repeats, self.seed)
+        random = np.random.default_rng((self.seed, micro_step))
+        flips = random.random(self.batch_size) < 0.5 if self.random_flip else [False] * self.batch_size
+        centres = [(0.5, 0.5)] * self.batch_size if self.center_crop else random.random((self.batch_size, 2))
+        samples = [
+            Sample(i % count, bool(flip), (float(x), float(y))) for i, flip, (x, y) in zip(index, flips, centres)
+        ]
+        return samples[self.share]
+
+    def pixels(self, sample: Sample) -> torch.Tensor:
+        """(3, H, W) in [-1, 1]."""
+        row, size = self.rows[sample.index], self.sizes[self.buckets[sample.index]]
+        return preprocess_image(
+            load_image(row), size, flip=sample.flip, centering=sample.centering, interpolation=self.interpolation
+        )
+
+    def batch_pixels(self, micro_step: int) -> torch.Tensor:
+        """(R, 3, H, W): the pixels of batch `micro_step`."""
+        return torch.stack([self.pixels(sample) for sample in self.samples(micro_step)])
+
+
+@dataclass(frozen=True)
+class Resume:
+    """A checkpoint to go on from: its folder and what `checkpoints.read_state` read there."""
+
+    folder: Path
+    state: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is known before a model is loaded, all checked.
+
+    Attributes:
+        rows: the N training portraits.
+        keys: of their pictures' content.
+        sizes: (H, W) of each bucket, one without --aspect_ratio_buckets.
+        buckets: which of them each pair of prompts belongs to, N + M.
+        pairs: the portraits' prompts, then those of the M portraits that will be drawn for the alignment.
+        tokens: the tokens of `pairs`.
+        tokenizer: the diffusion model's.
+        validation_pair: the prompts of the validation pictures.
+        resume: where to go on, if anywhere.
+    """
+
+    rows: list[PortraitRow]
+    keys: list[str]
+    sizes: tuple[tuple[int, int], ...]
+    buckets: tuple[int, ...]
+    pairs: list[PromptPair]
+    tokens: list[PromptTokens]
+    tokenizer: CLIPTokenizer
+    validation_pair: PromptPair
+    resume: Resume | None
+
+    @property
+    def data_fingerprint(self) -> str:
+        """Of prompts and pictures in their order, to tell whether a checkpoint belongs to them."""
+        prompts = [(pair.base_prompt, pair.full_prompt, *pair.base_phrases) for pair in self.pairs[: len(self.rows)]]
+        return fingerprint(*self.keys, *prompts)
+
+
+def check_inputs(args: argparse.Namespace) -> Inputs:
+    """Read the data and everything about the models that needs no weights.
+
+    Raises:
+        ValueError, OSError: one line that names the flag, the file and its line, or the value.
+    """
+    resume = find_resume(args)
+    unet_config, multiple = check_models(args)
+    tokenizer = check_text_models(args)
+    if args.stage1_lora_path is not None:
+        with naming_flag("stage1_lora_path", args.stage1_lora_path):
+            check_lora(args.stage1_lora_path, unet_config)
+    if args.lora_layers is not None:
+        check_lora_layers(args.lora_layers, unet_config)
+    if args.aspect_ratio_buckets is None:
+        if args.resolution % multiple:
+            raise ValueError(
+                f"--resolution must be a multiple of {multiple} for {args.pretrained_model_name_or_path!r}, "
+                f"got {args.resolution}"
+            )
+        sizes = ((args.resolution, args.resolution),)
+    else:
+        sizes = parse_aspect_ratio_buckets(args.aspect_ratio_buckets, multiple)
+
+    rows = load_rows(
+        train_data_dir=args.train_data_dir,
+        dataset_name=args.dataset_name,
+        dataset_config_name=args.dataset_config_name,
+        cache_dir=args.cache_dir,
+        image_column=args.image_column,
+        base_prompt_column=args.base_prompt_column,
+        target_prompt_column=args.target_prompt_column,
+        full_prompt_column=args.full_prompt_column,
+        base_phrases_column=args.base_phrases_column,
+        target_prompt=args.target_prompt,
+        max_train_samples=args.max_train_samples,
+        seed=args.seed,
+    )
+    pairs, tokens = [], []
+    for row in rows:
+        try:
+            pairs.append(make_prompt_pair(row.base_prompt, row.target_prompt, row.full_prompt, row.base_phrases))
+            tokens.append(tokenize_prompt_pair(pairs[-1], tokenizer))
+        except ValueError as error:
+            raise ValueError(f"{row.source}: {error}") from error
+    check_images(rows)
+    buckets = [nearest_bucket(upright_size(row), sizes) for row in rows]
+    if args.stage2_steps and args.alignment_source != "data":
+        drawn, drawn_buckets = alignment_pairs(args, pairs, buckets)
+        pairs, buckets = pairs + drawn, buckets + drawn_buckets
+        tokens += [tokenize_prompt_pair(pair, tokenizer) for pair in drawn]
+    inputs = Inputs(
+        rows=rows,
+        keys=[content_key(row) for row in rows],
+        sizes=sizes,
+        buckets=tuple(buckets),
+        pairs=pairs,
+        tokens=tokens,
+        tokenizer=tokenizer,
+        validation_pair=_validation_pair(args, pairs[0], tokenizer),
+        resume=resume,
+    )
+    if resume is not None and resume.state["data"] != inputs.data_fingerprint:
+        raise ValueError(
+            f"--resume_from_checkpoint {resume.folder}: was trained on other prompts or pictures than those given now"
+        )
+    return inputs
+
+
+# ------------------------------------------------------------------------------------------------------- models
+
+
+def check_models(args: argparse.Namespace) -> tuple[dict, int]:
+    """Read the configurations of UNet, VAE and scheduler.
+
+    Returns:
+        The UNet's, and the number of pixels that each side of a portrait must be a multiple of.
+    """
+    hub = {"revision": args.revision, "cache_dir": args.cache_dir}
+    model = args.pretrained_model_name_or_path
+    with naming_flag("pretrained_model_name_or_path", f"{model}, unet"):
+        unet_config = UNet2DConditionModel.load_config(model, subfolder="unet", **hub)
+    if args.pretrained_vae_model_name_or_path is None:
+        with naming_flag("pretrained_model_name_or_path", f"{model}, vae"):
+            vae_config = AutoencoderKL.load_config(model, subfolder="vae", **hub)
+    else:
+        vae_config = _check_decoder(args, "pretrained_vae_model_name_or_path", AutoencoderKL, unet_config)
+    if args.tiny_vae_model_name_or_path is not None:
+        _check_decoder(args, "tiny_vae_model_name_or_path", AutoencoderTiny, unet_config)
+    with naming_flag("pretrained_model_name_or_path", f"{model}, scheduler"):
+        scheduler = DDPMScheduler.from_pretrained(model, subfolder="scheduler", **hub)
+    if args.prediction_type is None and scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+        raise ValueError(
+            f"--pretrained_model_name_or_path {model}: no training for prediction_type "
+            f"{scheduler.config.prediction_type!r}"
+        )
+    if args.sfcm_timesteps[1] > scheduler.config.num_train_timesteps:
+        raise ValueError(
+            f"--sfcm_timesteps: HIGH is {args.sfcm_timesteps[1]}, above the model's "
+            f"{scheduler.config.num_train_timesteps} timesteps"
+        )
+    multiple = 2 ** (len(vae_config["block_out_channels"]) - 1) * 2 ** (len(unet_config["block_out_channels"]) - 1)
+    return unet_config, multiple
+
+
+def _check_decoder(args: argparse.Namespace, flag: str, kind: type, unet_config: dict) -> dict:
+    """The configuration of the autoencoder that a flag names, of this kind and with the UNet's latents."""
+    name = getattr(args, flag)
+    with naming_flag(flag, name):
+        config = kind.load_config(name, cache_dir=args.cache_dir)
+        if config.get("_class_name") != kind.__name__:
+            raise ValueError(f"not an {kind.__name__} but {config.get('_class_name')!r}")
+        if config["latent_channels"] != unet_config["in_channels"]:
+            raise ValueError(f"has {config['latent_channels']} latent channels, the UNet {unet_config['in_channels']}")
+    return config
+
+
+def check_text_models(args: argparse.Namespace) -> CLIPTokenizer:
+    """Read the tokenizer of the diffusion model, and the configuration and tokenizer of CLIP."""
+    model = args.pretrained_model_name_or_path
+    with naming_flag("pretrained_model_name_or_path", f"{model}, tokenizer"):
+        tokenizer = load_tokenizer(model, subfolder="tokenizer", revision=args.revision, cache_dir=args.cache_dir)
+    with naming_flag("clip_model_name_or_path", args.clip_model_name_or_path):
+        config = AutoConfig.from_pretrained(args.clip_model_name_or_path, cache_dir=args.cache_dir)
+        if not isinstance(config, CLIPConfig):
+            raise ValueError("not a CLIP model of texts and pictures")
+        load_tokenizer(args.clip_model_name_or_path, cache_dir=args.cache_dir)
+    return tokenizer
+
+
+def load_tokenizer(name: str, **kwargs: str | None) -> CLIPTokenizer:
+    """A CLIP tokenizer; a ValueError where its files are missing and transformers makes up an empty one."""
+    tokenizer = CLIPTokenizer.from_pretrained(name, **kwargs)
+    if len(tokenizer) < 256:
+        raise ValueError(f"a tokenizer of {len(tokenizer)} tokens, so its files are missing")
+    return tokenizer
+
+
+@contextmanager
+def naming_flag(flag: str, value: str) -> Iterator[None]:
+    """Put a flag and its value before what a library says of them, in one line."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"--{flag} {value}: {' '.join(str(error).split())}") from error
+
+
+def _unet_layers(unet_config: dict) -> dict[str, torch.nn.Module]:
+    """The UNet's linear and convolutional layers by name, without weights."""
+    with init_empty_weights():
+        modules = UNet2DConditionModel.from_config(unet_config).named_modules()
+    return {name: module for name, module in modules if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)}
+
+
+def check_lora(path: str, unet_config: dict) -> None:
+    """Compare names and shapes in a LoRA with the UNet, of whose weights none are loaded.
+
+    Raises:
+        ValueError, OSError, SafetensorError: there is no LoRA, or it does not fit.
+    """
+    state_dict, _, _ = StableDiffusionPipeline.lora_state_dict(path, return_lora_metadata=True, use_safetensors=True)
+    layers = _unet_layers(unet_config)
+    for name, weight in state_dict.items():
+        magnitude = re.fullmatch(r"unet\.(.+)\.lora_magnitude_vector(?:\.weight)?", name)
+        match = magnitude or re.fullmatch(r"unet\.(.+)\.(lora_A|lora_B|lora\.down|lora\.up)\.weight", name)
+        layer = layers.get(match[1]) if match else None
+        if layer is None:
+            raise ValueError(f"{name!r} belongs to no layer of this UNet")
+        if magnitude:
+            fits = weight.numel() == layer.weight.shape[0]
+        else:
+            side = 1 if match[2] in ("lora_A", "lora.down") else 0
+            fits = weight.ndim == layer.weight.ndim and weight.shape[side] == layer.weight.shape[side]
+        if not fits:
+            raise ValueError(f"{name!r} is {tuple(weight.shape)}, and this UNet's layer {tuple(layer.weight.shape)}")
+
+
+def check_lora_layers(layers: Sequence[str], unet_config: dict) -> None:
+    """Whether each name ends the name of a layer of the UNet.
+
+    Raises:
+        ValueError: one of them does not.
+    """
+    names = list(_unet_layers(unet_config))
+    for layer in layers:
+        if not any(name == layer or name.endswith(f".{layer}") for name in names):
+            raise ValueError(f"--lora_layers: no layer of the UNet has a name that ends in {layer!r}")
+
+
+# ------------------------------------------------------------------------------------------------------ prompts
+
+
+def alignment_pairs(
+    args: argparse.Namespace, pairs: Sequence[PromptPair], buckets: Sequence[int]
+) -> tuple[list[PromptPair], list[int]]:
+    """Prompts of the portraits to be drawn: the data's in a random order, each with some phrases left out [ours].
+
+    What the data never varies (one background for all) is drawn in many forms once its phrase is gone.
+
+    Returns:
+        M pairs and their buckets, those of one bucket together.
+    """
+    rng = np.random.default_rng(args.seed)
+    different = dict(reversed(list(zip(pairs, buckets))))
+    names = list(dict.fromkeys(pairs))
+    order = np.concatenate([rng.permutation(len(names)) for _ in range(0, args.num_alignment_images, len(names))])
+    drawn = [
+        (thin_out(names[i], args.alignment_phrase_dropout, rng), different[names[i]])
+        for i in order[: args.num_alignment_images]
+    ]
+    drawn.sort(key=lambda pair_and_bucket: pair_and_bucket[1])
+    return [pair for pair, _ in drawn], [bucket for _, bucket in drawn]
+
+
+def thin_out(pair: PromptPair, dropout: float, rng: np.random.Generator) -> PromptPair:
+    """The pair with each base phrase left out by chance, one at least kept; a replaced phrase always stays."""
+    keep = rng.random(len(pair.base_phrases)) >= dropout
+    if keep.all():
+        return pair
+    keep[rng.integers(len(keep))] |= not keep.any()
+    kept = [phrase for phrase, stays in zip(pair.base_phrases, keep) if stays]
+    replaced = [target.replaces for target in pair.target_prompts if target.replaces is not None]
+    words = sorted([*kept, *replaced], key=lambda phrase: pair.base_prompt.lower().find(phrase.lower()))
+    return make_prompt_pair(", ".join(words), pair.target_prompts, base_phrases=kept)
+
+
+def _validation_pair(args: argparse.Namespace, first: PromptPair, tokenizer: CLIPTokenizer) -> PromptPair:
+    """The prompts of the validation pictures: what the flags give, the first portrait's for what they do not."""
+    if args.validation_base_prompt is None and args.validation_target_prompt is None:
+        return first
+    base_prompt = first.base_prompt if args.validation_base_prompt is None else args.validation_base_prompt
+    targets = list(first.target_prompts)
+    if args.validation_target_prompt is not None:
+        targets = [args.validation_target_prompt]
+    try:
+        pair = make_prompt_pair(base_prompt, targets)
+        tokenize_prompt_pair(pair, tokenizer)
+    except ValueError as error:
+        raise ValueError(f"--validation_base_prompt / --validation_target_prompt: {error}") from error
+    return pair
+
+
+def print_dry_run(inputs: Inputs, distances: torch.Tensor) -> None:
+    """Print each different pair of prompts, its phrases, their token positions and CLIP distances to the target."""
+    seen = set()
+    for row, pair, tokens, row_distances in zip(inputs.rows, inputs.pairs, inputs.tokens, distances.tolist()):
+        if pair in seen:
+            continue
+        seen.add(pair)
+        print(f"{row.source}\n  base prompt  {pair.base_prompt}\n  full prompt  {pair.full_prompt}")
+        print(f"  target       {pair.target_text}  (tokens {_ranges(tokens.target_positions)} of the full prompt)")
+        for phrase, positions, distance in zip(pair.base_phrases, tokens.phrase_positions, row_distances):
+            print(f"  phrase       {phrase}  (tokens {_ranges(positions)}, CLIP distance {distance:.3f})")
+    if len(inputs.sizes) > 1:
+        own = inputs.buckets[: len(inputs.rows)]
+        for bucket, (height, width) in enumerate(inputs.sizes):
+            print(f"{own.count(bucket)} portraits of {width}x{height} pixels")
+    print(f"{len(inputs.rows)} portraits, {len(seen)} different pairs of prompts. Nothing was trained (--dry_run).")
+
+
+def _ranges(positions: Sequence[int]) -> str:
+    return ", ".join(map(str, positions)) or "none, cut off"
+
+
+# ------------------------------------------------------------------------------------------------------- resume
+
+
+def resume_record(args: argparse.Namespace, global_batch_size: int) -> dict[str, Any]:
+    """What must be the same when the run goes on: the flags that change what is computed, and the batch's size."""
+    flags = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(args).items()}
+    return {name: value for name, value in flags.items() if name not in FREE_ON_RESUME} | {
+        "global_batch_size": global_batch_size
+    }
+
+
+def find_resume(args: argparse.Namespace) -> Resume | None:
+    """The checkpoint that --resume_from_checkpoint names, checked and read; None to start anew.
+
+    Raises:
+        ValueError: there is none, it is damaged, or another run's; or one would be lost among those of this run.
+    """
+    asked, output_dir = args.resume_from_checkpoint, Path(args.output_dir)
+    if asked is None:
+        earlier = find_checkpoints(output_dir)
+        if earlier and not args.dry_run:
+            raise ValueError(
+                f"--output_dir {output_dir} holds {earlier[-1].name} of an earlier run: give "
+                "--resume_from_checkpoint latest to go on, or another folder to start anew"
+            )
+        return None
+    if asked == "latest":
+        folder = latest_checkpoint(output_dir)
+        if folder is None:
+            return None
+    else:
+        folder = Path(asked) if Path(asked).is_dir() else output_dir / asked
+        if not folder.is_dir():
+            raise ValueError(f"--resume_from_checkpoint {asked}: there is no such folder")
+        try:
+            check_checkpoint(folder)
+        except ValueError as error:
+            raise ValueError(f"--resume_from_checkpoint {asked}: {error}") from error
+    state = read_state(folder)
+    check_record(folder, state["record"], resume_record(args, state["record"]["global_batch_size"]))
+    return Resume(folder, state)
+
+
+def check_record(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Compare what a run was trained with and what it is given now.
+
+    Raises:
+        ValueError: names the first that differs.
+    """
+    for name in sorted({*before, *now}):
+        if before.get(name) != now.get(name):
+            raise ValueError(
+                f"--resume_from_checkpoint {folder}: was trained with {name} {before.get(name)}, and now it is "
+                f"{now.get(name)}"
+            )
