@@ -69,8 +69,9 @@ def save_kohya_lora(lora: Path, path: Path) -> None:
     """Write a LoRA of diffusers' format in kohya's format, which ComfyUI and A1111 read, whole or not at all.
 
     Both scale a layer by `alpha / rank`, and kohya's file holds an alpha for each layer. diffusers has a converter of
-    its own; it writes `alpha = rank` whatever the alpha, and does not find DoRA's magnitude in a UNet. Its loader takes
-    one of the file's alphas for all layers: they are made equal here, and a layer's own alpha is put into `lora_up`.
+    its own; it writes `alpha = rank` whatever the alpha, and does not find DoRA's magnitude in a UNet. Its loader
+    takes one of the file's alphas for all layers: they are made equal here, and what a layer's own alpha differs is
+    put into `lora_up`.
 
     A DoRA's magnitude is written as (out, 1), one number for each output. No common reader treats it as PEFT does:
     diffusers drops `dora_scale`, ComfyUI divides by the norm of the original weight alone, A1111 by that of columns.

@@ -20,7 +20,7 @@ import yaml
 
 @dataclass
 class Request:
-    """What a client sent; `path` is without the query."""
+    """What a client sent; `path` is without the query, and names of headers are in lower case."""
 
     method: str
     path: str
@@ -99,7 +99,8 @@ class _Handler(BaseHTTPRequestHandler):
     def answer(self) -> None:
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.route = unquote(urlsplit(self.path).path)
-        self.hub.requests.append(Request(self.command, self.route, dict(self.headers), self.body))
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        self.hub.requests.append(Request(self.command, self.route, headers, self.body))
         for part, status in self.hub.failures.items():
             if part in self.route:
                 return self.send_failure(status, "something broke\non this side")
