@@ -30,16 +30,13 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
-from diffusers.models.attention_processor import XFormersAttnProcessor
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
-from diffusers.utils import convert_state_dict_to_diffusers
-from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from transformers import CLIPImageProcessorPil, CLIPModel
 
 from attention_processors import (
     CrossAttentionFeatures,
@@ -47,10 +44,10 @@ from attention_processors import (
     adapters_per_sample,
     capture_cross_attention,
     dual_path,
-    find_cross_attention_layers,
     phrase_map_resolution,
 )
 from caches import TensorCache, fingerprint, module_fingerprint
+from checked_loading import InputError
 from checkpoints import CheckpointError, remove_leftovers, save_checkpoint, what_is_safe
 from conditioning import (
     BASE,
@@ -63,6 +60,7 @@ from conditioning import (
     make_prompt_table,
 )
 from data import bucketed_batch_indices, draw_latents
+from hub import KOHYA_WEIGHTS, LORA_WEIGHTS, CardFacts, create_hub_repo, push_lora, save_kohya_lora, write_model_card
 from interruption import Interrupted, StopRequest, catch_stop_signals
 from losses import (
     ENHANCEMENT_LOSSES,
@@ -79,22 +77,35 @@ from pipeline_spf_portrait import SPFPortraitPipeline, overlay_heat_map
 from sfcm import SFCM_MODES, noise_difference, phrase_attention_maps
 from training_arguments import parse_args, uses_enhancement
 from training_inputs import (
-    InputError,
     Inputs,
     Sample,
     TrainingSet,
     check_inputs,
     check_record,
-    load_tokenizer,
-    naming_flag,
     print_dry_run,
     resume_record,
 )
+from training_models import load_adapter, load_clip, load_decoder, load_pipeline, lora_config, use_xformers
 
 
 logger = get_logger(__name__)
 
 STAGE1_ADAPTER = "stage1"
+# Flags that a model card is silent about: folders and files of this machine, and what concerns no one else.
+UNPUBLISHED = frozenset(
+    """
+    pretrained_model_name_or_path clip_model_name_or_path pretrained_vae_model_name_or_path
+    tiny_vae_model_name_or_path train_data_dir dataset_name cache_dir stage1_lora_path output_dir logging_dir report_to
+    resume_from_checkpoint checkpointing_steps checkpoints_total_limit dataloader_num_workers dry_run push_to_hub
+    hub_model_id hub_token hub_private_repo hub_license output_kohya_format
+    """.split()
+)
+HERE = Path(__file__).resolve().parent
+# What the pipeline is made of, under the names that diffusers looks for in a repository.
+PIPELINE_CODE = {
+    "pipeline.py": HERE / "pipeline_spf_portrait.py",
+    **{name: HERE / name for name in ("attention_processors.py", "prompts.py", "sfcm.py")},
+}
 
 
 # --------------------------------------------------------------------------------------------- models and portraits
@@ -131,6 +142,7 @@ class Run:
         pixels: the batches of the stage, where latents are not cached.
         stage, global_step: where the run is: in stage 1 or 2, after so many updates.
         saved_step: of the last checkpoint.
+        repo_id: where the LoRA will be pushed, on the main process, if it will.
     """
 
     args: argparse.Namespace
@@ -155,6 +167,7 @@ class Run:
     stage: int = 1
     global_step: int = 0
     saved_step: int | None = None
+    repo_id: str | None = None
 
     @property
     def device(self) -> torch.device:
@@ -165,24 +178,6 @@ class Run:
         return self.args.stage1_steps + self.args.stage2_steps
 
 
-def lora_config(args: argparse.Namespace, unet: UNet2DConditionModel) -> LoraConfig:
-    """LoRA on the projections of the cross-attention layers, of all attention layers, or on the layers named."""
-    targets = args.lora_layers
-    if targets is None:
-        names = list(find_cross_attention_layers(unet))
-        if args.lora_target == "all":
-            names += [name.removesuffix("attn2") + "attn1" for name in names]
-        targets = [f"{name}.{projection}" for name in names for projection in ("to_q", "to_k", "to_v", "to_out.0")]
-    return LoraConfig(
-        r=args.rank,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        use_dora=args.use_dora,
-        init_lora_weights="gaussian",
-        target_modules=targets,
-    )
-
-
 def prepare_run(args: argparse.Namespace, inputs: Inputs, accelerator: Accelerator) -> Run:
     """Load the models, add the LoRA, and turn prompts and portraits into tensors on the device.
 
@@ -191,7 +186,7 @@ def prepare_run(args: argparse.Namespace, inputs: Inputs, accelerator: Accelerat
     """
     device = accelerator.device
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    pipeline = load_pipeline(args, weight_dtype).to(device)
+    pipeline = load_pipeline(SPFPortraitPipeline, args, weight_dtype).to(device)
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     clip, clip_tokenizer, clip_processor = load_clip(args, device)
     decoder = load_decoder(args, pipeline, weight_dtype, device)
@@ -247,80 +242,6 @@ def prepare_run(args: argparse.Namespace, inputs: Inputs, accelerator: Accelerat
         run.saved_step = run.global_step
     release_unused(run)
     return run
-
-
-def load_pipeline(args: argparse.Namespace, weight_dtype: torch.dtype) -> SPFPortraitPipeline:
-    """The base model, with the VAE and the prediction type of the flags. A pickle is not read."""
-    hub = {"cache_dir": args.cache_dir, "use_safetensors": True}
-    parts = {}
-    if args.pretrained_vae_model_name_or_path is not None:
-        with naming_flag("pretrained_vae_model_name_or_path", args.pretrained_vae_model_name_or_path):
-            parts["vae"] = AutoencoderKL.from_pretrained(
-                args.pretrained_vae_model_name_or_path, dtype=weight_dtype, **hub
-            )
-    with naming_flag("pretrained_model_name_or_path", args.pretrained_model_name_or_path):
-        pipeline = SPFPortraitPipeline.from_pretrained(
-            args.pretrained_model_name_or_path,
-            revision=args.revision,
-            variant=args.variant,
-            safety_checker=None,
-            requires_safety_checker=False,
-            dtype=weight_dtype,
-            **hub,
-            **parts,
-        )
-    if args.prediction_type is not None:
-        config = pipeline.scheduler.config
-        pipeline.scheduler = type(pipeline.scheduler).from_config(config, prediction_type=args.prediction_type)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def load_clip(
-    args: argparse.Namespace, device: torch.device
-) -> tuple[CLIPModel, CLIPTokenizer, CLIPImageProcessorPil]:
-    """The CLIP model of --clip_model_name_or_path in float32, its tokenizer and its image processor."""
-    name = args.clip_model_name_or_path
-    with naming_flag("clip_model_name_or_path", name):
-        clip = CLIPModel.from_pretrained(name, cache_dir=args.cache_dir, dtype=torch.float32, use_safetensors=True)
-    tokenizer = load_tokenizer(name, cache_dir=args.cache_dir)
-    return clip.to(device).eval(), tokenizer, CLIPImageProcessorPil.from_pretrained(name, cache_dir=args.cache_dir)
-
-
-def load_decoder(
-    args: argparse.Namespace, pipeline: SPFPortraitPipeline, weight_dtype: torch.dtype, device: torch.device
-) -> AutoencoderKL | AutoencoderTiny:
-    """What decodes for the enhancement loss: the tiny VAE if there is one, else the model's own."""
-    name = args.tiny_vae_model_name_or_path
-    if name is None:
-        return pipeline.vae
-    with naming_flag("tiny_vae_model_name_or_path", name):
-        decoder = AutoencoderTiny.from_pretrained(
-            name, cache_dir=args.cache_dir, dtype=weight_dtype, use_safetensors=True
-        )
-    return decoder.to(device).eval()
-
-
-def load_adapter(unet: UNet2DConditionModel, path: str | Path) -> None:
-    """Load the LoRA in a file or folder as the one in training, with the rank, alpha and layers it has."""
-    state_dict, network_alphas, metadata = SPFPortraitPipeline.lora_state_dict(
-        path, return_lora_metadata=True, use_safetensors=True
-    )
-    SPFPortraitPipeline.load_lora_into_unet(
-        state_dict, network_alphas, unet, adapter_name="default", metadata=metadata
-    )
-    unet.set_adapter("default")
-    for name, parameter in unet.named_parameters():
-        parameter.requires_grad_(".lora_" in name)
-
-
-def use_xformers(unet: UNet2DConditionModel) -> None:
-    """xformers in self-attention; cross-attention is captured, which its kernels cannot be."""
-    processors = {
-        name: XFormersAttnProcessor() if ".attn1." in name else processor
-        for name, processor in unet.attn_processors.items()
-    }
-    unet.set_attn_processor(processors)
 
 
 def make_training_set(args: argparse.Namespace, inputs: Inputs, accelerator: Accelerator) -> TrainingSet:
@@ -983,7 +904,8 @@ def save_lora(run: Run, folder: Path) -> None:
     if not run.accelerator.is_main_process:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    state = convert_state_dict_to_diffusers(get_peft_model_state_dict(run.unet, adapter_name="default"))
+    # peft's names, for all layers: a loader tells the naming by the first one.
+    state = get_peft_model_state_dict(run.unet, adapter_name="default")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
         SPFPortraitPipeline.save_lora_weights(
             temporary,
@@ -1117,7 +1039,11 @@ def train(args: argparse.Namespace, inputs: Inputs) -> None:
         now = resume_record(args, args.train_batch_size * accelerator.num_processes)
         check_record(inputs.resume.folder, inputs.resume.state["record"], now)
 
+    repo_id = None
+    if args.push_to_hub and accelerator.is_main_process:
+        repo_id = make_repository(args)
     run = prepare_run(args, inputs, accelerator)
+    run.repo_id = repo_id
     run.response_unet = accelerator.prepare(run.unet)
     if accelerator.is_main_process:
         remove_leftovers(Path(args.output_dir))
@@ -1253,7 +1179,57 @@ def finish(run: Run) -> None:
     run.response_unet = run.unet
     accelerator.free_memory()
     accelerator.end_training()
-    logger.info("The LoRA is %s", output_dir / "pytorch_lora_weights.safetensors")
+    logger.info("The LoRA is %s", output_dir / LORA_WEIGHTS)
+    if accelerator.is_main_process:
+        share(run)
+
+
+# ------------------------------------------------------------------------------------------------------------ sharing
+
+
+def make_repository(args: argparse.Namespace) -> str:
+    """The repository on the Hub, made before the training so that a wrong name or token is known now."""
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    try:
+        return create_hub_repo(name, args.hub_token, args.hub_private_repo)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def share(run: Run) -> None:
+    """The LoRA in kohya's format and the model card; both on the Hub with the pipeline, if that was asked for."""
+    args, output_dir = run.args, Path(run.args.output_dir)
+    pictures = [validation_picture(run.global_step)] if args.num_validation_images else []
+    if args.output_kohya_format:
+        save_kohya_lora(output_dir / LORA_WEIGHTS, output_dir / KOHYA_WEIGHTS)
+    write_model_card(output_dir, card_facts(run, pictures))
+    if run.repo_id is None:
+        return
+    files = [*pictures, *([KOHYA_WEIGHTS] if args.output_kohya_format else [])]
+    try:
+        address = push_lora(output_dir, run.repo_id, args.hub_token, PIPELINE_CODE, files)
+    except (OSError, ValueError) as error:
+        raise InputError(str(error)) from error
+    logger.info("The LoRA is on the Hub: %s", address)
+
+
+def card_facts(run: Run, pictures: Sequence[str]) -> CardFacts:
+    """What the model card says; no folder of this machine is in it."""
+    args, pair = run.args, run.inputs.validation_pair
+    base_model = args.pretrained_model_name_or_path
+    settings = {name: value for name, value in vars(args).items() if name not in UNPUBLISHED}
+    return CardFacts(
+        base_model=f"path/to/{Path(base_model).resolve().name}" if Path(base_model).is_dir() else base_model,
+        targets=tuple(dict.fromkeys(own.target_text for own in run.inputs.pairs[: len(run.inputs.rows)])),
+        example_prompt=pair.full_prompt,
+        base_prompt=pair.base_prompt,
+        settings=settings,
+        pictures=tuple(pictures),
+        licence=args.hub_license,
+        repo_id=run.repo_id,
+        has_kohya=args.output_kohya_format,
+        is_dora=args.use_dora,
+    )
 
 
 def tracker_config(args: argparse.Namespace) -> dict[str, bool | int | float | str]:

@@ -301,7 +301,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--output_kohya_format",
         action=argparse.BooleanOptionalAction,
-        help="Write the LoRA for ComfyUI and A1111, too; on with --push_to_hub if not given.",
+        help="Write the LoRA for ComfyUI and A1111, too; if not given, on with --push_to_hub but for DoRA.",
     )
 
     args = parser.parse_args(input_args)
@@ -309,7 +309,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     if args.lora_alpha is None:
         args.lora_alpha = float(args.rank)
     if args.output_kohya_format is None:
-        args.output_kohya_format = args.push_to_hub
+        args.output_kohya_format = args.push_to_hub and not args.use_dora
     return args
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,10 @@ import numpy as np
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors import SafetensorError
 from transformers import AutoConfig, CLIPConfig, CLIPTokenizer
 
 from caches import fingerprint
+from checked_loading import load_tokenizer, naming_flag
 from checkpoints import check_checkpoint, find_checkpoints, latest_checkpoint, read_state
 from data import (
     PortraitRow,
@@ -51,10 +50,6 @@ FREE_ON_RESUME = frozenset(
     dry_run enable_xformers_memory_efficient_attention
     """.split()
 )
-
-
-class InputError(ValueError):
-    """A mistake in what the run was given; its message is one line that names the flag and the value."""
 
 
 @dataclass(frozen=True)
@@ -285,23 +280,6 @@ def check_text_models(args: argparse.Namespace) -> CLIPTokenizer:
             raise ValueError("not a CLIP model of texts and pictures")
         load_tokenizer(args.clip_model_name_or_path, cache_dir=args.cache_dir)
     return tokenizer
-
-
-def load_tokenizer(name: str, **kwargs: str | None) -> CLIPTokenizer:
-    """A CLIP tokenizer; a ValueError where its files are missing and transformers makes up an empty one."""
-    tokenizer = CLIPTokenizer.from_pretrained(name, **kwargs)
-    if len(tokenizer) < 256:
-        raise ValueError(f"a tokenizer of {len(tokenizer)} tokens, so its files are missing")
-    return tokenizer
-
-
-@contextmanager
-def naming_flag(flag: str, value: str) -> Iterator[None]:
-    """Put a flag and its value before what a library says of them, in one line."""
-    try:
-        yield
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"--{flag} {value}: {' '.join(str(error).split())}") from error
 
 
 def _unet_layers(unet_config: dict) -> dict[str, torch.nn.Module]:

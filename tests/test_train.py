@@ -36,6 +36,7 @@ from prompts import make_prompt_pair
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = "pytorch_lora_weights.safetensors"
+CARD = "README.md"
 LAYERS = 7  # of cross-attention, and as many of self-attention
 OBJECTIVES = ("composed", "paper", "both")
 # Adam divides a gradient of rounding errors by its own size; a larger epsilon keeps such errors small.
@@ -164,7 +165,7 @@ def difference(first: Path | dict, second: Path | dict) -> float:
 
 def adapter_state(unet: torch.nn.Module, name: str) -> dict[str, torch.Tensor]:
     """A copy of an adapter's weights, named as in the file."""
-    state = script.convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, adapter_name=name))
+    state = get_peft_model_state_dict(unet, adapter_name=name)
     return {f"unet.{name}": value.clone() for name, value in state.items()}
 
 
@@ -193,7 +194,7 @@ def test_both_stages_train_and_write_their_files(world, trained, objective, dual
     output = trained(stage2_objective=objective, dual_path=dual_path, num_validation_images=2, report_to="tensorboard")
     pictures = {f"validation/{name}.png" for name in ("step_000000", "step_000004", "alignment")}
     logs = {path for path in files(output) if path.startswith("logs/")}
-    assert files(output) - logs == {WEIGHTS, f"stage1/{WEIGHTS}", *pictures}
+    assert files(output) - logs == {WEIGHTS, CARD, f"stage1/{WEIGHTS}", *pictures}
     assert not [path for path in output.rglob("*") if path.is_dir() and path.name.startswith(".")]
     for picture in pictures:
         with Image.open(output / picture) as image:
@@ -268,13 +269,13 @@ def test_only_the_adapter_in_training_moves(world, tmp_path, monkeypatch):
 
 def test_without_stage_2_it_is_a_plain_lora(trained):
     plain = trained(stage2_steps=0)
-    assert files(plain) == {WEIGHTS}
+    assert files(plain) == {WEIGHTS, CARD}
     assert difference(plain, trained() / "stage1") == 0
 
 
 def test_without_stage_1_the_papers_objective_starts_from_nothing(world, tmp_path):
     output = train(world, tmp_path / "output", stage1_steps=0, stage2_objective="paper")
-    assert files(output) == {WEIGHTS}
+    assert files(output) == {WEIGHTS, CARD}
 
 
 @pytest.mark.parametrize("as_file", [False, True])
@@ -301,12 +302,12 @@ def test_an_earlier_lora_takes_stage_1s_place(world, trained, tmp_path, monkeypa
     runs = watch_runs(monkeypatch)
     path = stage1 if as_file else stage1.parent
     output = train(world, tmp_path / "output", stage1_steps=0, stage1_lora_path=path, rank=16, **flags)
-    assert files(output) == {WEIGHTS}
+    assert files(output) == {WEIGHTS, CARD}
     earlier = load_file(stage1)
     student, later = states[0]["default"], states[1]["default"]
     if start == "zero":
-        assert all(value.abs().max() == 0 for name, value in student.items() if ".lora.up." in name)
-        student = {name: earlier[name] if ".lora.up." in name else value for name, value in student.items()}
+        assert all(value.abs().max() == 0 for name, value in student.items() if ".lora_B." in name)
+        student = {name: earlier[name] if ".lora_B." in name else value for name, value in student.items()}
     assert difference(student, earlier) == 0
     assert difference(later, states[0]["default"]) > 0.001
     for state in states:
@@ -345,7 +346,7 @@ def test_validation_does_not_change_the_training(world, trained, tmp_path):
     flags = {"stage2_objective": "both"}
     output = train(world, tmp_path / "output", num_validation_images=1, validation_steps=1, **flags)
     pictures = {f"validation/step_{step:06d}.png" for step in range(5)} | {"validation/alignment.png"}
-    assert files(output) == {WEIGHTS, f"stage1/{WEIGHTS}", *pictures}
+    assert files(output) == {WEIGHTS, CARD, f"stage1/{WEIGHTS}", *pictures}
     assert difference(output, trained(**flags)) == 0
 
 
@@ -480,7 +481,7 @@ def test_thinned_out_prompts_are_those_the_losses_ask_about(world, tmp_path, mon
 @pytest.mark.parametrize("mode", script.SFCM_MODES)
 def test_every_sfcm_mode_trains(trained, mode):
     output = trained(sfcm_mode=mode, stage2_objective="both")
-    assert files(output) == {WEIGHTS, f"stage1/{WEIGHTS}"}
+    assert files(output) == {WEIGHTS, CARD, f"stage1/{WEIGHTS}"}
     if mode != "none":
         # A gain of Adam's first steps: even a small change of the loss moves some weight.
         assert difference(output, trained(sfcm_mode="none", stage2_objective="both")) > 1e-4
@@ -580,7 +581,7 @@ def test_the_second_stage_has_a_schedule_of_its_own(world, tmp_path, monkeypatch
 def test_every_schedule_works_without_a_stage_1(world, tmp_path, scheduler):
     flags = {"stage1_steps": 0, "stage2_steps": 1, "stage2_objective": "paper", "enhancement_loss": "none"}
     output = train(world, tmp_path / "output", lr_scheduler=scheduler, stage2_lr_scheduler=scheduler, **flags)
-    assert files(output) == {WEIGHTS}
+    assert files(output) == {WEIGHTS, CARD}
 
 
 @pytest.mark.parametrize("kind", ["direct", "none"])
@@ -616,7 +617,7 @@ def test_the_target_of_the_diffusion_loss(world, tmp_path, monkeypatch, predicti
     monkeypatch.setattr(script, "diffusion_loss", lambda pred, target: targets.append(target) or loss(pred, target))
     flags = {"stage2_objective": "both", "stage1_steps": 1, "stage2_steps": 1}
     output = train(world, tmp_path / "output", pretrained_model_name_or_path=model, **flags)
-    assert files(output) == {WEIGHTS, f"stage1/{WEIGHTS}"}
+    assert files(output) == {WEIGHTS, CARD, f"stage1/{WEIGHTS}"}
     batch, latents = batches[0], torch.stack([runs[0].training.latents[i] for i in batches[0].index])
     alpha_bar = runs[0].noise_scheduler.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
     torch.testing.assert_close(batch.noisy_latents, alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * batch.noise)
@@ -1191,7 +1192,7 @@ def test_accelerate_launches_the_script(world, trained, tmp_path):
     assert "Traceback" not in result.stderr
     found = {path for path in files(tmp_path / "output") if not path.startswith("logs/")}
     pictures = {f"validation/{name}.png" for name in ("step_000000", "step_000004", "alignment")}
-    assert found == {WEIGHTS, f"stage1/{WEIGHTS}", *pictures}
+    assert found == {WEIGHTS, CARD, f"stage1/{WEIGHTS}", *pictures}
     assert difference(tmp_path / "output", trained()) < 1e-6
 
 
@@ -1220,5 +1221,5 @@ def test_two_processes_train_as_one_with_the_double_batch(world, tmp_path, flags
     assert result.returncode == 0, result.stderr
     assert "2 processes" in result.stderr, f"the processes did not find each other: {result.stderr}"
     one = train(world, tmp_path / "one", train_batch_size=2, **SMOOTH, **flags)
-    assert files(tmp_path / "two") == {WEIGHTS, f"stage1/{WEIGHTS}"}
+    assert files(tmp_path / "two") == {WEIGHTS, CARD, f"stage1/{WEIGHTS}"}
     assert difference(tmp_path / "two", one) < 1e-4 < difference(one / "stage1", one) / 10

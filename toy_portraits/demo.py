@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from pictures import picture_grid
 from pipeline_spf_portrait import SPFPortraitPipeline, overlay_heat_map
 from toy_portraits.recipe import BASE_MODEL, HERE, training_flags
 from toy_portraits.world import TARGETS
-from train_spf_portrait_lora import picture_grid
 
 
 BASE_PROMPTS = {

@@ -1,0 +1,112 @@
+"""The models of a training run, loaded as the flags say and from safetensors alone, and the LoRA on the UNet.
+
+Source: [ours].
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import XFormersAttnProcessor
+from peft import LoraConfig
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+from attention_processors import find_cross_attention_layers
+from checked_loading import load_tokenizer, naming_flag
+
+
+def load_pipeline(
+    pipeline_class: type[StableDiffusionPipeline], args: argparse.Namespace, weight_dtype: torch.dtype
+) -> StableDiffusionPipeline:
+    """The base model, with the VAE and the prediction type of the flags. A pickle is not read."""
+    hub = {"cache_dir": args.cache_dir, "use_safetensors": True}
+    parts = {}
+    if args.pretrained_vae_model_name_or_path is not None:
+        with naming_flag("pretrained_vae_model_name_or_path", args.pretrained_vae_model_name_or_path):
+            parts["vae"] = AutoencoderKL.from_pretrained(
+                args.pretrained_vae_model_name_or_path, dtype=weight_dtype, **hub
+            )
+    with naming_flag("pretrained_model_name_or_path", args.pretrained_model_name_or_path):
+        pipeline = pipeline_class.from_pretrained(
+            args.pretrained_model_name_or_path,
+            revision=args.revision,
+            variant=args.variant,
+            safety_checker=None,
+            requires_safety_checker=False,
+            dtype=weight_dtype,
+            **hub,
+            **parts,
+        )
+    if args.prediction_type is not None:
+        config = pipeline.scheduler.config
+        pipeline.scheduler = type(pipeline.scheduler).from_config(config, prediction_type=args.prediction_type)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def load_clip(
+    args: argparse.Namespace, device: torch.device
+) -> tuple[CLIPModel, CLIPTokenizer, CLIPImageProcessorPil]:
+    """The CLIP model of --clip_model_name_or_path in float32, its tokenizer and its image processor."""
+    name = args.clip_model_name_or_path
+    with naming_flag("clip_model_name_or_path", name):
+        clip = CLIPModel.from_pretrained(name, cache_dir=args.cache_dir, dtype=torch.float32, use_safetensors=True)
+    tokenizer = load_tokenizer(name, cache_dir=args.cache_dir)
+    return clip.to(device).eval(), tokenizer, CLIPImageProcessorPil.from_pretrained(name, cache_dir=args.cache_dir)
+
+
+def load_decoder(
+    args: argparse.Namespace, pipeline: StableDiffusionPipeline, weight_dtype: torch.dtype, device: torch.device
+) -> AutoencoderKL | AutoencoderTiny:
+    """What decodes for the enhancement loss: the tiny VAE if there is one, else the model's own."""
+    name = args.tiny_vae_model_name_or_path
+    if name is None:
+        return pipeline.vae
+    with naming_flag("tiny_vae_model_name_or_path", name):
+        decoder = AutoencoderTiny.from_pretrained(
+            name, cache_dir=args.cache_dir, dtype=weight_dtype, use_safetensors=True
+        )
+    return decoder.to(device).eval()
+
+
+def load_adapter(unet: UNet2DConditionModel, path: str | Path) -> None:
+    """Load the LoRA in a file or folder as the one in training, with the rank, alpha and layers it has."""
+    state_dict, network_alphas, metadata = StableDiffusionPipeline.lora_state_dict(
+        path, return_lora_metadata=True, use_safetensors=True
+    )
+    StableDiffusionPipeline.load_lora_into_unet(
+        state_dict, network_alphas, unet, adapter_name="default", metadata=metadata
+    )
+    unet.set_adapter("default")
+    for name, parameter in unet.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
+
+
+def use_xformers(unet: UNet2DConditionModel) -> None:
+    """xformers in self-attention; cross-attention is captured, which its kernels cannot be."""
+    processors = {
+        name: XFormersAttnProcessor() if ".attn1." in name else processor
+        for name, processor in unet.attn_processors.items()
+    }
+    unet.set_attn_processor(processors)
+
+
+def lora_config(args: argparse.Namespace, unet: UNet2DConditionModel) -> LoraConfig:
+    """LoRA on the projections of the cross-attention layers, of all attention layers, or on the layers named."""
+    targets = args.lora_layers
+    if targets is None:
+        names = list(find_cross_attention_layers(unet))
+        if args.lora_target == "all":
+            names += [name.removesuffix("attn2") + "attn1" for name in names]
+        targets = [f"{name}.{projection}" for name in names for projection in ("to_q", "to_k", "to_v", "to_out.0")]
+    return LoraConfig(
+        r=args.rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        use_dora=args.use_dora,
+        init_lora_weights="gaussian",
+        target_modules=targets,
+    )
