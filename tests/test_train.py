@@ -966,50 +966,102 @@ def copy_model(world, tmp_path: Path, changes: dict[str, dict]) -> Path:
     return model
 
 
+# tests/test_command_line.py runs each of them through a command line, too.
+WRONG_FLAGS = [
+    ({"stage1_steps": 0, "stage2_steps": 0}, ["--stage1_steps and --stage2_steps", "0"]),
+    ({"stage1_steps": -1}, ["--stage1_steps", "-1"]),
+    ({"lambda_text": -0.5}, ["--lambda_text", "-0.5"]),
+    ({"lambda_fine": -1}, ["--lambda_fine", "-1"]),
+    ({"lambda_enh": -1}, ["--lambda_enh", "-1"]),
+    ({"lambda_base": "nan"}, ["--lambda_base", "nan"]),
+    ({"rank": 0}, ["--rank", "0"]),
+    ({"lora_alpha": -4}, ["--lora_alpha", "-4"]),
+    ({"learning_rate": 0}, ["--learning_rate", "0"]),
+    ({"learning_rate": "inf"}, ["--learning_rate", "inf"]),
+    ({"train_batch_size": 0}, ["--train_batch_size", "0"]),
+    ({"base_prompt_share": 1}, ["--base_prompt_share", "1"]),
+    ({"base_prompt_share": "nan"}, ["--base_prompt_share", "nan"]),
+    ({"sfcm_timesteps": (900, 100)}, ["--sfcm_timesteps", "900", "100"]),
+    ({"sfcm_timesteps": (900, 1001)}, ["--sfcm_timesteps", "1001", "1000"]),
+    ({"sfcm_mode": "nonsense"}, ["--sfcm_mode", "nonsense", "averaged"]),
+    ({"lr_scheduler": "piecewise_constant"}, ["--lr_scheduler", "piecewise_constant", "cosine"]),
+    ({"adam_beta1": 1.0}, ["--adam_beta1", "1.0"]),
+    ({"adam_beta2": -0.1}, ["--adam_beta2", "-0.1"]),
+    ({"seed": -1}, ["--seed", "-1"]),
+    ({"seed": 2**32}, ["--seed", str(2**32)]),
+    ({"max_train_samples": 0}, ["--max_train_samples", "0"]),
+    ({"report_to": "nonsense"}, ["--report_to", "nonsense"]),
+    ({"stage1_lora_path": "somewhere"}, ["--stage1_lora_path", "somewhere"]),
+    ({"stage1_lora_path": "."}, ["--stage1_lora_path", "--stage1_steps 0"]),
+    ({"alignment_phrase_dropout": 1}, ["--alignment_phrase_dropout", "1"]),
+    ({"teacher_scale": -1}, ["--teacher_scale", "-1"]),
+    ({"teacher_base_weight": 1.5}, ["--teacher_base_weight", "1.5"]),
+    ({"composed_timestep_power": -1}, ["--composed_timestep_power", "-1"]),
+    ({"stage1_steps": 0}, ["--stage2_objective composed", "--stage1_steps", "--stage1_lora_path"]),
+    ({"resolution": 18}, ["--resolution", "18", "4"]),
+    ({"train_data_dir": "missing"}, ["--train_data_dir", "missing"]),
+    ({"train_data_dir": None}, ["--train_data_dir", "--dataset_name"]),
+    ({"dataset_name": "x"}, ["--train_data_dir", "--dataset_name"]),
+    ({"base_prompt_column": "text"}, ["metadata.jsonl, line 1", "'text'", "--base_prompt_column"]),
+    ({"target_prompt": " "}, ["--target_prompt"]),
+    ({"pretrained_model_name_or_path": "missing"}, ["--pretrained_model_name_or_path", "missing"]),
+    ({"clip_model_name_or_path": "missing"}, ["--clip_model_name_or_path", "missing"]),
+    ({"validation_target_prompt": "a woman"}, ["--validation_target_prompt", "'a woman'"]),
+    ({"validation_base_prompt": "", "validation_target_prompt": "a hat"}, ["--validation_base_prompt"]),
+    *(
+        ({name: 0}, [f"--{name}", "at least 1", "got 0"])
+        for name in (
+            "gradient_accumulation_steps", "num_alignment_images", "alignment_inference_steps", "sfcm_noise_samples",
+            "validation_inference_steps", "resolution", "repeats", "enhancement_every", "checkpoints_total_limit",
+            "lr_num_cycles",
+        )
+    ),
+    *(
+        ({name: -1}, [f"--{name}", "0 or more", "got -1"])
+        for name in (
+            "stage2_steps", "lr_warmup_steps", "num_validation_images", "validation_steps", "sfcm_refresh_steps",
+            "adam_weight_decay", "alignment_guidance_scale", "validation_guidance_scale", "dataloader_num_workers",
+            "noise_offset", "checkpointing_steps",
+        )
+    ),
+    *(
+        ({name: 0}, [f"--{name}", "above 0", "got 0"])
+        for name in ("sfcm_gamma", "max_grad_norm", "adam_epsilon", "lr_power", "snr_gamma")
+    ),
+    ({"lora_dropout": 1}, ["--lora_dropout", "[0, 1)", "1.0"]),
+    ({"rank": "many"}, ["--rank", "'many'"]),
+    ({"nonsense": 1}, ["--nonsense=1"]),
+    ({"aspect_ratio_buckets": " "}, ["--aspect_ratio_buckets", "empty"]),
+    ({"aspect_ratio_buckets": "16x16"}, ["--aspect_ratio_buckets", "'16x16'"]),
+    ({"aspect_ratio_buckets": "16,16;"}, ["--aspect_ratio_buckets", "''"]),
+    ({"aspect_ratio_buckets": "16,16;18,16"}, ["--aspect_ratio_buckets", "'18,16'", "multiples of 4"]),
+    ({"aspect_ratio_buckets": "16,16;16, 16"}, ["--aspect_ratio_buckets", "'16, 16'", "twice"]),
+    ({"lora_layers": "attn2.to_k,,attn2.to_v"}, ["--lora_layers", "'attn2.to_k,,attn2.to_v'"]),
+    ({"lora_layers": "attn2.to_k,attn7.to_v"}, ["--lora_layers", "'attn7.to_v'"]),
+    ({"no-center_crop": True}, ["--no-center_crop", "--no-cache_latents"]),
+    ({"use_dora": True, "dual_path": "single_pass"}, ["--use_dora", "--dual_path"]),
+    ({"tiny_vae_model_name_or_path": "missing"}, ["--tiny_vae_model_name_or_path", "enhancement loss"]),
+    (
+        {"tiny_vae_model_name_or_path": "missing", "stage2_objective": "paper"},
+        ["--tiny_vae_model_name_or_path", "missing"],
+    ),
+    ({"pretrained_vae_model_name_or_path": "missing"}, ["--pretrained_vae_model_name_or_path", "missing"]),
+    ({"use_8bit_adam": True, "optimizer": "prodigy"}, ["--use_8bit_adam", "--optimizer", "prodigy"]),
+    (
+        {"push_to_hub": True, "hub_token": "hf_SECRET", "report_to": "wandb"},
+        ["--hub_token", "--report_to wandb", "hf auth login"],
+    ),
+    ({"hub_model_id": "spf"}, ["--hub_model_id", "--push_to_hub"]),
+    ({"hub_token": "hf_SECRET"}, ["--hub_token", "--push_to_hub"]),
+    ({"hub_private_repo": True}, ["--hub_private_repo", "--push_to_hub"]),
+    ({"dataset_config_name": "en"}, ["--dataset_config_name", "'en'", "--dataset_name"]),
+    ({"resume_from_checkpoint": "checkpoint-7"}, ["--resume_from_checkpoint", "checkpoint-7", "no such folder"]),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "flags, parts",
-    [
-        ({"stage1_steps": 0, "stage2_steps": 0}, ["--stage1_steps and --stage2_steps", "0"]),
-        ({"stage1_steps": -1}, ["--stage1_steps", "-1"]),
-        ({"lambda_text": -0.5}, ["--lambda_text", "-0.5"]),
-        ({"lambda_fine": -1}, ["--lambda_fine", "-1"]),
-        ({"lambda_enh": -1}, ["--lambda_enh", "-1"]),
-        ({"lambda_base": "nan"}, ["--lambda_base", "nan"]),
-        ({"rank": 0}, ["--rank", "0"]),
-        ({"lora_alpha": -4}, ["--lora_alpha", "-4"]),
-        ({"learning_rate": 0}, ["--learning_rate", "0"]),
-        ({"learning_rate": "inf"}, ["--learning_rate", "inf"]),
-        ({"train_batch_size": 0}, ["--train_batch_size", "0"]),
-        ({"base_prompt_share": 1}, ["--base_prompt_share", "1"]),
-        ({"base_prompt_share": "nan"}, ["--base_prompt_share", "nan"]),
-        ({"sfcm_timesteps": (900, 100)}, ["--sfcm_timesteps", "900", "100"]),
-        ({"sfcm_timesteps": (900, 1001)}, ["--sfcm_timesteps", "1001", "1000"]),
-        ({"sfcm_mode": "nonsense"}, ["--sfcm_mode", "nonsense", "averaged"]),
-        ({"lr_scheduler": "piecewise_constant"}, ["--lr_scheduler", "piecewise_constant", "cosine"]),
-        ({"adam_beta1": 1.0}, ["--adam_beta1", "1.0"]),
-        ({"adam_beta2": -0.1}, ["--adam_beta2", "-0.1"]),
-        ({"seed": -1}, ["--seed", "-1"]),
-        ({"seed": 2**32}, ["--seed", str(2**32)]),
-        ({"max_train_samples": 0}, ["--max_train_samples", "0"]),
-        ({"report_to": "nonsense"}, ["--report_to", "nonsense"]),
-        ({"stage1_lora_path": "somewhere"}, ["--stage1_lora_path", "somewhere"]),
-        ({"stage1_lora_path": "."}, ["--stage1_lora_path", "--stage1_steps 0"]),
-        ({"alignment_phrase_dropout": 1}, ["--alignment_phrase_dropout", "1"]),
-        ({"teacher_scale": -1}, ["--teacher_scale", "-1"]),
-        ({"teacher_base_weight": 1.5}, ["--teacher_base_weight", "1.5"]),
-        ({"composed_timestep_power": -1}, ["--composed_timestep_power", "-1"]),
-        ({"stage1_steps": 0}, ["--stage2_objective composed", "--stage1_steps", "--stage1_lora_path"]),
-        ({"resolution": 18}, ["--resolution", "18", "4"]),
-        ({"train_data_dir": "missing"}, ["--train_data_dir", "missing"]),
-        ({"train_data_dir": None}, ["--train_data_dir", "--dataset_name"]),
-        ({"dataset_name": "x"}, ["--train_data_dir", "--dataset_name"]),
-        ({"base_prompt_column": "text"}, ["metadata.jsonl, line 1", "'text'", "--base_prompt_column"]),
-        ({"target_prompt": " "}, ["--target_prompt"]),
-        ({"pretrained_model_name_or_path": "missing"}, ["--pretrained_model_name_or_path", "missing"]),
-        ({"clip_model_name_or_path": "missing"}, ["--clip_model_name_or_path", "missing"]),
-        ({"validation_target_prompt": "a woman"}, ["--validation_target_prompt", "'a woman'"]),
-        ({"validation_base_prompt": "", "validation_target_prompt": "a hat"}, ["--validation_base_prompt"]),
-    ],
+    WRONG_FLAGS,
     ids=lambda value: " ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
 def test_a_wrong_flag_ends_the_program(refusal, flags, parts):
@@ -1018,23 +1070,27 @@ def test_a_wrong_flag_ends_the_program(refusal, flags, parts):
         assert part in message, message
 
 
+# tests/test_command_line.py runs each of them through a command line, too.
+WRONG_ROWS = [
+    ([], ["metadata.jsonl", "no rows"]),
+    (changed_rows(target_prompt=None), ["line 1", "'target_prompt'", "--target_prompt"]),
+    (changed_rows(base_prompt=None), ["line 1", "'base_prompt'"]),
+    ([ROWS[0], {**ROWS[1], "target_prompt": ""}], ["line 2", "'target_prompt'", "''"]),
+    ([ROWS[0], {**ROWS[1], "target_prompt": "a man, a red hat"}], ["line 2", "a man, a red hat"]),
+    ([ROWS[0], {**ROWS[1], "target_prompt": "a red hat"}], ["line 2", "a red hat"]),
+    ([*ROWS[:3], {**ROWS[3], "base_phrases": ["a cat"]}], ["line 4", "'a cat'"]),
+    ([{**ROWS[0], "target_prompt": [["a cat", "a dog"]]}], ["line 1", "'a cat'"]),
+    ([{**ROWS[0], "target_prompt": "x " * 80}], ["line 1", "77"]),
+    ([{**ROWS[0], "base_prompt": "a hat", "target_prompt": [["a hat", "a scarf"]]}], ["line 1", "preserve"]),
+    ([{**ROWS[0], "full_prompt": "a woman"}], ["line 1", "'red hair'"]),
+    ([{**ROWS[0], "file_name": "7.png"}], ["line 1", "7.png"]),
+    ([ROWS[0], "not JSON"], ["line 2", "JSON"]),
+]
+
+
 @pytest.mark.parametrize(
     "rows, parts",
-    [
-        ([], ["metadata.jsonl", "no rows"]),
-        (changed_rows(target_prompt=None), ["line 1", "'target_prompt'", "--target_prompt"]),
-        (changed_rows(base_prompt=None), ["line 1", "'base_prompt'"]),
-        ([ROWS[0], {**ROWS[1], "target_prompt": ""}], ["line 2", "'target_prompt'", "''"]),
-        ([ROWS[0], {**ROWS[1], "target_prompt": "a man, a red hat"}], ["line 2", "a man, a red hat"]),
-        ([ROWS[0], {**ROWS[1], "target_prompt": "a red hat"}], ["line 2", "a red hat"]),
-        ([*ROWS[:3], {**ROWS[3], "base_phrases": ["a cat"]}], ["line 4", "'a cat'"]),
-        ([{**ROWS[0], "target_prompt": [["a cat", "a dog"]]}], ["line 1", "'a cat'"]),
-        ([{**ROWS[0], "target_prompt": "x " * 80}], ["line 1", "77"]),
-        ([{**ROWS[0], "base_prompt": "a hat", "target_prompt": [["a hat", "a scarf"]]}], ["line 1", "preserve"]),
-        ([{**ROWS[0], "full_prompt": "a woman"}], ["line 1", "'red hair'"]),
-        ([{**ROWS[0], "file_name": "7.png"}], ["line 1", "7.png"]),
-        ([ROWS[0], "not JSON"], ["line 2", "JSON"]),
-    ],
+    WRONG_ROWS,
     ids=[
         "no rows", "no target column", "no base column", "empty target", "target is base", "target is a phrase",
         "phrase not in prompt", "replaced not in prompt", "target too long", "nothing left", "target not in full",
