@@ -595,7 +595,7 @@ def diffusion_terms(run: Run, micro_step: int, enhance: bool) -> Iterator[dict[s
         target = scheduler.get_velocity(batch.latents, batch.noise, batch.timesteps)
     losses = diffusion_loss(model_pred, target)
     if args.snr_gamma is not None:
-        losses *= min_snr_weights(scheduler.alphas_cumprod, batch.timesteps, args.snr_gamma, prediction_type)
+        losses = losses * min_snr_weights(scheduler.alphas_cumprod, batch.timesteps, args.snr_gamma, prediction_type)
     parts = {"diffusion": losses.mean()}
     if enhance:
         parts["enhancement"] = enhancement_loss(run, batch, model_pred)
@@ -1030,7 +1030,7 @@ def train(args: argparse.Namespace, inputs: Inputs) -> None:
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
     set_seed(args.seed)
     if args.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.set_float32_matmul_precision("high")
     if args.dry_run:
         clip, clip_tokenizer, _ = load_clip(args, accelerator.device)
         print_dry_run(inputs, clip_phrase_distances(clip, clip_tokenizer, inputs.pairs)[0])
