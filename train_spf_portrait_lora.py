@@ -1089,10 +1089,7 @@ def train_stage(run: Run, steps: range, lr_scheduler_name: str, progress: tqdm) 
     args, accelerator = run.args, run.accelerator
     parameters = [parameter for parameter in run.unet.parameters() if parameter.requires_grad]
     prepare_optimizer(run, parameters, len(steps), lr_scheduler_name)
-    if not args.cache_latents:
-        accumulation = args.gradient_accumulation_steps
-        micro_steps = range(run.global_step * accumulation, steps.stop * accumulation)
-        run.pixels = iter(read_pixels(run, micro_steps, run.training_set.batch_pixels))
+    start_reading(run, steps.stop)
     progress.set_description(f"stage {run.stage}")
     for global_step in range(run.global_step, steps.stop):
         done = global_step - steps.start
@@ -1111,6 +1108,14 @@ def train_stage(run: Run, steps: range, lr_scheduler_name: str, progress: tqdm) 
         if args.validation_steps and run.global_step % args.validation_steps == 0 and not last:
             with run.stop.at_once():
                 draw_validation(run)
+
+
+def start_reading(run: Run, stop: int) -> None:
+    """Have the pictures of the batches up to a step read ahead, where latents are not cached."""
+    if not run.args.cache_latents:
+        accumulation = run.args.gradient_accumulation_steps
+        micro_steps = range(run.global_step * accumulation, stop * accumulation)
+        run.pixels = iter(read_pixels(run, micro_steps, run.training_set.batch_pixels))
 
 
 def prepare_optimizer(run: Run, parameters: list[torch.nn.Parameter], num_steps: int, lr_scheduler_name: str) -> None:

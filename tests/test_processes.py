@@ -1,0 +1,64 @@
+"""Two real processes against one: the same losses, step by step, from the same seed and the same batch over both."""
+
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_train import (  # noqa: F401 (fixtures)
+    DUAL_PATHS,
+    LOSSES,
+    ROOT,
+    SMOOTH,
+    difference,
+    fresh_accelerator,
+    make_flags,
+    run_script,
+    train,
+    world,
+)
+
+
+def logged_losses(output: Path) -> dict[int, dict[str, float]]:
+    """Losses by step and name, as tensorboard has them."""
+    steps: dict[int, dict[str, float]] = {}
+    for folder in {path.parent for path in output.rglob("events.out.tfevents*")}:
+        events = EventAccumulator(str(folder)).Reload()
+        for tag in events.Tags()["scalars"]:
+            if tag.startswith("loss/"):
+                for event in events.Scalars(tag):
+                    steps.setdefault(event.step, {})[tag.removeprefix("loss/")] = event.value
+    return steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("checkpointing", [None, True], ids=["", "gradient checkpointing"])
+@pytest.mark.parametrize("dual_path", DUAL_PATHS)
+def test_two_processes_have_the_losses_of_one(world, tmp_path, dual_path, checkpointing, accumulation):  # noqa: F811
+    """Over 20 steps, half of them of stage 2 with every loss there is."""
+    flags = {
+        "stage2_objective": "both",
+        "dual_path": dual_path,
+        "gradient_checkpointing": checkpointing,
+        "gradient_accumulation_steps": accumulation,
+        "stage1_steps": 10,
+        "stage2_steps": 10,
+        "learning_rate": 1e-3,
+        "report_to": "tensorboard",
+        **SMOOTH,
+    }
+    command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    given = make_flags(world, tmp_path / "two", train_batch_size=1, **flags)
+    result = run_script(*command, ROOT / "train_spf_portrait_lora.py", *given, ACCELERATE_USE_CPU="true")
+    assert result.returncode == 0, result.stderr
+    assert "2 processes" in result.stderr, f"the processes did not find each other: {result.stderr}"
+    train(world, tmp_path / "one", train_batch_size=2, **flags)
+    two, one = (logged_losses(tmp_path / name) for name in ("two", "one"))
+    assert set(two) == set(one) == set(range(1, 21))
+    print(f"\n{dual_path}, checkpointing {checkpointing}, accumulation {accumulation}: step, loss, two, one")
+    for step in range(1, 21):
+        assert set(two[step]) == set(one[step]) == (LOSSES["both"] if step > 10 else {"diffusion"})
+        for name in sorted(one[step]):
+            print(f"{step:3d}  {name:16s} {two[step][name]:.7f}  {one[step][name]:.7f}")
+            assert two[step][name] == pytest.approx(one[step][name], rel=1e-3, abs=1e-5), (step, name)
+    assert difference(tmp_path / "two", tmp_path / "one") < 1e-4
