@@ -32,9 +32,15 @@ class StopRequest:
         self._at_once = False
 
     def receive(self, signal_number: int, frame: FrameType | None) -> None:
-        """The handler. A second signal ends the program where it is."""
+        """The handler. A second Ctrl-C ends the program where it is.
+
+        A second SIGTERM changes nothing: a cluster sends one to every process, and a launcher hands its own on to the
+        processes that it started, while they may be writing what the first one asked for.
+        """
         if self.signal_number:
-            raise KeyboardInterrupt
+            if signal_number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
         self.signal_number = signal_number
         if self._at_once:
             raise Interrupted(signal_number)
@@ -42,10 +48,11 @@ class StopRequest:
     @contextmanager
     def at_once(self) -> Iterator[None]:
         """Inside, a signal raises `Interrupted` wherever it finds the program, as does one that came before."""
-        if self.signal_number:
-            raise Interrupted(self.signal_number)
+        # Set before the look at what came: a signal between the two finds it set, and none is lost.
         self._at_once = True
         try:
+            if self.signal_number:
+                raise Interrupted(self.signal_number)
             yield
         finally:
             self._at_once = False
@@ -63,4 +70,5 @@ def catch_stop_signals() -> Iterator[StopRequest]:
         yield request
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            # None is a handler that was not set from Python, and cannot be set from there again.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
