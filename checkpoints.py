@@ -40,7 +40,7 @@ def pack_state(state: Any, tensors: dict[str, torch.Tensor], path: str = "state"
 
     Args:
         state: dicts with keys of texts and numbers, lists, tuples, tensors, texts, numbers, booleans and None.
-        tensors: filled with copies on the CPU, by their path in the state.
+        tensors: filled with copies on the CPU, each under a name of its own that tells its path in the state.
         path: of `state` itself.
 
     Returns:
@@ -53,13 +53,19 @@ def pack_state(state: Any, tensors: dict[str, torch.Tensor], path: str = "state"
     """
     if isinstance(state, torch.Tensor):
         # A copy: safetensors refuses tensors that share memory, as the views of one optimizer buffer do.
-        tensors[path] = state.detach().cpu().contiguous().clone()
-        return {"tensor": path}
+        name = path
+        while name in tensors:  # 0 and "0" have one path, and so have a key with a dot and two keys
+            name += "'"
+        tensors[name] = state.detach().cpu().contiguous().clone()
+        return {"tensor": name}
     if isinstance(state, dict):
+        for key in state:
+            if key is not None and not isinstance(key, bool | int | float | str):
+                raise TypeError(f"key {key!r} in {path} is a {type(key).__name__}, which a checkpoint cannot hold")
         return {"dict": [[key, pack_state(value, tensors, f"{path}.{key}")] for key, value in state.items()]}
     if isinstance(state, list | tuple):
         items = [pack_state(value, tensors, f"{path}.{i}") for i, value in enumerate(state)]
-        return {type(state).__name__: items}
+        return {"list" if isinstance(state, list) else "tuple": items}
     if state is None or isinstance(state, bool | int | float | str):
         return state
     raise TypeError(f"{path} is a {type(state).__name__}, which a checkpoint cannot hold")
@@ -119,8 +125,13 @@ def save_checkpoint(
         shutil.rmtree(hidden, ignore_errors=True)
         message = f"{place} could not be written: {' '.join(str(error).split())}; {what_is_safe(output_dir)}"
         raise CheckpointError(message) from error
+    except BaseException:
+        shutil.rmtree(hidden, ignore_errors=True)
+        raise
     if total_limit is not None:
-        for folder in find_checkpoints(output_dir)[:-total_limit]:
+        # Never the one just written: a run that went on from an earlier one has others ahead of it.
+        others = [folder for folder in find_checkpoints(output_dir) if folder != place]
+        for folder in others[: max(0, len(others) + 1 - total_limit)]:
             _remove(folder)
     return place
 
@@ -141,6 +152,7 @@ def _write_manifest(folder: Path, step: int) -> None:
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"step": step, "files": files}, indent=1), encoding="utf-8")
     _sync(manifest)
+    _sync(folder)
 
 
 def _put_in_place(hidden: Path, place: Path) -> None:
@@ -181,7 +193,9 @@ def _sha256(path: Path) -> str:
 
 def find_checkpoints(output_dir: Path) -> list[Path]:
     """The folders `checkpoint-<step>` in a folder, by step, whole or not. Source: [ours]."""
-    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    found = [
+        path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()
+    ]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
@@ -198,8 +212,11 @@ def check_checkpoint(folder: Path) -> None:
         files = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
     except FileNotFoundError as error:
         raise ValueError(f"{folder} is no whole checkpoint: it has no {MANIFEST}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IsADirectoryError) as error:
         raise ValueError(f"{folder} is damaged: {MANIFEST} cannot be read") from error
+    for name in (STATE_TENSORS, STATE_VALUES):
+        if name not in files:
+            raise ValueError(f"{folder} is damaged: {MANIFEST} does not speak of {name}")
     for name, (size, digest) in files.items():
         path = folder / name
         if not path.is_file():
