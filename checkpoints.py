@@ -194,7 +194,9 @@ def _sha256(path: Path) -> str:
 def find_checkpoints(output_dir: Path) -> list[Path]:
     """The folders `checkpoint-<step>` in a folder, by step, whole or not. Source: [ours]."""
     found = [
-        path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()
+        path
+        for path in output_dir.glob("checkpoint-*")
+        if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()
     ]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 

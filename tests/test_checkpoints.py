@@ -90,7 +90,12 @@ STATES = {
     "half": torch.tensor([[0.1], [6e-8]], dtype=torch.float16),
     "double": torch.tensor([0.1], dtype=torch.float64),
     "integers": [torch.tensor([2**40], dtype=torch.int64), torch.tensor([255], dtype=torch.uint8), torch.tensor(True)],
-    "shared memory": {"all": BASE_TENSOR, "same": BASE_TENSOR, "part": BASE_TENSOR[3:7], "view": BASE_TENSOR.view(3, 4)},
+    "shared memory": {
+        "all": BASE_TENSOR,
+        "same": BASE_TENSOR,
+        "part": BASE_TENSOR[3:7],
+        "view": BASE_TENSOR.view(3, 4),
+    },
     "not contiguous": [BASE_TENSOR.view(3, 4).t(), BASE_TENSOR[::2], torch.ones(1).expand(3, 3)],
     "parameter": torch.nn.Parameter(torch.ones(2)),
 }
