@@ -1021,6 +1021,8 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
             f"launched as {launched} processes, of which accelerate makes {accelerator.num_processes}; on a machine "
             "without a GPU set ACCELERATE_USE_CPU=true"
         )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise InputError("--mixed_precision fp16 needs a GPU; bf16 works on the CPU, too")
     return accelerator
 
 
@@ -1141,6 +1143,8 @@ def prepare_optimizer(run: Run, parameters: list[torch.nn.Parameter], num_steps:
         num_cycles=args.lr_num_cycles,
         power=args.lr_power,
     )
+    if args.optimizer == "prodigy" and learning_rate <= 0.1:
+        logger.warning("--learning_rate %g is a factor on the rate that prodigy finds; 1.0 is usual", learning_rate)
     run.optimizer = accelerator.prepare(optimizer)
     if resume is not None and resume.state["stage"] == run.stage and resume.state["global_step"] == run.global_step:
         run.optimizer.load_state_dict(resume.state["optimizer"])

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 from diffusers.optimization import SchedulerType
 from diffusers.utils import is_xformers_available
@@ -22,7 +23,7 @@ from sfcm import SFCM_MODES
 
 
 SCHEDULERS = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
-# Trackers that keep the command line, and with it what was given as a flag.
+# Where losses can go that keeps no command line, and with it what was given as a flag.
 PRIVATE_TRACKERS = ("tensorboard", "none")
 
 
@@ -379,6 +380,8 @@ def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         parser.error(str(error))
     if args.enable_xformers_memory_efficient_attention and not is_xformers_available():
         parser.error("--enable_xformers_memory_efficient_attention needs the package xformers: pip install xformers")
+    if args.report_to not in ("all", "none", *(tracker.value for tracker in get_available_trackers())):
+        parser.error(f"--report_to {args.report_to} needs the tracker's own package, which is not installed")
     if args.hub_token is not None and args.report_to not in PRIVATE_TRACKERS:
         parser.error(
             f"--hub_token would be kept by --report_to {args.report_to} with the command line: "

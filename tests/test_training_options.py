@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate.tracking import get_available_trackers
 from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline
 from diffusers.models import attention_processor
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -495,7 +496,7 @@ def test_xformers_in_self_attention(world, tmp_path, monkeypatch, trained):  # n
 
 @pytest.mark.parametrize("flags", [{}, {"use_dora": True}, {"dual_path": "single_pass"}], ids=str)
 @pytest.mark.parametrize("objective", ["composed", "both"])
-def test_bfloat16_keeps_the_lora_and_the_losses_in_float32(world, tmp_path, monkeypatch, flags, objective):  # noqa: F811
+def test_bfloat16_keeps_lora_and_losses_in_float32(world, tmp_path, monkeypatch, flags, objective):  # noqa: F811
     runs, terms = watch_runs(monkeypatch), []
     check = script.check_finite
     monkeypatch.setattr(script, "check_finite", lambda parts, step: terms.append(dict(parts)) or check(parts, step))
@@ -512,3 +513,26 @@ def test_the_model_card_tells_targets_and_settings(world, trained):  # noqa: F81
     card = (trained() / "README.md").read_text(encoding="utf-8")
     assert "`red hair`" in card and "`--rank` | `2`" in card and ROWS[0]["base_prompt"] in card
     assert str(world.folder) not in card
+
+
+def test_fp16_needs_a_gpu(world, tmp_path):  # noqa: F811
+    with pytest.raises(SystemExit, match="error: --mixed_precision fp16 needs a GPU"):
+        train(world, tmp_path / "output", mixed_precision="fp16")
+    assert not (tmp_path / "output").exists()
+
+
+def test_a_tracker_without_its_package(world, tmp_path, capsys):  # noqa: F811
+    if "wandb" in {tracker.value for tracker in get_available_trackers()}:
+        pytest.skip("wandb is installed")
+    with pytest.raises(SystemExit):
+        train(world, tmp_path / "output", report_to="wandb")
+    assert "--report_to wandb" in capsys.readouterr().err and not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize(("rate", "warned"), [(1e-4, True), (1.0, False)])
+def test_prodigy_with_a_rate_for_adam_is_warned_about(world, tmp_path, caplog, rate, warned):  # noqa: F811
+    pytest.importorskip("prodigyopt")
+    flags = {"optimizer": "prodigy", "learning_rate": rate, "stage1_steps": 1, "stage2_steps": 0}
+    with caplog.at_level("WARNING"):
+        train(world, tmp_path / "output", **flags)
+    assert ("--learning_rate" in caplog.text) == warned
