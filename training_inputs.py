@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, StableDiffu
 from transformers import AutoConfig, CLIPConfig, CLIPTokenizer
 
 from caches import fingerprint
-from checked_loading import load_tokenizer, naming_flag
+from checked_loading import InputError, load_tokenizer, naming_flag
 from checkpoints import check_checkpoint, find_checkpoints, latest_checkpoint, read_state
 from data import (
     PortraitRow,
@@ -446,11 +446,11 @@ def check_record(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> N
     """Compare what a run was trained with and what it is given now.
 
     Raises:
-        ValueError: names the first that differs.
+        InputError: names the first that differs.
     """
     for name in sorted({*before, *now}):
         if before.get(name) != now.get(name):
-            raise ValueError(
+            raise InputError(
                 f"--resume_from_checkpoint {folder}: was trained with {name} {before.get(name)}, and now it is "
                 f"{now.get(name)}"
             )
