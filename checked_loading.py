@@ -21,7 +21,8 @@ def naming_flag(flag: str, value: str) -> Iterator[None]:
     """Put a flag and its value before what a library says of them, in one line."""
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
+    # transformers raises a RuntimeError for weights of other shapes than the configuration's.
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"--{flag} {value}: {' '.join(str(error).split())}") from error
 
 

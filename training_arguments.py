@@ -353,9 +353,11 @@ def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         parser.error(f"--teacher_base_weight must be in [0, 1], got {args.teacher_base_weight}")
     if args.seed >= 2**32:
         parser.error(f"--seed must be below 2**32, got {args.seed}")
-    output_dir = Path(args.output_dir)
-    if not next(path for path in (output_dir, *output_dir.parents) if path.exists()).is_dir():
-        parser.error(f"--output_dir {args.output_dir} is, or lies below, a file")
+    for name in ("output_dir", "cache_dir"):
+        if getattr(args, name) is not None:
+            folder = Path(getattr(args, name))
+            if not next(path for path in (folder, *folder.parents) if path.exists()).is_dir():
+                parser.error(f"--{name} {folder} is, or lies below, a file")
     if args.stage1_lora_path is not None and not Path(args.stage1_lora_path).exists():
         parser.error(f"--stage1_lora_path {args.stage1_lora_path} does not exist")
     if not 0 <= args.sfcm_timesteps[0] < args.sfcm_timesteps[1]:
@@ -380,13 +382,13 @@ def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         parser.error(str(error))
     if args.enable_xformers_memory_efficient_attention and not is_xformers_available():
         parser.error("--enable_xformers_memory_efficient_attention needs the package xformers: pip install xformers")
-    if args.report_to not in ("all", "none", *(tracker.value for tracker in get_available_trackers())):
-        parser.error(f"--report_to {args.report_to} needs the tracker's own package, which is not installed")
     if args.hub_token is not None and args.report_to not in PRIVATE_TRACKERS:
         parser.error(
             f"--hub_token would be kept by --report_to {args.report_to} with the command line: "
             "log in with `hf auth login` instead"
         )
+    if args.report_to not in ("all", "none", *(tracker.value for tracker in get_available_trackers())):
+        parser.error(f"--report_to {args.report_to} needs the tracker's own package, which is not installed")
     if not args.push_to_hub:
         for name in ("hub_model_id", "hub_token", "hub_private_repo"):
             if getattr(args, name):

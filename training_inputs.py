@@ -7,6 +7,7 @@ Paper: arXiv 2504.00396; `[ours]` marks what it leaves open.
 from __future__ import annotations
 
 import argparse
+import inspect
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import AutoConfig, CLIPConfig, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    ConfigMixin,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from transformers import AutoConfig, CLIPConfig, CLIPImageProcessorPil, CLIPTokenizer
 
 from caches import fingerprint
 from checked_loading import InputError, load_tokenizer, naming_flag
@@ -233,10 +241,15 @@ def check_models(args: argparse.Namespace) -> tuple[dict, int]:
     hub = {"revision": args.revision, "cache_dir": args.cache_dir}
     model = args.pretrained_model_name_or_path
     with naming_flag("pretrained_model_name_or_path", f"{model}, unet"):
-        unet_config = UNet2DConditionModel.load_config(model, subfolder="unet", **hub)
+        unet_config = _read_config(UNet2DConditionModel, model, subfolder="unet", **hub)
+        if unet_config["addition_embed_type"] is not None:
+            raise ValueError(
+                f"asks for more than a prompt ({unet_config['addition_embed_type']!r}), as Stable Diffusion XL does"
+            )
     if args.pretrained_vae_model_name_or_path is None:
         with naming_flag("pretrained_model_name_or_path", f"{model}, vae"):
-            vae_config = AutoencoderKL.load_config(model, subfolder="vae", **hub)
+            vae_config = _read_config(AutoencoderKL, model, subfolder="vae", **hub)
+            _check_latents(vae_config, unet_config)
     else:
         vae_config = _check_decoder(args, "pretrained_vae_model_name_or_path", AutoencoderKL, unet_config)
     if args.tiny_vae_model_name_or_path is not None:
@@ -261,24 +274,39 @@ def _check_decoder(args: argparse.Namespace, flag: str, kind: type, unet_config:
     """The configuration of the autoencoder that a flag names, of this kind and with the UNet's latents."""
     name = getattr(args, flag)
     with naming_flag(flag, name):
-        config = kind.load_config(name, cache_dir=args.cache_dir)
+        config = _read_config(kind, name, cache_dir=args.cache_dir)
         if config.get("_class_name") != kind.__name__:
             raise ValueError(f"not an {kind.__name__} but {config.get('_class_name')!r}")
-        if config["latent_channels"] != unet_config["in_channels"]:
-            raise ValueError(f"has {config['latent_channels']} latent channels, the UNet {unet_config['in_channels']}")
+        _check_latents(config, unet_config)
     return config
 
 
+def _read_config(kind: type[ConfigMixin], name: str, **where: str | None) -> dict:
+    """A configuration, and the class's own values for what it leaves out."""
+    config = kind.load_config(name, **where)
+    if not isinstance(config, dict):
+        raise ValueError(f"its configuration is no JSON object but {config!r}")
+    return {key: value.default for key, value in inspect.signature(kind).parameters.items()} | config
+
+
+def _check_latents(config: dict, unet_config: dict) -> None:
+    if config["latent_channels"] != unet_config["in_channels"]:
+        raise ValueError(f"has {config['latent_channels']} latent channels, the UNet {unet_config['in_channels']}")
+
+
 def check_text_models(args: argparse.Namespace) -> CLIPTokenizer:
-    """Read the tokenizer of the diffusion model, and the configuration and tokenizer of CLIP."""
+    """Read the tokenizer and text encoder's configuration of the diffusion model, and all of CLIP but the weights."""
     model = args.pretrained_model_name_or_path
     with naming_flag("pretrained_model_name_or_path", f"{model}, tokenizer"):
         tokenizer = load_tokenizer(model, subfolder="tokenizer", revision=args.revision, cache_dir=args.cache_dir)
+    with naming_flag("pretrained_model_name_or_path", f"{model}, text_encoder"):
+        AutoConfig.from_pretrained(model, subfolder="text_encoder", revision=args.revision, cache_dir=args.cache_dir)
     with naming_flag("clip_model_name_or_path", args.clip_model_name_or_path):
         config = AutoConfig.from_pretrained(args.clip_model_name_or_path, cache_dir=args.cache_dir)
         if not isinstance(config, CLIPConfig):
             raise ValueError("not a CLIP model of texts and pictures")
         load_tokenizer(args.clip_model_name_or_path, cache_dir=args.cache_dir)
+        CLIPImageProcessorPil.from_pretrained(args.clip_model_name_or_path, cache_dir=args.cache_dir)
     return tokenizer
 
 

@@ -938,11 +938,12 @@ def forbidden(*args, **kwargs):
 @pytest.fixture
 def refusal(world, tmp_path, monkeypatch, capsys):
     """The one line with which the script ends before any weights load; nothing may be left behind."""
-    monkeypatch.setattr(script.SPFPortraitPipeline, "from_pretrained", forbidden)
-    monkeypatch.setattr(script.CLIPModel, "from_pretrained", forbidden)
-    monkeypatch.chdir(tmp_path)
 
     def refuse(**changes) -> str:
+        # Not before: a test may have something trained first.
+        monkeypatch.setattr(script.SPFPortraitPipeline, "from_pretrained", forbidden)
+        monkeypatch.setattr(script.CLIPModel, "from_pretrained", forbidden)
+        monkeypatch.chdir(tmp_path)
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(SystemExit) as end:
             train(world, **{"output_dir": tmp_path / "output", **changes})
