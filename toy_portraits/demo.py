@@ -35,7 +35,8 @@ def train(target: str, output_dir: Path, stage1_steps: int, stage2_steps: int, s
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(HERE.parent / "train_spf_portrait_lora.py")]
     command += training_flags(target) + ["--output_dir", str(output_dir), "--seed", str(seed)]
-    command += ["--stage1_steps", str(stage1_steps), "--stage2_steps", str(stage2_steps)]
+    # Run again it starts anew, so it leaves nothing to go on from.
+    command += ["--stage1_steps", str(stage1_steps), "--stage2_steps", str(stage2_steps), "--checkpointing_steps", "0"]
     subprocess.run(command, check=True)
 
 
