@@ -165,6 +165,7 @@ class CardFacts:
         targets: the target prompts, which are the trigger words.
         example_prompt: a full prompt, base and target.
         base_prompt: its base, for the example with the custom pipeline.
+        example_target: what is added to it there, or replaces a phrase: texts, and pairs of phrase and text.
         settings: the training flags and their values, free of secrets; None is a flag that was not given.
         pictures: pictures as paths inside the repository, such as "validation/step_000240.png".
         licence: as the Hub spells it, such as "creativeml-openrail-m".
@@ -177,6 +178,7 @@ class CardFacts:
     targets: tuple[str, ...]
     example_prompt: str
     base_prompt: str
+    example_target: tuple[str | tuple[str, str], ...]
     settings: dict[str, object]
     pictures: tuple[str, ...]
     licence: str
@@ -236,6 +238,9 @@ def _card_sections(folder_name: str, facts: CardFacts) -> list[str]:
     pipeline = facts.repo_id or "path/to/pipeline_spf_portrait.py"
     base_link = f"[{base}](https://huggingface.co/{base})" if _is_hub_id(base) else f"the local model {_inline(base)}"
     triggers = "\n".join(f"- {_inline(target)}" for target in dict.fromkeys(facts.targets))
+    target = list(facts.example_target)
+    if len(target) == 1 and isinstance(target[0], str):
+        (target,) = target
     load = f"pipe.load_lora_weights({lora!r}, weight_name={LORA_WEIGHTS!r})"
     sections = [
         f"# {lora}",
@@ -270,7 +275,7 @@ pipe = DiffusionPipeline.from_pretrained(
     trust_remote_code=True,
 ).to("cuda")
 {load}
-output = pipe({facts.base_prompt!r}, target_prompt={facts.targets[0]!r}, compare=True)
+output = pipe({facts.base_prompt!r}, target_prompt={target!r}, compare=True)
 output.images[0].save("portrait.png")
 output.reference_images[0].save("original_model.png")
 ```""",

@@ -74,6 +74,7 @@ from losses import (
 from optimizers import make_optimizer
 from pictures import picture_grid
 from pipeline_spf_portrait import SPFPortraitPipeline, overlay_heat_map
+from prompts import PromptPair
 from sfcm import SFCM_MODES, noise_difference, phrase_attention_maps
 from training_arguments import parse_args, uses_enhancement
 from training_inputs import (
@@ -841,7 +842,6 @@ def draw_validation(run: Run) -> None:
         return
     pair = run.inputs.validation_pair
     height, width = run.inputs.sizes[run.inputs.buckets[0]]
-    targets = [(t.replaces, t.text) if t.replaces is not None else t.text for t in pair.target_prompts]
     shared = {
         "prompt": pair.base_prompt,
         "num_inference_steps": args.validation_inference_steps,
@@ -856,7 +856,7 @@ def draw_validation(run: Run) -> None:
             base = run.pipeline(**shared, compare=True, generator=torch.Generator().manual_seed(args.seed + seed))
             full = run.pipeline(
                 **shared,
-                target_prompt=targets,
+                target_prompt=list(target_argument(pair)),
                 base_phrases=list(pair.base_phrases),
                 return_sfcm=True,
                 generator=torch.Generator().manual_seed(args.seed + seed),
@@ -873,6 +873,11 @@ def draw_validation(run: Run) -> None:
             tracker.log_images({"validation": np.asarray(grid)[None]}, step=run.global_step, dataformats="NHWC")
         elif tracker.name == "wandb":
             tracker.log_images({"validation": [grid]}, step=run.global_step)
+
+
+def target_argument(pair: PromptPair) -> tuple[str | tuple[str, str], ...]:
+    """The targets as the pipeline takes them: what is added, and pairs of a phrase and what replaces it."""
+    return tuple((t.replaces, t.text) if t.replaces is not None else t.text for t in pair.target_prompts)
 
 
 def validation_picture(global_step: int) -> str:
@@ -1232,6 +1237,7 @@ def card_facts(run: Run, pictures: Sequence[str]) -> CardFacts:
         targets=tuple(dict.fromkeys(own.target_text for own in run.inputs.pairs[: len(run.inputs.rows)])),
         example_prompt=pair.full_prompt,
         base_prompt=pair.base_prompt,
+        example_target=target_argument(pair),
         settings=settings,
         pictures=tuple(pictures),
         licence=args.hub_license,

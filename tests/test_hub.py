@@ -239,6 +239,7 @@ def make_facts(**changes) -> CardFacts:
     facts = CardFacts(
         base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",
         targets=(TARGET, "a blue hat", TARGET),
+        example_target=(TARGET,),
         example_prompt=FULL,
         base_prompt=BASE,
         settings={"rank": 2, "target_prompt": None, "lora_layers": ("a", "b"), "sfcm_mode": "x|y"},
@@ -311,7 +312,7 @@ def test_before_a_push_the_examples_name_the_output_folder(tmp_path):
 
 def test_prompts_with_quotes_bars_and_fences_spoil_neither_code_nor_metadata(tmp_path):
     nasty = "it's \"red\": ``` hair | --- # \\ {x}\nnext - line"
-    facts = make_facts(targets=(nasty,), example_prompt=nasty, base_prompt=nasty, settings={"target_prompt": nasty})
+    facts = make_facts(targets=(nasty,), example_target=(nasty,), example_prompt=nasty, base_prompt=nasty, settings={"target_prompt": nasty})
     card = ModelCard.load(write_model_card(tmp_path, facts))
     assert card.data.instance_prompt == nasty
     assert card.data.widget[0]["text"] == nasty
@@ -571,3 +572,16 @@ def test_code_is_python_at_the_top_level(push, name):
 def test_missing_code_is_named(push, tmp_path):
     with pytest.raises(ValueError, match="gone.py"):
         push(code={"pipeline.py": tmp_path / "gone.py"})
+
+
+@pytest.mark.parametrize(
+    "target, argument",
+    [
+        (("red hair",), "'red hair'"),
+        ((("a hat", "a crown"),), "[('a hat', 'a crown')]"),
+        (("red hair", "a scarf"), "['red hair', 'a scarf']"),
+    ],
+)
+def test_the_example_adds_or_replaces_as_the_training_did(tmp_path, target, argument):
+    card = write_model_card(tmp_path, make_facts(example_target=target)).read_text(encoding="utf-8")
+    assert f"target_prompt={argument}, compare=True" in card
