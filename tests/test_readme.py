@@ -8,9 +8,12 @@ import re
 import shlex
 
 import pytest
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import DistributedType
 from PIL import Image
 from test_house import ROOT
+from torch.distributed.run import get_args_parser
 
 from benchmarks import preservation
 from data import load_rows
@@ -69,8 +72,8 @@ def default_as_written(action):
     """The cell of a flag's default; numbers are compared by value, so they come back as numbers."""
     if action.required:
         return "required"
-    if isinstance(action, argparse._StoreTrueAction):
-        return "off"
+    if isinstance(action, argparse._StoreTrueAction | argparse.BooleanOptionalAction):
+        return {True: "on", False: "off", None: "not set"}[action.default]
     return "not set" if action.default is None else action.default
 
 
@@ -111,7 +114,8 @@ def test_every_flag_named_in_the_prose_is_a_flag_of_the_trainer(actions):
     named = {flag for code in prose_code() for flag in re.findall(r"--\w[\w-]*", code)}
     assert len(named) > 40
     of_the_benchmark = {"--num_inference_steps", "--targets", "--seeds", "--runs"}
-    assert named - set(actions) == {"--extra-index-url"} | of_the_benchmark
+    taken = {flag for action in actions.values() for flag in action.option_strings}
+    assert named - taken == {"--extra-index-url"} | of_the_benchmark
 
 
 def test_the_benchmarks_commands_are_ones_it_takes():
@@ -121,8 +125,19 @@ def test_the_benchmarks_commands_are_ones_it_takes():
         preservation.parse_args(shlex.split(command.removeprefix("python benchmarks/preservation.py")))
 
 
+def presets():
+    """The flags of each row of the table of GPUs."""
+    return re.findall(r"^\| \d+ GB \| `(.*?)` \| [\d.]+ GiB \|$", README, re.MULTILINE)
+
+
+def test_the_presets_are_flags_the_trainer_takes():
+    assert len(presets()) == 4
+    for flags in presets():
+        parse_args(["--pretrained_model_name_or_path", "model", "--mixed_precision", "bf16", *shlex.split(flags)])
+
+
 def test_every_command_is_one_its_program_takes(monkeypatch):
-    programs = {"demo": 0, "launch": 0}
+    programs = {"demo": 0, "launch": 0, "torchrun": 0}
     launcher, demo_parser = launch_command_parser(), parser_of(demo.main, monkeypatch)
     for block in blocks("bash"):
         for command in re.split(r"&&|\n", block.replace("\\\n", " ")):
@@ -133,9 +148,36 @@ def test_every_command_is_one_its_program_takes(monkeypatch):
             elif words[:2] == ["accelerate", "launch"]:
                 launched = launcher.parse_args(words[2:])
                 assert (ROOT / launched.training_script).is_file()
+                assert launched.config_file is None or (ROOT / launched.config_file).is_file()
                 parse_args(launched.training_script_args)
                 programs["launch"] += 1
-    assert programs == {"demo": 3, "launch": 4}
+            elif words[:2] == ["ACCELERATE_USE_CPU=true", "python"]:
+                launched = get_args_parser().parse_args(words[4:])
+                assert words[2:4] == ["-m", "torch.distributed.run"] and (ROOT / launched.training_script).is_file()
+                parse_args(launched.training_script_args)
+                programs["torchrun"] += 1
+    assert programs == {"demo": 3, "launch": 8, "torchrun": 1}
+
+
+CONFIGS = {
+    "ddp": DistributedType.MULTI_GPU,
+    "fsdp": DistributedType.FSDP,
+    "deepspeed_zero2": DistributedType.DEEPSPEED,
+}
+
+
+def test_the_configuration_files_are_ones_accelerate_reads():
+    """Their names, their kinds, and that the launcher knows every flag in their sections."""
+    assert {path.stem for path in (ROOT / "accelerate_configs").iterdir()} == set(CONFIGS)
+    known = {action.dest for action in launch_command_parser()._actions}
+    for name, kind in CONFIGS.items():
+        path = ROOT / "accelerate_configs" / f"{name}.yaml"
+        assert f"accelerate_configs/{name}.yaml" in README
+        config = load_config_from_file(str(path))
+        assert isinstance(config, ClusterConfig) and config.distributed_type == kind
+        assert config.num_processes == 2 and config.mixed_precision == "bf16" and not config.use_cpu
+        assert {**config.fsdp_config, **config.deepspeed_config}.keys() <= known, name
+    assert config.deepspeed_config["zero_stage"] == 2
 
 
 def test_the_ci_runs_the_readmes_test_command():
@@ -148,19 +190,23 @@ def test_the_ci_runs_the_readmes_test_command():
 
 def test_every_file_it_names_exists():
     links = {target for target in re.findall(r"\]\(([^)]+)\)", README) if "://" not in target}
+    sections = {target for target in links if target.startswith("#")}
+    headings = re.findall(r"^#+ (.+)$", README, re.MULTILINE)
+    assert {"#stop-and-go-on", "#share-it"} <= sections
+    assert sections <= {"#" + re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
     named = {
-        word for code in prose_code() for word in code.split() if re.fullmatch(r"[\w./-]+\.(py|md|txt|png)", word)
+        word for code in prose_code() for word in code.split() if re.fullmatch(r"[\w./-]+\.(py|md|txt|png|yaml)", word)
     }
     # The demo writes into runs/ and the trainer into validation/, which are not in the repository.
     written = {word for word in named if word.startswith(("runs/", "validation/"))}
-    files = {*links, *re.findall(r"-r (\S+)", README), *named} - written
+    files = {*links, *re.findall(r"-r (\S+)", README), *named} - written - sections
     assert {"assets/main_job.png", "LICENSE", "prompts.py", "benchmarks/preservation.py", "requirements.txt"} <= files
     assert [file for file in sorted(files) if not (ROOT / file).is_file()] == []
 
 
 def test_its_python_compiles_and_uses_what_there_is():
     codes = blocks("python")
-    assert len(codes) == 2
+    assert len(codes) == 3
     keywords, fields = set(), set()
     for code in codes:
         for node in ast.walk(compile(code, "README.md", "exec", ast.PyCF_ONLY_AST)):
