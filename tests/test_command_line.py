@@ -20,14 +20,14 @@ import test_train
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from hub_server import HubServer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_train import ROWS, WRONG_FLAGS, WRONG_ROWS, copy_model, make_flags, write_data
 
 
 SCRIPT = Path(__file__).resolve().parents[1] / "train_spf_portrait_lora.py"
 SECRET = "hf_SECRETofTheTester"
 WEIGHTS = "pytorch_lora_weights.safetensors"
-UNET, VAE = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors"
+MODEL_WEIGHTS = "diffusion_pytorch_model.safetensors"  # of a UNet or a VAE
 world = test_train.world
 
 # Reads a command line a line of JSON, runs it in a fork of itself as Python would, and prints how it ended.
@@ -247,7 +247,7 @@ def png_of_absurd_size(path: Path, side: int = 60_000) -> None:
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
 
 
-@pytest.mark.parametrize("kind", ["absurd size", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("half",))])
+@pytest.mark.parametrize("kind", ["absurd size", pytest.param("half", marks=pytest.mark.slow)])
 def test_a_picture_that_does_not_decode(refusal, tmp_path, kind):
     data = write_data(tmp_path / "data")
     if kind == "absurd size":
@@ -290,18 +290,18 @@ def another_shape(path: Path) -> None:
     state = load_file(path)
     name = next(name for name, value in state.items() if value.ndim > 1)
     state[name] = torch.cat([state[name], state[name]])
-    test_train.save_file(state, path, {"format": "pt"})
+    save_file(state, path, {"format": "pt"})
 
 
 @pytest.mark.parametrize("spoil", [cut, pickle_instead, another_shape, Path.unlink], ids=lambda spoil: spoil.__name__)
 @pytest.mark.parametrize(
     "flag, part, file",
     [
-        ("pretrained_model_name_or_path", "unet", UNET),
-        ("pretrained_model_name_or_path", "vae", VAE),
+        ("pretrained_model_name_or_path", "unet", MODEL_WEIGHTS),
+        ("pretrained_model_name_or_path", "vae", MODEL_WEIGHTS),
         ("pretrained_model_name_or_path", "text_encoder", "model.safetensors"),
-        ("pretrained_vae_model_name_or_path", ".", VAE),
-        ("tiny_vae_model_name_or_path", ".", VAE),
+        ("pretrained_vae_model_name_or_path", ".", MODEL_WEIGHTS),
+        ("tiny_vae_model_name_or_path", ".", MODEL_WEIGHTS),
         ("clip_model_name_or_path", ".", "model.safetensors"),
     ],
     ids=lambda value: value.split("_model")[0],
@@ -403,7 +403,7 @@ def test_an_earlier_lora_that_does_not_load(forked_refusal, world, tmp_path, kin
     name = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
     model = "text_encoder" if kind == "text encoder's" else "unet"
     state = {f"{model}.{name}.lora_A.weight": torch.ones(2, 16), f"{model}.{name}.lora_B.weight": torch.ones(8, 2)}
-    test_train.save_file(state, folder / WEIGHTS)
+    save_file(state, folder / WEIGHTS)
     if kind == "empty folder":
         (folder / WEIGHTS).unlink()
     elif kind == "not safetensors":
@@ -488,7 +488,7 @@ def test_fp16_on_a_cpu(refusal):
 def test_a_push_that_would_be_refused_ends_before_any_weights_load(refusal, world, tmp_path, flags, parts):
     # Weights that do not load would be complained of first.
     model = copy_model(world, tmp_path, {})
-    cut(model / "unet" / UNET)
+    cut(model / "unet" / MODEL_WEIGHTS)
     with HubServer("tester", SECRET) as server:
         variables = {**server.environment(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
         line = refusal(variables, pretrained_model_name_or_path=model, push_to_hub=True, **flags)
