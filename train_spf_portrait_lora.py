@@ -34,6 +34,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import CLIPImageProcessorPil, CLIPModel
@@ -48,7 +49,7 @@ from attention_processors import (
 )
 from caches import TensorCache, fingerprint, module_fingerprint
 from checked_loading import InputError
-from checkpoints import CheckpointError, remove_leftovers, save_checkpoint, what_is_safe
+from checkpoints import HIDDEN_PREFIX, CheckpointError, remove_leftovers, save_checkpoint, what_is_safe
 from conditioning import (
     BASE,
     EMPTY,
@@ -911,7 +912,7 @@ def save_lora(run: Run, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # peft's names, for all layers: a loader tells the naming by the first one.
     state = get_peft_model_state_dict(run.unet, adapter_name="default")
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f"{HIDDEN_PREFIX}lora-") as temporary:
         SPFPortraitPipeline.save_lora_weights(
             temporary,
             unet_lora_layers=state,
@@ -920,6 +921,21 @@ def save_lora(run: Run, folder: Path) -> None:
         )
         for file in Path(temporary).iterdir():
             os.replace(file, folder / file.name)
+
+
+def save_result(run: Run, folder: Path) -> None:
+    """Write the LoRA of a stage that is over.
+
+    Raises:
+        CheckpointError: it could not be written; one line that says what is safe.
+    """
+    try:
+        save_lora(run, folder)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder / LORA_WEIGHTS} could not be written: {' '.join(str(error).split())}; "
+            f"{what_is_safe(Path(run.args.output_dir))}"
+        ) from error
 
 
 def write_checkpoint(run: Run) -> None:
@@ -956,7 +972,7 @@ def start_stage2(run: Run) -> None:
     """Save stage 1's LoRA, prepare the alignment portraits and their maps, and keep stage 1 as the teacher."""
     args = run.args
     if args.stage1_steps > 0:
-        save_lora(run, Path(args.output_dir) / "stage1")
+        save_result(run, Path(args.output_dir) / "stage1")
     logger.info("Preparing %s alignment portraits and their maps", args.alignment_source)
     with run.stop.at_once():
         run.alignment = prepare_alignment(run)
@@ -1053,7 +1069,8 @@ def train(args: argparse.Namespace, inputs: Inputs) -> None:
     run.repo_id = repo_id
     run.response_unet = accelerator.prepare(run.unet)
     if accelerator.is_main_process:
-        remove_leftovers(Path(args.output_dir))
+        for folder in (Path(args.output_dir), Path(args.output_dir) / "stage1"):
+            remove_leftovers(folder)
         accelerator.init_trackers("spf-portrait", config=tracker_config(args))
     logger.info(
         "%d portraits, %d processes, %d steps of stage 1, %d of stage 2",
@@ -1183,11 +1200,13 @@ def leave(run: Run, interruption: Interrupted) -> None:
 def finish(run: Run) -> None:
     """The LoRA, the last picture, the model card, and what else was asked for."""
     accelerator, output_dir = run.accelerator, Path(run.args.output_dir)
+    save_result(run, output_dir)
     try:
-        save_lora(run, output_dir)
+        draw_validation(run)
     except OSError as error:
-        raise CheckpointError(f"the LoRA could not be written: {error}; {what_is_safe(output_dir)}") from error
-    draw_validation(run)
+        raise CheckpointError(
+            f"the last picture could not be written: {error}; {output_dir / LORA_WEIGHTS} is whole"
+        ) from error
     # The distributed wrapper goes before the group of processes it talks to, and no process before the others.
     accelerator.wait_for_everyone()
     run.response_unet = run.unet
@@ -1267,6 +1286,9 @@ def main(input_args: Sequence[str] | None = None) -> None:
         train(args, inputs)
     except (InputError, CheckpointError) as error:
         raise SystemExit(f"train_spf_portrait_lora.py: error: {error}") from error
+    except OSError as error:  # of a picture, a cache or a log, on a disk that is full or gone
+        safe = what_is_safe(Path(args.output_dir))
+        raise SystemExit(f"train_spf_portrait_lora.py: error: {' '.join(str(error).split())}; {safe}") from error
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ nothing disturbed.
 """
 
 import json
-import logging
 import os
 import random
 import re
@@ -14,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -42,8 +42,15 @@ from test_train import (  # noqa: F401  (fixtures)
 
 import train_spf_portrait_lora as script
 import training_inputs as inputs_module
-from checkpoints import MANIFEST, STATE_TENSORS, STATE_VALUES, check_checkpoint, find_checkpoints, read_state
-from interruption import Interrupted
+from checkpoints import (
+    HIDDEN_PREFIX,
+    MANIFEST,
+    STATE_TENSORS,
+    STATE_VALUES,
+    check_checkpoint,
+    find_checkpoints,
+    read_state,
+)
 from toy_portraits.recipe import training_flags
 
 
@@ -249,7 +256,12 @@ def test_the_data_may_lie_elsewhere(world, whole_run, tmp_path):  # noqa: F811
     whole = whole_run()
     shutil.copytree(world.data, tmp_path / "data")
     copy_checkpoint(whole, 1, tmp_path / "output")
-    flags = {**STEPS, "train_data_dir": tmp_path / "data", "cache_dir": tmp_path / "cache", "dataloader_num_workers": 1}
+    flags = {
+        **STEPS,
+        "train_data_dir": tmp_path / "data",
+        "cache_dir": tmp_path / "cache",
+        "dataloader_num_workers": 1,
+    }
     again = train(world, tmp_path / "output", **flags, resume_from_checkpoint="latest")
     assert weights(again) == weights(whole)
 
@@ -403,7 +415,9 @@ def changed_picture(folder: Path) -> None:
 def test_other_data_are_refused(wrong_resume, tmp_path, change):
     change(write_data(tmp_path / "data"))
     message = wrong_resume(train_data_dir=tmp_path / "data")
-    assert all(part in message for part in ("--resume_from_checkpoint", "checkpoint-3", "prompts or pictures")), message
+    assert all(part in message for part in ("--resume_from_checkpoint", "checkpoint-3", "prompts or pictures")), (
+        message
+    )
 
 
 def test_fewer_pictures_are_refused(wrong_resume):
@@ -433,3 +447,440 @@ def test_a_new_run_does_not_mix_with_an_old_one(wrong_resume, tmp_path):
     message = wrong_resume(resume_from_checkpoint=None)
     parts = (f"--output_dir {tmp_path / 'output'}", "checkpoint-3", "--resume_from_checkpoint latest")
     assert all(part in message for part in parts), message
+
+
+# ------------------------------------------------------------------------------------- processes of their own
+
+
+class Process:
+    """The script in a process of its own, with one thread, and what it has written so far."""
+
+    def __init__(self, flags: list[str], *launcher: str, before_start=None, **variables: str):
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+        threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        self.popen = subprocess.Popen(
+            [sys.executable, *launcher, str(SCRIPT), *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**kept, **threads, **variables},
+            cwd=ROOT,
+            preexec_fn=before_start,
+            start_new_session=True,
+        )
+        self.written = bytearray()
+        self.reader = threading.Thread(target=self.read, daemon=True)
+        self.reader.start()
+
+    def read(self) -> None:
+        # A pipe and no file: one would be limited with the files of the program.
+        while block := os.read(self.popen.stdout.fileno(), 1 << 16):
+            self.written += block
+
+    @property
+    def text(self) -> str:
+        return self.written.decode(errors="replace")
+
+    def wait_for(self, condition: Callable[[], bool], timeout: float = 240) -> None:
+        """Until it is so, and fail if the program ends before."""
+        end = time.monotonic() + timeout
+        while not condition():
+            assert self.popen.poll() is None and time.monotonic() < end, self.text
+            time.sleep(0.002)
+
+    def wait(self, timeout: float = 240) -> int:
+        """Its exit status; a program that does not end is ended."""
+        try:
+            status = self.popen.wait(timeout)
+            self.reader.join(timeout)
+            return status
+        finally:
+            if self.popen.poll() is None:
+                os.killpg(self.popen.pid, signal.SIGKILL)
+                self.popen.wait()
+
+    def last_line(self) -> str:
+        return self.text.strip().splitlines()[-1]
+
+
+LONG = {"stage1_steps": 40, "stage2_steps": 40, "checkpointing_steps": 1, "checkpoints_total_limit": 1}
+# Where a signal finds the run: flags, when that is so, and the steps that may be done when it has stopped.
+PLACES = {
+    "first picture": (
+        {**STEPS, "num_validation_images": 1, "validation_inference_steps": 400},
+        lambda process, output: "steps of stage 1" in process.text,
+        range(0, 1),
+    ),
+    "stage 1": (LONG, lambda process, output: (output / "checkpoint-2").is_dir(), range(2, 40)),
+    "alignment portraits": (
+        {**STEPS, "alignment_inference_steps": 400, "checkpointing_steps": 0},
+        lambda process, output: "Preparing generated alignment portraits" in process.text,
+        range(BORDER, BORDER + 1),
+    ),
+    "stage 2": (LONG, lambda process, output: (output / "checkpoint-42").is_dir(), range(42, 80)),
+    "validation picture": (
+        {**STEPS, "num_validation_images": 1, "validation_inference_steps": 400, "validation_steps": 4},
+        lambda process, output: (output / "checkpoint-4").is_dir(),
+        range(4, 5),
+    ),
+}
+CASES = [(place, number) for place in PLACES for number in (signal.SIGTERM, signal.SIGINT)]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
+@pytest.mark.parametrize(
+    "place, number",
+    [
+        pytest.param(
+            *case, marks=() if case in (CASES[2], CASES[5]) else pytest.mark.slow, id=f"{case[0]}-{case[1].name}"
+        )
+        for case in CASES
+    ],
+)
+def test_a_signal_leaves_a_whole_checkpoint(world, tmp_path, place, number):  # noqa: F811
+    flags, arrived, steps = PLACES[place]
+    output = tmp_path / "output"
+    process = Process(make_flags(world, output, **flags))
+    process.wait_for(lambda: arrived(process, output))
+    time.sleep(random.random() * 0.3 if place not in ("stage 1", "stage 2") else 0)
+    process.popen.send_signal(number)
+    assert process.wait() == 128 + number, process.text
+    assert "Traceback" not in process.text
+
+    checkpoints = find_checkpoints(output)
+    step = int(checkpoints[-1].name.removeprefix("checkpoint-")) if checkpoints else 0
+    total = flags["stage1_steps"] + flags["stage2_steps"]
+    assert step in steps and f"{number.name} after step {step} of {total}: " in process.last_line()
+    if step:
+        assert f"--resume_from_checkpoint latest ({output})" in process.last_line()
+        check_checkpoint(checkpoints[-1])
+        stage = read_state(checkpoints[-1])["stage"]
+        assert stage == (2 if step > flags["stage1_steps"] else 1)
+    else:
+        assert "start again" in process.last_line()
+    if "picture" in place:
+        assert not (output / "validation" / f"step_{step:06d}.png").exists(), "the signal came too late"
+    assert not [name for name in files(output) if name.startswith(".") or "/." in name]
+    assert not (output / WEIGHTS).exists()
+
+    # Pictures are no matter for the weights, and take long here.
+    flags = {**flags, "num_validation_images": 0, "checkpointing_steps": 1}
+    train(world, output, **flags, resume_from_checkpoint="latest")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    whole = train(world, tmp_path / "whole", **flags)
+    assert_same_ending(output, whole)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
+@pytest.mark.slow
+def test_the_workers_that_read_pictures_do_not_take_the_run_down(world, whole_run, tmp_path):  # noqa: F811
+    """A cluster, or Ctrl-C in a terminal, signals every process of the group."""
+    flags = {**LONG, **PIXELS, "dataloader_num_workers": 2}
+    output = tmp_path / "output"
+    process = Process(make_flags(world, output, **flags))
+    process.wait_for((output / "checkpoint-2").is_dir)
+    os.killpg(process.popen.pid, signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM, process.text
+    assert "Traceback" not in process.text and "after step" in process.last_line()
+    check_checkpoint(find_checkpoints(output)[-1])
+
+
+LAUNCHER = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
+
+
+def children(pid: int) -> list[int]:
+    """Processes that one started itself."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc to find the launched processes")
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["the launcher", "all", "first", "second"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_two_processes_stop_after_the_same_step(world, tmp_path, to, stage):  # noqa: F811
+    """Whoever gets the signal; one that went on alone would fail in its next exchange with the other."""
+    flags = {**LONG, "train_batch_size": 1}
+    output = tmp_path / "output"
+    process = Process(make_flags(world, output, **flags), *LAUNCHER, ACCELERATE_USE_CPU="true")
+    process.wait_for((output / f"checkpoint-{2 if stage == 1 else 42}").is_dir)
+    workers = children(process.popen.pid)
+    assert len(workers) == 2
+    launcher = process.popen.pid
+    for pid in {
+        "the launcher": [launcher],
+        "all": [*workers, launcher],
+        "first": workers[:1],
+        "second": workers[1:],
+    }[to]:
+        os.kill(pid, signal.SIGTERM)
+    assert process.wait() != 0
+    text = process.text
+    (message,) = [line for line in text.splitlines() if "after step" in line]
+    (checkpoint,) = find_checkpoints(output)
+    check_checkpoint(checkpoint)
+    step = checkpoint.name.removeprefix("checkpoint-")
+    assert f"SIGTERM after step {step} of 80" in message
+    assert "train_spf_portrait_lora.py" not in text[text.index("after step") :].replace("FAILED", ""), text
+    assert "RuntimeError" not in text and "Connection" not in text, text
+    assert not [name for name in files(output) if name.startswith(".") or "/." in name]
+
+    again = Process(
+        make_flags(world, output, **flags, resume_from_checkpoint="latest"),
+        *LAUNCHER,
+        ACCELERATE_USE_CPU="true",
+    )
+    assert again.wait() == 0, again.text
+    whole = Process(make_flags(world, tmp_path / "whole", **flags), *LAUNCHER, ACCELERATE_USE_CPU="true")
+    assert whole.wait() == 0, whole.text
+    assert_same_ending(output, tmp_path / "whole")
+
+
+# --------------------------------------------------------------------------------------------------- full disks
+
+
+def limit_files(size: int) -> Callable[[], None]:
+    """No file of the process can grow above so many bytes, which fails as it does on a full disk."""
+    import resource
+
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+ONLY_LORA = {"checkpointing_steps": 0}
+# What cannot be written, with which flags, and whether a checkpoint is there by then.
+FULL = {
+    "checkpoint": ({"checkpointing_steps": 3}, 3000, 2),
+    "first checkpoint": ({}, 3000, 0),
+    "LoRA of stage 1": (ONLY_LORA, 3000, 0),
+    "LoRA of stage 1, checkpoint": (ONLY_LORA, 3000, 2),
+    "LoRA": ({"stage2_steps": 0, **ONLY_LORA}, 3000, 0),
+    "LoRA, checkpoint": ({"stage2_steps": 0, **ONLY_LORA}, 3000, 2),
+    "first picture": ({"num_validation_images": 1}, 300, 0),
+    "last picture": ({"stage2_steps": 0, "num_validation_images": 1, **ONLY_LORA}, 20_000, 2),
+    "latents": ({"cache_dir": "cache"}, 100, 0),
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such limits")
+@pytest.mark.parametrize(
+    "what", [pytest.param(name, marks=() if name == "checkpoint" else pytest.mark.slow) for name in FULL]
+)
+def test_a_full_disk_ends_the_program_with_one_line(world, whole_run, tmp_path, what):  # noqa: F811
+    changes, size, step = FULL[what]
+    if "cache_dir" in changes:
+        changes = {"cache_dir": tmp_path / "cache"}
+    output, flags = tmp_path / "output", {**STEPS, **changes}
+    if step:
+        copy_checkpoint(whole_run(), step, output)
+        flags["resume_from_checkpoint"] = "latest"
+    process = Process(make_flags(world, output, **flags), before_start=limit_files(size))
+    assert process.wait() == 1, process.text
+    line = process.last_line()
+    assert "Traceback" not in process.text and line.startswith("train_spf_portrait_lora.py: error: "), process.text
+    assert "File too large" in line
+    if what == "last picture":
+        assert line.endswith(f"; {output / WEIGHTS} is whole")
+        assert weights(output) == weights(whole_run(stage2_steps=0))
+    elif step:
+        assert line.endswith(f"; {output / f'checkpoint-{step}'} is whole, and the run can go on from it")
+    else:
+        assert line.endswith("; there is no earlier checkpoint") and ("--cache_dir" in line) == (what == "latents")
+    for checkpoint in find_checkpoints(output):
+        check_checkpoint(checkpoint)
+    assert [path.name for path in find_checkpoints(output)] == ([f"checkpoint-{step}"] if step else [])
+    assert not [name for name in files(tmp_path) if name.startswith(".") or "/." in name]
+
+    flags = {**STEPS, **changes, "num_validation_images": 0, "checkpointing_steps": 1}
+    train(world, output, **flags, resume_from_checkpoint="latest")
+    assert_same_ending(output, whole_run(**({"stage2_steps": 0} if "stage2_steps" in changes else {})))
+
+
+# -------------------------------------------------------------------------------------------------------- kills
+
+
+KILL_RUNS = 20
+# The first of them, whose kills wait for a checkpoint, or a LoRA, that is being written.
+AIMED = {number: "checkpoint" for number in range(8)} | {number: "LoRA" for number in (8, 9)}
+TOY_STEPS = 6  # of each stage
+ZYGOTE = """
+import json, os, sys, traceback
+
+import train_spf_portrait_lora as script
+
+print(json.dumps("ready"), flush=True)
+for line in sys.stdin:
+    log, flags = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(descriptor, 1), os.dup2(descriptor, 2)
+        status = 1
+        try:
+            script.main(flags)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    print(json.dumps(pid), flush=True)
+    print(json.dumps(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])), flush=True)
+"""
+
+
+class Zygote:
+    """A process that has imported everything and forks one that trains: 0.1 s instead of seconds, of which a kill
+    would mostly hit the imports."""
+
+    def __init__(self):
+        threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        self.popen = subprocess.Popen(
+            [sys.executable, "-c", ZYGOTE],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, **threads},
+            cwd=ROOT,
+        )
+        assert self.answer() == "ready"
+
+    def answer(self) -> object:
+        return json.loads(self.popen.stdout.readline())
+
+    def start(self, log: Path, flags: list[str]) -> int:
+        """Begin a run; returns its process."""
+        self.popen.stdin.write(json.dumps([str(log), flags]).encode() + b"\n")
+        self.popen.stdin.flush()
+        return self.answer()
+
+    def ended(self) -> bool:
+        """Whether the run's exit status lies ready."""
+        return bool(select.select([self.popen.stdout], [], [], 0)[0])
+
+    def close(self) -> None:
+        self.popen.stdin.close()
+        self.popen.wait()
+
+
+@pytest.fixture(scope="module")
+def zygote():
+    """One for each process of tests."""
+    own = Zygote()
+    yield own
+    own.close()
+
+
+def toy_flags(output: Path) -> list[str]:
+    """The toy's default, with few and small steps."""
+    small = {
+        "stage1_steps": TOY_STEPS,
+        "stage2_steps": TOY_STEPS,
+        "checkpointing_steps": 1,
+        "checkpoints_total_limit": 2,
+        "train_batch_size": 2,
+        "max_train_samples": 8,
+        "num_alignment_images": 4,
+        "alignment_inference_steps": 2,
+        "sfcm_noise_samples": 1,
+        "num_validation_images": 0,
+        "report_to": "none",
+        "output_dir": output,
+        "resume_from_checkpoint": "latest",
+    }
+    return [*training_flags("red_hat"), *(f"--{name}={value}" for name, value in small.items())]
+
+
+@pytest.fixture(scope="module")
+def reference(zygote, tmp_path_factory, worker_id) -> SimpleNamespace:
+    """The run that nobody kills, and how long it took; one for all processes of tests."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base if worker_id == "master" else base.parent) / "kills"
+    shared.mkdir(exist_ok=True)
+    with FileLock(shared / "lock"):
+        if not (shared / "seconds").exists():
+            started = time.monotonic()
+            zygote.start(shared / "log", toy_flags(shared / "output"))
+            assert zygote.answer() == 0, (shared / "log").read_text()
+            (shared / "seconds").write_text(str(time.monotonic() - started))
+    return SimpleNamespace(shared=shared, output=shared / "output", seconds=float((shared / "seconds").read_text()))
+
+
+def unfinished(output: Path, what: str) -> list[str]:
+    """Hidden folders of a checkpoint that is being written or deleted, or of a LoRA that is no checkpoint's."""
+    found = []
+    for folder in (output,) if what == "checkpoint" else (output, output / "stage1"):
+        try:
+            found += [name for name in os.listdir(folder) if name.startswith(HIDDEN_PREFIX)]
+        except FileNotFoundError:
+            continue
+    return [name for name in found if name.startswith(f"{HIDDEN_PREFIX}lora-") == (what == "LoRA")]
+
+
+def wait_for_a_write(zygote: Zygote, output: Path, what: str, skip: int, delay: float) -> None:
+    """Until one is being written or deleted for the `skip + 1`-th time, and a moment more."""
+    seen, present = 0, False
+    while not zygote.ended():
+        now = bool(unfinished(output, what))
+        if now and not present:
+            seen += 1
+            if seen > skip:
+                time.sleep(delay)
+                return
+        present = now
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(KILL_RUNS))
+def test_a_killed_run_ends_as_if_it_had_not_been(reference, zygote, tmp_path, number):
+    """SIGKILL at any time, up to three times, and again with the same command each time."""
+    chance, output, log = random.Random(number), tmp_path / "output", tmp_path / "log"
+    aim = AIMED.get(number)
+    facts = {"kills": 0, "in a checkpoint": 0, "in a LoRA": 0, "anew": 0, "stage 1": 0, "border": 0, "stage 2": 0}
+    wanted = chance.randint(1, 3)
+
+    def missed(facts: dict[str, int]) -> bool:
+        return aim is not None and facts[f"in a {aim}"] == 0
+
+    for attempt in range(30):
+        pid = zygote.start(log, toy_flags(output))
+        # Also after the kills that were wanted, if no run was hit as it should be.
+        kill = facts["kills"] < wanted or missed(facts)
+        if kill and aim is not None:
+            skip = chance.randint(0, 3 if aim == "checkpoint" else 1)
+            wait_for_a_write(zygote, output, aim, skip, chance.random() * (0.003 if aim == "checkpoint" else 0.001))
+        elif kill:
+            end = time.monotonic() + chance.random() * reference.seconds * (0.9 if attempt == 0 else 0.6)
+            while time.monotonic() < end and not zygote.ended():
+                time.sleep(0.001)
+        if kill and not zygote.ended():
+            os.kill(pid, signal.SIGKILL)
+        status = zygote.answer()
+        found = re.search(r"Going on from .*checkpoint-(\d+)", log.read_text())
+        if attempt:
+            step = int(found[1]) if found else 0
+            place = "anew" if step == 0 else "border" if step == TOY_STEPS else f"stage {1 + (step > TOY_STEPS)}"
+            facts[place] += 1
+        if status == -signal.SIGKILL:
+            facts["kills"] += 1
+            facts["in a checkpoint"] += bool(unfinished(output, "checkpoint"))
+            facts["in a LoRA"] += bool(unfinished(output, "LoRA"))
+            continue
+        assert status == 0, log.read_text()
+        if facts["kills"] == 0 or missed(facts):
+            shutil.rmtree(output)  # it was faster than the kill
+            continue
+        break
+    assert facts["kills"] and not missed(facts), facts
+    assert contents(output) == contents(reference.output)
+    record(reference.shared / "runs.json", number, facts)
+
+
+def record(path: Path, number: int, facts: dict[str, int]) -> None:
+    """Print what became of a run, and the sums when all are there."""
+    with FileLock(f"{path}.lock"):
+        runs = json.loads(path.read_text()) if path.exists() else {}
+        runs[str(number)] = facts
+        path.write_text(json.dumps(runs))
+    print(f"\nrun {number}: {facts}")
+    if len(runs) == KILL_RUNS:
+        total = {name: sum(run[name] for run in runs.values()) for name in facts}
+        print(f"{len(runs)} of {KILL_RUNS} runs ended alike: {total}")
