@@ -944,7 +944,7 @@ def write_checkpoint(run: Run) -> None:
         return
     args, stage2, scaler = run.args, run.stage == 2, run.accelerator.scaler
     state = {
-        "record": resume_record(args, run.training_set.batch_size),
+        "record": resume_record(args, run.training_set.batch_size, run.accelerator.mixed_precision),
         "data": run.inputs.data_fingerprint,
         "stage": run.stage,
         "global_step": run.global_step,
@@ -1029,6 +1029,12 @@ def bring_to_zero(unet: UNet2DConditionModel) -> None:
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
     """The processes, the precision and the trackers."""
+    for engine in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() in ("true", "1"):
+            raise InputError(
+                f"accelerate is set to {engine}, which this script does not train with: a LoRA has little to be "
+                "sharded; choose MULTI_GPU (DDP)"
+            )
     output_dir = Path(args.output_dir)
     accelerator = Accelerator(
         gradient_accumulation_steps=1,
@@ -1059,7 +1065,7 @@ def train(args: argparse.Namespace, inputs: Inputs) -> None:
         print_dry_run(inputs, clip_phrase_distances(clip, clip_tokenizer, inputs.pairs)[0])
         return
     if inputs.resume is not None:
-        now = resume_record(args, args.train_batch_size * accelerator.num_processes)
+        now = resume_record(args, args.train_batch_size * accelerator.num_processes, accelerator.mixed_precision)
         check_record(inputs.resume.folder, inputs.resume.state["record"], now)
 
     repo_id = None

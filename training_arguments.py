@@ -23,6 +23,8 @@ from sfcm import SFCM_MODES
 
 
 SCHEDULERS = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
+CARD_TAG = "\n- spf-portrait\n"  # as the metadata of a model card has it
+POLYNOMIAL_END = 1e-7  # of the learning rate, in diffusers
 # Where losses can go that keeps no command line, and with it what was given as a flag.
 PRIVATE_TRACKERS = ("tensorboard", "none")
 
@@ -353,11 +355,19 @@ def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         parser.error(f"--teacher_base_weight must be in [0, 1], got {args.teacher_base_weight}")
     if args.seed >= 2**32:
         parser.error(f"--seed must be below 2**32, got {args.seed}")
-    for name in ("output_dir", "cache_dir"):
-        if getattr(args, name) is not None:
-            folder = Path(getattr(args, name))
+    folders = {
+        "output_dir": args.output_dir,
+        "logging_dir": Path(args.output_dir, args.logging_dir),
+        "cache_dir": args.cache_dir,
+    }
+    for name, folder in folders.items():
+        if folder is not None:
+            folder = Path(folder)
             if not next(path for path in (folder, *folder.parents) if path.exists()).is_dir():
                 parser.error(f"--{name} {folder} is, or lies below, a file")
+    card = Path(args.output_dir) / "README.md"
+    if card.is_file() and CARD_TAG not in card.read_text(encoding="utf-8", errors="replace"):
+        parser.error(f"--output_dir {args.output_dir} holds a README.md that is no model card of this script")
     if args.stage1_lora_path is not None and not Path(args.stage1_lora_path).exists():
         parser.error(f"--stage1_lora_path {args.stage1_lora_path} does not exist")
     if not 0 <= args.sfcm_timesteps[0] < args.sfcm_timesteps[1]:
@@ -370,6 +380,12 @@ def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         parser.error(
             f"--stage2_objective {args.stage2_objective} needs a stage 1: give --stage1_steps or --stage1_lora_path"
         )
+    for name in ("lr_scheduler", "stage2_lr_scheduler"):
+        if getattr(args, name) == "polynomial" and args.learning_rate <= POLYNOMIAL_END:
+            parser.error(
+                f"--{name} polynomial ends at {POLYNOMIAL_END:g}, so --learning_rate must be above it, got "
+                f"{args.learning_rate:g}"
+            )
     if not args.center_crop and args.cache_latents:
         parser.error("--no-center_crop takes another crop in each step, so it needs --no-cache_latents")
     if args.use_dora and args.dual_path == "single_pass":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,8 +46,10 @@ from data import (
 from prompts import PromptPair, PromptTokens, make_prompt_pair, tokenize_prompt_pair
 
 
+logger = logging.getLogger(__name__)
+
 # What may be another when a run goes on, for it does not change what is computed; prompts and pictures are compared
-# by their content, the batch by its size over all processes.
+# by their content, batch and precision as accelerate has them.
 FREE_ON_RESUME = frozenset(
     """
     train_data_dir dataset_name dataset_config_name cache_dir image_column base_prompt_column target_prompt_column
@@ -54,8 +57,8 @@ FREE_ON_RESUME = frozenset(
     cache_text_embeddings train_batch_size gradient_checkpointing allow_tf32 stage2_steps output_dir logging_dir
     report_to checkpointing_steps checkpoints_total_limit resume_from_checkpoint validation_base_prompt
     validation_target_prompt num_validation_images validation_steps validation_inference_steps
-    validation_guidance_scale push_to_hub hub_model_id hub_token hub_private_repo hub_license output_kohya_format
-    dry_run enable_xformers_memory_efficient_attention
+    validation_guidance_scale mixed_precision push_to_hub hub_model_id hub_token hub_private_repo hub_license
+    output_kohya_format dry_run enable_xformers_memory_efficient_attention
     """.split()
 )
 
@@ -171,7 +174,9 @@ def check_inputs(args: argparse.Namespace) -> Inputs:
     tokenizer = check_text_models(args)
     if args.stage1_lora_path is not None:
         with naming_flag("stage1_lora_path", args.stage1_lora_path):
-            check_lora(args.stage1_lora_path, unet_config)
+            is_dora = check_lora(args.stage1_lora_path, unet_config)
+            if is_dora and args.dual_path == "single_pass":
+                raise ValueError("is a DoRA, which cannot be off in some rows of a batch: it needs --dual_path two_pass")
     if args.lora_layers is not None:
         check_lora_layers(args.lora_layers, unet_config)
     if args.aspect_ratio_buckets is None:
@@ -317,8 +322,11 @@ def _unet_layers(unet_config: dict) -> dict[str, torch.nn.Module]:
     return {name: module for name, module in modules if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)}
 
 
-def check_lora(path: str, unet_config: dict) -> None:
+def check_lora(path: str, unet_config: dict) -> bool:
     """Compare names and shapes in a LoRA with the UNet, of whose weights none are loaded.
+
+    Returns:
+        Whether it is a DoRA.
 
     Raises:
         ValueError, OSError, SafetensorError: there is no LoRA, or it does not fit.
@@ -338,6 +346,7 @@ def check_lora(path: str, unet_config: dict) -> None:
             fits = weight.ndim == layer.weight.ndim and weight.shape[side] == layer.weight.shape[side]
         if not fits:
             raise ValueError(f"{name!r} is {tuple(weight.shape)}, and this UNet's layer {tuple(layer.weight.shape)}")
+    return any(".lora_magnitude_vector" in name for name in state_dict)
 
 
 def check_lora_layers(layers: Sequence[str], unet_config: dict) -> None:
@@ -430,11 +439,18 @@ def _ranges(positions: Sequence[int]) -> str:
 # ------------------------------------------------------------------------------------------------------- resume
 
 
-def resume_record(args: argparse.Namespace, global_batch_size: int) -> dict[str, Any]:
-    """What must be the same when the run goes on: the flags that change what is computed, and the batch's size."""
+def resume_record(args: argparse.Namespace, global_batch_size: int, mixed_precision: str) -> dict[str, Any]:
+    """What must be the same when the run goes on: the flags that change what is computed, and what accelerate decides.
+
+    Args:
+        args: the flags.
+        global_batch_size: portraits a batch over all processes.
+        mixed_precision: the flag's, or that of accelerate's configuration.
+    """
     flags = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(args).items()}
     return {name: value for name, value in flags.items() if name not in FREE_ON_RESUME} | {
-        "global_batch_size": global_batch_size
+        "global_batch_size": global_batch_size,
+        "mixed_precision": mixed_precision,
     }
 
 
@@ -456,6 +472,7 @@ def find_resume(args: argparse.Namespace) -> Resume | None:
     if asked == "latest":
         folder = latest_checkpoint(output_dir)
         if folder is None:
+            logger.warning("There is no whole checkpoint in %s: the run starts anew", output_dir)
             return None
     else:
         folder = Path(asked) if Path(asked).is_dir() else output_dir / asked
@@ -466,7 +483,9 @@ def find_resume(args: argparse.Namespace) -> Resume | None:
         except ValueError as error:
             raise ValueError(f"--resume_from_checkpoint {asked}: {error}") from error
     state = read_state(folder)
-    check_record(folder, state["record"], resume_record(args, state["record"]["global_batch_size"]))
+    record = state["record"]
+    # Batch and precision are compared once accelerate has said what they are.
+    check_record(folder, record, resume_record(args, record["global_batch_size"], record["mixed_precision"]))
     return Resume(folder, state)
 
 

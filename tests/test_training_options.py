@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline
 from diffusers.models import attention_processor
@@ -536,3 +537,36 @@ def test_prodigy_with_a_rate_for_adam_is_warned_about(world, tmp_path, caplog, r
     with caplog.at_level("WARNING"):
         train(world, tmp_path / "output", **flags)
     assert ("--learning_rate" in caplog.text) == warned
+
+
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
+def test_engines_that_shard_are_refused(world, tmp_path, monkeypatch, engine):  # noqa: F811
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    with pytest.raises(SystemExit, match=f"error: accelerate is set to {engine}"):
+        train(world, tmp_path / "output")
+    assert not (tmp_path / "output").exists()
+
+
+def test_a_readme_of_ones_own_is_not_overwritten(world, tmp_path, capsys):  # noqa: F811
+    output = train(world, tmp_path / "output", stage1_steps=1, stage2_steps=0)
+    train(world, output, stage1_steps=1, stage2_steps=0)
+    (output / "README.md").write_text("# SPF-Portrait, my notes", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        train(world, output, stage1_steps=1, stage2_steps=0)
+    assert f"--output_dir {output} holds a README.md" in capsys.readouterr().err
+    assert (output / "README.md").read_text(encoding="utf-8") == "# SPF-Portrait, my notes"
+
+
+def test_a_resume_without_a_checkpoint_says_that_it_starts_anew(world, tmp_path, caplog):  # noqa: F811
+    with caplog.at_level("WARNING"):
+        train(world, tmp_path / "output", stage1_steps=1, stage2_steps=0, resume_from_checkpoint="latest")
+    assert f"no whole checkpoint in {tmp_path / 'output'}" in caplog.text
+
+
+def test_a_run_does_not_go_on_in_another_precision(world, tmp_path):  # noqa: F811
+    """Also where accelerate's own configuration sets it."""
+    flags = {"stage1_steps": 1, "stage2_steps": 0, "checkpointing_steps": 1}
+    output = train(world, tmp_path / "output", **flags)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(SystemExit, match="mixed_precision no, and now it is bf16"):
+        train(world, output, **flags, mixed_precision="bf16", resume_from_checkpoint="latest")
