@@ -159,25 +159,12 @@ def test_every_command_is_one_its_program_takes(monkeypatch):
     assert programs == {"demo": 3, "launch": 8, "torchrun": 1}
 
 
-CONFIGS = {
-    "ddp": DistributedType.MULTI_GPU,
-    "fsdp": DistributedType.FSDP,
-    "deepspeed_zero2": DistributedType.DEEPSPEED,
-}
-
-
-def test_the_configuration_files_are_ones_accelerate_reads():
-    """Their names, their kinds, and that the launcher knows every flag in their sections."""
-    assert {path.stem for path in (ROOT / "accelerate_configs").iterdir()} == set(CONFIGS)
-    known = {action.dest for action in launch_command_parser()._actions}
-    for name, kind in CONFIGS.items():
-        path = ROOT / "accelerate_configs" / f"{name}.yaml"
-        assert f"accelerate_configs/{name}.yaml" in README
-        config = load_config_from_file(str(path))
-        assert isinstance(config, ClusterConfig) and config.distributed_type == kind
-        assert config.num_processes == 2 and config.mixed_precision == "bf16" and not config.use_cpu
-        assert {**config.fsdp_config, **config.deepspeed_config}.keys() <= known, name
-    assert config.deepspeed_config["zero_stage"] == 2
+def test_the_configuration_file_is_one_accelerate_reads():
+    (path,) = (ROOT / "accelerate_configs").iterdir()
+    assert f"accelerate_configs/{path.name}" in README
+    config = load_config_from_file(str(path))
+    assert isinstance(config, ClusterConfig) and config.distributed_type == DistributedType.MULTI_GPU
+    assert config.num_processes == 2 and config.mixed_precision == "bf16" and not config.use_cpu
 
 
 def test_the_ci_runs_the_readmes_test_command():
