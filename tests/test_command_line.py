@@ -80,7 +80,9 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def listing(folder: Path) -> dict[str, tuple[int, int]]:
-    return {str(path.relative_to(folder)): path.stat()[6:9:2] for path in sorted(folder.rglob("*")) if path.exists()}
+    """Size and time of all that lies in a folder; of links, their own."""
+    stats = {str(path.relative_to(folder)): path.lstat() for path in folder.rglob("*")}
+    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
 def flags_for(world, folder: Path, changes: dict) -> list[str]:
@@ -416,6 +418,15 @@ def test_an_earlier_lora_that_does_not_load(forked_refusal, world, tmp_path, kin
     assert_named(line, [f"--stage1_lora_path {folder}"])
 
 
+@pytest.mark.slow
+def test_an_earlier_dora_in_one_pass(forked_refusal, launcher, world, tmp_path):
+    given = make_flags(world, tmp_path / "dora", use_dora=True, stage1_steps=1, stage2_steps=0)
+    assert launcher(given, tmp_path)[0] == 0
+    flags = {"stage1_steps": 0, "stage1_lora_path": tmp_path / "dora", "stage2_objective": "paper"}
+    line = forked_refusal(**flags, dual_path="single_pass")
+    assert_named(line, [f"--stage1_lora_path {tmp_path / 'dora'}", "DoRA", "--dual_path two_pass"])
+
+
 # ------------------------------------------------------------------------------------------------ folders and machine
 
 
@@ -439,6 +450,13 @@ def test_a_checkpoint_that_is_none(forked_refusal, tmp_path):
 def test_a_folder_that_is_a_file(forked_refusal, tmp_path, flag, below):
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     assert_named(forked_refusal(**{flag: tmp_path / "file" / below}), [f"--{flag} {tmp_path / 'file' / below}"])
+
+
+@pytest.mark.slow
+def test_logs_below_a_file(forked_refusal, tmp_path):
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "logs").write_text("mine", encoding="utf-8")
+    assert_named(forked_refusal(report_to="tensorboard"), [f"--logging_dir {tmp_path / 'output' / 'logs'}"])
 
 
 @pytest.mark.slow

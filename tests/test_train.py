@@ -1030,6 +1030,10 @@ WRONG_FLAGS = [
         for name in ("sfcm_gamma", "max_grad_norm", "adam_epsilon", "lr_power", "snr_gamma")
     ),
     ({"lora_dropout": 1}, ["--lora_dropout", "[0, 1)", "1.0"]),
+    *(
+        ({name: "polynomial", "learning_rate": 1e-7}, [f"--{name} polynomial", "--learning_rate", "1e-07"])
+        for name in ("lr_scheduler", "stage2_lr_scheduler")
+    ),
     ({"rank": "many"}, ["--rank", "'many'"]),
     ({"nonsense": 1}, ["--nonsense=1"]),
     ({"aspect_ratio_buckets": " "}, ["--aspect_ratio_buckets", "empty"]),
