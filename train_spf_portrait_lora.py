@@ -1268,7 +1268,7 @@ def card_facts(run: Run, pictures: Sequence[str]) -> CardFacts:
         licence=args.hub_license,
         repo_id=run.repo_id,
         has_kohya=args.output_kohya_format,
-        is_dora=args.use_dora,
+        is_dora=run.unet.peft_config["default"].use_dora,
     )
 
 

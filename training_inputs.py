@@ -176,7 +176,9 @@ def check_inputs(args: argparse.Namespace) -> Inputs:
         with naming_flag("stage1_lora_path", args.stage1_lora_path):
             is_dora = check_lora(args.stage1_lora_path, unet_config)
             if is_dora and args.dual_path == "single_pass":
-                raise ValueError("is a DoRA, which cannot be off in some rows of a batch: it needs --dual_path two_pass")
+                raise ValueError(
+                    "is a DoRA, which cannot be off in some rows of a batch: it needs --dual_path two_pass"
+                )
     if args.lora_layers is not None:
         check_lora_layers(args.lora_layers, unet_config)
     if args.aspect_ratio_buckets is None:

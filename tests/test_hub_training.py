@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import test_train
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 from hub_server import HubServer
 from safetensors import safe_open
@@ -29,7 +30,7 @@ BASE, TARGET = ROWS[0]["base_prompt"], ROWS[0]["target_prompt"]
 FULL = f"{BASE}, {TARGET}"
 CLOSE = 1e-5  # of pixels in [0, 1]
 PUSH = {"push_to_hub": True, "hub_model_id": "spf", "hub_token": SECRET}
-world = test_train.world
+world, fresh_accelerator = test_train.world, test_train.fresh_accelerator
 
 READ = """
 import sys
@@ -192,6 +193,15 @@ def test_a_push_that_is_refused_at_the_end_loses_nothing(world, tmp_path):
     assert SECRET not in run.stdout + run.stderr
     assert files(output) == {CARD, LORA, KOHYA}
     StableDiffusionPipeline.from_pretrained(world.model, safety_checker=None).load_lora_weights(output)
+
+
+@pytest.mark.slow
+def test_the_card_of_a_run_that_began_with_a_dora_says_so(world, tmp_path):
+    test_train.train(world, tmp_path / "dora", use_dora=True, stage1_steps=1, stage2_steps=0)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    flags = {"stage1_steps": 0, "stage1_lora_path": tmp_path / "dora", "stage2_steps": 1}
+    output = test_train.train(world, tmp_path / "output", **flags, output_kohya_format=True)
+    assert (output / KOHYA).is_file() and "is a DoRA" in (output / CARD).read_text(encoding="utf-8")
 
 
 def assert_private(card: str, world, folder: Path) -> None:
