@@ -72,3 +72,12 @@ def catch_stop_signals() -> Iterator[StopRequest]:
         for number, handler in before.items():
             # None is a handler that was not set from Python, and cannot be set from there again.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def leave_stop_signals(worker: int = 0) -> None:
+    """For a process that works for the run: a signal to the whole group is the run's, which ends its workers itself.
+
+    Source: [ours].
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

@@ -49,7 +49,14 @@ from attention_processors import (
 )
 from caches import TensorCache, fingerprint, module_fingerprint
 from checked_loading import InputError
-from checkpoints import HIDDEN_PREFIX, CheckpointError, remove_leftovers, save_checkpoint, what_is_safe
+from checkpoints import (
+    HIDDEN_PREFIX,
+    CheckpointError,
+    find_checkpoints,
+    remove_leftovers,
+    save_checkpoint,
+    what_is_safe,
+)
 from conditioning import (
     BASE,
     EMPTY,
@@ -62,7 +69,7 @@ from conditioning import (
 )
 from data import bucketed_batch_indices, draw_latents
 from hub import KOHYA_WEIGHTS, LORA_WEIGHTS, CardFacts, create_hub_repo, push_lora, save_kohya_lora, write_model_card
-from interruption import Interrupted, StopRequest, catch_stop_signals
+from interruption import Interrupted, StopRequest, catch_stop_signals, leave_stop_signals
 from losses import (
     ENHANCEMENT_LOSSES,
     compose_prediction,
@@ -280,7 +287,10 @@ def read_pixels(
     run: Run, numbers: Sequence[Sample] | range, read: Callable[[Sample | int], torch.Tensor]
 ) -> DataLoader:
     """What `read` makes of each of them, in order, by --dataloader_num_workers processes."""
-    return DataLoader(numbers, batch_size=None, collate_fn=read, num_workers=run.args.dataloader_num_workers)
+    workers = run.args.dataloader_num_workers
+    return DataLoader(
+        numbers, batch_size=None, collate_fn=read, num_workers=workers, worker_init_fn=leave_stop_signals
+    )
 
 
 def encode_training_portraits(run: Run, cache: TensorCache) -> list[torch.Tensor]:
@@ -1194,7 +1204,9 @@ def leave(run: Run, interruption: Interrupted) -> None:
     """Write a checkpoint, say how to go on, and end the program as its signal would have."""
     if run.global_step > 0:
         write_checkpoint(run)
-        advice = f"go on with the same flags and --resume_from_checkpoint latest ({run.args.output_dir})"
+        # Nothing lies in the output folder yet if the run came from another one and has done no step since.
+        checkpoint = "latest" if find_checkpoints(Path(run.args.output_dir)) else run.inputs.resume.folder
+        advice = f"go on with the same flags and --resume_from_checkpoint {checkpoint} ({run.args.output_dir})"
     else:
         advice = "before the first one there is nothing to keep: start again"
     if run.accelerator.is_main_process:

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from interruption import Interrupted, StopRequest, catch_stop_signals
+from interruption import Interrupted, StopRequest, catch_stop_signals, leave_stop_signals
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -178,3 +178,11 @@ def test_a_handler_that_python_did_not_set_does_not_stand_in_the_way(monkeypatch
         signal.raise_signal(signal.SIGTERM)
         assert stop.signal_number == signal.SIGTERM
     set_handler(signal.SIGTERM, before)
+
+
+def test_a_worker_leaves_the_signals_to_the_run():
+    with catch_stop_signals() as stop:
+        leave_stop_signals(3)
+        for number in SIGNALS:
+            os.kill(os.getpid(), number)
+        assert stop.signal_number == 0

@@ -570,6 +570,17 @@ def test_a_signal_leaves_a_whole_checkpoint(world, tmp_path, place, number):  # 
     assert_same_ending(output, whole)
 
 
+def test_the_advice_names_a_checkpoint_that_is_there(world, whole_run, tmp_path, monkeypatch, caplog):  # noqa: F811
+    """A run that came from elsewhere and was stopped before its first step has none in its own folder."""
+    folder = whole_run() / f"checkpoint-{BORDER}"
+    monkeypatch.setattr(script, "prepare_alignment", lambda run: signal.raise_signal(signal.SIGTERM))
+    with caplog.at_level(logging.WARNING), pytest.raises(SystemExit) as caught:
+        train(world, tmp_path / "output", **STEPS, resume_from_checkpoint=folder)
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert f"SIGTERM after step {BORDER} of {TOTAL}" in caplog.text
+    assert f"--resume_from_checkpoint {folder} " in caplog.text and "latest" not in caplog.text
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
 @pytest.mark.slow
 def test_the_workers_that_read_pictures_do_not_take_the_run_down(world, whole_run, tmp_path):  # noqa: F811
