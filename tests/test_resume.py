@@ -5,6 +5,7 @@ nothing disturbed.
 """
 
 import json
+import logging
 import os
 import random
 import re
