@@ -631,7 +631,8 @@ def test_two_processes_stop_after_the_same_step(world, tmp_path, to, stage):  # 
     check_checkpoint(checkpoint)
     step = checkpoint.name.removeprefix("checkpoint-")
     assert f"SIGTERM after step {step} of 80" in message
-    assert "train_spf_portrait_lora.py" not in text[text.index("after step") :].replace("FAILED", ""), text
+    # A traceback of the launcher, which reports that its processes did not end with 0, has no line of the script.
+    assert f'File "{SCRIPT}"' not in text, text
     assert "RuntimeError" not in text and "Connection" not in text, text
     assert not [name for name in files(output) if name.startswith(".") or "/." in name]
 
