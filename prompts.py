@@ -62,6 +62,11 @@ class PromptPair:
         """All target texts in one line, as CLIP's text encoder is to see them."""
         return ", ".join(target.text for target in self.target_prompts)
 
+    @property
+    def target_argument(self) -> tuple[str | tuple[str, str], ...]:
+        """The targets as the pipeline takes them: what is added, and pairs of a phrase and what replaces it."""
+        return tuple(t.text if t.replaces is None else (t.replaces, t.text) for t in self.target_prompts)
+
 
 @dataclass(frozen=True)
 class PromptTokens:

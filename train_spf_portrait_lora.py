@@ -68,7 +68,7 @@ from conditioning import (
     make_prompt_table,
 )
 from data import bucketed_batch_indices, draw_latents
-from hub import KOHYA_WEIGHTS, LORA_WEIGHTS, CardFacts, create_hub_repo, push_lora, save_kohya_lora, write_model_card
+from hub import LORA_WEIGHTS
 from interruption import Interrupted, StopRequest, catch_stop_signals, leave_stop_signals
 from losses import (
     ENHANCEMENT_LOSSES,
@@ -82,7 +82,6 @@ from losses import (
 from optimizers import make_optimizer
 from pictures import picture_grid
 from pipeline_spf_portrait import SPFPortraitPipeline, overlay_heat_map
-from prompts import PromptPair
 from sfcm import SFCM_MODES, noise_difference, phrase_attention_maps
 from training_arguments import parse_args, uses_enhancement
 from training_inputs import (
@@ -95,26 +94,12 @@ from training_inputs import (
     resume_record,
 )
 from training_models import load_adapter, load_clip, load_decoder, load_pipeline, lora_config, use_xformers
+from training_sharing import make_repository, share
 
 
 logger = get_logger(__name__)
 
 STAGE1_ADAPTER = "stage1"
-# Flags that a model card is silent about: folders and files of this machine, and what concerns no one else.
-UNPUBLISHED = frozenset(
-    """
-    pretrained_model_name_or_path clip_model_name_or_path pretrained_vae_model_name_or_path
-    tiny_vae_model_name_or_path train_data_dir dataset_name cache_dir stage1_lora_path output_dir logging_dir report_to
-    resume_from_checkpoint checkpointing_steps checkpoints_total_limit dataloader_num_workers dry_run push_to_hub
-    hub_model_id hub_token hub_private_repo hub_license output_kohya_format
-    """.split()
-)
-HERE = Path(__file__).resolve().parent
-# What the pipeline is made of, under the names that diffusers looks for in a repository.
-PIPELINE_CODE = {
-    "pipeline.py": HERE / "pipeline_spf_portrait.py",
-    **{name: HERE / name for name in ("attention_processors.py", "prompts.py", "sfcm.py")},
-}
 
 
 # --------------------------------------------------------------------------------------------- models and portraits
@@ -867,7 +852,7 @@ def draw_validation(run: Run) -> None:
             base = run.pipeline(**shared, compare=True, generator=torch.Generator().manual_seed(args.seed + seed))
             full = run.pipeline(
                 **shared,
-                target_prompt=list(target_argument(pair)),
+                target_prompt=list(pair.target_argument),
                 base_phrases=list(pair.base_phrases),
                 return_sfcm=True,
                 generator=torch.Generator().manual_seed(args.seed + seed),
@@ -884,11 +869,6 @@ def draw_validation(run: Run) -> None:
             tracker.log_images({"validation": np.asarray(grid)[None]}, step=run.global_step, dataformats="NHWC")
         elif tracker.name == "wandb":
             tracker.log_images({"validation": [grid]}, step=run.global_step)
-
-
-def target_argument(pair: PromptPair) -> tuple[str | tuple[str, str], ...]:
-    """The targets as the pipeline takes them: what is added, and pairs of a phrase and what replaces it."""
-    return tuple((t.replaces, t.text) if t.replaces is not None else t.text for t in pair.target_prompts)
 
 
 def validation_picture(global_step: int) -> str:
@@ -1232,56 +1212,15 @@ def finish(run: Run) -> None:
     accelerator.end_training()
     logger.info("The LoRA is %s", output_dir / LORA_WEIGHTS)
     if accelerator.is_main_process:
-        share(run)
-
-
-# ------------------------------------------------------------------------------------------------------------ sharing
-
-
-def make_repository(args: argparse.Namespace) -> str:
-    """The repository on the Hub, made before the training so that a wrong name or token is known now."""
-    name = args.hub_model_id or Path(args.output_dir).resolve().name
-    try:
-        return create_hub_repo(name, args.hub_token, args.hub_private_repo)
-    except ValueError as error:
-        raise InputError(str(error)) from error
-
-
-def share(run: Run) -> None:
-    """The LoRA in kohya's format and the model card; both on the Hub with the pipeline, if that was asked for."""
-    args, output_dir = run.args, Path(run.args.output_dir)
-    pictures = [validation_picture(run.global_step)] if args.num_validation_images else []
-    if args.output_kohya_format:
-        save_kohya_lora(output_dir / LORA_WEIGHTS, output_dir / KOHYA_WEIGHTS)
-    write_model_card(output_dir, card_facts(run, pictures))
-    if run.repo_id is None:
-        return
-    files = [*pictures, *([KOHYA_WEIGHTS] if args.output_kohya_format else [])]
-    try:
-        address = push_lora(output_dir, run.repo_id, args.hub_token, PIPELINE_CODE, files)
-    except (OSError, ValueError) as error:
-        raise InputError(str(error)) from error
-    logger.info("The LoRA is on the Hub: %s", address)
-
-
-def card_facts(run: Run, pictures: Sequence[str]) -> CardFacts:
-    """What the model card says; no folder of this machine is in it."""
-    args, pair = run.args, run.inputs.validation_pair
-    base_model = args.pretrained_model_name_or_path
-    settings = {name: value for name, value in vars(args).items() if name not in UNPUBLISHED}
-    return CardFacts(
-        base_model=f"path/to/{Path(base_model).resolve().name}" if Path(base_model).is_dir() else base_model,
-        targets=tuple(dict.fromkeys(own.target_text for own in run.inputs.pairs[: len(run.inputs.rows)])),
-        example_prompt=pair.full_prompt,
-        base_prompt=pair.base_prompt,
-        example_target=target_argument(pair),
-        settings=settings,
-        pictures=tuple(pictures),
-        licence=args.hub_license,
-        repo_id=run.repo_id,
-        has_kohya=args.output_kohya_format,
-        is_dora=run.unet.peft_config["default"].use_dora,
-    )
+        pictures = [validation_picture(run.global_step)] if run.args.num_validation_images else []
+        share(
+            run.args,
+            run.inputs.pairs[: len(run.inputs.rows)],
+            run.inputs.validation_pair,
+            pictures,
+            run.repo_id,
+            run.unet.peft_config["default"].use_dora,
+        )
 
 
 def tracker_config(args: argparse.Namespace) -> dict[str, bool | int | float | str]:

@@ -12,7 +12,10 @@ LEAVES = (
     "attention_processors", "prompts", "sfcm", "losses", "data", "caches", "checkpoints", "checked_loading", "hub",
     "interruption", "optimizers", "pictures",
 )  # fmt: skip
-FLOOR_1 = ("conditioning", "pipeline_spf_portrait", "training_arguments", "training_inputs", "training_models")
+FLOOR_1 = (
+    "conditioning", "pipeline_spf_portrait", "training_arguments", "training_inputs", "training_models",
+    "training_sharing",
+)  # fmt: skip
 PURE_LEAVES = {"prompts": {"transformers"}, "sfcm": {"torch"}, "losses": {"torch"}}
 # Every Python file that belongs to the repository; hidden folders hold environments and caches.
 FILES = sorted(

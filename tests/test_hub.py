@@ -312,7 +312,13 @@ def test_before_a_push_the_examples_name_the_output_folder(tmp_path):
 
 def test_prompts_with_quotes_bars_and_fences_spoil_neither_code_nor_metadata(tmp_path):
     nasty = "it's \"red\": ``` hair | --- # \\ {x}\nnext - line"
-    facts = make_facts(targets=(nasty,), example_target=(nasty,), example_prompt=nasty, base_prompt=nasty, settings={"target_prompt": nasty})
+    facts = make_facts(
+        targets=(nasty,),
+        example_target=(nasty,),
+        example_prompt=nasty,
+        base_prompt=nasty,
+        settings={"target_prompt": nasty},
+    )
     card = ModelCard.load(write_model_card(tmp_path, facts))
     assert card.data.instance_prompt == nasty
     assert card.data.widget[0]["text"] == nasty

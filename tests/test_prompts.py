@@ -435,3 +435,8 @@ def test_phrase_mask_rows_sum_to_one(make_tokenizer):
     rows = phrase_mask(tokens.phrase_positions, 77)
     assert [sum(row) for row in rows] == pytest.approx([1, 1, 1])
     assert all(len(row) == 77 for row in rows)
+
+
+def test_the_targets_as_the_pipeline_takes_them():
+    pair = make_prompt_pair("a woman, a hat", ["red hair", ("a hat", "a crown")])
+    assert pair.target_argument == ("red hair", ("a hat", "a crown"))
