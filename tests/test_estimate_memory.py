@@ -1,0 +1,140 @@
+"""Tests of the memory estimate: its counting on programs whose peak is known, and on a tiny UNet."""
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from test_house import ROOT
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from benchmarks.estimate_memory import (
+    PRESETS,
+    UPCAST,
+    LiveBytes,
+    Models,
+    counting,
+    like_cuda,
+    make_unet_with_lora,
+    parameter_bytes,
+    parse_flags,
+    steps_peak,
+    without_content,
+)
+
+
+KIB = 1024
+FLAGS = "--train_batch_size 2 --stage2_objective both --enhancement_loss none"
+
+
+def tensor(kib: int, **options) -> torch.Tensor:
+    return torch.empty(kib * KIB // 4, **options)
+
+
+def tiny_unet(flags: str) -> UNet2DConditionModel:
+    def make() -> UNet2DConditionModel:
+        return UNet2DConditionModel(
+            block_out_channels=(32,),
+            down_block_types=("CrossAttnDownBlock2D",),
+            up_block_types=("CrossAttnUpBlock2D",),
+            layers_per_block=1,
+            cross_attention_dim=32,
+            attention_head_dim=4,
+            norm_num_groups=8,
+        )
+
+    with torch.device("meta"):
+        return make_unet_with_lora(parse_flags(flags), make)
+
+
+@pytest.mark.parametrize("fake", [True, False])
+def test_the_peak_of_a_known_program_is_counted_exactly(fake):
+    with FakeTensorMode(allow_non_fake_inputs=True) if fake else torch.no_grad(), LiveBytes() as counter:
+        first = tensor(8)
+        view = first[: KIB // 4].view(2, -1)
+        second = first * 2
+        assert counter.live == 16 * KIB  # a view has no bytes of its own
+        del first
+        assert counter.live == 16 * KIB  # and keeps its storage alive
+        del view
+        assert counter.live == 8 * KIB
+        third = second.add_(1)
+        assert counter.live == 8 * KIB
+        del second, third
+    assert (counter.live, counter.peak) == (0, 16 * KIB)
+
+
+def test_what_autograd_alone_keeps_is_counted_until_the_backward():
+    with FakeTensorMode():
+        weight = tensor(4, requires_grad=True)
+        with LiveBytes() as counter:
+            counter.count(weight)
+            loss = weight.exp().sum()  # exp keeps its result, which has no name here
+            assert counter.live == 8 * KIB + 4
+            torch.autograd.backward(loss)
+            assert counter.live == 8 * KIB + 4  # the result is gone, the gradient is there
+            del loss
+            weight.grad = None
+        assert counter.live == 4 * KIB
+
+
+def test_a_modules_parameters_are_counted_before_anything_runs():
+    module = torch.nn.Linear(16, 16)
+    with counting(module) as counter:
+        assert counter.live == (16 * 16 + 16) * 4
+
+
+def test_attention_inside_keeps_no_scores_and_outside_is_torchs_own():
+    query = torch.randn(1, 1, 64, 8, requires_grad=True)
+    expected = F.scaled_dot_product_attention(query, query, query)
+    with FakeTensorMode(allow_non_fake_inputs=True), like_cuda(), LiveBytes() as counter:
+        output = F.scaled_dot_product_attention(query, query, query)
+        assert counter.peak == (64 * 8 + 64) * 4  # 64 x 64 scores would be more
+        del output
+    assert torch.equal(F.scaled_dot_product_attention(query, query, query), expected)
+
+
+def test_norms_and_softmax_are_float32_inside_and_under_autocast_alone():
+    x, weight = torch.randn(2, 8, dtype=torch.bfloat16), torch.ones(8, dtype=torch.bfloat16)
+
+    def dtypes() -> set[torch.dtype]:
+        return {F.layer_norm(x, (8,), weight).dtype, F.group_norm(x, 2, weight).dtype, x.softmax(-1).dtype}
+
+    with like_cuda():
+        assert dtypes() == {torch.bfloat16}
+        with torch.autocast("cpu", torch.bfloat16):
+            assert dtypes() == {torch.float32}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert dtypes() == {torch.bfloat16}
+
+
+def test_torchs_functions_are_put_back_even_after_an_error():
+    owners = ((F, "scaled_dot_product_attention"), *UPCAST)
+    before = [getattr(owner, name) for owner, name in owners]
+    inherited = "softmax" not in vars(torch.Tensor)
+    with pytest.raises(ZeroDivisionError), like_cuda():
+        assert all(getattr(owner, name) is not own for (owner, name), own in zip(owners, before, strict=True))
+        raise ZeroDivisionError
+    assert [getattr(owner, name) for owner, name in owners] == before
+    assert ("softmax" not in vars(torch.Tensor)) == inherited
+
+
+def test_checkpointing_counts_less_of_a_tiny_unet_which_stays_as_it_was():
+    peaks = []
+    for extra in ("", "--gradient_checkpointing"):
+        unet = tiny_unet(f"{FLAGS} {extra}")
+        with without_content(unet):
+            processors = {name: type(processor) for name, processor in unet.attn_processors.items()}
+            peaks.append(steps_peak(Models(parse_flags(f"{FLAGS} {extra}"), unet, None, None, None), side=16))
+        assert "forward" not in vars(unet)
+        assert {name: type(processor) for name, processor in unet.attn_processors.items()} == processors
+        assert all(parameter.grad is None for parameter in unet.parameters())
+    assert parameter_bytes(unet) < peaks[1] < peaks[0]
+
+
+def test_the_readmes_presets_are_the_ones_estimated():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) GB \| `(.*?)` \| [\d.]+ GiB \|$", readme, re.MULTILINE)
+    assert {int(card): flags for card, flags in rows} == PRESETS
+    assert "`python benchmarks/estimate_memory.py`" in readme
