@@ -604,11 +604,21 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+@pytest.fixture(scope="module")
+def whole_of_two(world, tmp_path_factory) -> Path:  # noqa: F811
+    """The undisturbed run of two processes."""
+    output = tmp_path_factory.mktemp("two") / "output"
+    flags = {**LONG, "train_batch_size": 1}
+    process = Process(make_flags(world, output, **flags), *LAUNCHER, ACCELERATE_USE_CPU="true")
+    assert process.wait() == 0, process.text
+    return output
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc to find the launched processes")
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["the launcher", "all", "first", "second"])
 @pytest.mark.parametrize("stage", [1, 2])
-def test_two_processes_stop_after_the_same_step(world, tmp_path, to, stage):  # noqa: F811
+def test_two_processes_stop_after_the_same_step(world, whole_of_two, tmp_path, to, stage):  # noqa: F811
     """Whoever gets the signal; one that went on alone would fail in its next exchange with the other."""
     flags = {**LONG, "train_batch_size": 1}
     output = tmp_path / "output"
@@ -642,9 +652,7 @@ def test_two_processes_stop_after_the_same_step(world, tmp_path, to, stage):  # 
         ACCELERATE_USE_CPU="true",
     )
     assert again.wait() == 0, again.text
-    whole = Process(make_flags(world, tmp_path / "whole", **flags), *LAUNCHER, ACCELERATE_USE_CPU="true")
-    assert whole.wait() == 0, whole.text
-    assert_same_ending(output, tmp_path / "whole")
+    assert_same_ending(output, whole_of_two)
 
 
 # --------------------------------------------------------------------------------------------------- full disks
