@@ -580,7 +580,7 @@ def test_loads_as_custom_pipeline_in_a_fresh_process(world, tmp_path):
         text=True,
     )
     assert run.returncode == 0, run.stderr
-    assert "pip install" not in run.stderr
+    assert "not found in your environment" not in run.stderr, "the loader asks for our own modules"
     result, more = run.stdout.strip().splitlines()[-2:]
     name, images, references = json.loads(result)
     assert name == "SPFPortraitPipeline"
