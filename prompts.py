@@ -50,12 +50,18 @@ class TargetPrompt:
 
 @dataclass(frozen=True)
 class PromptPair:
-    """A base prompt, its targets, the full prompt of both, and the base phrases to be preserved (none replaced)."""
+    """A base prompt, its targets, the full prompt of both, and the base prompt's phrases.
+
+    Args:
+        base_phrases: none of them replaced; they are to be preserved, but for those in `free_phrases`.
+        free_phrases: those of `base_phrases` that may change along with the target.
+    """
 
     base_prompt: str
     target_prompts: tuple[TargetPrompt, ...]
     full_prompt: str
     base_phrases: tuple[str, ...]
+    free_phrases: tuple[str, ...] = ()
 
     @property
     def target_text(self) -> str:
@@ -160,6 +166,7 @@ def make_prompt_pair(
     target_prompt: str | Sequence[str | tuple[str, str] | TargetPrompt],
     full_prompt: str | None = None,
     base_phrases: Sequence[str] | None = None,
+    free_phrases: Sequence[str] = (),
 ) -> PromptPair:
     """Check the prompts, complete what was not given, and bind them together.
 
@@ -170,16 +177,18 @@ def make_prompt_pair(
         full_prompt: composed if not given. If given, targets that are plain strings are looked up in it by
             `infer_replacement`.
         base_phrases: phrases of the base prompt; `split_phrases(base_prompt)` if not given.
+        free_phrases: phrases of the base prompt that may change along with the target, such as "a green background";
+            they need not be among `base_phrases`.
 
     Returns:
-        The pair. Base phrases that overlap a replaced one are dropped: their region is where the target goes.
+        The pair. Phrases that overlap a replaced one are dropped: their region is where the target goes.
 
     Raises:
-        ValueError: a text is empty; a target is the base prompt, one of its phrases or what it replaces; a base or a
-            replaced phrase is not in the base prompt; a target is not in the full prompt; nothing is left to
+        ValueError: a text is empty; a target is the base prompt, one of its phrases or what it replaces; a base, free
+            or replaced phrase is not in the base prompt; a target is not in the full prompt; nothing is left to
             preserve.
 
-    Source: [paper] the prompts; [ours] the checks.
+    Source: [paper] the prompts; [ours] the checks, and phrases that are free to change.
     """
     given = [target_prompt] if isinstance(target_prompt, str) else list(target_prompt)
     targets = [TargetPrompt(target[1], target[0]) if isinstance(target, tuple) else target for target in given]
@@ -190,6 +199,11 @@ def make_prompt_pair(
         raise ValueError(f"A target prompt is empty: {target_prompt!r}.")
 
     phrases = split_phrases(base_prompt) if base_phrases is None else [phrase.strip() for phrase in base_phrases]
+    free = [phrase.strip() for phrase in free_phrases]
+    if not all(free):
+        raise ValueError(f"A free phrase is empty: {free_phrases!r}.")
+    known = [_words(phrase) for phrase in phrases]
+    phrases += [phrase for phrase in free if _words(phrase) not in known]
     for text in texts:
         if _words(text) == _words(base_prompt):
             raise ValueError(f"The target prompt {text!r} is the base prompt itself.")
@@ -209,12 +223,16 @@ def make_prompt_pair(
 
     replaced_spans = _locate(base_prompt, replaced)
     phrase_spans = _locate(base_prompt, phrases, share=True)
-    preserved = [phrase for phrase, span in zip(phrases, phrase_spans) if not _overlaps(span, replaced_spans)]
-    if not preserved:
-        raise ValueError(f"Nothing of the base prompt {base_prompt!r} is left to preserve; replaced: {replaced}.")
+    kept = tuple(phrase for phrase, span in zip(phrases, phrase_spans) if not _overlaps(span, replaced_spans))
+    freed = [_words(phrase) for phrase in free]
+    kept_free = tuple(phrase for phrase in kept if _words(phrase) in freed)
+    if len(kept) == len(kept_free):
+        raise ValueError(
+            f"Nothing of the base prompt {base_prompt!r} is left to preserve; replaced: {replaced}, free: {free}."
+        )
     if full_prompt is None:
         full_prompt = compose_full_prompt(base_prompt, target_prompts)
-    return PromptPair(base_prompt, target_prompts, full_prompt, tuple(preserved))
+    return PromptPair(base_prompt, target_prompts, full_prompt, kept, kept_free)
 
 
 def tokenize_prompt_pair(pair: PromptPair, tokenizer: PreTrainedTokenizerBase) -> PromptTokens:

@@ -193,6 +193,22 @@ def sfcm_none(
     return torch.zeros_like(difference)
 
 
+def free_regions(sfcm: torch.Tensor, phrase_maps: torch.Tensor, free_mask: torch.Tensor) -> torch.Tensor:
+    """Open a map where phrases that are free to change are looked at.
+
+    Args:
+        sfcm: (B, 1, H, W) in [0, 1].
+        phrase_maps: (B, P, H, W) in [0, 1] from `phrase_attention_maps`.
+        free_mask: (B, P) bool, True for the free phrases.
+
+    Returns:
+        (B, 1, H, W) in [0, 1], nowhere lower than `sfcm` or than a free phrase's map.
+
+    Source: [ours].
+    """
+    return torch.maximum(sfcm, (phrase_maps * free_mask[..., None, None]).amax(1, keepdim=True))
+
+
 SfcmFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 

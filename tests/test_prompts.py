@@ -440,3 +440,37 @@ def test_phrase_mask_rows_sum_to_one(make_tokenizer):
 def test_the_targets_as_the_pipeline_takes_them():
     pair = make_prompt_pair("a woman, a hat", ["red hair", ("a hat", "a crown")])
     assert pair.target_argument == ("red hair", ("a hat", "a crown"))
+
+
+# ------------------------------------------------------------------------------------------------------ free phrases
+
+
+def test_free_phrases_are_marked_among_the_base_phrases():
+    pair = make_prompt_pair(BASE, "red hair", free_phrases=["A Purple Background"])
+    assert pair.base_phrases == ("a woman", "a green jacket", "a purple background")
+    assert pair.free_phrases == ("a purple background",)
+
+
+def test_a_free_phrase_that_was_not_given_as_a_phrase_joins_them():
+    pair = make_prompt_pair(BASE, "red hair", base_phrases=["a woman"], free_phrases=["green jacket"])
+    assert pair.base_phrases == ("a woman", "green jacket")
+    assert pair.free_phrases == ("green jacket",)
+
+
+def test_a_free_phrase_that_is_replaced_is_dropped_with_it():
+    pair = make_prompt_pair(BASE, [("a green jacket", "a red coat")], free_phrases=["a green jacket"])
+    assert pair.base_phrases == ("a woman", "a purple background")
+    assert pair.free_phrases == ()
+
+
+@pytest.mark.parametrize(
+    ("free_phrases", "message"),
+    [
+        (["a blue sky"], "'a blue sky' is not in the base prompt"),
+        (["a woman", " "], "A free phrase is empty"),
+        (["a woman", "a green jacket", "a purple background"], "is left to preserve"),
+    ],
+)
+def test_free_phrases_that_cannot_be(free_phrases, message):
+    with pytest.raises(ValueError, match=message):
+        make_prompt_pair(BASE, "red hair", free_phrases=free_phrases)

@@ -6,6 +6,7 @@ import torch
 from sfcm import (
     SFCM_MODES,
     blur,
+    free_regions,
     min_max_normalize,
     noise_difference,
     percentile_normalize,
@@ -244,3 +245,19 @@ def test_which_modes_average_over_noise():
         "averaged_target",
     }
     assert {name for name, mode in SFCM_MODES.items() if mode.target_only} == {"averaged_target"}
+
+
+# ------------------------------------------------------------------------------------------------------ free phrases
+
+
+def test_a_free_phrase_opens_the_map_and_no_other_does():
+    sfcm = torch.tensor([[[[0.2, 0.9]]], [[[0.0, 0.5]]]])
+    maps = torch.tensor([[[[1.0, 0.0]], [[0.0, 1.0]]], [[[0.6, 0.4]], [[1.0, 0.7]]]])
+    free = torch.tensor([[True, False], [True, True]])
+    torch.testing.assert_close(free_regions(sfcm, maps, free), torch.tensor([[[[1.0, 0.9]]], [[[1.0, 0.7]]]]))
+
+
+def test_without_free_phrases_the_map_stays():
+    _, maps, _, mask = make_inputs()
+    sfcm = torch.rand(3, 1, 8, 12)
+    assert torch.equal(free_regions(sfcm, maps, torch.zeros_like(mask)), sfcm)
