@@ -11,8 +11,8 @@ Paper: arXiv 2504.00396.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -414,6 +414,62 @@ def adapters_per_sample(unet: nn.Module, names: Sequence[str]) -> Iterator[None]
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+@contextmanager
+def original_rows(model: nn.Module, rows: Callable[[int], Iterable[int]]) -> Iterator[None]:
+    """Inside, the adapters of `model` leave some rows of each batch as the original model has them.
+
+    Every row goes through the adapters that are active; then the chosen rows are taken from the layer below. Unlike
+    `adapters_per_sample` this works with several active adapters, with DoRA and for a text encoder; without gradient.
+
+    Args:
+        model: with or without adapters.
+        rows: chooses the rows from the size of a batch.
+
+    Raises:
+        ValueError: an adapter is merged into the weights; the layer below is not the original then.
+
+    Source: [ours].
+    """
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if any(layer.merged for layer in layers):
+        raise ValueError(f"A LoRA is fused into the weights of {type(model).__name__}: call `unfuse_lora()` first.")
+
+    def restore(layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        chosen = list(rows(len(output)))
+        if chosen:
+            output[chosen] = layer.base_layer(args[0][chosen]).to(output.dtype)
+        return output
+
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.register_forward_hook(restore).remove)
+        yield
+
+
+@contextmanager
+def adapter_scales(model: nn.Module, factors: Mapping[str, float]) -> Iterator[None]:
+    """Inside, the strength of each named adapter is multiplied by a factor.
+
+    Args:
+        model: with or without adapters; names it does not have are left to the caller.
+        factors: by adapter name.
+
+    Raises:
+        ValueError: an adapter is merged into the weights.
+
+    Source: [ours].
+    """
+    layers = _adapter_layers(model, ())
+    before = [dict(layer.scaling) for layer in layers]
+    try:
+        for layer in layers:
+            layer.scaling.update({name: value * factors.get(name, 1.0) for name, value in layer.scaling.items()})
+        yield
+    finally:
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling.update(scaling)
 
 
 @dataclass

@@ -83,6 +83,7 @@ class PromptTokens:
         full_input_ids: T ids of the full prompt, padded.
         phrase_positions: per base phrase its positions in the base sequence; empty if it was cut off.
         target_positions: positions of all targets in the full sequence.
+        each_target_positions: the same, target by target.
         base_positions: matched base tokens in the base sequence, ascending, without BOS and padding.
         full_positions: the same tokens in the full sequence; its i-th is the i-th of `base_positions`.
         base_padding: every position after the base prompt's text: EOS and what pads it.
@@ -93,6 +94,7 @@ class PromptTokens:
     full_input_ids: list[int]
     phrase_positions: tuple[tuple[int, ...], ...]
     target_positions: tuple[int, ...]
+    each_target_positions: tuple[tuple[int, ...], ...]
     base_positions: tuple[int, ...]
     full_positions: tuple[int, ...]
     base_padding: tuple[int, ...]
@@ -252,8 +254,7 @@ def tokenize_prompt_pair(pair: PromptPair, tokenizer: PreTrainedTokenizerBase) -
 
     Source: [paper] base tokens and PAD; [ours] the alignment.
     """
-    if not tokenizer.is_fast:
-        raise ValueError(f"{type(tokenizer).__name__} has no character offsets; use the fast tokenizer.")
+    _check_offsets(tokenizer)
     base_ids, base_offsets, base_end = _encode(pair.base_prompt, tokenizer)
     full_ids, full_offsets, full_end = _encode(pair.full_prompt, tokenizer)
 
@@ -299,11 +300,35 @@ def tokenize_prompt_pair(pair: PromptPair, tokenizer: PreTrainedTokenizerBase) -
         full_input_ids=full_ids,
         phrase_positions=phrase_positions,
         target_positions=target_positions,
+        each_target_positions=tuple(_positions(full_offsets, [span]) for span in target_spans),
         base_positions=tuple(base_order[base] for base, _ in matches),
         full_positions=tuple(full_order[full] for _, full in matches),
         base_padding=tuple(range(base_order[-1] + 1, len(base_ids))),
         full_padding=tuple(range(full_order[-1] + 1, len(full_ids))),
     )
+
+
+def locate_phrases(
+    prompt: str, phrases: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> tuple[tuple[int, ...], ...]:
+    """Find the tokens of phrases in a prompt that has no target.
+
+    Args:
+        prompt: the prompt.
+        phrases: P phrases of it, such as `split_phrases(prompt)`.
+        tokenizer: a tokenizer with character offsets, such as `CLIPTokenizer`.
+
+    Returns:
+        Per phrase its positions in the token sequence; empty if it was cut off.
+
+    Raises:
+        ValueError: a phrase is not in the prompt, or the tokenizer has no offsets.
+
+    Source: [ours].
+    """
+    _check_offsets(tokenizer)
+    _, offsets, _ = _encode(prompt, tokenizer)
+    return tuple(_positions(offsets, [span]) for span in _locate(prompt, phrases, share=True))
 
 
 def phrase_mask(positions: Sequence[Sequence[int]], length: int) -> list[list[float]]:
@@ -402,6 +427,11 @@ def _infer_targets(base_prompt: str, texts: Sequence[str], full_prompt: str) -> 
             claimed.add(gap)
         targets[i] = TargetPrompt(texts[i], replaces)
     return [targets[i] for i in range(len(texts))]
+
+
+def _check_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
+    if not tokenizer.is_fast:
+        raise ValueError(f"{type(tokenizer).__name__} has no character offsets; use the fast tokenizer.")
 
 
 def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], dict[int, Span], int]:

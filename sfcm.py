@@ -160,7 +160,7 @@ def sfcm_noise(
     difference: torch.Tensor, phrase_maps: torch.Tensor, distances: torch.Tensor, phrase_mask: torch.Tensor
 ) -> torch.Tensor:
     """The noise difference alone, blurred and percentile-normalised. Arguments as in `sfcm_paper`. Source: [ours]."""
-    return percentile_normalize(blur(difference))
+    return guidance_map(difference)
 
 
 def sfcm_averaged(
@@ -207,6 +207,20 @@ def free_regions(sfcm: torch.Tensor, phrase_maps: torch.Tensor, free_mask: torch
     Source: [ours].
     """
     return torch.maximum(sfcm, (phrase_maps * free_mask[..., None, None]).amax(1, keepdim=True))
+
+
+def guidance_map(difference: torch.Tensor) -> torch.Tensor:
+    """Where a prediction differs from the reference, as guidance at inference uses it at each step.
+
+    Args:
+        difference: (B, 1, H, W) from `noise_difference`, or a mean of such maps.
+
+    Returns:
+        (B, 1, H, W) in [0, 1].
+
+    Source: [ours].
+    """
+    return percentile_normalize(blur(difference))
 
 
 SfcmFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

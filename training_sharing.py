@@ -30,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 # What the pipeline is made of, under the names that diffusers looks for in a repository.
 PIPELINE_CODE = {
     "pipeline.py": HERE / "pipeline_spf_portrait.py",
-    **{name: HERE / name for name in ("attention_processors.py", "prompts.py", "sfcm.py")},
+    **{name: HERE / name for name in ("attention_processors.py", "pictures.py", "prompts.py", "sfcm.py")},
 }
 
 

@@ -735,14 +735,31 @@ def comparison_picture(originals: Originals, columns: dict[str, np.ndarray], sca
 PLOT_COLORS = {"plain": (200, 60, 40), "stage1": (222, 150, 30), "composed": (30, 90, 200), "paper": (30, 150, 90)}
 
 
-def plot_panel(title: str, rows: list[Row], size: tuple[int, int] = (400, 340)) -> Image.Image:
-    """Response across, change outside up: the controls' strength curves, SPF-Portrait's points with error bars."""
+@dataclass(frozen=True)
+class Series:
+    """Points of a plot: (response, change, their standard errors) each, and whether they are joined as a curve."""
+
+    label: str
+    color: tuple[int, int, int]
+    points: list[tuple[float, float, float, float]]
+    joined: bool = False
+
+
+def series_point(row: Row) -> tuple[float, float, float, float]:
+    """A row's place in the plot, with standard errors."""
+    names = ("response", "change_outside")
+    means = [float(row.measures[name].mean()) for name in names]
+    return (*means, *(standard_error(row.by_prompt(name)) for name in names))
+
+
+def response_plane(title: str, series: list[Series], size: tuple[int, int] = (400, 340)) -> Image.Image:
+    """Response across, change outside up: curves of joined points, and single points with error bars."""
     scale = 2  # drawn at twice the size and shrunk, since PIL's lines are not antialiased
     panel = Image.new("RGB", (size[0] * scale, size[1] * scale), "white")
     pen = ImageDraw.Draw(panel)
     font = ImageFont.load_default(size=12 * scale)
     left, right, top, bottom = 46 * scale, (size[0] - 14) * scale, 30 * scale, (size[1] - 42) * scale
-    highest = 1.1 * max(row.measures["change_outside"].mean() for row in rows)
+    highest = 1.1 * max(change for line in series for _, change, _, _ in line.points)
     place_x = lambda response: left + (right - left) * response  # noqa: E731
     place_y = lambda change: bottom - (bottom - top) * change / highest  # noqa: E731
 
@@ -755,29 +772,37 @@ def plot_panel(title: str, rows: list[Row], size: tuple[int, int] = (400, 340)) 
         pen.line((left, place_y(tick), right, place_y(tick)), fill=(232, 232, 232), width=scale)
         pen.text((left - 6 * scale, place_y(tick)), f"{tick:.0f}", fill=(90, 90, 90), font=font, anchor="rm")
 
-    for place, name in enumerate(PLOT_COLORS):
-        points = curve_of(rows, name) if name in CONTROLS else [row for row in rows if row.run_name == name]
-        points = points if any(row.run_name == name for row in points) else []
-        middle = [
-            (place_x(row.measures["response"].mean()), place_y(row.measures["change_outside"].mean()))
-            for row in points
-        ]
-        if name in CONTROLS and middle:
-            pen.line(middle, fill=PLOT_COLORS[name], width=2 * scale)
-        for row, (x, y) in zip(points, middle):
-            radius = (3 if name in CONTROLS else 5) * scale
-            wide = (right - left) * standard_error(row.by_prompt("response"))
-            tall = (bottom - top) * standard_error(row.by_prompt("change_outside")) / highest
-            if name not in CONTROLS and not np.isnan(wide):
-                pen.line((x - wide, y, x + wide, y), fill=PLOT_COLORS[name], width=scale)
-                pen.line((x, y - tall, x, y + tall), fill=PLOT_COLORS[name], width=scale)
-            color = (60, 60, 60) if row.run_name == "original" else PLOT_COLORS[name]
-            pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=color)
-        if points:
-            pen.text(
-                (left + 8 * scale, top + (8 + 15 * place) * scale), RUNS[name].label, fill=PLOT_COLORS[name], font=font
-            )
+    for place, line in enumerate(series):
+        middle = [(place_x(response), place_y(change)) for response, change, _, _ in line.points]
+        if line.joined and len(middle) > 1:
+            pen.line(middle, fill=line.color, width=2 * scale)
+        radius = (3 if line.joined else 5) * scale
+        for (x, y), (_, _, wide, tall) in zip(middle, line.points):
+            if not line.joined and not np.isnan(wide):
+                wide, tall = (right - left) * wide, (bottom - top) * tall / highest
+                pen.line((x - wide, y, x + wide, y), fill=line.color, width=scale)
+                pen.line((x, y - tall, x, y + tall), fill=line.color, width=scale)
+            pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=line.color)
+        pen.text((left + 8 * scale, top + (8 + 15 * place) * scale), line.label, fill=line.color, font=font)
     return panel.resize(size, Image.Resampling.LANCZOS)
+
+
+def side_by_side(panels: Sequence[Image.Image]) -> Image.Image:
+    """Panels of one height in a row."""
+    plot = Image.new("RGB", (sum(panel.width for panel in panels), panels[0].height), "white")
+    for place, panel in enumerate(panels):
+        plot.paste(panel, (place * panels[0].width, 0))
+    return plot
+
+
+def plot_panel(title: str, rows: list[Row]) -> Image.Image:
+    """The controls' strength curves, which start at the original model, and SPF-Portrait's points."""
+    series = []
+    for name, color in PLOT_COLORS.items():
+        points = curve_of(rows, name) if name in CONTROLS else [row for row in rows if row.run_name == name]
+        if any(row.run_name == name for row in points):
+            series.append(Series(RUNS[name].label, color, [series_point(row) for row in points], name in CONTROLS))
+    return response_plane(title, series)
 
 
 def write_pictures(
@@ -795,10 +820,7 @@ def write_pictures(
             args.output_dir / f"comparison_{target_name}.png", optimize=True
         )
     panels = [plot_panel(f'"{TARGETS[name].prompt}"', rows) for name, rows in tables.items()]
-    plot = Image.new("RGB", (sum(panel.width for panel in panels), panels[0].height), "white")
-    for place, panel in enumerate(panels):
-        plot.paste(panel, (place * panel.width, 0))
-    plot.save(args.output_dir / "strength_curves.png", optimize=True)
+    side_by_side(panels).save(args.output_dir / "strength_curves.png", optimize=True)
 
 
 # -------------------------------------------------------------------------------------------------------- command line

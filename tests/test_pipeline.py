@@ -15,7 +15,9 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DDPMScheduler,
     EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
@@ -25,12 +27,20 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from test_prompts import BASE, write_vocabulary
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 from attention_processors import capture_cross_attention, phrase_map_resolution
-from pipeline_spf_portrait import SPFPortraitPipeline, SPFPortraitPipelineOutput, overlay_heat_map
+from pictures import captioned_pictures, overlay_heat_map
+from pipeline_spf_portrait import SPFPortraitPipeline, SPFPortraitPipelineOutput
 from prompts import make_prompt_pair, phrase_mask, tokenize_prompt_pair
-from sfcm import SFCM_MODES, noise_difference, phrase_attention_maps
+from sfcm import SFCM_MODES, free_regions, guidance_map, noise_difference, phrase_attention_maps
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -180,9 +190,14 @@ def test_the_signature_is_the_stock_one_and_then_ours():
     assert [(p.name, p.default) for p in ours[len(stock) - 1 : -1]] == [
         ("target_prompt", None),
         ("base_phrases", None),
+        ("free_phrases", None),
+        ("target_scale", None),
         ("compare", False),
         ("return_sfcm", False),
-        ("sfcm_mode", "averaged"),
+        ("sfcm_mode", "averaged_target"),
+        ("sfcm_guidance", 0.0),
+        ("sfcm_guidance_exponent", 2.0),
+        ("adapter_in_unconditional", True),
     ]
 
 
@@ -195,21 +210,118 @@ def test_without_our_arguments_the_images_are_the_stock_ones_to_the_bit(tokenize
     assert_equal(ours.images, draw(world.stock, BASE, output_type=output_type).images)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"prompt": [BASE, OTHER], "negative_prompt": ["bad", "ugly"]},
-        {"prompt": BASE, "negative_prompt": "bad", "num_images_per_prompt": 2},
-        {"prompt": BASE, "guidance_scale": 1.0},
-        {"prompt": BASE, "eta": 1.0, "height": 24, "width": 16, "guidance_rescale": 0.5},
-        {"prompt": BASE, "cross_attention_kwargs": {"scale": 0.5}, "return_dict": False},
-        {"prompt_embeds": torch.ones(1, 77, 16), "negative_prompt_embeds": torch.zeros(1, 77, 16)},
-        {"prompt": BASE, "latents": torch.ones(1, 4, 8, 8), "clip_skip": None, "callback_steps": 1},
-    ],
-)
-def test_stock_arguments_are_passed_on(world, arguments):
+def rescale_latents(pipeline, step, timestep, tensors):
+    return {"latents": tensors["latents"] * 0.9}
+
+
+# A call for each argument of the stock pipeline, which means something there and differs from its default.
+STOCK_ARGUMENTS = {
+    "prompt": {"prompt": [BASE, OTHER]},
+    "height": {"height": 24, "width": 16},
+    "width": {"height": 16, "width": 24},
+    "num_inference_steps": {"num_inference_steps": 3},
+    "timesteps": {"timesteps": [900, 300]},
+    "sigmas": {"sigmas": [10.0, 1.0]},
+    "guidance_scale": {"guidance_scale": 1.0},
+    "negative_prompt": {"negative_prompt": "bad"},
+    "num_images_per_prompt": {"num_images_per_prompt": 2},
+    "eta": {"eta": 1.0, "seed": [5]},
+    "generator": {"num_images_per_prompt": 2, "seed": [3, 4]},
+    "latents": {"latents": torch.linspace(-1, 1, 256).reshape(1, 4, 8, 8)},
+    "prompt_embeds": {"prompt": None, "prompt_embeds": torch.ones(1, 77, 16)},
+    "negative_prompt_embeds": {"negative_prompt_embeds": torch.ones(1, 77, 16)},
+    "ip_adapter_image": {"ip_adapter_image": PIL.Image.new("RGB", (8, 8), (255, 0, 0))},
+    "ip_adapter_image_embeds": {"ip_adapter_image_embeds": [torch.ones(2, 1, 6)]},
+    "output_type": {"output_type": "pt"},
+    "return_dict": {"return_dict": False},
+    "cross_attention_kwargs": {"cross_attention_kwargs": {"scale": 0.5}},
+    "guidance_rescale": {"guidance_rescale": 0.5},
+    "clip_skip": {"clip_skip": 1},
+    "callback_on_step_end": {"callback_on_step_end": rescale_latents},
+    "callback_on_step_end_tensor_inputs": {
+        "callback_on_step_end": rescale_latents,
+        "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"],
+    },
+    "kwargs": {"callback": print, "callback_steps": 1},
+}
+# Those that change the numbers of the image and not its shape.
+EFFECTS = """
+    num_inference_steps timesteps sigmas guidance_scale negative_prompt eta latents prompt_embeds
+    negative_prompt_embeds
+    cross_attention_kwargs guidance_rescale clip_skip callback_on_step_end
+""".split()
+# Only some schedulers take them.
+TIMESTEPS = {"timesteps": DDPMScheduler(beta_schedule="scaled_linear", clip_sample=False, variance_type="fixed_small")}
+SIGMAS = {"sigmas": EulerDiscreteScheduler(steps_offset=1)}
+
+
+def add_ip_adapter(world):
+    """A tiny IP-Adapter with random weights in both pipelines' UNet, and in the original's."""
+    torch.manual_seed(2)
+    config = CLIPVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4,
+        projection_dim=6,
+    )  # fmt: skip
+    parts = {
+        "image_encoder": CLIPVisionModelWithProjection(config).eval(),
+        "feature_extractor": CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size=8),
+    }
+    image_proj = {"proj.weight": torch.randn(4 * 16, 6), "proj.bias": torch.zeros(4 * 16)}
+    image_proj |= {"norm.weight": torch.ones(16), "norm.bias": torch.zeros(16)}
+    ip_adapter, key = {}, 1
+    for name in world.original.unet.attn_processors:
+        if name.endswith("attn2.processor"):
+            size = world.original.unet.get_submodule(name.removesuffix(".processor")).inner_dim
+            ip_adapter |= {f"{key}.to_{part}_ip.weight": torch.randn(size, 16) for part in "kv"}
+            key += 2
+    for pipeline in (world.ours, world.stock, world.original):
+        pipeline.register_modules(**parts)
+    for unet in {id(p.unet): p.unet for p in (world.ours, world.original)}.values():
+        unet._load_ip_adapter_weights([{"image_proj": image_proj, "ip_adapter": ip_adapter}])
+
+
+@pytest.fixture
+def world_for(own_world):
+    """The world that a call of one stock argument needs."""
+
+    def prepare(name):
+        if name.startswith("ip_adapter"):
+            add_ip_adapter(own_world)
+        for arguments in (TIMESTEPS, SIGMAS):
+            if name in arguments:
+                own_world.use_scheduler(arguments[name])
+        return own_world
+
+    return prepare
+
+
+def test_no_stock_argument_is_forgotten():
+    assert set(STOCK_ARGUMENTS) == set(inspect.signature(StableDiffusionPipeline.__call__).parameters) - {"self"}
+
+
+@pytest.mark.parametrize("name", list(STOCK_ARGUMENTS))
+def test_every_stock_argument_is_passed_on_to_the_bit(world_for, name):
+    world, arguments = world_for(name), {"prompt": BASE, **STOCK_ARGUMENTS[name]}
     ours, stock = draw(world.ours, **arguments), draw(world.stock, **arguments)
     assert_equal(ours[0], stock[0])
+    if name in EFFECTS:
+        assert np.abs(ours[0] - draw(world.stock, BASE)[0]).max() > 1e-4
+
+
+@pytest.mark.parametrize("name", [name for name in STOCK_ARGUMENTS if name not in ("return_dict", "kwargs")])
+def test_every_stock_argument_goes_with_compare(world_for, name):
+    world, arguments = world_for(name), {"prompt": BASE, **STOCK_ARGUMENTS[name]}
+    target = {} if name == "prompt_embeds" else {"target_prompt": TARGET}
+    full = {}
+    if target:
+        texts = [arguments["prompt"]] if isinstance(arguments["prompt"], str) else arguments["prompt"]
+        full["prompt"] = [f"{text}, {TARGET}" for text in texts]
+        full["prompt"] = full["prompt"][0] if isinstance(arguments["prompt"], str) else full["prompt"]
+    output = draw(world.ours, compare=True, **arguments, **target)
+    assert_close(output.images, draw(world.stock, **arguments | full)[0])
+    arguments.pop("cross_attention_kwargs", None)  # the original pipeline has no LoRA to scale
+    assert_close(output.reference_images, draw(world.original, **arguments)[0])
+    assert np.abs(np.asarray(output.images) - np.asarray(output.reference_images)).max() > 1e-4
 
 
 def test_target_alone_is_the_stock_call_with_the_full_prompt(world):
@@ -228,24 +340,17 @@ def test_target_alone_is_the_stock_call_with_the_full_prompt(world):
 @pytest.mark.parametrize(
     "arguments",
     [
-        {},
-        {"guidance_scale": 1.0},
-        {"negative_prompt": "bad", "guidance_rescale": 0.5},
         {"num_images_per_prompt": 2, "eta": 1.0},
         {"num_images_per_prompt": 2, "eta": 1.0, "seed": [3, 4]},
-        {"eta": 1.0, "guidance_scale": 1.0, "height": 24, "width": 16},
-        {"latents": torch.linspace(-1, 1, 256).reshape(1, 4, 8, 8)},
-        {"negative_prompt_embeds": torch.ones(1, 77, 16)},
-        {"cross_attention_kwargs": {"scale": 0.5}},
+        {"eta": 1.0, "guidance_scale": 1.0, "height": 24, "width": 16, "negative_prompt": "bad"},
     ],
 )
-def test_compare_equals_two_runs(world, arguments):
+def test_compare_equals_two_runs_and_leaves_nothing_behind(world, arguments):
     before = state(world.ours)
     output = draw(world.ours, BASE, target_prompt=TARGET, compare=True, **arguments)
     assert isinstance(output, SPFPortraitPipelineOutput)
     assert output.sfcm is None and output.phrases is None
     assert_close(output.images, draw(world.ours, BASE, target_prompt=TARGET, **arguments).images)
-    arguments.pop("cross_attention_kwargs", None)  # the original pipeline has no LoRA to scale
     assert_close(output.reference_images, draw(world.original, BASE, **arguments).images)
     assert np.abs(output.images - output.reference_images).max() > 1e-3
     assert state(world.ours) == before
@@ -349,7 +454,11 @@ def expected_maps(world, prompt, latents_of_steps, mode):
         for latents, timestep in zip(latents_of_steps, world.ours.scheduler.timesteps, strict=True):
             response = world.ours.unet(latents, timestep, encode(world.ours, pair.full_prompt)).sample
             reference = world.original.unet(latents, timestep, encode(world.original, prompt)).sample
-            differences.append(noise_difference(response, reference))
+            if SFCM_MODES[mode].target_only:
+                start = world.ours.unet(latents, timestep, encode(world.ours, prompt)).sample
+            else:
+                start = reference
+            differences.append(noise_difference(response, start))
             features = store.pop()
             resolution = phrase_map_resolution(features.resolutions)
             layers = features.at_resolution(resolution).attention_probs.values()
@@ -389,7 +498,7 @@ def check_sfcm(world, sfcm_mode, compare, guidance_scale):
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
 @pytest.mark.parametrize("compare", [True, False])
-@pytest.mark.parametrize("sfcm_mode", ["averaged", "paper"])
+@pytest.mark.parametrize("sfcm_mode", ["averaged_target", "averaged", "paper"])
 def test_sfcm_is_that_of_separate_calls_on_the_responses_own_latents(world, sfcm_mode, compare, guidance_scale):
     check_sfcm(world, sfcm_mode, compare, guidance_scale)
 
@@ -397,6 +506,7 @@ def test_sfcm_is_that_of_separate_calls_on_the_responses_own_latents(world, sfcm
 def test_sfcm_is_against_the_original_text_encoder(own_world):
     add_text_encoder_lora(own_world)
     check_sfcm(own_world, "averaged", compare=False, guidance_scale=5.0)
+    check_sfcm(own_world, "averaged_target", compare=False, guidance_scale=5.0)
 
 
 def test_sfcm_of_several_prompts_and_images(world):
@@ -436,6 +546,62 @@ def test_phrases_can_be_given_and_replaced_ones_are_left_out(world):
     assert output.phrases == [("woman",), ("a man",)]
 
 
+def test_the_maps_of_each_step(world):
+    arguments = {"target_prompt": TARGET, "num_images_per_prompt": 2, "num_inference_steps": 3, "seed": [1, 2]}
+    output = draw(world.ours, BASE, return_sfcm="per_step", **arguments)
+    assert output.sfcm_per_step.shape == (2, 3, 8, 8) and output.sfcm.shape == (2, 1, 8, 8)
+    assert len({tuple(step.flatten().tolist()) for step in output.sfcm_per_step[0]}) == 3
+    plain = draw(world.ours, BASE, return_sfcm=True, **arguments)
+    assert plain.sfcm_per_step is None
+    assert_close(output.sfcm, plain.sfcm)
+    one = draw(world.ours, BASE, return_sfcm="per_step", target_prompt=TARGET, num_inference_steps=1)
+    assert_equal(one.sfcm.numpy(), one.sfcm_per_step.numpy())
+
+
+def test_targets_have_maps_of_the_portraits_own_attention(world):
+    targets = ["red hair", "a hat"]
+    output = draw(world.ours, BASE, target_prompt=targets, return_sfcm=True, num_inference_steps=1)
+    assert output.targets == [("red hair", "a hat")] and output.target_maps.shape == (1, 2, 8, 8)
+    pair = make_prompt_pair(BASE, targets)
+    tokens = tokenize_prompt_pair(pair, world.ours.tokenizer)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    world.ours.scheduler.set_timesteps(1)
+    with torch.no_grad(), capture_cross_attention(world.ours.unet) as store, store.record():
+        embeds = world.ours.encode_prompt(pair.full_prompt, "cpu", 1, False)[0]
+        world.ours.unet(latents, world.ours.scheduler.timesteps[0], embeds)
+    features = store.pop()
+    resolution = phrase_map_resolution(features.resolutions)
+    probs = list(features.at_resolution(resolution).attention_probs.values())
+    weights = torch.tensor([phrase_mask(tokens.each_target_positions, 77)])
+    expected = phrase_attention_maps(probs, [resolution] * len(probs), weights, (8, 8))
+    assert_close(output.target_maps, expected, 1e-3)
+
+
+def test_without_a_target_the_map_is_what_the_lora_changes(world, tokenizer):
+    output = draw(world.ours, [BASE, OTHER], return_sfcm=True, seed=[1, 2])
+    assert output.phrases == [PHRASES, ("a man", "a purple hat")]
+    assert output.phrase_maps.shape == (2, 3, 8, 8) and output.phrase_maps[0].amax((-2, -1)).tolist() == [1, 1, 1]
+    assert output.targets is output.target_maps is output.phrase_distances is None
+    assert output.sfcm.max() == 1 and (output.sfcm == 0).any()
+    given = draw(world.ours, BASE, return_sfcm=True, base_phrases=["woman"], seed=1)
+    assert given.phrases == [("woman",)]
+    unchanged = World(tokenizer, lora=False)
+    output = draw(unchanged.ours, BASE, return_sfcm=True)
+    assert output.sfcm is None and output.phrase_maps.shape == (1, 3, 8, 8)
+
+
+def test_free_phrases_open_the_map(world):
+    arguments = {"target_prompt": TARGET, "return_sfcm": True}
+    closed, opened = (
+        draw(world.ours, BASE, free_phrases=free, **arguments) for free in (None, ["a purple background"])
+    )
+    assert closed.phrases == opened.phrases
+    assert (opened.sfcm >= opened.phrase_maps[:, 2:]).all() and not (closed.sfcm >= closed.phrase_maps[:, 2:]).all()
+    two = draw(world.ours, [BASE, OTHER], free_phrases=[["a purple background"], None], seed=[0, 1], **arguments)
+    assert_close(two.sfcm[:1], opened.sfcm, 1e-3)
+    assert_close(two.sfcm[1:], draw(world.ours, OTHER, seed=1, **arguments).sfcm, 1e-3)
+
+
 def test_a_guidance_embedding_is_extended_too(tokenizer):
     world = World(tokenizer, time_cond_proj_dim=8)
     output = draw(world.ours, BASE, target_prompt=TARGET, return_sfcm=True, compare=True)
@@ -459,18 +625,243 @@ def test_guidance_may_end_during_the_run(world):
             assert_close(output.reference_images, draw(world.original, BASE, **arguments).images)
 
 
+# --------------------------------------------------------------------------------------------------------- guidance
+
+
+def denoise(world, prompt, *, guide=0.0, exponent=2.0, target_only=True, negative_lora=True, free=(), scale=5.0):
+    """What a call computes, step by step with separate calls of the UNets: latents after three steps."""
+    ours, original = world.ours, world.original
+    pair = make_prompt_pair(prompt, TARGET, free_phrases=free)
+    tokens = tokenize_prompt_pair(pair, ours.tokenizer)
+    weights = torch.tensor([phrase_mask(tokens.phrase_positions, 77)])
+    is_free = torch.tensor([[phrase in free for phrase in pair.base_phrases]])
+
+    def predict(pipeline, text, latents, timestep):
+        embeds = pipeline.encode_prompt(text, "cpu", 1, False)[0]
+        return pipeline.unet(latents, timestep, embeds).sample
+
+    latents, total = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), 0
+    ours.scheduler.set_timesteps(3)
+    for i, timestep in enumerate(ours.scheduler.timesteps):
+        response = predict(ours, pair.full_prompt, latents, timestep)
+        with capture_cross_attention(original.unet) as store, store.record():
+            reference = predict(original, prompt, latents, timestep)
+        features = store.pop()
+        start = predict(ours, prompt, latents, timestep) if target_only else reference
+        total = total + guidance_map(noise_difference(response, start))
+        sfcm = guidance_map(total / (i + 1)) ** exponent
+        resolution = phrase_map_resolution(features.resolutions)
+        probs = list(features.at_resolution(resolution).attention_probs.values())
+        maps = phrase_attention_maps(probs, [resolution] * len(probs), weights, (8, 8))
+        mask = 1 - guide * (1 - free_regions(sfcm, maps, is_free))
+        guided = reference + mask * (response - reference)
+        if scale > 1:
+            negative = predict(ours if negative_lora else original, "bad", latents, timestep)
+            guided = negative + scale * (guided - negative)
+        latents = ours.scheduler.step(guided, timestep, latents).prev_sample
+    return latents
+
+
+@pytest.mark.parametrize(
+    ("expected", "arguments"),
+    [
+        ({"negative_lora": False}, {"adapter_in_unconditional": False}),
+        ({"guide": 1.0}, {"sfcm_guidance": 1.0}),
+        ({"guide": 0.5, "exponent": 1.0}, {"sfcm_guidance": 0.5, "sfcm_guidance_exponent": 1.0}),
+        ({"guide": 0.75, "target_only": False}, {"sfcm_guidance": 0.75, "sfcm_mode": "averaged"}),
+        ({"guide": 1.0, "scale": 1.0}, {"sfcm_guidance": 1, "guidance_scale": 1.0}),
+        (
+            {"guide": 1.0, "negative_lora": False, "free": ["a green jacket"]},
+            {"sfcm_guidance": 1.0, "adapter_in_unconditional": False, "free_phrases": ["a green jacket"]},
+        ),
+    ],
+)
+def test_guidance_is_what_separate_calls_compute(own_world, expected, arguments):
+    add_text_encoder_lora(own_world)
+    before = state(own_world.ours)
+    arguments = {"target_prompt": TARGET, "num_inference_steps": 3, "output_type": "latent", **arguments}
+    output = draw(own_world.ours, BASE, negative_prompt="bad", **arguments)
+    with torch.no_grad():
+        latents = denoise(own_world, BASE, **expected)
+        plain = denoise(own_world, BASE, scale=expected.get("scale", 5.0))
+    assert_close(output.images, latents, 1e-3)
+    assert (latents - plain).abs().max() > 1e-2
+    # Beside the references, and while the maps are looked at, the images are the same.
+    more = draw(own_world.ours, BASE, negative_prompt="bad", compare=True, return_sfcm=True, **arguments)
+    assert_close(more.images, latents, 1e-3)
+    reference = draw(
+        own_world.original,
+        BASE,
+        negative_prompt="bad",
+        **{
+            name: value
+            for name, value in arguments.items()
+            if name in ("num_inference_steps", "output_type", "guidance_scale")
+        },
+    )
+    assert_close(more.reference_images, reference.images, 1e-3)
+    assert state(own_world.ours) == before
+
+
+def test_no_guidance_changes_nothing_to_the_bit(world):
+    stock = draw(world.stock, FULL)
+    assert_equal(draw(world.ours, BASE, target_prompt=TARGET, sfcm_guidance=0.0).images, stock.images)
+    assert_equal(
+        draw(world.ours, BASE, sfcm_guidance=0, adapter_in_unconditional=True).images, draw(world.stock, BASE)[0]
+    )
+    assert np.abs(draw(world.ours, BASE, target_prompt=TARGET, sfcm_guidance=1.0).images - stock.images).max() > 1e-3
+
+
+def test_full_guidance_with_a_flat_map_is_the_original_model(own_world):
+    # Without a LoRA and with the target's words alone in a free phrase's place nothing can respond elsewhere.
+    own_world.ours.unet.disable_adapters()
+    output = draw(own_world.ours, BASE, target_prompt=TARGET, sfcm_guidance=1.0, sfcm_guidance_exponent=1e6)
+    reference = draw(own_world.original, BASE)
+    plain = draw(own_world.original, FULL)
+    assert np.abs(output.images - reference.images).mean() < 0.5 * np.abs(plain.images - reference.images).mean()
+
+
+def test_guidance_works_in_half_precision_with_images_of_an_ip_adapter(own_world):
+    add_ip_adapter(own_world)
+    image = {"ip_adapter_image": PIL.Image.new("RGB", (8, 8), (255, 0, 0))}
+    single = {"target_prompt": TARGET, "sfcm_guidance": 1.0, "adapter_in_unconditional": False, **image}
+    exact = draw(own_world.ours, BASE, compare=True, **single)
+    assert_close(exact.reference_images, draw(own_world.original, BASE, **image).images)
+    own_world.ours.to(torch.bfloat16)
+    assert_close(draw(own_world.ours, BASE, **single).images, exact.images, 0.1)
+
+
+# ----------------------------------------------------------------------------------------- several targets, strength
+
+
+def two_adapters(world):
+    """A second LoRA, in other layers; only the first is active."""
+    torch.manual_seed(3)
+    world.ours.unet.add_adapter(lora_config(["conv1", "to_k"]), "hat")
+    world.ours.unet.set_adapter("style")
+    return world
+
+
+def expect(world, names, weights, prompt):
+    """The stock pipeline's images with these adapters at these weights."""
+    world.stock.set_adapters(names, weights)
+    images = draw(world.stock, prompt).images
+    world.stock.set_adapters(["style"], [1.0])
+    world.ours.unet.set_adapters(["hat"], [1.0])
+    world.ours.unet.set_adapters(["style"], [1.0])
+    return images
+
+
+def test_target_scale_is_a_factor_on_the_loras_strength(own_world):
+    world = two_adapters(own_world)
+    before = state(world.ours)
+    half = draw(world.ours, BASE, target_prompt=TARGET, target_scale=0.5)
+    assert state(world.ours) == before
+    assert_close(half.images, expect(world, ["style"], [0.5], FULL))
+    world.ours.set_adapters(["style"], [0.5])
+    assert_close(draw(world.ours, BASE, target_scale=0.5).images, expect(world, ["style"], [0.25], BASE))
+    world.ours.set_adapters(["style"], [1.0])
+    assert_close(draw(world.ours, BASE, target_scale=0).images, draw(world.original, BASE).images)
+
+
+def test_several_adapters_each_with_its_target_and_strength(own_world):
+    world = two_adapters(own_world)
+    before, full = state(world.ours), f"{BASE}, red hair, a hat"
+    targets = {"style": "red hair", "hat": "a hat"}
+    for scale, weights in (({"hat": 0.5}, [1.0, 0.5]), ([0.25, 0.5], [0.25, 0.5]), (2.0, [2.0, 2.0])):
+        output = draw(world.ours, BASE, target_prompt=targets, target_scale=scale)
+        assert state(world.ours) == before
+        assert_close(output.images, expect(world, ["style", "hat"], weights, full))
+    alone = draw(world.ours, BASE, target_prompt={"hat": ("a green jacket", "a hat")}, compare=True)
+    replaced = "a woman, a hat, a purple background"
+    assert_close(alone.images, expect(world, ["hat"], [1.0], replaced))
+    assert_close(alone.reference_images, draw(world.original, BASE).images)
+    world.ours.set_adapters(["style", "hat"])
+    listed = draw(world.ours, BASE, target_prompt=["red hair", "a hat"], target_scale=[0.25, 0.5])
+    assert_close(listed.images, expect(world, ["style", "hat"], [0.25, 0.5], full))
+
+
+def test_the_text_encoders_adapter_is_scaled_and_switched_with_it(own_world):
+    add_text_encoder_lora(own_world)
+    before = state(own_world.ours)
+    output = draw(own_world.ours, BASE, target_prompt=TARGET, target_scale={"text": 0.0, "style": 0.0})
+    assert_close(output.images, draw(own_world.original, FULL).images)
+    output = draw(own_world.ours, BASE, target_prompt={"text": TARGET})
+    own_world.ours.unet.disable_adapters()
+    expected = draw(own_world.stock, FULL)
+    own_world.ours.unet.enable_adapters()
+    assert_close(output.images, expected.images)
+    assert state(own_world.ours) == before
+
+
+# --------------------------------------------------------------------------------------------------------- pictures
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
+def test_visualize_shows_everything_with_its_words(world, output_type, monkeypatch):
+    shown = {}
+
+    def remember(pictures, captions, columns):
+        shown.update(captions=list(captions), pictures=list(pictures))
+        return captioned_pictures(pictures, captions, columns)
+
+    monkeypatch.setattr("pipeline_spf_portrait.captioned_pictures", remember)
+    output = draw(
+        world.ours, [BASE, OTHER], target_prompt=TARGET, compare=True, return_sfcm=True, output_type=output_type
+    )
+    picture = world.ours.visualize(output, 1)
+    assert picture.mode == "RGB" and picture.width == 4 * 198 + 6
+    distances = output.phrase_distances[1]
+    captions = [f"a man ({distances[0]:.2f})", f"a purple hat ({distances[1]:.2f})"]
+    assert shown["captions"] == ["original model", TARGET, "SFCM", f"{TARGET} (target)", *captions]
+    images = draw(world.ours, [BASE, OTHER], target_prompt=TARGET, output_type="pil").images
+    assert np.abs(np.asarray(shown["pictures"][1], int) - np.asarray(images[1], int)).max() <= 1
+    assert shown["pictures"][4] == overlay_heat_map(shown["pictures"][0], output.phrase_maps[1, 0])
+
+
+def test_visualize_of_less(world):
+    assert world.ours.visualize(draw(world.ours, BASE, compare=True)).width == 2 * 198 + 6
+    maps = draw(world.ours, BASE, return_sfcm=True)
+    assert world.ours.visualize(maps, columns=9).width == 5 * 198 + 6
+    with pytest.raises(ValueError, match="return_sfcm"):
+        world.ours.visualize(draw(world.ours, BASE))
+    with pytest.raises(ValueError, match="latent"):
+        world.ours.visualize(draw(world.ours, BASE, compare=True, output_type="latent"))
+    with pytest.raises(IndexError):
+        world.ours.visualize(maps, 1)
+
+
 # ----------------------------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"return_sfcm": True}, "target_prompt"),
         ({"base_phrases": ["a woman"]}, "target_prompt"),
+        ({"free_phrases": ["a woman"]}, "target_prompt"),
+        ({"sfcm_guidance": 0.5}, "target_prompt"),
+        ({"target_prompt": TARGET, "free_phrases": ["a woman"]}, "return_sfcm"),
+        ({"target_prompt": TARGET, "free_phrases": ["a dog"], "return_sfcm": True}, "'a dog' is not in the base"),
+        ({"target_prompt": TARGET, "free_phrases": "a woman", "return_sfcm": True}, "free_phrases"),
+        ({"target_prompt": TARGET, "sfcm_guidance": 1.5}, r"sfcm_guidance.*\[0, 1\].*1.5"),
+        ({"target_prompt": TARGET, "sfcm_guidance": float("nan")}, "sfcm_guidance"),
+        ({"target_prompt": TARGET, "sfcm_guidance": 1.0, "sfcm_guidance_exponent": 0.0}, "exponent.*positive"),
+        ({"target_prompt": TARGET, "return_sfcm": "all"}, "return_sfcm.*per_step"),
+        ({"target_prompt": {"hair": TARGET}}, r"\['hair'\].*loaded are \['style'\]"),
+        ({"target_prompt": {"style": 3}}, "dict of them"),
+        ({"target_prompt": TARGET, "target_scale": {"hair": 1.0}}, r"\['hair'\].*active.*\['style'\]"),
+        ({"target_prompt": TARGET, "target_scale": [1.0, 0.5]}, "2 strengths for 1 targets"),
+        ({"target_prompt": TARGET, "target_scale": "strong"}, "target_scale.*numbers.*'strong'"),
+        ({"return_sfcm": True, "prompt": "a"}, "no phrase"),
         ({"target_prompt": TARGET, "sfcm_mode": "best"}, "sfcm_mode.*averaged.*'best'"),
         ({"target_prompt": TARGET, "prompt": None, "prompt_embeds": torch.zeros(1, 77, 16)}, "prompt_embeds"),
-        ({"compare": True, "prompt": None, "prompt_embeds": torch.zeros(1, 77, 16)}, "prompt_embeds"),
-        ({"target_prompt": TARGET, "prompt": None}, "`prompt` has to be"),
+        ({"return_sfcm": True, "prompt": None, "prompt_embeds": torch.zeros(1, 77, 16)}, "prompt_embeds"),
+        ({"target_prompt": TARGET, "prompt": None}, "prompt"),
+        (
+            {"target_prompt": TARGET, "negative_prompt": "bad", "negative_prompt_embeds": torch.zeros(1, 77, 16)},
+            "both",
+        ),
+        ({"compare": True, "prompt": None}, "prompt"),
         ({"target_prompt": TARGET, "prompt": []}, "`prompt` has to be"),
         ({"target_prompt": ""}, "empty"),
         ({"target_prompt": ("a hat", "a scarf")}, "list of strings"),
@@ -485,8 +876,6 @@ def test_guidance_may_end_during_the_run(world):
         ({"target_prompt": TARGET, "prompt": [BASE, OTHER], "base_phrases": [["a woman"]]}, "2 prompts"),
         ({"target_prompt": TARGET, "compare": True, "return_dict": False}, "return_dict"),
         ({"target_prompt": TARGET, "return_sfcm": True, "return_dict": False}, "return_dict"),
-        ({"target_prompt": TARGET, "compare": True, "ip_adapter_image": PIL.Image.new("RGB", (8, 8))}, "IP-Adapter"),
-        ({"target_prompt": TARGET, "return_sfcm": True, "ip_adapter_image_embeds": [torch.zeros(1, 1, 4)]}, "unsupp"),
         ({"target_prompt": TARGET, "compare": True, "latents": torch.zeros(2, 4, 8, 8)}, "latents.*2 rows but 1"),
         ({"target_prompt": TARGET, "compare": True, "seed": [1, 2]}, "generator.*2 rows but 1"),
         ({"target_prompt": TARGET, "compare": True, "return_sfcm": True, "height": 20, "width": 20}, "divisible by 8"),
@@ -524,6 +913,39 @@ def test_a_fused_lora_is_refused(own_world, argument):
     with pytest.raises(ValueError, match="unfuse_lora"):
         draw(own_world.ours, BASE, target_prompt=TARGET, **{argument: True})
     assert state(own_world.ours) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"target_prompt": TARGET, "target_scale": 0.5}, "unfuse_lora"),
+        ({"target_prompt": {"style": TARGET}}, "unfuse"),
+    ],
+)
+def test_a_fused_lora_is_neither_scaled_nor_switched(own_world, arguments, message):
+    own_world.ours.fuse_lora()
+    before = state(own_world.ours)
+    with pytest.raises(ValueError, match=message):
+        draw(own_world.ours, BASE, **arguments)
+    assert state(own_world.ours) == before
+
+
+def test_a_strength_without_a_lora_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="none is loaded"):
+        draw(World(tokenizer, lora=False).ours, BASE, target_scale=0.5)
+
+
+def test_maps_do_not_go_with_fused_projections_or_an_ip_adapter(own_world):
+    before = state(own_world.ours)
+    own_world.ours.fuse_qkv_projections(vae=False)
+    with pytest.raises(ValueError, match="unfuse_qkv_projections"):
+        draw(own_world.ours, BASE, target_prompt=TARGET, return_sfcm=True)
+    own_world.ours.unfuse_qkv_projections(vae=False)
+    draw(own_world.ours, BASE, target_prompt=TARGET, return_sfcm=True)
+    assert state(own_world.ours)[1:] == before[1:]
+    add_ip_adapter(own_world)
+    with pytest.raises(ValueError, match="unload_ip_adapter"):
+        draw(own_world.ours, BASE, return_sfcm=True, ip_adapter_image=PIL.Image.new("RGB", (8, 8)))
 
 
 def test_sliced_attention_is_refused_for_the_map_alone(own_world):
@@ -588,28 +1010,3 @@ def test_loads_as_custom_pipeline_in_a_fresh_process(world, tmp_path):
     assert_close(np.array(references), draw(world.original, BASE).images)
     # The siblings came with the pipeline; nothing was found on the path by chance.
     assert more == "torch.Size([1, 1, 8, 8]) False"
-
-
-# --------------------------------------------------------------------------------------------------------- heat map
-
-
-def test_overlay_is_brighter_where_the_map_is_higher():
-    image = PIL.Image.new("RGB", (20, 12), (200, 30, 30))
-    overlay = overlay_heat_map(image, torch.tensor([[0.0, 1.0]]))
-    assert overlay.size == (20, 12) and overlay.mode == "RGB"
-    luma = np.asarray(overlay.convert("L"), dtype=int)
-    assert (np.diff(luma, axis=1) >= 0).all() and luma[0, -1] - luma[0, 0] > 100
-    assert_equal(np.asarray(overlay), np.asarray(overlay_heat_map(image, np.array([[0.0, 1.0]]))))
-    # The image is greyed: its colour does not matter where its brightness is the same.
-    grey = image.convert("L").convert("RGB")
-    assert_equal(
-        np.asarray(overlay_heat_map(image, torch.zeros(2, 2))), np.asarray(overlay_heat_map(grey, np.zeros((2, 2))))
-    )
-    plain = overlay_heat_map(image, torch.zeros(3, 3), opacity=0.0)
-    assert_equal(np.asarray(plain), np.asarray(grey))
-
-
-@pytest.mark.parametrize("heat_map", [torch.zeros(1, 4, 4), torch.full((4, 4), 1.1), torch.full((4, 4), float("nan"))])
-def test_overlay_refuses_what_is_no_map(heat_map):
-    with pytest.raises(ValueError, match="heat_map"):
-        overlay_heat_map(PIL.Image.new("RGB", (8, 8)), heat_map)

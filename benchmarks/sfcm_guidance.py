@@ -1,0 +1,286 @@
+"""What SFCM guidance takes away from a LoRA's pollution, and from its response: `python benchmarks/sfcm_guidance.py`.
+
+Draws the same prompts from the same noise with the LoRAs that `benchmarks/preservation.py` trained, at growing
+`sfcm_guidance`, and judges the portraits as that benchmark does. What is finished is not drawn again.
+
+Source: [ours].
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from preservation import (  # noqa: E402
+    ORIGINAL,
+    RUNS,
+    WEIGHTS_NAME,
+    DrawSettings,
+    Originals,
+    Row,
+    Series,
+    base_model_digest,
+    cached_arrays,
+    file_digest,
+    judge_digest,
+    load_originals,
+    markdown_table,
+    noise_of_prompts,
+    number,
+    response_plane,
+    series_point,
+    side_by_side,
+    summarise,
+    without_nan,
+)
+from preservation import load_pipeline as load_stock_pipeline  # noqa: E402
+
+from pipeline_spf_portrait import SPFPortraitPipeline  # noqa: E402
+from toy_portraits.judge import PortraitJudge  # noqa: E402
+from toy_portraits.world import TARGETS  # noqa: E402
+
+
+MEASURES = {
+    "response": "response",
+    "change_outside": "change outside",
+    "excess": "excess pollution",
+    "kept_skin": "skin kept",
+    "head_shift": "head shift, px",
+}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A LoRA drawn at several strengths of the guidance.
+
+    Attributes:
+        run: which of the LoRAs of `preservation.py`.
+        label: its name in table and plot.
+        color: in the plot.
+        options: further arguments of the call.
+    """
+
+    run: str
+    label: str
+    color: tuple[int, int, int]
+    options: dict[str, float | bool]
+
+
+QUIET = {"adapter_in_unconditional": False, "target_scale": 0.75}
+SWEEPS = {
+    "plain": Sweep("plain", "plain LoRA", (200, 60, 40), {}),
+    "plain_quiet": Sweep("plain", "plain LoRA x .75, out of the empty branch", (222, 150, 30), QUIET),
+    "composed": Sweep("composed", "SPF-Portrait", (30, 90, 200), {}),
+    "composed_quiet": Sweep("composed", "SPF-Portrait x .75, out of the empty branch", (30, 150, 90), QUIET),
+}
+
+
+@dataclass(frozen=True)
+class GuidedJob:
+    """One row of one training seed."""
+
+    target_name: str
+    sweep: str
+    sfcm_guidance: float
+    seed: int
+
+
+@lru_cache(maxsize=1)
+def _tools(settings: DrawSettings) -> tuple[SPFPortraitPipeline, PortraitJudge]:
+    pipeline = SPFPortraitPipeline.from_pipe(load_stock_pipeline(settings))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline, PortraitJudge.from_pretrained()
+
+
+def draw_guided(
+    pipeline: SPFPortraitPipeline, originals: Originals, settings: DrawSettings, sfcm_guidance: float, options: dict
+) -> np.ndarray:
+    """Draw each full prompt once, from the noise of the original portrait; (B, 64, 64, 3) uint8."""
+    noise, prompts = noise_of_prompts(settings), originals.prompts
+    images = np.empty((len(prompts), 64, 64, 3), dtype=np.uint8)
+    # The prompts of one call share their target, and with it the phrase that it replaces.
+    for replaced in sorted({prompt.replaced_phrase for prompt in prompts}, key=str):
+        members = [i for i, prompt in enumerate(prompts) if prompt.replaced_phrase == replaced]
+        target = prompts[members[0]].target_prompt
+        for start in range(0, len(members), settings.batch_size):
+            chunk = members[start : start + settings.batch_size]
+            drawn = pipeline(
+                [prompts[i].base_prompt for i in chunk],
+                target_prompt=target if replaced is None else [(replaced, target)],
+                latents=noise[chunk].to(settings.device),
+                num_inference_steps=settings.num_inference_steps,
+                guidance_scale=settings.guidance_scale,
+                sfcm_guidance=sfcm_guidance,
+                output_type="np",
+                **options,
+            ).images
+            images[chunk] = np.rint(drawn * 255).astype(np.uint8)
+    return images
+
+
+def judge_job(job: GuidedJob, settings: DrawSettings, runs_dir: Path, cache_dir: Path) -> dict[str, np.ndarray]:
+    """The measures of a job, (prompts,) each."""
+    pipeline, judge = _tools(settings)
+    originals = load_originals(pipeline, job.target_name, settings, cache_dir)
+    sweep = SWEEPS[job.sweep]
+    folder = lora_folder(runs_dir, job.target_name, sweep.run, job.seed)
+
+    def make() -> dict[str, np.ndarray]:
+        pipeline.load_lora_weights(folder, weight_name=WEIGHTS_NAME, adapter_name="judged")
+        try:
+            images = draw_guided(pipeline, originals, settings, job.sfcm_guidance, sweep.options)
+        finally:
+            pipeline.unload_lora_weights()
+        return judge.compare(originals.base_images, images, TARGETS[job.target_name])
+
+    code = file_digest(ROOT / "pipeline_spf_portrait.py", ROOT / "sfcm.py")
+    digests = [base_model_digest(), file_digest(folder / WEIGHTS_NAME), judge_digest(), code]
+    key = ["guided", job.target_name, sweep.options, job.sfcm_guidance, asdict(settings), digests]
+    return cached_arrays(cache_dir, key, make)
+
+
+def lora_folder(runs_dir: Path, target_name: str, run: str, seed: int) -> Path:
+    return runs_dir / target_name / f"{run}-seed{seed}"
+
+
+def check_loras(args: argparse.Namespace) -> None:
+    """Raise a FileNotFoundError that names the first LoRA that is not there."""
+    for target_name in args.targets:
+        for sweep in args.sweeps:
+            for seed in args.seeds:
+                weights = lora_folder(args.runs_dir, target_name, SWEEPS[sweep].run, seed) / WEIGHTS_NAME
+                if not weights.is_file():
+                    raise FileNotFoundError(
+                        f"{weights} does not exist: train it with benchmarks/preservation.py "
+                        f"--targets {target_name} --runs plain stage1 composed --seeds {seed}."
+                    )
+
+
+def evaluate(args: argparse.Namespace, settings: DrawSettings) -> dict[str, list[Row]]:
+    """All rows by target: the original model, then each sweep by growing guidance."""
+    cache_dir, tables = args.output_dir / "cache", {}
+    pipeline, judge = _tools(settings)
+    for target_name in args.targets:
+        load_originals(pipeline, target_name, settings, cache_dir)
+    jobs = [
+        GuidedJob(target_name, sweep, strength, seed)
+        for target_name in args.targets
+        for sweep in args.sweeps
+        for strength in args.sfcm_guidance
+        for seed in args.seeds
+    ]
+    with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads,
+                             initargs=(1,)) as pool:  # fmt: skip
+        futures = [pool.submit(judge_job, job, settings, args.runs_dir, cache_dir) for job in jobs]
+        results = dict(zip(jobs, (future.result() for future in futures), strict=True))
+    for target_name in args.targets:
+        originals = load_originals(pipeline, target_name, settings, cache_dir)
+        untuned = judge.compare(originals.base_images, originals.full_images, TARGETS[target_name])
+        rows = [Row(ORIGINAL, "original", 0.0, {name: values[None] for name, values in untuned.items()})]
+        for sweep in args.sweeps:
+            for strength in args.sfcm_guidance:
+                seeds = [results[GuidedJob(target_name, sweep, strength, seed)] for seed in args.seeds]
+                measures = {name: np.stack([own[name] for own in seeds]) for name in untuned}
+                rows.append(Row(f"{SWEEPS[sweep].label}, s = {strength:g}", sweep, strength, measures))
+        for row in rows:
+            row.measures["excess"] = row.measures["change_outside"] - untuned["change_outside"]
+        tables[target_name] = rows
+    return tables
+
+
+def table_of(target_name: str, rows: Sequence[Row]) -> str:
+    lines = []
+    for row in rows:
+        summary = summarise(row)
+        lines.append([row.label, *(number(summary[m]["mean"], summary[m]["standard_error"]) for m in MEASURES)])
+    return f'"{TARGETS[target_name].prompt}":\n\n' + markdown_table(["", *MEASURES.values()], lines)
+
+
+def plot_of(target_name: str, rows: Sequence[Row], sweeps: Sequence[str]) -> list[Series]:
+    """A curve a sweep from s = 0 to 1, and the original model."""
+    series = [Series(ORIGINAL, (60, 60, 60), [series_point(rows[0])])]
+    for sweep in sweeps:
+        points = [series_point(row) for row in rows if row.run_name == sweep]
+        series.append(Series(SWEEPS[sweep].label, SWEEPS[sweep].color, points, joined=True))
+    return series
+
+
+def explanation(args: argparse.Namespace) -> str:
+    """What the numbers are, and the settings they were made with."""
+    return (
+        f"{args.num_prompts} prompts (seed {args.prompt_seed}), LoRAs of training seed(s) "
+        f"{', '.join(map(str, args.seeds))}, {args.num_inference_steps} DDIM steps, guidance scale "
+        f"{args.guidance_scale:g}. Measures as in `preservation.py`; ± is one standard error over prompts.\n"
+    )
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--runs_dir", type=Path, default=ROOT / "runs" / "preservation" / "runs", help="Where the LoRAs are."
+    )
+    parser.add_argument(
+        "--output_dir", type=Path, default=ROOT / "runs" / "sfcm_guidance", help="Cache, tables and plot."
+    )
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="Toy targets.")
+    parser.add_argument("--sweeps", nargs="+", choices=SWEEPS, default=list(SWEEPS), help="Which LoRAs, drawn how.")
+    parser.add_argument("--sfcm_guidance", nargs="+", type=float, default=[0.0, 0.25, 0.5, 0.75, 1.0])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[101, 102, 103], help="Training seeds.")
+    parser.add_argument("--workers", type=int, default=2, help="Processes of one thread each.")
+    parser.add_argument("--num_prompts", type=int, default=96)
+    parser.add_argument(
+        "--prompt_seed", type=int, default=90002, help="Of prompts and noise; no setting was chosen on the default."
+    )
+    parser.add_argument("--num_inference_steps", type=int, default=15)
+    parser.add_argument("--guidance_scale", type=float, default=4.0)
+    parser.add_argument("--batch_size", type=int, default=16, help="Portraits drawn at a time.")
+    parser.add_argument("--device", default="cpu", help="Where portraits are drawn.")
+    args = parser.parse_args(input_args)
+    for name in ("num_prompts", "num_inference_steps", "workers", "batch_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    if not all(0 <= strength <= 1 for strength in args.sfcm_guidance):
+        parser.error("--sfcm_guidance must be in [0, 1]")
+    return args
+
+
+def main(input_args: list[str] | None = None) -> None:
+    args = parse_args(input_args)
+    torch.set_num_threads(1)
+    args.runs_dir, args.output_dir = args.runs_dir.resolve(), args.output_dir.resolve()
+    check_loras(args)
+    settings = DrawSettings(
+        args.num_prompts, args.prompt_seed, args.num_inference_steps, args.guidance_scale, args.device, args.batch_size
+    )
+    tables = evaluate(args, settings)
+    text = "\n".join([explanation(args), *(table_of(name, rows) for name, rows in tables.items())])
+    (args.output_dir / "table.md").write_text(text, encoding="utf-8")
+    panels = [
+        response_plane(f'"{TARGETS[name].prompt}"', plot_of(name, rows, args.sweeps)) for name, rows in tables.items()
+    ]
+    side_by_side(panels).save(args.output_dir / "sfcm_guidance.png", optimize=True)
+    results = {
+        name: [{"label": row.label, "run": row.run_name, "measures": summarise(row)} for row in rows]
+        for name, rows in tables.items()
+    }
+    document = json.dumps(without_nan({"settings": {k: str(v) for k, v in vars(args).items()}, "targets": results}), indent=2)
+    (args.output_dir / "results.json").write_text(document + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
