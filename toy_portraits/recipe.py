@@ -10,6 +10,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 BASE_MODEL = HERE / "base_model"
+LORA = HERE / "loras" / "blonde_hair"  # what the flags below make of the training set blonde_hair
 # A model this small takes a higher learning rate than Stable Diffusion; all else of the method is its default.
 FLAGS = (
     "--resolution",
