@@ -1,12 +1,10 @@
-"""The finished LoRA for others: kohya's format for ComfyUI and A1111, the model card, a repository on the Hub.
+"""The finished LoRA for others: the model card, and a repository on the Hub.
 
 Paper: arXiv 2504.00396.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import re
 import shlex
@@ -16,14 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-import safetensors.torch
-import torch
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
 
 
 CARD = "README.md"
@@ -39,18 +32,6 @@ TAGS = (
     "spf-portrait",
     "template:sd-lora",
 )
-# A layer of the UNet, and which of its tensors: diffusers renames the attention's, and leaves PEFT's names to others.
-_LORA_KEY = re.compile(
-    r"unet\.(.+)\.(?:(lora_A|lora_B|lora\.down|lora\.up)\.weight|(lora_magnitude_vector)(?:\.weight)?)"
-)
-_KOHYA_NAMES = {
-    "lora_A": "lora_down.weight",
-    "lora.down": "lora_down.weight",
-    "lora_B": "lora_up.weight",
-    "lora.up": "lora_up.weight",
-    "lora_magnitude_vector": "dora_scale",
-}
-_SD2_TEXT_WIDTH = 1024  # of the text embeddings that a cross-attention layer reads; SD 1.x has 768
 
 CITATION = """\
 @article{xian2025spfportrait,
@@ -60,97 +41,6 @@ CITATION = """\
   journal = {arXiv preprint arXiv:2504.00396},
   year    = {2025}
 }"""
-
-
-# ------------------------------------------------------------------------------------------------------ kohya's format
-
-
-def save_kohya_lora(lora: Path, path: Path) -> None:
-    """Write a LoRA of diffusers' format in kohya's format, which ComfyUI and A1111 read, whole or not at all.
-
-    Both scale a layer by `alpha / rank`, and kohya's file holds an alpha for each layer. diffusers has a converter of
-    its own; it writes `alpha = rank` whatever the alpha, and does not find DoRA's magnitude in a UNet. Its loader
-    takes one of the file's alphas for all layers: they are made equal here, and what a layer's own alpha differs is
-    put into `lora_up`.
-
-    A DoRA's magnitude is written as (out, 1), one number for each output. No common reader treats it as PEFT does:
-    diffusers drops `dora_scale`, ComfyUI divides by the norm of the original weight alone, A1111 by that of columns.
-
-    Args:
-        lora: a `.safetensors` file with the adapter metadata that `save_lora_weights` writes.
-        path: the file to write; its folder exists.
-
-    Raises:
-        FileNotFoundError: there is no file `lora`.
-        ValueError: it is no such file, has no metadata, or holds something other than a LoRA of a UNet.
-
-    Source: [ours].
-    """
-    tensors, config = _read_lora(lora)
-    layers: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        match = _LORA_KEY.fullmatch(key)
-        if match is None:
-            raise ValueError(f"{lora}: {key!r} is no LoRA weight of a UNet, so kohya's format has no place for it")
-        layers.setdefault(match[1], {})[_KOHYA_NAMES[match[2] or match[3]]] = tensor
-
-    state, ranks = {}, set()
-    alpha, pattern = float(config["lora_alpha"]), config["alpha_pattern"]
-    for layer, weights in layers.items():
-        missing = {"lora_down.weight", "lora_up.weight"} - weights.keys()
-        if missing:
-            raise ValueError(f"{lora}: layer {layer!r} has no {' and no '.join(sorted(missing))}")
-        up, rank = weights["lora_up.weight"], len(weights["lora_down.weight"])
-        own_alpha = float(pattern.get(get_pattern_key(pattern, layer), alpha))
-        if config["use_rslora"]:
-            own_alpha *= math.sqrt(rank)  # rsLoRA divides by the root of the rank, and the readers by the rank
-        if own_alpha != alpha:
-            weights["lora_up.weight"] = up * (own_alpha / alpha)
-        if "dora_scale" in weights:
-            # A plain vector would be taken for one number an input, and broadcast along the wrong side.
-            weights["dora_scale"] = weights["dora_scale"].reshape(-1, *[1] * (up.ndim - 1))
-        name = f"lora_unet_{layer.replace('.', '_')}"
-        state |= {f"{name}.{kind}": weight for kind, weight in weights.items()}
-        state[f"{name}.alpha"] = torch.tensor(alpha)
-        ranks.add(rank)
-
-    widths = {weights["lora_down.weight"].shape[1] for layer, weights in layers.items() if "attn2.to_k" in layer}
-    metadata = {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(*ranks) if len(ranks) == 1 else "Dynamic",
-        "ss_network_alpha": str(alpha),
-        # Without it, A1111 takes a LoRA with metadata for one of SD 1.x, and hides it from other models.
-        "ss_v2": str(_SD2_TEXT_WIDTH in widths),
-    }
-    _write_whole(path, safetensors.torch.save(state, metadata))
-
-
-def _read_lora(lora: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """The tensors of a LoRA file, and of its metadata what decides the scale."""
-    try:
-        with safe_open(lora, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{lora}: {error}") from error
-    if LORA_ADAPTER_METADATA_KEY not in metadata:
-        raise ValueError(f"{lora} has no {LORA_ADAPTER_METADATA_KEY}, so nothing tells the LoRA's alpha")
-    packed = json.loads(metadata[LORA_ADAPTER_METADATA_KEY])
-    if not tensors or "unet.lora_alpha" not in packed:
-        raise ValueError(f"{lora} holds no LoRA of a UNet, or its metadata no alpha")
-    return tensors, {
-        "lora_alpha": packed["unet.lora_alpha"],
-        "alpha_pattern": packed.get("unet.alpha_pattern", {}),
-        "use_rslora": packed.get("unet.use_rslora", False),
-    }
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    # In a folder beside it, so that the last step is a rename on one file system.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as temporary:
-        whole = Path(temporary) / path.name
-        whole.write_bytes(content)
-        os.replace(whole, path)
 
 
 # ------------------------------------------------------------------------------------------------------ the model card
@@ -219,6 +109,14 @@ def write_model_card(folder: Path, facts: CardFacts) -> Path:
     path = folder / CARD
     _write_whole(path, str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")).encode())
     return path
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    # In a folder beside it, so that the last step is a rename on one file system.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as temporary:
+        whole = Path(temporary) / path.name
+        whole.write_bytes(content)
+        os.replace(whole, path)
 
 
 def _is_hub_id(base_model: str) -> bool:

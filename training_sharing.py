@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from checked_loading import InputError
-from hub import KOHYA_WEIGHTS, LORA_WEIGHTS, CardFacts, create_hub_repo, push_lora, save_kohya_lora, write_model_card
+from hub import KOHYA_WEIGHTS, LORA_WEIGHTS, CardFacts, create_hub_repo, push_lora, write_model_card
+from lora_files import save_kohya_lora
 from prompts import PromptPair
 
 

@@ -1,4 +1,4 @@
-"""Tests of `hub.py`: the kohya file and the card here, and the push in processes of their own against a small Hub."""
+"""Tests of `hub.py`: the card here, and the push in processes of their own against a small Hub."""
 
 import ast
 import copy
@@ -15,19 +15,18 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
+from diffusers.utils import convert_state_dict_to_diffusers
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from test_pipeline import make_components
 from test_prompts import BASE, write_vocabulary
 from transformers import CLIPTokenizer
 
 import hub
-from hub import KOHYA_WEIGHTS, LORA_WEIGHTS, CardFacts, save_kohya_lora, write_model_card
+from hub import KOHYA_WEIGHTS, LORA_WEIGHTS, CardFacts, write_model_card
+from lora_files import save_kohya_lora
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,17 +41,6 @@ CODE = {
     **{f"{name}.py": ROOT / f"{name}.py" for name in ("attention_processors", "prompts", "sfcm")},
 }
 CLOSE = 1e-5  # of pixels in [0, 1]; the LoRA itself moves them by hundreds of times as much
-
-LORAS = {
-    "alpha": {},
-    "patterns": {"rank_pattern": {"attn1.to_q": 3}, "alpha_pattern": {"attn2.to_v": 1, ".*attn1.to_k": 5}},
-    "rslora": {"use_rslora": True, "rank_pattern": {"to_v": 3}},
-    # With PEFT's names: diffusers loses its own names for the attention where the file's first name is PEFT's.
-    "layers": {
-        "rename": False,
-        "target_modules": [*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1"],
-    },
-}
 
 
 @pytest.fixture(scope="module")
@@ -95,141 +83,6 @@ def draw(world, lora: Path | None) -> np.ndarray:
         pipeline.load_lora_weights(lora.parent, weight_name=lora.name)
     generator = torch.Generator().manual_seed(0)
     return pipeline(FULL, num_inference_steps=2, output_type="np", generator=generator).images
-
-
-def edit_lora(path: Path, change, metadata: bool = True) -> Path:
-    """The file with other tensors, or without its metadata."""
-    with safe_open(path, "pt") as file:
-        kept = file.metadata()
-    save_file(change(load_file(path)), path, kept if metadata else None)
-    return path
-
-
-# ------------------------------------------------------------------------------------------------------ kohya's format
-
-
-@pytest.mark.parametrize("changes", LORAS.values(), ids=LORAS)
-def test_the_kohya_file_draws_the_same_image(world, tmp_path, changes):
-    lora = save_lora(world, tmp_path, **changes)
-    save_kohya_lora(lora, tmp_path / KOHYA_WEIGHTS)
-    expected, found = draw(world, lora), draw(world, tmp_path / KOHYA_WEIGHTS)
-    assert np.abs(found - expected).max() < CLOSE
-    assert np.abs(draw(world, None) - expected).max() > 1e-2
-    # The alphas decide: with those of diffusers' converter the image is another.
-    edit_lora(
-        tmp_path / KOHYA_WEIGHTS,
-        lambda state: {
-            name: torch.tensor(float(len(state[name.replace("alpha", "lora_down.weight")])))
-            if name.endswith("alpha")
-            else tensor
-            for name, tensor in state.items()
-        },
-    )
-    assert np.abs(draw(world, tmp_path / KOHYA_WEIGHTS) - expected).max() > 1e-3
-
-
-def test_names_and_tensors_are_those_of_diffusers_own_converter_but_for_alpha(world, tmp_path):
-    unet = adapted_unet(world)
-    save_kohya_lora(save_lora(world, tmp_path), tmp_path / KOHYA_WEIGHTS)
-    found = load_file(tmp_path / KOHYA_WEIGHTS)
-    peft = {f"unet.{name}": tensor for name, tensor in get_peft_model_state_dict(unet, adapter_name="default").items()}
-    expected = convert_state_dict_to_kohya(peft)
-    assert found.keys() == expected.keys()
-    assert "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0.lora_up.weight" in found
-    for name, tensor in found.items():
-        if name.endswith(".alpha"):
-            assert tensor.item() == 8 and expected[name].item() == 2
-        else:
-            assert torch.equal(tensor, expected[name])
-
-
-def test_kohya_metadata(world, tmp_path):
-    def metadata(**changes):
-        save_kohya_lora(save_lora(world, tmp_path, **changes), tmp_path / KOHYA_WEIGHTS)
-        with safe_open(tmp_path / KOHYA_WEIGHTS, "pt") as file:
-            return file.metadata()
-
-    expected = {"ss_network_module": "networks.lora", "ss_network_dim": "2", "ss_network_alpha": "8.0"}
-    assert metadata() == {**expected, "ss_v2": "False"}
-    mixed = metadata(rank_pattern={"to_q": 3})
-    assert (mixed["ss_network_dim"], mixed["ss_network_alpha"]) == ("Dynamic", "8.0")
-
-
-def test_a_lora_of_stable_diffusion_2_says_so(world, tmp_path):
-    def widen(state):
-        return {
-            name: torch.zeros(len(tensor), 1024) if "attn2.to_k.lora.down" in name else tensor
-            for name, tensor in state.items()
-        }
-
-    lora = edit_lora(save_lora(world, tmp_path), widen)
-    save_kohya_lora(lora, tmp_path / KOHYA_WEIGHTS)
-    with safe_open(tmp_path / KOHYA_WEIGHTS, "pt") as file:
-        assert file.metadata()["ss_v2"] == "True"
-
-
-def test_a_dora_magnitude_goes_into_the_file_with_one_number_an_output(world, tmp_path):
-    """diffusers drops `dora_scale`, so the file's weights are put together here and compared with PEFT's."""
-    modules = [*ATTENTION, "conv1"]
-    unet = adapted_unet(world, use_dora=True, target_modules=modules)
-    with torch.no_grad():
-        for name, parameter in unet.named_parameters():
-            if "magnitude" in name:
-                parameter *= 1.5  # otherwise the magnitude is the one that it starts with
-    save_kohya_lora(save_adapter(unet, tmp_path), tmp_path / KOHYA_WEIGHTS)
-    state = load_file(tmp_path / KOHYA_WEIGHTS)
-    checked = 0
-    for name, layer in unet.named_modules():
-        if not hasattr(layer, "lora_magnitude_vector"):
-            continue
-        prefix = f"lora_unet_{name.replace('.', '_')}"
-        down, up = state[f"{prefix}.lora_down.weight"], state[f"{prefix}.lora_up.weight"]
-        original = layer.base_layer.weight.detach()
-        delta = (up.flatten(1) @ down.flatten(1)).reshape(original.shape) * state[f"{prefix}.alpha"] / len(down)
-        merged = original + delta
-        norm = merged.flatten(1).norm(dim=1).reshape(-1, *[1] * (merged.ndim - 1))
-        assert state[f"{prefix}.dora_scale"].shape == norm.shape
-        layer.merge()
-        expected = layer.base_layer.weight.detach()
-        assert torch.allclose(state[f"{prefix}.dora_scale"] / norm * merged, expected, atol=1e-5)
-        assert not torch.allclose(merged, expected, atol=1e-2)
-        checked += 1
-    assert checked == sum(name.endswith(".dora_scale") for name in state) > 20
-
-
-@pytest.mark.parametrize(
-    ("change", "metadata", "message"),
-    [
-        (lambda state: state, False, "has no lora_adapter_metadata"),
-        (lambda state: {**state, "text_encoder.a.lora.up.weight": torch.ones(2, 2)}, True, "'text_encoder.a.lora.up"),
-        (lambda state: {k: v for k, v in state.items() if "lora.up" not in k}, True, "has no lora_up.weight"),
-        (lambda state: {}, True, "holds no LoRA"),
-    ],
-)
-def test_what_is_no_lora_of_a_unet_is_refused(world, tmp_path, change, metadata, message):
-    lora = edit_lora(save_lora(world, tmp_path), change, metadata)
-    with pytest.raises(ValueError, match=re.escape(message)) as error:
-        save_kohya_lora(lora, tmp_path / KOHYA_WEIGHTS)
-    assert str(lora) in str(error.value)
-    assert [path.name for path in tmp_path.iterdir()] == [LORA_WEIGHTS]
-
-
-def test_a_damaged_file_is_named(tmp_path):
-    (tmp_path / LORA_WEIGHTS).write_bytes(b"no safetensors")
-    with pytest.raises(ValueError, match=LORA_WEIGHTS):
-        save_kohya_lora(tmp_path / LORA_WEIGHTS, tmp_path / KOHYA_WEIGHTS)
-    with pytest.raises(FileNotFoundError, match="missing"):
-        save_kohya_lora(tmp_path / "missing", tmp_path / KOHYA_WEIGHTS)
-
-
-def test_a_write_that_fails_leaves_the_file_that_was_there(world, tmp_path, monkeypatch):
-    lora, path = save_lora(world, tmp_path), tmp_path / KOHYA_WEIGHTS
-    path.write_bytes(b"before")
-    monkeypatch.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match="No space"):
-        save_kohya_lora(lora, path)
-    assert path.read_bytes() == b"before"
-    assert {file.name for file in tmp_path.iterdir()} == {LORA_WEIGHTS, KOHYA_WEIGHTS}
 
 
 # ------------------------------------------------------------------------------------------------------ the model card

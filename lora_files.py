@@ -1,0 +1,378 @@
+"""LoRA files: diffusers' and kohya's format, each read into the other, and a LoRA loaded whole from either.
+
+kohya's is what ComfyUI and A1111 read, and what most LoRAs for Stable Diffusion are published in.
+Source: [ours].
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+
+
+# A model, a layer, and which of its tensors: diffusers renames the attention's, and leaves PEFT's names to others.
+_DIFFUSERS_KEY = re.compile(
+    r"(unet|text_encoder)\.(.+)\."
+    r"(?:(?:lora_|lora\.|lora_linear_layer\.)(A|B|down|up)\.weight|lora_(magnitude)_vector(?:\.weight)?)"
+)
+_KINDS = {"A": "down", "down": "down", "B": "up", "up": "up", "magnitude": "magnitude"}
+_KOHYA_KEY = re.compile(r"lora_(unet|te)_(\w+)\.(?:lora_(down|up)\.weight|(alpha)|(dora_scale))")
+_KOHYA_MODELS = {"unet": "unet", "te": "text_encoder"}
+# What kohya's names, which have "_" for every ".", hold of names with a "_" of their own.
+_COMPOUNDS = (
+    "down_blocks|up_blocks|mid_block|transformer_blocks|time_emb_proj|time_embedding|linear_1|linear_2|conv_shortcut|"
+    "conv_in|conv_out|proj_in|proj_out|to_q|to_k|to_v|to_out|text_model|self_attn|q_proj|k_proj|v_proj|out_proj"
+)
+_KOHYA_PART = re.compile(rf"({_COMPOUNDS}|[^_]+)(?:_|$)")
+_LAYERS = {
+    "unet": re.compile(r"(down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding)\b.*"),
+    "text_encoder": re.compile(r"encoder\.layers\..+"),
+}
+_SD2_TEXT_WIDTH = 1024  # of the text embeddings that a cross-attention layer reads; SD 1.x has 768
+
+
+@dataclass(frozen=True)
+class LoraLayer:
+    """What a LoRA adds to the weight of one layer: `alpha / rank * up @ down`.
+
+    Args:
+        down: (rank, in) or, of a convolution, (rank, in, h, w).
+        up: (out, rank) or (out, rank, 1, 1).
+        alpha: any real number.
+        magnitude: (out,) a DoRA's norm of each output's weight, or None.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    alpha: float
+    magnitude: torch.Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return len(self.down)
+
+
+Layers = dict[str, dict[str, LoraLayer]]  # by model, "unet" and "text_encoder", and by the layer's name in it
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_lora(path: Path) -> Layers:
+    """Read a LoRA of either format.
+
+    Args:
+        path: a `.safetensors` file. Where it has no alpha, that is the rank, as diffusers and kohya take it.
+
+    Returns:
+        The layers.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or holds something other than a LoRA of Stable Diffusion 1.x or 2.x; the message
+            begins with the path.
+
+    Source: [ours].
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not tensors:
+        raise ValueError(f"{path}: holds no LoRA")
+    if is_kohya(tensors):
+        return _read_kohya(path, tensors)
+    return _read_diffusers(path, tensors, json.loads(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}")))
+
+
+def is_kohya(names: dict[str, torch.Tensor]) -> bool:
+    """Whether these are names of kohya's format."""
+    return any(name.startswith(("lora_unet_", "lora_te")) for name in names)
+
+
+def _read_diffusers(path: Path, tensors: dict[str, torch.Tensor], metadata: dict) -> Layers:
+    found: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = _DIFFUSERS_KEY.fullmatch(key)
+        if match is None:
+            raise ValueError(f"{path}: {key!r} is no LoRA weight of Stable Diffusion's UNet or text encoder")
+        layer = match[2].removeprefix("text_model.")  # as older transformers named it
+        found.setdefault((match[1], layer), {})[_KINDS[match[3] or match[4]]] = tensor
+    return _collect(path, {place: (weights, _alpha_of(metadata, *place)) for place, weights in found.items()})
+
+
+def _alpha_of(metadata: dict, model: str, layer: str) -> tuple[float | None, bool]:
+    """Of one layer, None if the file has none, and whether the root of the rank divides it (rsLoRA)."""
+    pattern = metadata.get(f"{model}.alpha_pattern") or {}
+    alpha = pattern.get(get_pattern_key(pattern, layer), metadata.get(f"{model}.lora_alpha"))
+    return alpha, bool(metadata.get(f"{model}.use_rslora"))
+
+
+def _read_kohya(path: Path, tensors: dict[str, torch.Tensor]) -> Layers:
+    found: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = _KOHYA_KEY.fullmatch(key)
+        if match is None:
+            raise ValueError(f"{path}: {key!r} is no weight that a LoRA of Stable Diffusion 1.x or 2.x has")
+        if match[5]:
+            raise ValueError(
+                f"{path}: a DoRA in kohya's format ({key!r}): what wrote it decides what its magnitude means, so it "
+                "cannot be read"
+            )
+        layer = ".".join(_KOHYA_PART.findall(match[2])).removeprefix("text_model.")
+        found.setdefault((_KOHYA_MODELS[match[1]], layer), {})[match[3] or match[4]] = tensor
+    alphas = {place: weights.pop("alpha", None) for place, weights in found.items()}
+    return _collect(
+        path,
+        {
+            place: (weights, (None if alphas[place] is None else float(alphas[place]), False))
+            for place, weights in found.items()
+        },
+    )
+
+
+def _collect(path: Path, found: dict[tuple[str, str], tuple[dict[str, torch.Tensor], tuple]]) -> Layers:
+    layers: Layers = {}
+    for (model, layer), (weights, (alpha, rank_stabilized)) in found.items():
+        if not _LAYERS[model].fullmatch(layer):
+            raise ValueError(f"{path}: {layer!r} is no layer of Stable Diffusion 1.x or 2.x ({model})")
+        missing = {"down", "up"} - weights.keys()
+        if missing:
+            raise ValueError(f"{path}: layer {layer!r} has no lora_{' and no lora_'.join(sorted(missing))}")
+        rank = len(weights["down"])
+        if weights["up"].shape[1] != rank:
+            raise ValueError(f"{path}: layer {layer!r} has the ranks {rank} and {weights['up'].shape[1]}")
+        alpha = float(rank if alpha is None else alpha)
+        if rank_stabilized:
+            alpha *= math.sqrt(rank)  # rsLoRA divides by the root of the rank, and all others by the rank
+        layers.setdefault(model, {})[layer] = LoraLayer(alpha=alpha, **weights)
+    return layers
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def save_kohya_lora(lora: Path, path: Path) -> None:
+    """Write a LoRA of diffusers' format in kohya's format, which ComfyUI and A1111 read, whole or not at all.
+
+    Both scale a layer by `alpha / rank`, and kohya's file holds an alpha for each layer. diffusers has a converter of
+    its own; it writes `alpha = rank` whatever the alpha, and does not find DoRA's magnitude in a UNet. Its loader
+    takes one of the file's alphas for all layers: they are made equal here, and what a layer's own alpha differs is
+    put into `lora_up`.
+
+    A DoRA's magnitude is written as (out, 1), one number for each output. No common reader treats it as PEFT does:
+    diffusers drops `dora_scale`, ComfyUI divides by the norm of the original weight alone, A1111 by that of columns.
+
+    Args:
+        lora: a `.safetensors` file of diffusers' format.
+        path: the file to write; its folder exists.
+
+    Raises:
+        FileNotFoundError: there is no file `lora`.
+        ValueError: as of `read_lora`.
+
+    Source: [ours].
+    """
+    layers = read_lora(lora)
+    alpha = _most_common(layer.alpha for group in layers.values() for layer in group.values())
+    state, ranks, widths = {}, set(), set()
+    for model, group in layers.items():
+        for name, layer in group.items():
+            prefix = "lora_unet_" if model == "unet" else "lora_te_text_model_"
+            key, up = f"{prefix}{name.replace('.', '_')}", layer.up
+            if layer.alpha != alpha:
+                up = up * (layer.alpha / alpha)
+            state |= {f"{key}.lora_down.weight": layer.down, f"{key}.lora_up.weight": up}
+            state[f"{key}.alpha"] = torch.tensor(alpha)
+            if layer.magnitude is not None:
+                # A plain vector would be taken for one number an input, and broadcast along the wrong side.
+                state[f"{key}.dora_scale"] = layer.magnitude.reshape(-1, *[1] * (up.ndim - 1))
+            ranks.add(layer.rank)
+            if "attn2.to_k" in name:
+                widths.add(layer.down.shape[1])
+    metadata = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(*ranks) if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": str(alpha),
+        # Without it, A1111 takes a LoRA with metadata for one of SD 1.x, and hides it from other models.
+        "ss_v2": str(_SD2_TEXT_WIDTH in widths),
+    }
+    _write_whole(path, safetensors.torch.save(state, metadata))
+
+
+def save_diffusers_lora(lora: Path, folder: Path) -> Path:
+    """Write a LoRA of kohya's format in diffusers' format, each layer with its own rank and alpha.
+
+    Args:
+        lora: a `.safetensors` file of kohya's format.
+        folder: where the file is written, under the name that diffusers looks for; it is made.
+
+    Returns:
+        The file.
+
+    Raises:
+        FileNotFoundError: there is no file `lora`.
+        ValueError: as of `read_lora`.
+
+    Source: [ours].
+    """
+    options = {}
+    for model, group in read_lora(lora).items():
+        rank = _most_common(layer.rank for layer in group.values())
+        alpha = _most_common(layer.alpha for layer in group.values())
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            rank_pattern={name: layer.rank for name, layer in group.items() if layer.rank != rank},
+            alpha_pattern={name: layer.alpha for name, layer in group.items() if layer.alpha != alpha},
+            target_modules=list(group),
+        )
+        options[f"{model}_lora_adapter_metadata"] = config.to_dict()
+        options[f"{model}_lora_layers"] = {
+            f"{name}.{key}.weight": tensor.contiguous()
+            for name, layer in group.items()
+            for key, tensor in (("lora_A", layer.down), ("lora_B", layer.up))
+        }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LORA_WEIGHT_NAME_SAFE
+    # In a folder beside it, so that the last step is a rename on one file system.
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+        StableDiffusionPipeline.save_lora_weights(temporary, **options)
+        os.replace(Path(temporary) / path.name, path)
+    return path
+
+
+def _most_common(values: Iterator[float]) -> float:
+    return Counter(values).most_common(1)[0][0]
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as temporary:
+        whole = Path(temporary) / path.name
+        whole.write_bytes(content)
+        os.replace(whole, path)
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+
+def find_lora(source: str) -> Path:
+    """The file that is meant, downloaded if it lies on the Hub.
+
+    Args:
+        source: a `.safetensors` file, a folder with one, or of the Hub "user/name" or "user/name/file.safetensors".
+
+    Returns:
+        The file here.
+
+    Raises:
+        ValueError: there is no such file, or several; one line that begins with `source`.
+
+    Source: [ours].
+    """
+    path = Path(source)
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise ValueError(f"{source}: not a .safetensors file")
+        return path
+    if path.is_dir():
+        names = sorted(file.name for file in path.glob("*.safetensors"))
+        if LORA_WEIGHT_NAME_SAFE in names:
+            return path / LORA_WEIGHT_NAME_SAFE
+        if len(names) != 1:
+            raise ValueError(
+                f"{source}: holds no {LORA_WEIGHT_NAME_SAFE}, and {len(names)} .safetensors files instead of one"
+            )
+        return path / names[0]
+    parts = source.split("/")
+    repo_id, name = "/".join(parts[:2]), "/".join(parts[2:])
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"{source}: no such file or folder") from error
+    if "" in parts or repo_id.endswith(".safetensors"):
+        raise ValueError(f"{source}: no such file or folder")
+    with _in_one_line(source):
+        try:
+            return Path(hf_hub_download(repo_id, name or LORA_WEIGHT_NAME_SAFE))
+        except RemoteEntryNotFoundError as error:
+            hint = "" if name else "; name the file, as in user/name/file.safetensors"
+            raise ValueError(f"no {name or LORA_WEIGHT_NAME_SAFE} there{hint}") from error
+
+
+@contextmanager
+def _in_one_line(source: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source}: {' '.join(str(error).split())}") from error
+
+
+def load_lora(pipeline: StableDiffusionPipeline, source: str, adapter_name: str) -> None:
+    """Load a LoRA whole, and make it the only active one; on an error the pipeline's LoRAs are as they were.
+
+    diffusers warns and goes on where a LoRA, or a part of it, is for another model, and takes one alpha for the
+    attention layers of a file in kohya's format. Here the one is an error, and each layer has its own alpha.
+
+    Args:
+        pipeline: gets the LoRA on its UNet and, if the file has weights for it, on its text encoder.
+        source: as of `find_lora`, in diffusers' or kohya's format.
+        adapter_name: a name that no adapter of the pipeline has.
+
+    Raises:
+        ValueError: there is no such LoRA, or it is for another model; one line that begins with `source`.
+
+    Source: [ours].
+    """
+    path, active = find_lora(source), pipeline.get_active_adapters()
+    expected = sum(len(group) for group in read_lora(path).values())
+    with tempfile.TemporaryDirectory() as folder, _in_one_line(source):
+        with safe_open(path, "pt") as file:
+            in_kohyas_format = is_kohya(dict.fromkeys(file.keys()))
+        if in_kohyas_format:
+            path = save_diffusers_lora(path, Path(folder))
+        try:
+            pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=adapter_name)
+            found = _count_layers(pipeline, adapter_name)
+            if found != expected:
+                raise ValueError(f"a LoRA for another model: {found} of its {expected} layers are in this one")
+        except (ValueError, RuntimeError) as error:
+            _remove_adapter(pipeline, adapter_name, active)
+            # torch lists each layer whose shape differs; the first tells enough.
+            raise ValueError(" ".join(str(error).splitlines()[:2])) from error
+
+
+def _count_layers(pipeline: StableDiffusionPipeline, adapter_name: str) -> int:
+    models = (pipeline.unet, pipeline.text_encoder)
+    layers = [layer for model in models for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    return sum(adapter_name in layer.lora_A for layer in layers)
+
+
+def _remove_adapter(pipeline: StableDiffusionPipeline, adapter_name: str, active: list[str]) -> None:
+    if active:
+        pipeline.delete_adapters(adapter_name)
+        pipeline.set_adapters(active)
+    else:
+        pipeline.unload_lora_weights()
