@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,13 +102,18 @@ def read_lora(path: Path) -> Layers:
         raise ValueError(f"{path}: {error}") from error
     if not tensors:
         raise ValueError(f"{path}: holds no LoRA")
-    if is_kohya(tensors):
+    if _are_kohyas(tensors):
         return _read_kohya(path, tensors)
     return _read_diffusers(path, tensors, json.loads(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}")))
 
 
-def is_kohya(names: dict[str, torch.Tensor]) -> bool:
-    """Whether these are names of kohya's format."""
+def is_kohya(path: Path) -> bool:
+    """Whether a `.safetensors` file has names of kohya's format."""
+    with safe_open(path, "pt") as file:
+        return _are_kohyas(file.keys())
+
+
+def _are_kohyas(names: Iterable[str]) -> bool:
     return any(name.startswith(("lora_unet_", "lora_te")) for name in names)
 
 
@@ -264,7 +269,7 @@ def save_diffusers_lora(lora: Path, folder: Path) -> Path:
     return path
 
 
-def _most_common(values: Iterator[float]) -> float:
+def _most_common(values: Iterable[float]) -> float:
     return Counter(values).most_common(1)[0][0]
 
 
@@ -349,9 +354,7 @@ def load_lora(pipeline: StableDiffusionPipeline, source: str, adapter_name: str)
     path, active = find_lora(source), pipeline.get_active_adapters()
     expected = sum(len(group) for group in read_lora(path).values())
     with tempfile.TemporaryDirectory() as folder, _in_one_line(source):
-        with safe_open(path, "pt") as file:
-            in_kohyas_format = is_kohya(dict.fromkeys(file.keys()))
-        if in_kohyas_format:
+        if is_kohya(path):
             path = save_diffusers_lora(path, Path(folder))
         try:
             pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=adapter_name)

@@ -15,6 +15,7 @@ from PIL import Image
 from test_house import ROOT
 from torch.distributed.run import get_args_parser
 
+import export_spf_portrait_lora
 from benchmarks import preservation
 from data import load_rows
 from pipeline_spf_portrait import SPFPortraitPipeline, SPFPortraitPipelineOutput
@@ -84,6 +85,24 @@ def read_cell(cell, action):
     return tuple(map(convert, cell.strip("`").split())) if action.nargs == 2 else convert(cell.strip("`"))
 
 
+# Programs with a table of their own, by the section that it stands in.
+PROGRAMS = {"Other formats, and a checkpoint without a LoRA": export_spf_portrait_lora.parse_args}
+
+
+def table_of(heading):
+    """The rows of a section's table of flags."""
+    section = README.split(f"## {heading}\n")[1].split("\n## ")[0]
+    return {flag: cell for flag, cell in re.findall(r"^\| `(--\w+)` \| (.*?) \|", section, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("heading", PROGRAMS)
+def test_the_tables_of_other_programs_are_their_flags_and_defaults(heading, monkeypatch):
+    parser = parser_of(PROGRAMS[heading], monkeypatch)
+    actions = {action.option_strings[0]: action for action in parser._actions if action.dest != "help"}
+    written = {flag: read_cell(cell, actions[flag]) for flag, cell in table_of(heading).items()}
+    assert written == {flag: default_as_written(action) for flag, action in actions.items()}
+
+
 def test_the_tables_list_every_flag_and_no_other(actions, flag_rows):
     assert set(flag_rows) == set(actions)
 
@@ -115,7 +134,8 @@ def test_every_flag_named_in_the_prose_is_a_flag_of_the_trainer(actions):
     assert len(named) > 40
     of_the_benchmark = {"--num_inference_steps", "--targets", "--seeds", "--runs"}
     taken = {flag for action in actions.values() for flag in action.option_strings}
-    assert named - taken == {"--extra-index-url"} | of_the_benchmark
+    of_other_programs = {flag for heading in PROGRAMS for flag in table_of(heading)}
+    assert named - taken - of_other_programs == {"--extra-index-url"} | of_the_benchmark
 
 
 def test_the_benchmarks_commands_are_ones_it_takes():
@@ -137,7 +157,7 @@ def test_the_presets_are_flags_the_trainer_takes():
 
 
 def test_every_command_is_one_its_program_takes(monkeypatch):
-    programs = {"demo": 0, "launch": 0, "torchrun": 0}
+    programs = {"demo": 0, "launch": 0, "torchrun": 0, "export": 0}
     launcher, demo_parser = launch_command_parser(), parser_of(demo.main, monkeypatch)
     for block in blocks("bash"):
         for command in re.split(r"&&|\n", block.replace("\\\n", " ")):
@@ -156,7 +176,10 @@ def test_every_command_is_one_its_program_takes(monkeypatch):
                 assert words[2:4] == ["-m", "torch.distributed.run"] and (ROOT / launched.training_script).is_file()
                 parse_args(launched.training_script_args)
                 programs["torchrun"] += 1
-    assert programs == {"demo": 3, "launch": 8, "torchrun": 1}
+            elif words[:2] == ["python", "export_spf_portrait_lora.py"]:
+                export_spf_portrait_lora.parse_args(words[2:])
+                programs["export"] += 1
+    assert programs == {"demo": 3, "launch": 8, "torchrun": 1, "export": 3}
 
 
 def test_the_configuration_file_is_one_accelerate_reads():
