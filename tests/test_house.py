@@ -44,7 +44,7 @@ def test_the_walk_sees_every_form_of_import():
 
 
 def test_the_house_is_complete():
-    programs = {"train_spf_portrait_lora", "export_spf_portrait_lora", "toy_portraits", "benchmarks", "tests"}
+    programs = {"train_spf_portrait_lora", "app", "export_spf_portrait_lora", "toy_portraits", "benchmarks", "tests"}
     assert OWN_MODULES == {*LEAVES, *FLOOR_1, *programs}
     assert ROOT / "tests" / "test_house.py" in FILES
 

@@ -8,13 +8,16 @@ import re
 import shlex
 
 import pytest
+import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
+from packaging.specifiers import SpecifierSet
 from PIL import Image
 from test_house import ROOT
 from torch.distributed.run import get_args_parser
 
+import app
 import export_spf_portrait_lora
 from benchmarks import preservation
 from data import load_rows
@@ -86,7 +89,10 @@ def read_cell(cell, action):
 
 
 # Programs with a table of their own, by the section that it stands in.
-PROGRAMS = {"Other formats, and a checkpoint without a LoRA": export_spf_portrait_lora.parse_args}
+PROGRAMS = {
+    "In the browser": app.parse_args,
+    "Other formats, and a checkpoint without a LoRA": export_spf_portrait_lora.parse_args,
+}
 
 
 def table_of(heading):
@@ -97,6 +103,8 @@ def table_of(heading):
 
 @pytest.mark.parametrize("heading", PROGRAMS)
 def test_the_tables_of_other_programs_are_their_flags_and_defaults(heading, monkeypatch):
+    for name in ("SPF_BASE_MODEL", "SPF_LORA"):
+        monkeypatch.delenv(name, raising=False)
     parser = parser_of(PROGRAMS[heading], monkeypatch)
     actions = {action.option_strings[0]: action for action in parser._actions if action.dest != "help"}
     written = {flag: read_cell(cell, actions[flag]) for flag, cell in table_of(heading).items()}
@@ -157,7 +165,7 @@ def test_the_presets_are_flags_the_trainer_takes():
 
 
 def test_every_command_is_one_its_program_takes(monkeypatch):
-    programs = {"demo": 0, "launch": 0, "torchrun": 0, "export": 0}
+    programs = {"demo": 0, "launch": 0, "torchrun": 0, "export": 0, "app": 0}
     launcher, demo_parser = launch_command_parser(), parser_of(demo.main, monkeypatch)
     for block in blocks("bash"):
         for command in re.split(r"&&|\n", block.replace("\\\n", " ")):
@@ -179,7 +187,10 @@ def test_every_command_is_one_its_program_takes(monkeypatch):
             elif words[:2] == ["python", "export_spf_portrait_lora.py"]:
                 export_spf_portrait_lora.parse_args(words[2:])
                 programs["export"] += 1
-    assert programs == {"demo": 3, "launch": 8, "torchrun": 1, "export": 3}
+            elif words[:2] == ["python", "app.py"]:
+                app.parse_args(words[2:])
+                programs["app"] += 1
+    assert programs == {"demo": 3, "launch": 8, "torchrun": 1, "export": 3, "app": 3}
 
 
 def test_the_configuration_file_is_one_accelerate_reads():
@@ -264,3 +275,10 @@ def test_its_captions_alone_work_with_one_target_for_the_set(tmp_path):
         "a woman, a brown jacket, a curtain background, blonde hair",
         "a man, a white shirt, blonde hair",
     ]
+
+
+def test_the_head_of_a_space_names_the_page_and_a_gradio_that_is_allowed():
+    (head,) = [yaml.safe_load(block.strip("-\n")) for block in blocks("yaml")]
+    assert head["sdk"] == "gradio" and (ROOT / head["app_file"]).is_file()
+    (line,) = [line for line in (ROOT / "requirements-app.txt").read_text().splitlines() if line.startswith("gradio")]
+    assert head["sdk_version"] in SpecifierSet(line.removeprefix("gradio"))
