@@ -10,6 +10,7 @@ Paper: arXiv 2504.00396.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -404,6 +405,21 @@ def _compute_maps(
     return maps
 
 
+def _lora_layer(key: str) -> tuple[str, str] | None:
+    """The layer that a LoRA's matrix belongs to and its side, "A" or "B"; None for other tensors.
+
+    diffusers knows three names for one matrix: PEFT's, its own, and an older one, into which it turns kohya's format.
+    """
+    match = re.fullmatch(r"(.+?)(?:\.lora_(A|B)|(\.lora|\.lora_linear_layer|_lora)\.(down|up))\.weight", key)
+    if match is None:
+        return None
+    path = match[1].replace(".processor.", ".").replace("text_encoder.text_model.", "text_encoder.")
+    if match[3] == "_lora":
+        path = path.replace(".self_attn.to_out", ".self_attn.out_proj").replace(".to_out", ".to_out.0")
+        path = re.sub(r"\.self_attn\.to_(q|k|v)$", r".self_attn.\1_proj", path)
+    return path, match[2] or {"down": "A", "up": "B"}[match[4]]
+
+
 def _check_lora_fits(name: str, layers: dict[str, Tensor], models: dict[str, torch.nn.Module | None]) -> None:
     """Raise a ValueError if a LoRA's layers, by their names in diffusers' format, are not those of the models."""
     advice = "load it with a pipeline of the model it was trained on."
@@ -413,15 +429,14 @@ def _check_lora_fits(name: str, layers: dict[str, Tensor], models: dict[str, tor
         if model is not None
         for path, module in model.named_modules()
     }
-    matrices = {key: value for key, value in layers.items() if key.endswith((".lora_A.weight", ".lora_B.weight"))}
+    matrices = {place: value for key, value in layers.items() if (place := _lora_layer(key)) is not None}
     if not matrices:
         raise ValueError(f"{name} has no LoRA layer that is known here: {advice}")
-    for key, matrix in matrices.items():
-        path, _, side = key.removesuffix(".weight").rpartition(".")
+    for (path, side), matrix in matrices.items():
         weight = getattr(modules.get(path), "weight", None)
         if weight is None:
             raise ValueError(f"{name} is for another architecture: there is no layer {path}; {advice}")
-        own, other = (matrix.shape[1], weight.shape[1]) if side == "lora_A" else (matrix.shape[0], weight.shape[0])
+        own, other = (matrix.shape[1], weight.shape[1]) if side == "A" else (matrix.shape[0], weight.shape[0])
         if own != other:
             raise ValueError(f"{name} is for another architecture: {path} has {own} features, not {other}; {advice}")
 

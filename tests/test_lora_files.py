@@ -377,3 +377,22 @@ def test_a_kohya_file_that_is_no_plain_lora_is_refused(world, tmp_path, change, 
     edit_lora(kohya, lambda state: dict(change(*item) for item in state.items()))
     with pytest.raises(ValueError, match=f"^{kohya}: .*{message}"):
         save_diffusers_lora(kohya, tmp_path / "out")
+
+
+@pytest.mark.parametrize("form", ["peft", "diffusers", "kohya"])
+def test_our_pipeline_refuses_what_does_not_fit_under_every_name(world, tmp_path, form):
+    """Stock diffusers says so for some names in many lines, and for others not at all."""
+    lora = save_lora(world, tmp_path, rename=form == "diffusers")
+    if form == "kohya":
+        save_kohya_lora(lora, tmp_path / "kohya.safetensors")
+        lora = tmp_path / "kohya.safetensors"
+    draw_both(world, lambda pipeline: pipeline.load_lora_weights(lora))
+    wide, elsewhere = tmp_path / "wide.safetensors", tmp_path / "elsewhere.safetensors"
+    down = ("lora_A", ".lora.down", "lora_down")
+    save_file({k: torch.cat([x, x], 1) if any(d in k for d in down) else x for k, x in load_file(lora).items()}, wide)
+    edited = {key.replace("down_blocks.0", "down_blocks.9").replace("down_blocks_0", "down_blocks_9"): tensor
+              for key, tensor in load_file(lora).items()}  # fmt: skip
+    save_file(edited, elsewhere)
+    for path, message in ((wide, "has 16 features, not 8"), (elsewhere, "there is no layer unet.down_blocks.9.")):
+        with pytest.raises(ValueError, match=f"{path} is for another architecture: .*{re.escape(message)}"):
+            draw_both(world, lambda pipeline, path=path: pipeline.load_lora_weights(path))
