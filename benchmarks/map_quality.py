@@ -1,12 +1,12 @@
 """Is the map right? `python benchmarks/map_quality.py` holds maps against regions that are known.
 
-Portraits are rendered, so that the region of a target and of each phrase is known to the pixel: the same portrait is
-rendered without and with the target. They are noised at timesteps of several bands, the UNet predicts for base and full
-prompt with and without a LoRA, and every SFCM mode makes its map. A second part takes the maps of the pipeline while it
-draws, and the regions from the probe. The LoRAs are those that `benchmarks/preservation.py` trained.
+Portraits are rendered, so that the region of a target and of each phrase is known to the pixel: the same portrait
+is rendered without and with the target. They are noised at timesteps of several bands, the UNet predicts for base and
+full prompt with and without a LoRA, and every SFCM mode makes its map. A second part takes the maps of the pipeline
+while it draws, and the regions from the probe. The LoRAs are those that `benchmarks/preservation.py` trained.
 
-A map has a value per latent pixel. A region enters as the *share* of each latent pixel's 4x4 picture pixels that belong
-to it, so that neither is interpolated.
+A map has a value per latent pixel. A region enters as the *share* of each latent pixel's 4x4 picture pixels that
+belong to it, so that neither is interpolated.
 
 Legend: B portraits, h/w map size (16x16), N noise samples, P base phrases, T text tokens, K training seeds.
 Source: [ours].
@@ -17,8 +17,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +75,7 @@ LABELS_OF_RUNS = {ORIGINAL: "original model"} | {name: RUNS[name].label for name
 # The literature forgives 15 of 224 pixels; of 64 that is 4, which is one latent pixel.
 TOLERANCE = 4
 RESAMPLES = 1000
+PICTURED = 2  # portraits a target in the picture
 # What the renderer knows of a phrase, by the phrase's last word.
 PHRASE_KINDS = {
     "woman": "person",
@@ -174,8 +177,8 @@ def pointing_game(maps: np.ndarray, regions: np.ndarray) -> dict[str, np.ndarray
         regions: (B, H, W) bool, H and W multiples of h and w.
 
     Returns:
-        (B,) each: `hit` and its `chance` (the region's area), the same with a `TOLERANCE`, and `mass` inside. NaN
-        where the region is empty.
+        (B,) each: `hit` and its `chance` (the region's area), the same with a `TOLERANCE`, the `mass` inside, and the
+        `auc`. NaN where the region is empty.
     """
     shares = region_shares(regions, maps.shape[1:])
     tolerant = region_shares(grow(regions, TOLERANCE), maps.shape[1:])
@@ -185,6 +188,7 @@ def pointing_game(maps: np.ndarray, regions: np.ndarray) -> dict[str, np.ndarray
         "hit_tolerant": pointing(maps, tolerant),
         "chance_tolerant": tolerant.mean(axis=(1, 2)),
         "mass": mass_inside(maps, shares),
+        "auc": separation(maps, shares)["auc"],
     }
     there = regions.any(axis=(1, 2))
     return {name: np.where(there, values, np.nan) for name, values in found.items()}
@@ -320,9 +324,7 @@ def prompt_table(tools: Tools, pairs: Sequence[PromptPair]) -> tuple[PromptTable
     """What the training knows of the prompts, and (B, 1, T) weights that average over each target's tokens."""
     tokenizer = tools.pipeline.tokenizer
     tokens = [tokenize_prompt_pair(pair, tokenizer) for pair in pairs]
-    table = make_prompt_table(
-        pairs, tokens, tokenizer, tools.pipeline.text_encoder, tools.clip, tools.clip_tokenizer
-    )
+    table = make_prompt_table(pairs, tokens, tokenizer, tools.pipeline.text_encoder, tools.clip, tools.clip_tokenizer)
     length = tokenizer.model_max_length
     weights = torch.tensor([phrase_mask([row.target_positions], length) for row in tokens], device=tools.device)
     return table, weights
@@ -424,10 +426,7 @@ def band_maps(
             for n in adapters
         },
         {size: maps.cpu().numpy() for size, maps in phrases.items()},
-        {
-            n: {s: attention(responses[n], target_weights[rows], s).cpu().numpy() for s in phrases}
-            for n in adapters
-        },
+        {n: {s: attention(responses[n], target_weights[rows], s).cpu().numpy() for s in phrases} for n in adapters},
         used,
     )
 
@@ -481,7 +480,7 @@ def map_separation(maps: np.ndarray, scenes: Scenes) -> dict[str, np.ndarray]:
     """Maps (N, B, h, w) against both regions, (B,) each, averaged over N: `inside`, `outside`, `auc`, `allowed_…`."""
     size = maps.shape[-2:]
     drawn, allowed = region_shares(scenes.drawn, size), region_shares(scenes.allowed, size)
-    found = {}
+    found = {"area": drawn.mean(axis=(1, 2))}
     for prefix, shares in (("", drawn), ("allowed_", allowed)):
         samples = [separation(sample, shares) for sample in maps]
         found |= {prefix + name: np.mean([one[name] for one in samples], axis=0) for name in samples[0]}
@@ -526,7 +525,12 @@ def stack(found: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 def measure_rendered(
-    tools: Tools, scenes: Scenes, portraits: str, bands: Sequence[Band], adapters: Sequence[str], args
+    tools: Tools,
+    scenes: Scenes,
+    portraits: str,
+    bands: Sequence[Band],
+    adapters: Sequence[str],
+    args: argparse.Namespace,
 ) -> list[Row]:
     """All maps of rendered portraits, against the renderer's regions."""
     pairs = prompt_pairs(scenes.prompts)
@@ -562,58 +566,77 @@ def resolution_text(size: tuple[int, int], used: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}" + (" (used)" if size == used else "")
 
 
-def draw_scenes(tools: Tools, target_name: str, adapter: str, args) -> tuple[Scenes, np.ndarray, np.ndarray, list]:
+def draw_with_maps(
+    tools: Tools, prompts: Sequence[ToyPrompt], latents: torch.Tensor, args: argparse.Namespace
+) -> list[dict]:
+    """The pipeline's portraits and maps, one dictionary a prompt; prompts with one target are drawn together."""
+    goals: dict[str | tuple[str, str], list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        replaced, goal = prompt.replaced_phrase, prompt.target_prompt
+        goals.setdefault(goal if replaced is None else (replaced, goal), []).append(i)
+    drawn: dict[int, dict] = {}
+    for goal, members in goals.items():
+        for start in range(0, len(members), args.batch_size):
+            chunk = members[start : start + args.batch_size]
+            output = tools.pipeline(
+                [prompts[i].base_prompt for i in chunk],
+                target_prompt=[goal],
+                latents=latents[chunk].to(tools.device),
+                num_inference_steps=args.num_inference_steps,
+                guidance_scale=args.guidance_scale,
+                compare=True,
+                return_sfcm=True,
+                output_type="np",
+            )
+            for place, i in enumerate(chunk):
+                drawn[i] = {
+                    "image": output.images[place],
+                    "reference": output.reference_images[place],
+                    "sfcm": output.sfcm[place, 0].numpy(),
+                    "phrases": output.phrases[place],
+                    "phrase_maps": output.phrase_maps[place].numpy(),
+                }
+    return [drawn[i] for i in range(len(prompts))]
+
+
+def draw_scenes(
+    tools: Tools, target_name: str, adapter: str, args: argparse.Namespace
+) -> tuple[Scenes, np.ndarray, np.ndarray, list]:
     """Draw portraits with a LoRA; the regions are the probe's, of these and of the original model's portraits.
 
     Returns:
         The portraits; their SFCMs (B, h, w) and phrase maps (B, P, h, w) as the pipeline returns them, averaged over
         the denoising steps; their phrases.
     """
-    target, pipeline = TARGETS[target_name], tools.pipeline
+    target = TARGETS[target_name]
     prompts = base_prompts(target, args.num_prompts, args.prompt_seed)
     latents = noise_of_prompts(DrawSettings(num_prompts=args.num_prompts, prompt_seed=args.prompt_seed))
-    pipeline.unet.set_adapters(adapter)
-    images, references, sfcm, phrases, phrase_maps = [], [], [], [], []
-    for prompt, noise in zip(prompts, latents.to(tools.device)):
-        goal = [prompt.target_prompt if target.replaces is None else (prompt.replaced_phrase, prompt.target_prompt)]
-        output = pipeline(
-            prompt.base_prompt,
-            target_prompt=goal,
-            latents=noise[None],
-            num_inference_steps=args.num_inference_steps,
-            guidance_scale=args.guidance_scale,
-            compare=True,
-            return_sfcm=True,
-            output_type="np",
-        )
-        images.append(output.images[0])
-        references.append(output.reference_images[0])
-        sfcm.append(output.sfcm[0, 0].numpy())
-        phrases.append(output.phrases[0])
-        phrase_maps.append(output.phrase_maps[0].numpy())
-    images, references = (np.rint(np.stack(rows) * 255).astype(np.uint8) for rows in (images, references))
+    tools.pipeline.unet.set_adapters(adapter)
+    drawn = draw_with_maps(tools, prompts, latents, args)
+    images, references = (
+        np.rint(np.stack([one[name] for one in drawn]) * 255).astype(np.uint8) for name in ("image", "reference")
+    )
     labels, before = tools.judge.read(images).labels, tools.judge.read(references).labels
-    drawn = (labels == own_label(target)) | (before == own_label(target))
-    scenes = Scenes(target_name, prompts, images, labels, drawn, target_region(before, labels, target))
-    longest = max(map(len, phrase_maps))
-    padded = [np.pad(maps, ((0, longest - len(maps)), (0, 0), (0, 0))) for maps in phrase_maps]
-    return scenes, np.stack(sfcm), np.stack(padded), phrases
+    region = (labels == own_label(target)) | (before == own_label(target))
+    scenes = Scenes(target_name, prompts, images, labels, region, target_region(before, labels, target))
+    longest = max(len(one["phrase_maps"]) for one in drawn)
+    padded = [np.pad(m, ((0, longest - len(m)), (0, 0), (0, 0))) for m in (one["phrase_maps"] for one in drawn)]
+    return scenes, np.stack([one["sfcm"] for one in drawn]), np.stack(padded), [one["phrases"] for one in drawn]
 
 
-def measure_generated(tools: Tools, target_name: str, adapters: Sequence[str], args) -> list[Row]:
+def measure_generated(tools: Tools, target_name: str, adapters: Sequence[str], args: argparse.Namespace) -> list[Row]:
     """The pipeline's maps of the portraits that each LoRA draws, against the probe's regions."""
-    rows, games = [], []
+    rows = []
     for run_name, names in by_seed([name for name in adapters if name != ORIGINAL]).items():
-        found = []
+        found, games = [], []
         for name in names:
             scenes, sfcm, phrase_maps, phrases = draw_scenes(tools, target_name, name, args)
             found.append(map_separation(sfcm[None], scenes))
-            games.append((run_name, phrase_games(phrase_maps, phrases, scenes)))
-        rows.append(Row("generated", target_name, None, run_name, "averaged", "all steps", stack(found)))
+            games.append(phrase_games(phrase_maps, phrases, scenes))
+        key = ("generated", target_name, None, run_name)
+        rows.append(Row(*key, "averaged", "all steps", stack(found)))
+        rows += [Row(*key, kind, "all steps", stack([game[kind] for game in games])) for kind in games[0]]
         print(f"generated, {target_name}, {run_name}: measured", flush=True)
-        own = [game for run, game in games if run == run_name]
-        for kind in own[0]:
-            rows.append(Row("generated", target_name, None, run_name, kind, "all steps", stack([g[kind] for g in own])))
     return rows
 
 
@@ -648,7 +671,7 @@ def cell(summary: dict[str, dict[str, float]], name: str) -> str:
     return number(summary[name]["mean"], summary[name]["standard_error"])
 
 
-def separation_table(rows: Sequence[Row], first: str, name_of) -> str:
+def separation_table(rows: Sequence[Row], first: str, name_of: Callable[[Row], str]) -> str:
     """Inside, outside, ratio and both AUCs, a row a map."""
     header = [first, "inside", "outside", "ratio", "AUC", "AUC, allowed region"]
     lines = []
@@ -664,16 +687,12 @@ def band_text(band: Band | None) -> str:
     return f"{band[0]}-{band[1]}" + (" (training's)" if band == TRAINING_BAND else "")
 
 
-def mode_table(rows: Sequence[Row], bands: Sequence[Band], detail: str) -> str:
-    """AUC of each mode and of the target words' attention, a column a band."""
-    lines = []
-    for mode in MODES:
-        own = [select(rows, map_name=mode, detail=detail, band=band) for band in bands]
-        lines.append([f"`{mode}`", *(cell(summarise(found[0]), "auc") for found in own)])
-    own = [select(rows, map_name=TARGET_WORDS, band=band) for band in bands]
-    used = [next(row for row in found if row.detail.endswith("(used)")) for found in own]
-    lines.append(["target words' attention", *(cell(summarise(row), "auc") for row in used)])
-    return markdown_table(["", *map(band_text, bands)], lines)
+def auc_table(lines: dict[str, Sequence[Row]], bands: Sequence[Band]) -> str:
+    """AUC, a column a band; `lines` holds each line's rows by its name."""
+    cells = {name: {row.band: cell(summarise(row), "auc") for row in rows} for name, rows in lines.items()}
+    return markdown_table(
+        ["", *map(band_text, bands)], [[name, *(by[b] for b in bands)] for name, by in cells.items()]
+    )
 
 
 def pool(rows: Sequence[Row]) -> Row:
@@ -686,10 +705,11 @@ def pool(rows: Sequence[Row]) -> Row:
     )
 
 
-def game_table(rows: Sequence[Row], name_of) -> str:
+def game_table(rows: Sequence[Row], name_of: Callable[[Row], str]) -> str:
     """The pointing game, a row a phrase and resolution; the chance is the region's share of the picture."""
-    header = ["", "portraits", "hit", "chance", f"hit, {TOLERANCE} px", f"chance, {TOLERANCE} px", "mass inside"]
-    names = ("hit", "chance", "hit_tolerant", "chance_tolerant", "mass")
+    tolerant = (f"hit, {TOLERANCE} px", f"chance, {TOLERANCE} px")
+    header = ["", "portraits", "hit", "chance", *tolerant, "mass inside", "AUC"]
+    names = ("hit", "chance", "hit_tolerant", "chance_tolerant", "mass", "auc")
     lines = []
     for row in rows:
         summary = summarise(row)
@@ -720,47 +740,58 @@ def ceiling(scenes: Scenes, size: tuple[int, int]) -> float:
 
 
 def explanation(args: argparse.Namespace) -> str:
+    """What was measured, with which settings, and what the columns mean."""
     seeds = ", ".join(map(str, args.seeds))
     return f"""\
-# How right the map is
+{args.num_portraits} rendered portraits a target (seed {args.portrait_seed}), {args.noise_samples} noise samples a
+band, LoRAs of training seed {seeds} from `benchmarks/preservation.py`; {args.num_prompts} generated portraits a target
+(seed {args.prompt_seed}), {args.num_inference_steps} DDIM steps, guidance scale {args.guidance_scale:g}.
+± is one standard error over portraits.
 
-What `python benchmarks/map_quality.py` wrote. {args.num_portraits} rendered portraits a target (seed
-{args.portrait_seed}), {args.noise_samples} noise samples a band, LoRAs of training seed {seeds} from
-`benchmarks/preservation.py`; {args.num_prompts} generated portraits a target (seed {args.prompt_seed}),
-{args.num_inference_steps} DDIM steps, guidance scale {args.guidance_scale:g}. ± is one standard error over portraits.
-
-*Inside* and *outside*: the map's mean over picture pixels where the target is drawn (the hair, the hat, the clothes, in
-the rendering with the target) and everywhere else; *ratio*: of the two means. *AUC*: how often a pixel inside has a
-larger value than one outside, .5 for a map that says nothing. *Allowed region*: the same against the region in which the
-judge lets the target change a portrait, which for the hat is all of the hair too, and everywhere has a margin of 2
-pixels. *Hit*: how often a map's maximum lies in the region; *chance*: the region's share of the picture. With 4 px: the
-region grown by 4 pixels, as the pointing game is usually played with 15 of 224. *Mass inside*: the share of the map's
-sum that lies in the region; a flat map's is the chance.
+*Inside* and *outside*: the map's mean over picture pixels where the target is drawn (the hair, the hat, the clothes
+of the rendering with the target; in generated portraits the probe's, of the original or the new one) and everywhere
+else; *ratio*: of the two means. *AUC*: how often a pixel inside has a larger value than one outside, .5 for a map
+that says nothing. *Allowed region*: the same against the region in which the judge lets the target change a
+portrait, which for the hat is all of the hair too, and everywhere has a margin of 2 pixels. *Hit*: how often a map's
+maximum lies in the region; *chance*: the region's share of the picture. With {TOLERANCE} px: the region grown by
+{TOLERANCE} pixels, as the pointing game is usually played with 15 of 224. *Mass inside*: the share of the map's sum
+that lies in the region; a flat map's is the chance.
 """
 
 
 def target_section(target_name: str, rows: Sequence[Row], args: argparse.Namespace) -> str:
     """All tables of a target."""
     scenes = render_scenes(target_name, args.num_portraits, args.portrait_seed, with_target=False)
-    best = ceiling(scenes, (SIZE // 4, SIZE // 4))
+    bands, many = [*args.bands, TRAINING_BAND], f"{args.noise_samples} noises"
+    rows = select(rows, target_name=target_name)
+    default, kinds = select(rows, map_name=DEFAULT_MODE, detail=many), ("without target", "with target")
     parts = [
         f'\n## "{TARGETS[target_name].prompt}"\n\n',
-        f"A perfect map of 16x16 latent pixels, which mix inside and outside at the border, has AUC {best:.3f}.\n",
+        f"The target's region is {scenes.drawn.mean():.3f} of a picture. A perfect map of 16x16 latent pixels, which "
+        f"mix inside and\noutside at the border, has AUC {ceiling(scenes, (SIZE // 4, SIZE // 4)):.3f}.\n",
     ]
-    bands, many = [*args.bands, TRAINING_BAND], f"{args.noise_samples} noises"
-    own = select(rows, target_name=target_name)
-    for portraits in ("without target", "with target"):
-        for run_name in dict.fromkeys(row.run_name for row in own):
-            found = select(own, portraits=portraits, run_name=run_name)
-            chosen = select(found, map_name=DEFAULT_MODE, detail=many)
-            if chosen:
-                parts += [f"\n### Portraits {portraits}, {LABELS_OF_RUNS[run_name]}\n\n`{DEFAULT_MODE}`, {many}:\n\n"]
-                parts += [separation_table(chosen, "timesteps", lambda row: band_text(row.band))]
-                parts += [f"\nAUC, {many}:\n\n", mode_table(found, bands, many)]
-                parts += ["\nAUC, one noise:\n\n", mode_table(found, bands, "one noise")]
-    parts += ["\n### Generated portraits, the pipeline's map (`averaged`)\n\n"]
-    generated = select(own, portraits="generated", map_name="averaged")
-    parts += [separation_table(generated, "", lambda row: f"{LABELS_OF_RUNS[row.run_name]} ({row.detail})")]
+    for run_name in args.runs:
+        for portraits in kinds:
+            parts += [f"\n`{DEFAULT_MODE}`, {many}, {LABELS_OF_RUNS[run_name]}, portraits {portraits}:\n\n"]
+            found = select(default, run_name=run_name, portraits=portraits)
+            parts += [separation_table(found, "timesteps", lambda row: band_text(row.band))]
+    lines = {
+        f"{LABELS_OF_RUNS[run_name]}, {portraits}": select(default, run_name=run_name, portraits=portraits)
+        for run_name in (*args.runs, ORIGINAL)
+        for portraits in kinds
+    }
+    parts += [f"\nAUC of `{DEFAULT_MODE}`, {many}:\n\n", auc_table(lines, bands)]
+    for run_name in args.runs:
+        found = select(rows, run_name=run_name, portraits=kinds[0])
+        lines = {f"`{m}`, {d}": select(found, map_name=m, detail=d) for m in MODES for d in (many, "one noise")}
+        lines["target words' attention"] = [
+            row for row in select(found, map_name=TARGET_WORDS) if row.detail.endswith("(used)")
+        ]
+        heading = f"\nAUC of every map, {LABELS_OF_RUNS[run_name]}, portraits {kinds[0]}:\n\n"
+        parts += [heading, auc_table(lines, bands)]
+    parts += ["\nGenerated portraits, the pipeline's map (`averaged`, over all steps):\n\n"]
+    generated = select(rows, portraits="generated", map_name="averaged")
+    parts += [separation_table(generated, "", lambda row: LABELS_OF_RUNS[row.run_name])]
     return "".join(parts)
 
 
@@ -792,7 +823,8 @@ def write_results(args: argparse.Namespace, rows: Sequence[Row]) -> None:
     run_name = args.runs[0]
     parts += [
         "\n## The pointing game\n\nBase phrases in the Reference Path, over all targets; the targets' words in the "
-        f"Response Path of {LABELS_OF_RUNS[run_name]}. Maps of the layers of one resolution, portraits without target.\n"
+        f"Response Path of {LABELS_OF_RUNS[run_name]}.\nMaps of the layers of one resolution, averaged over "
+        f"{args.noise_samples} noises; portraits without target.\n"
     ]
     for band in (*args.bands, TRAINING_BAND):
         found = game_rows(rows, run_name, portraits="without target", band=band)
@@ -857,7 +889,7 @@ def draw_picture(rows: Sequence[Sequence[tuple]], title: str) -> Image.Image:
             left = gap + place * (side + gap)
             pen.text((left, top), text, fill="black", font=font)
             picture.paste(tile, (left, top + text_height))
-    return picture.quantize(128)
+    return picture.quantize(256)
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -913,9 +945,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_inference_steps", type=int, default=15)
     parser.add_argument("--guidance_scale", type=float, default=4.0)
     parser.add_argument("--batch_size", type=int, default=32, help="Portraits a forward.")
+    parser.add_argument("--workers", type=int, default=2, help="Processes of one thread; each takes a target.")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(input_args)
-    for name in ("num_portraits", "noise_samples", "num_prompts", "num_inference_steps", "batch_size"):
+    for name in ("num_portraits", "noise_samples", "num_prompts", "num_inference_steps", "batch_size", "workers"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
     for target_name in args.targets:
@@ -927,24 +960,30 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def measure_target(target_name: str, args: argparse.Namespace) -> tuple[list[Row], list[list[tuple]]]:
+    """All rows of a target, and its part of the picture."""
+    tools, adapters, rows = load_tools(args.device), [ORIGINAL, *adapter_names(args)], []
+    load_adapters(tools, args, target_name)
+    for with_target in (False, True):
+        scenes = render_scenes(target_name, args.num_portraits, args.portrait_seed, with_target)
+        kind = "with target" if with_target else "without target"
+        rows += measure_rendered(tools, scenes, kind, [*args.bands, TRAINING_BAND], adapters, args)
+    rows += measure_generated(tools, target_name, adapters, args)
+    few = render_scenes(target_name, PICTURED, args.portrait_seed, with_target=False)
+    return rows, map_pictures(tools, few, adapters[1], args)
+
+
 def main(args: argparse.Namespace) -> None:
-    torch.set_num_threads(1)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    tools, rows, pictures = load_tools(args.device), [], []
-    adapters = [ORIGINAL, *adapter_names(args)]
-    for target_name in args.targets:
-        load_adapters(tools, args, target_name)
-        for with_target in (False, True):
-            scenes = render_scenes(target_name, args.num_portraits, args.portrait_seed, with_target)
-            kind = "with target" if with_target else "without target"
-            rows += measure_rendered(tools, scenes, kind, [*args.bands, TRAINING_BAND], adapters, args)
-        rows += measure_generated(tools, target_name, adapters, args)
-        few = render_scenes(target_name, 2, args.portrait_seed, with_target=False)
-        pictures += map_pictures(tools, few, adapters[1], args)
+    rows, pictures = [], []
+    with ProcessPoolExecutor(args.workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        for found, row_pictures in pool.map(measure_target, args.targets, [args] * len(args.targets)):
+            rows += found
+            pictures += row_pictures
     write_results(args, rows)
     title = (
-        f"{LABELS_OF_RUNS[args.runs[0]]}, `{DEFAULT_MODE}`, {args.noise_samples} noises a map. White: the region. "
-        f"Words: t {band_text(TRAINING_BAND)}."
+        f"{LABELS_OF_RUNS[args.runs[0]]}, {DEFAULT_MODE}, {args.noise_samples} noises a map. White: the region. "
+        f"Attention to words: t {band_text(TRAINING_BAND)}."
     )
     draw_picture(pictures, title).save(args.output_dir / "map_quality.png", optimize=True)
     print((args.output_dir / "table.md").read_text(encoding="utf-8"))
