@@ -297,6 +297,7 @@ class BandMaps:
     Attributes:
         sfcm: per adapter and mode (1, B, h, w), from the difference averaged over all noise samples.
         single: the same from one noise sample each, (N, B, h, w).
+        resolutions: per adapter the default mode's, with phrase maps of each other resolution, (1, B, h, w).
         phrases: per resolution of the layers (B, P, h, w), of the Reference Path, averaged over the noise samples.
         target: per adapter and resolution (B, 1, h, w), of the target's tokens in the Response Path.
         used: the resolution the SFCMs were made with.
@@ -304,6 +305,7 @@ class BandMaps:
 
     sfcm: dict[str, dict[str, np.ndarray]]
     single: dict[str, dict[str, np.ndarray]]
+    resolutions: dict[str, dict[tuple[int, int], np.ndarray]]
     phrases: dict[tuple[int, int], np.ndarray]
     target: dict[str, dict[tuple[int, int], np.ndarray]]
     used: tuple[int, int]
@@ -425,6 +427,10 @@ def band_maps(
             n: {m: np.stack([sfcm(m, n, own, slice(i, i + 1)) for i, own in enumerate(each)]) for m in MODES}
             for n in adapters
         },
+        {
+            n: {s: sfcm(DEFAULT_MODE, n, maps, slice(None))[None] for s, maps in phrases.items() if s != used}
+            for n in adapters
+        },
         {size: maps.cpu().numpy() for size, maps in phrases.items()},
         {n: {s: attention(responses[n], target_weights[rows], s).cpu().numpy() for s in phrases} for n in adapters},
         used,
@@ -442,7 +448,8 @@ def join_maps(parts: Sequence[BandMaps]) -> BandMaps:
         }
 
     phrases = {size: np.concatenate([part.phrases[size] for part in parts]) for size in first.phrases}
-    return BandMaps(nested("sfcm", 1), nested("single", 1), phrases, nested("target", 0), first.used)
+    sfcms = (nested(name, 1) for name in ("sfcm", "single", "resolutions"))
+    return BandMaps(*sfcms, phrases, nested("target", 0), first.used)
 
 
 # ----------------------------------------------------------------------------------------------------------- measuring
@@ -551,6 +558,10 @@ def measure_rendered(
                 one = stack([map_separation(maps.single[name][mode], scenes) for name in names])
                 rows.append(Row(*key, run_name, mode, f"{args.noise_samples} noises", many))
                 rows.append(Row(*key, run_name, mode, "one noise", one))
+            for size in maps.resolutions[names[0]]:
+                found = [map_separation(maps.resolutions[name][size], scenes) for name in names]
+                detail = f"{args.noise_samples} noises, phrases at {resolution_text(size, maps.used)}"
+                rows.append(Row(*key, run_name, DEFAULT_MODE, detail, stack(found)))
             for size in maps.phrases:
                 own = [maps.target[name][size] for name in names]
                 found = [map_separation(m.swapaxes(0, 1), scenes) | pointing_game(m[:, 0], scenes.drawn) for m in own]
@@ -759,35 +770,36 @@ that lies in the region; a flat map's is the chance.
 """
 
 
+def default_name(row: Row) -> str:
+    """The band, and which portraits if they are not those of the original model's kind."""
+    return band_text(row.band) + (", portraits with target" if row.portraits == "with target" else "")
+
+
 def target_section(target_name: str, rows: Sequence[Row], args: argparse.Namespace) -> str:
     """All tables of a target."""
     scenes = render_scenes(target_name, args.num_portraits, args.portrait_seed, with_target=False)
     bands, many = [*args.bands, TRAINING_BAND], f"{args.noise_samples} noises"
     rows = select(rows, target_name=target_name)
-    default, kinds = select(rows, map_name=DEFAULT_MODE, detail=many), ("without target", "with target")
+    default = select(rows, map_name=DEFAULT_MODE, detail=many)
     parts = [
         f'\n## "{TARGETS[target_name].prompt}"\n\n',
         f"The target's region is {scenes.drawn.mean():.3f} of a picture. A perfect map of 16x16 latent pixels, which "
         f"mix inside and\noutside at the border, has AUC {ceiling(scenes, (SIZE // 4, SIZE // 4)):.3f}.\n",
     ]
     for run_name in args.runs:
-        for portraits in kinds:
-            parts += [f"\n`{DEFAULT_MODE}`, {many}, {LABELS_OF_RUNS[run_name]}, portraits {portraits}:\n\n"]
-            found = select(default, run_name=run_name, portraits=portraits)
-            parts += [separation_table(found, "timesteps", lambda row: band_text(row.band))]
-    lines = {
-        f"{LABELS_OF_RUNS[run_name]}, {portraits}": select(default, run_name=run_name, portraits=portraits)
-        for run_name in (*args.runs, ORIGINAL)
-        for portraits in kinds
-    }
-    parts += [f"\nAUC of `{DEFAULT_MODE}`, {many}:\n\n", auc_table(lines, bands)]
+        parts += [f"\n`{DEFAULT_MODE}`, {many}, {LABELS_OF_RUNS[run_name]}:\n\n"]
+        parts += [separation_table(select(default, run_name=run_name), "timesteps", default_name)]
+    plain = select(default, portraits="without target")
+    lines = {LABELS_OF_RUNS[name]: select(plain, run_name=name) for name in (*args.runs, ORIGINAL)}
+    parts += [f"\nAUC of `{DEFAULT_MODE}`, {many}, portraits without target:\n\n", auc_table(lines, bands)]
     for run_name in args.runs:
-        found = select(rows, run_name=run_name, portraits=kinds[0])
-        lines = {f"`{m}`, {d}": select(found, map_name=m, detail=d) for m in MODES for d in (many, "one noise")}
+        found = select(rows, run_name=run_name, portraits="without target")
+        details = dict.fromkeys((row.map_name, row.detail) for row in found if row.map_name in MODES)
+        lines = {f"`{m}`, {d}": select(found, map_name=m, detail=d) for m, d in sorted(details)}
         lines["target words' attention"] = [
             row for row in select(found, map_name=TARGET_WORDS) if row.detail.endswith("(used)")
         ]
-        heading = f"\nAUC of every map, {LABELS_OF_RUNS[run_name]}, portraits {kinds[0]}:\n\n"
+        heading = f"\nAUC of every map, {LABELS_OF_RUNS[run_name]}, portraits without target:\n\n"
         parts += [heading, auc_table(lines, bands)]
     parts += ["\nGenerated portraits, the pipeline's map (`averaged`, over all steps):\n\n"]
     generated = select(rows, portraits="generated", map_name="averaged")
@@ -935,7 +947,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="Whose maps; the first one's are in the picture and the pointing game.",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[101], help="Training seeds.")
-    parser.add_argument("--num_portraits", type=int, default=64, help="Rendered portraits a target.")
+    parser.add_argument("--num_portraits", type=int, default=48, help="Rendered portraits a target.")
     parser.add_argument(
         "--portrait_seed", type=int, default=70101, help="Of renders, prompts and noise; nothing was chosen on them."
     )
@@ -967,7 +979,9 @@ def measure_target(target_name: str, args: argparse.Namespace) -> tuple[list[Row
     for with_target in (False, True):
         scenes = render_scenes(target_name, args.num_portraits, args.portrait_seed, with_target)
         kind = "with target" if with_target else "without target"
-        rows += measure_rendered(tools, scenes, kind, [*args.bands, TRAINING_BAND], adapters, args)
+        # What is aligned on are portraits without the target; those with it are the exception.
+        bands = [TRAINING_BAND] if with_target else [*args.bands, TRAINING_BAND]
+        rows += measure_rendered(tools, scenes, kind, bands, adapters, args)
     rows += measure_generated(tools, target_name, adapters, args)
     few = render_scenes(target_name, PICTURED, args.portrait_seed, with_target=False)
     return rows, map_pictures(tools, few, adapters[1], args)
