@@ -770,6 +770,41 @@ that lies in the region; a flat map's is the chance.
 """
 
 
+def band_cell(row: Row) -> str:
+    """Inside and outside of a map, without errors."""
+    summary = summarise(row)
+    return f"{summary['inside']['mean']:.2f} / {summary['outside']['mean']:.2f}"
+
+
+def summary_section(rows: Sequence[Row], args: argparse.Namespace) -> str:
+    """The README's two tables: the first run's map by band, and every run's at the training's timesteps."""
+    bands, many = [*args.bands, TRAINING_BAND], f"{args.noise_samples} noises"
+    rows = [row for row in rows if row.portraits == "without target"]
+    default = select(rows, map_name=DEFAULT_MODE, detail=many)
+    lines = []
+    for name in args.targets:
+        own = {row.band: row for row in select(default, target_name=name, run_name=args.runs[0])}
+        lines.append([TARGETS[name].prompt, "inside / outside", *(band_cell(own[band]) for band in bands)])
+        lines.append(["", "AUC", *(cell(summarise(own[band]), "auc") for band in bands)])
+    parts = [f"\n## In short\n\n`{DEFAULT_MODE}`, {many}, {LABELS_OF_RUNS[args.runs[0]]}, by timesteps:\n\n"]
+    parts += [markdown_table(["", "", *map(band_text, bands)], lines)]
+
+    others = [(DEFAULT_MODE, "one noise"), ("averaged", many), ("averaged_noise", many), ("paper", "one noise")]
+    lines = []
+    for name in args.targets:
+        for run_name in args.runs:
+            own = select(rows, target_name=name, run_name=run_name, band=TRAINING_BAND)
+            summary = summarise(select(own, map_name=DEFAULT_MODE, detail=many)[0])
+            line = [TARGETS[name].prompt, LABELS_OF_RUNS[run_name]]
+            line += [cell(summary, measure) for measure in ("inside", "outside", "ratio", "auc")]
+            line += [cell(summarise(select(own, map_name=mode, detail=d)[0]), "auc") for mode, d in others]
+            words = [row for row in select(own, map_name=TARGET_WORDS) if row.detail.endswith("(used)")]
+            lines.append([*line, cell(summarise(words[0]), "auc")])
+    header = ["", "", "inside", "outside", "ratio", "AUC", *(f"`{mode}`, {d}" for mode, d in others), TARGET_WORDS]
+    parts += ["\nAt the training's timesteps; from the second AUC on, those of other maps:\n\n"]
+    return "".join([*parts, markdown_table(header, lines)])
+
+
 def default_name(row: Row) -> str:
     """The band, and which portraits if they are not those of the original model's kind."""
     return band_text(row.band) + (", portraits with target" if row.portraits == "with target" else "")
@@ -831,7 +866,8 @@ def write_results(args: argparse.Namespace, rows: Sequence[Row]) -> None:
     text = json.dumps(without_nan(document), indent=1, allow_nan=False)
     (args.output_dir / "results.json").write_text(text + "\n", encoding="utf-8")
 
-    parts = [explanation(args), *(target_section(name, rows, args) for name in args.targets)]
+    parts = [explanation(args), summary_section(rows, args)]
+    parts += [target_section(name, rows, args) for name in args.targets]
     run_name = args.runs[0]
     parts += [
         "\n## The pointing game\n\nBase phrases in the Reference Path, over all targets; the targets' words in the "

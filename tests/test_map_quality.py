@@ -322,6 +322,11 @@ def test_a_run_writes_tables_numbers_and_a_picture(tmp_path):
     for row in rows:
         assert 0 <= row["measures"]["auc"]["mean"] <= 1 and row["measures"]["auc"]["portraits"] <= 3
     text = (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
-    assert "## The pointing game" in text and '"a striped shirt", 8x8 (used)' in text and "nan" not in text
+    assert (
+        "## In short" in text
+        and "## The pointing game" in text
+        and '"a striped shirt", 8x8 (used)' in text
+        and "nan" not in text
+    )
     with map_quality.Image.open(tmp_path / "out" / "map_quality.png") as picture:
         assert picture.width > 1200 and picture.height > 250
