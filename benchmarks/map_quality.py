@@ -597,6 +597,7 @@ def draw_with_maps(
                 guidance_scale=args.guidance_scale,
                 compare=True,
                 return_sfcm=True,
+                sfcm_mode="averaged",
                 output_type="np",
             )
             for place, i in enumerate(chunk):
