@@ -345,6 +345,18 @@ def train(args: argparse.Namespace, target_name: str, run_name: str, seed: int) 
     recipe = {"command": command, "base_model": base_model_digest()}
     if run_name not in CONTROLS:
         recipe["stage1"] = file_digest(run_folder(args, target_name, "stage1", seed) / WEIGHTS_NAME)
+    return train_into(folder, recipe)
+
+
+def train_into(folder: Path, recipe: dict) -> Path:
+    """Train into a folder, unless the LoRA of this very recipe is there already.
+
+    Args:
+        folder: where the LoRA goes.
+        recipe: `command`, the flags but for the output folder, and whatever else the LoRA depends on.
+
+    Returns, raises: as `train`.
+    """
     note = folder / "benchmark.json"
     if (folder / WEIGHTS_NAME).is_file() and note.is_file():
         found = json.loads(note.read_text(encoding="utf-8"))
@@ -357,12 +369,13 @@ def train(args: argparse.Namespace, target_name: str, run_name: str, seed: int) 
     start = time.time()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     with (folder / "training.log").open("w", encoding="utf-8") as log:
-        script = [sys.executable, str(ROOT / "train_spf_portrait_lora.py"), *command, "--output_dir", str(folder)]
+        script = [sys.executable, str(ROOT / "train_spf_portrait_lora.py"), *recipe["command"]]
+        script += ["--output_dir", str(folder)]
         code = subprocess.run(script, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT).returncode
     if code != 0 or not (folder / WEIGHTS_NAME).is_file():
         raise RuntimeError(f"The training of {folder} failed with exit code {code}; see {folder / 'training.log'}.")
     note.write_text(json.dumps(recipe | {"seconds": time.time() - start}, indent=2) + "\n", encoding="utf-8")
-    print(f"trained {target_name}, {run_name}, seed {seed} in {time.time() - start:.0f} s", flush=True)
+    print(f"trained {folder.parent.name}, {folder.name} in {time.time() - start:.0f} s", flush=True)
     return folder
 
 
