@@ -441,6 +441,23 @@ def _check_lora_fits(name: str, layers: dict[str, Tensor], models: dict[str, tor
             raise ValueError(f"{name} is for another architecture: {path} has {own} features, not {other}; {advice}")
 
 
+@contextmanager
+def _text_model_of_its_own(text_encoder: torch.nn.Module | None) -> Iterator[None]:
+    """Inside, a text encoder has a `text_model`: the stock `clip_skip` takes the last norm from there.
+
+    transformers 5 puts the norm on the text encoder itself.
+    """
+    if text_encoder is None or hasattr(text_encoder, "text_model"):
+        yield
+        return
+    # Past Module's own bookkeeping, in which a module may not hold itself.
+    object.__setattr__(text_encoder, "text_model", text_encoder)
+    try:
+        yield
+    finally:
+        object.__delattr__(text_encoder, "text_model")
+
+
 def _pil_image(images: list[PIL.Image.Image] | np.ndarray | Tensor, index: int) -> PIL.Image.Image:
     if isinstance(images, list):
         return images[index]
@@ -726,6 +743,11 @@ class SPFPortraitPipeline(StableDiffusionPipeline):
                 shown.append((f"{text}{distance}", overlay_heat_map(reference, output.phrase_maps[index, i])))
         captions, pictures = zip(*shown)
         return captioned_pictures(pictures, captions, columns)
+
+    def encode_prompt(self, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
+        """Encode prompts as [`StableDiffusionPipeline`] does, `clip_skip` included."""
+        with _text_model_of_its_own(self.text_encoder):
+            return super().encode_prompt(*args, **kwargs)
 
     def load_lora_weights(
         self, pretrained_model_name_or_path_or_dict: str | dict[str, Tensor], adapter_name: str | None = None, **kwargs

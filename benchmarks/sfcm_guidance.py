@@ -23,11 +23,10 @@ import torch
 
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 
-from preservation import (  # noqa: E402
+from benchmarks.preservation import (  # noqa: E402
     ORIGINAL,
-    RUNS,
     WEIGHTS_NAME,
     DrawSettings,
     Originals,
@@ -47,8 +46,7 @@ from preservation import (  # noqa: E402
     summarise,
     without_nan,
 )
-from preservation import load_pipeline as load_stock_pipeline  # noqa: E402
-
+from benchmarks.preservation import load_pipeline as load_stock_pipeline  # noqa: E402
 from pipeline_spf_portrait import SPFPortraitPipeline  # noqa: E402
 from toy_portraits.judge import PortraitJudge  # noqa: E402
 from toy_portraits.world import TARGETS  # noqa: E402
@@ -277,7 +275,9 @@ def main(input_args: list[str] | None = None) -> None:
         name: [{"label": row.label, "run": row.run_name, "measures": summarise(row)} for row in rows]
         for name, rows in tables.items()
     }
-    document = json.dumps(without_nan({"settings": {k: str(v) for k, v in vars(args).items()}, "targets": results}), indent=2)
+    document = json.dumps(
+        without_nan({"settings": {k: str(v) for k, v in vars(args).items()}, "targets": results}), indent=2
+    )
     (args.output_dir / "results.json").write_text(document + "\n", encoding="utf-8")
     print(text)
 

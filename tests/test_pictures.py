@@ -20,7 +20,8 @@ def test_a_grid_has_a_place_for_every_picture():
 
 def test_captions_stand_over_their_pictures_and_are_broken_where_they_are_too_wide():
     pictures = [Image.new("RGB", (192, 192), colour) for colour in (RED, BLUE, RED)]
-    sheet = captioned_pictures(pictures, ["one", "a caption of very many words that fills more than a line", ""], 2)
+    many = "a caption of very many words, more than fit into one line or into two"
+    sheet = captioned_pictures(pictures, ["one", many, ""], 2)
     short = captioned_pictures(pictures, ["one", "two", ""], 2)
     line = 18
     assert sheet.width == short.width == 2 * (192 + 6) + 6

@@ -4,18 +4,22 @@ import copy
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+from accelerate import cpu_offload_with_hook
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
+    DiffusionPipeline,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
@@ -23,11 +27,13 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from test_prompts import BASE, write_vocabulary
 from transformers import (
+    CLIPConfig,
     CLIPImageProcessorPil,
     CLIPTextConfig,
     CLIPTextModel,
@@ -41,6 +47,7 @@ from pictures import captioned_pictures, overlay_heat_map
 from pipeline_spf_portrait import SPFPortraitPipeline, SPFPortraitPipelineOutput
 from prompts import make_prompt_pair, phrase_mask, tokenize_prompt_pair
 from sfcm import SFCM_MODES, free_regions, guidance_map, noise_difference, phrase_attention_maps
+from training_sharing import PIPELINE_CODE
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -295,6 +302,22 @@ def world_for(own_world):
     return prepare
 
 
+def stock_arguments(pipeline, arguments):
+    """The same for the stock pipeline, whose `clip_skip` looks for a part that transformers 5 does not have."""
+    if "clip_skip" not in arguments:
+        return arguments
+    encoder, skipped = pipeline.text_encoder, arguments["clip_skip"]
+
+    def encode(text):
+        ids = pipeline.tokenizer(text, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        with torch.no_grad():
+            return encoder.final_layer_norm(encoder(ids, output_hidden_states=True).hidden_states[-(skipped + 1)])
+
+    others = {key: value for key, value in arguments.items() if key not in ("clip_skip", "prompt")}
+    # The negative prompt is not skipped.
+    return {"prompt_embeds": encode(arguments["prompt"]), "negative_prompt": "", **others}
+
+
 def test_no_stock_argument_is_forgotten():
     assert set(STOCK_ARGUMENTS) == set(inspect.signature(StableDiffusionPipeline.__call__).parameters) - {"self"}
 
@@ -302,8 +325,8 @@ def test_no_stock_argument_is_forgotten():
 @pytest.mark.parametrize("name", list(STOCK_ARGUMENTS))
 def test_every_stock_argument_is_passed_on_to_the_bit(world_for, name):
     world, arguments = world_for(name), {"prompt": BASE, **STOCK_ARGUMENTS[name]}
-    ours, stock = draw(world.ours, **arguments), draw(world.stock, **arguments)
-    assert_equal(ours[0], stock[0])
+    ours = draw(world.ours, **arguments)
+    assert_equal(ours[0], draw(world.stock, **stock_arguments(world.stock, arguments))[0])
     if name in EFFECTS:
         assert np.abs(ours[0] - draw(world.stock, BASE)[0]).max() > 1e-4
 
@@ -318,9 +341,9 @@ def test_every_stock_argument_goes_with_compare(world_for, name):
         full["prompt"] = [f"{text}, {TARGET}" for text in texts]
         full["prompt"] = full["prompt"][0] if isinstance(arguments["prompt"], str) else full["prompt"]
     output = draw(world.ours, compare=True, **arguments, **target)
-    assert_close(output.images, draw(world.stock, **arguments | full)[0])
+    assert_close(output.images, draw(world.stock, **stock_arguments(world.stock, arguments | full))[0])
     arguments.pop("cross_attention_kwargs", None)  # the original pipeline has no LoRA to scale
-    assert_close(output.reference_images, draw(world.original, **arguments)[0])
+    assert_close(output.reference_images, draw(world.original, **stock_arguments(world.original, arguments))[0])
     assert np.abs(np.asarray(output.images) - np.asarray(output.reference_images)).max() > 1e-4
 
 
@@ -721,14 +744,14 @@ def test_full_guidance_with_a_flat_map_is_the_original_model(own_world):
     assert np.abs(output.images - reference.images).mean() < 0.5 * np.abs(plain.images - reference.images).mean()
 
 
-def test_guidance_works_in_half_precision_with_images_of_an_ip_adapter(own_world):
+def test_guidance_goes_with_half_precision_and_images_of_an_ip_adapter(own_world):
     add_ip_adapter(own_world)
     image = {"ip_adapter_image": PIL.Image.new("RGB", (8, 8), (255, 0, 0))}
-    single = {"target_prompt": TARGET, "sfcm_guidance": 1.0, "adapter_in_unconditional": False, **image}
-    exact = draw(own_world.ours, BASE, compare=True, **single)
-    assert_close(exact.reference_images, draw(own_world.original, BASE, **image).images)
+    guided = {"target_prompt": TARGET, "sfcm_guidance": 1.0, "adapter_in_unconditional": False, **image}
+    exact = draw(own_world.ours, BASE, compare=True, num_inference_steps=1, **guided)
+    assert_close(exact.reference_images, draw(own_world.original, BASE, num_inference_steps=1, **image).images)
     own_world.ours.to(torch.bfloat16)
-    assert_close(draw(own_world.ours, BASE, **single).images, exact.images, 0.1)
+    assert_close(draw(own_world.ours, BASE, num_inference_steps=1, **guided).images, exact.images, 0.02)
 
 
 # ----------------------------------------------------------------------------------------- several targets, strength
@@ -936,13 +959,13 @@ def test_a_strength_without_a_lora_is_refused(tokenizer):
 
 
 def test_maps_do_not_go_with_fused_projections_or_an_ip_adapter(own_world):
-    before = state(own_world.ours)
     own_world.ours.fuse_qkv_projections(vae=False)
+    before = state(own_world.ours)
     with pytest.raises(ValueError, match="unfuse_qkv_projections"):
         draw(own_world.ours, BASE, target_prompt=TARGET, return_sfcm=True)
+    assert state(own_world.ours) == before
     own_world.ours.unfuse_qkv_projections(vae=False)
     draw(own_world.ours, BASE, target_prompt=TARGET, return_sfcm=True)
-    assert state(own_world.ours)[1:] == before[1:]
     add_ip_adapter(own_world)
     with pytest.raises(ValueError, match="unload_ip_adapter"):
         draw(own_world.ours, BASE, return_sfcm=True, ip_adapter_image=PIL.Image.new("RGB", (8, 8)))
@@ -967,6 +990,115 @@ def test_textual_inversions_of_several_vectors_are_refused_for_the_map(own_world
         draw(own_world.ours, prompt, target_prompt=TARGET, return_sfcm=True)
 
 
+# ---------------------------------------------------------------------------------------- the stock pipeline's ways
+
+
+@pytest.mark.parametrize(
+    "way", ["vae.enable_slicing", "vae.enable_tiling", "enable_attention_slicing", "enable_freeu"]
+)
+def test_the_stock_switches_keep_working(own_world, way):
+    options = {"s1": 0.9, "s2": 0.2, "b1": 1.2, "b2": 1.4} if way == "enable_freeu" else {}
+    if way == "enable_freeu":
+        expected = World(own_world.ours.tokenizer)
+        expected.stock.enable_freeu(**options)
+        expected = draw(expected.stock, [FULL] * 2, seed=[0, 1])
+    else:
+        expected = draw(own_world.stock, [FULL] * 2, seed=[0, 1])
+    attrgetter(way)(own_world.ours)(**options)
+    output = draw(own_world.ours, [BASE] * 2, target_prompt=TARGET, compare=True, seed=[0, 1])
+    assert_close(output.images, expected.images)
+
+
+def test_models_may_be_taken_off_the_device_after_use(own_world):
+    expected = draw(own_world.ours, BASE, target_prompt=TARGET, compare=True, return_sfcm=True, sfcm_guidance=0.5)
+    visits, hook = [], None
+    # What `enable_model_cpu_offload` installs, whose own check asks for a GPU.
+    for name in ("text_encoder", "unet", "vae"):
+        model = getattr(own_world.ours, name)
+        _, hook = cpu_offload_with_hook(model, torch.device("cpu"), prev_module_hook=hook)
+        model.register_forward_pre_hook(lambda *_, name=name: visits.append(name))
+    output = draw(own_world.ours, BASE, target_prompt=TARGET, compare=True, return_sfcm=True, sfcm_guidance=0.5)
+    assert_close(output.images, expected.images)
+    assert_close(output.reference_images, expected.reference_images)
+    assert visits == sorted(visits, key=["text_encoder", "unet", "vae"].index), "a model was called back"
+
+
+def test_a_real_safety_checker_blackens_both_halves(own_world):
+    config = CLIPConfig(
+        vision_config={
+            "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "image_size": 8, "patch_size": 4,
+        },
+        projection_dim=6,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    checker = StableDiffusionSafetyChecker(config).eval()
+    with torch.no_grad():
+        checker.concept_embeds_weights.fill_(-2.0)  # every picture is near enough
+    parts = {"safety_checker": checker, "feature_extractor": CLIPImageProcessorPil(size=8, crop_size=8)}
+    own_world.ours.register_modules(**parts)
+    own_world.stock.register_modules(**parts)
+    output = draw(own_world.ours, BASE, target_prompt=TARGET, compare=True)
+    assert output.nsfw_content_detected == draw(own_world.stock, FULL).nsfw_content_detected == [True]
+    assert output.images.max() == output.reference_images.max() == 0
+
+
+def test_from_pipe_takes_a_plain_pipeline_with_its_lora(world):
+    ours = SPFPortraitPipeline.from_pipe(world.stock)
+    ours.set_progress_bar_config(disable=True)
+    assert ours.unet is world.stock.unet
+    output = draw(ours, BASE, target_prompt=TARGET, compare=True)
+    assert_close(output.images, draw(world.stock, FULL).images)
+    assert_close(output.reference_images, draw(world.original, BASE).images)
+    back = StableDiffusionPipeline.from_pipe(ours)
+    back.set_progress_bar_config(disable=True)
+    assert_equal(draw(back, BASE).images, draw(world.stock, BASE).images)
+
+
+def test_what_it_saves_is_a_stock_pipeline(own_world, tmp_path):
+    expected = draw(own_world.stock, BASE).images
+    own_world.ours.fuse_lora()
+    own_world.ours.unload_lora_weights()
+    own_world.ours.save_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded) is StableDiffusionPipeline
+    assert_close(draw(loaded, BASE).images, expected)
+
+
+def lora_file(world, folder, change=None, **kwargs):
+    """The world's LoRA as a file, its layers changed."""
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(world.ours.unet, adapter_name="style"))
+    layers = change(layers) if change else layers
+    config = {"r": 2, "lora_alpha": 8, "target_modules": ATTENTION}
+    StableDiffusionPipeline.save_lora_weights(folder, layers, unet_lora_adapter_metadata=config, **kwargs)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda layers: {key: value.repeat(2, 2)[:2] if "down" in key else value for key, value in layers.items()},
+            "has",
+        ),
+        (
+            lambda layers: {key: value.repeat(2, 1) if "up" in key else value for key, value in layers.items()},
+            "features",
+        ),
+        (lambda layers: {f"other.{key}": value for key, value in layers.items()}, "there is no layer unet.other"),
+    ],
+)
+def test_a_lora_for_another_architecture_is_refused_whole(tokenizer, world, tmp_path, change, message):
+    folder, bare = lora_file(world, tmp_path / "lora", change), World(tokenizer, lora=False)
+    before = state(bare.ours)
+    with pytest.raises(ValueError, match=rf"(?s)lora is for another architecture.*{message}.*trained on"):
+        bare.ours.load_lora_weights(folder)
+    assert state(bare.ours) == before and not getattr(bare.ours.unet, "peft_config", {})
+    bare.ours.load_lora_weights(lora_file(world, tmp_path / "fits"))
+    assert_close(draw(bare.ours, BASE).images, draw(world.stock, BASE).images)
+
+
 # ---------------------------------------------------------------------------------------------------------- loading
 
 SCRIPT = """
@@ -974,29 +1106,43 @@ import json, sys, torch
 from diffusers import DiffusionPipeline
 
 folder, lora, code = sys.argv[1:]
-pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=code, trust_remote_code=True)
+code = {{"custom_pipeline": code}} if code else {{}}
+pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, **code)
 pipe.load_lora_weights(lora)
 pipe.set_progress_bar_config(disable=True)
 output = pipe(
     {base!r}, target_prompt={target!r}, compare=True, return_sfcm=True, num_inference_steps=2, output_type="np",
     guidance_scale=5.0, generator=torch.Generator().manual_seed(0),
 )
+pipe.visualize(output).save("where.png")
 print(json.dumps([type(pipe).__name__, output.images.tolist(), output.reference_images.tolist()]))
 print(output.sfcm.shape, "attention_processors" in sys.modules)
 """
 
 
-def test_loads_as_custom_pipeline_in_a_fresh_process(world, tmp_path):
-    world.original.save_pretrained(tmp_path / "model")
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(world.ours.unet, adapter_name="style"))
-    config = {"r": 2, "lora_alpha": 8, "target_modules": ATTENTION}
-    StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", layers, unet_lora_adapter_metadata=config)
-    (tmp_path / "elsewhere").mkdir()
-    script = tmp_path / "elsewhere" / "draw.py"
+@pytest.mark.parametrize("form", ["file", "directory", "model folder"])
+def test_loads_as_custom_pipeline_in_a_fresh_process(world, tmp_path, form):
+    model, code = tmp_path / "model", ROOT / "pipeline_spf_portrait.py"
+    world.original.save_pretrained(model)
+    if form == "directory":  # as it lies in a repository of the Hub
+        code = tmp_path / "code"
+        code.mkdir()
+        for name, path in PIPELINE_CODE.items():
+            shutil.copy(path, code / name)
+    if form == "model folder":  # whose own index names the class
+        for path in PIPELINE_CODE.values():
+            shutil.copy(path, model)
+        index = json.loads((model / "model_index.json").read_text(encoding="utf-8"))
+        index["_class_name"] = ["pipeline_spf_portrait", "SPFPortraitPipeline"]
+        (model / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+        code = ""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    script = elsewhere / "draw.py"
     script.write_text(SCRIPT.format(base=BASE, target=TARGET), encoding="utf-8")
     run = subprocess.run(
-        [sys.executable, script, tmp_path / "model", tmp_path / "lora", ROOT / "pipeline_spf_portrait.py"],
-        cwd=tmp_path / "elsewhere",
+        [sys.executable, script, model, lora_file(world, tmp_path / "lora"), code],
+        cwd=elsewhere,
         env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""},
         capture_output=True,
         text=True,
@@ -1010,3 +1156,4 @@ def test_loads_as_custom_pipeline_in_a_fresh_process(world, tmp_path):
     assert_close(np.array(references), draw(world.original, BASE).images)
     # The siblings came with the pipeline; nothing was found on the path by chance.
     assert more == "torch.Size([1, 1, 8, 8]) False"
+    assert PIL.Image.open(elsewhere / "where.png").width == 4 * 198 + 6
