@@ -36,6 +36,7 @@ class PromptTable:
     response_rows: torch.Tensor  # (R,)
     phrase_weights: torch.Tensor  # (N, P, T)
     phrase_mask: torch.Tensor  # (N, P) bool
+    free_mask: torch.Tensor  # (N, P) bool, those of them that may change along with the target
     distances: torch.Tensor  # (N, P) CLIP distances
     target_embeds: torch.Tensor  # (N, E') CLIP text embeddings of the targets
     base_positions: torch.Tensor  # (R, K)
@@ -101,7 +102,7 @@ def make_prompt_table(
         encode: False leaves the prompts to `encode_prompts` in each step.
         cache: where text embeddings are looked up and kept; None computes them.
 
-    Source: [paper] phrases, PAD and distances; [ours] the rows that ask for no change.
+    Source: [paper] phrases, PAD and distances; [ours] the rows that ask for no change, and phrases that may change.
     """
     device, count = text_encoder.device, len(pairs)
     empty_ids = tokenizer("", padding="max_length", truncation=True).input_ids
@@ -126,8 +127,9 @@ def make_prompt_table(
     full_positions, _ = _pad_rows([full for _, full in positions])
 
     distances, mask, targets = clip_phrase_distances(clip, clip_tokenizer, pairs)
-    weights = torch.zeros(*mask.shape, length)
-    for i, tokens in enumerate(pair_tokens):
+    weights, free = torch.zeros(*mask.shape, length), torch.zeros(mask.shape, dtype=torch.bool)
+    for i, (pair, tokens) in enumerate(zip(pairs, pair_tokens, strict=True)):
+        free[i, : len(pair.base_phrases)] = torch.tensor([phrase in pair.free_phrases for phrase in pair.base_phrases])
         weights[i, : len(tokens.phrase_positions)] = torch.tensor(phrase_mask(tokens.phrase_positions, length))
     return PromptTable(
         prompt_ids=all_ids,
@@ -137,6 +139,7 @@ def make_prompt_table(
         phrase_weights=weights.to(device),
         # A phrase that was cut off is nowhere in the image, like the padding of a shorter prompt.
         phrase_mask=mask & weights.any(-1).to(mask.device),
+        free_mask=(free & weights.any(-1)).to(device),
         distances=distances,
         target_embeds=targets,
         base_positions=base_positions.to(device),

@@ -1,8 +1,8 @@
 """The portraits and their prompts: a folder or a `datasets` id in; checked rows, pixels, batches, drawn latents out.
 
 A folder holds images and a `metadata.jsonl`, one JSON object a line: `file_name`, `base_prompt`, `target_prompt` and,
-if wanted, `full_prompt` and `base_phrases` (a list). A target prompt is a string, added to the base prompt, or a list
-of such strings and of [replaced phrase, target] pairs.
+if wanted, `full_prompt`, `base_phrases` and `free_phrases` (lists). A target prompt is a string, added to the base
+prompt, or a list of such strings and of [replaced phrase, target] pairs.
 
 Legend: C channels, H/W size in pixels, of latents where it says so. Paper: arXiv 2504.00396.
 """
@@ -73,6 +73,7 @@ class PortraitRow:
         target_prompt: the target, or several; a pair is (replaced phrase, target).
         full_prompt: base and target in one prompt, if the set gives it.
         base_phrases: the phrases of the base prompt that are to be preserved, if the set gives them.
+        free_phrases: those of its phrases that may change along with the target.
     """
 
     source: str
@@ -81,6 +82,7 @@ class PortraitRow:
     target_prompt: str | list[Target]
     full_prompt: str | None = None
     base_phrases: tuple[str, ...] | None = None
+    free_phrases: tuple[str, ...] = ()
 
 
 def load_rows(
@@ -94,6 +96,7 @@ def load_rows(
     target_prompt_column: str = "target_prompt",
     full_prompt_column: str = "full_prompt",
     base_phrases_column: str = "base_phrases",
+    free_phrases_column: str = "free_phrases",
     target_prompt: str | None = None,
     max_train_samples: int | None = None,
     seed: int = 0,
@@ -111,6 +114,7 @@ def load_rows(
         target_prompt_column: column of target prompts; may be absent if `target_prompt` is given.
         full_prompt_column: column of full prompts; a row may leave it out.
         base_phrases_column: column of lists of phrases; a row may leave it out.
+        free_phrases_column: column of lists of phrases that may change; a row may leave it out.
         target_prompt: one target for the whole set.
         max_train_samples: a seeded choice of this many rows, in their own order, if the set is larger.
         seed: seed of that choice.
@@ -150,7 +154,12 @@ def load_rows(
         raise ValueError(f"{origin} has no rows.")
     if max_train_samples is not None and max_train_samples < len(chosen):
         chosen = sorted(random.Random(seed).sample(chosen, max_train_samples))
-    for name, column in (("full_prompt", full_prompt_column), ("base_phrases", base_phrases_column)):
+    optional = {
+        "full_prompt": full_prompt_column,
+        "base_phrases": base_phrases_column,
+        "free_phrases": free_phrases_column,
+    }
+    for name, column in optional.items():
         # A row may leave these out, but a name that was given by hand is in no row only if it is misspelled.
         if column != name and column not in columns:
             raise ValueError(f"{origin}: --{name}_column {column!r} is no column; it has {columns}.")
@@ -171,7 +180,10 @@ def load_rows(
         base_phrases = record.get(base_phrases_column)
         if base_phrases is not None:
             base_phrases = _read_phrases(base_phrases, f"{source}: column {base_phrases_column!r}")
-        rows.append(PortraitRow(source, image, base_prompt, target, full_prompt, base_phrases))
+        free_phrases = record.get(free_phrases_column)
+        if free_phrases not in (None, []):  # that none may change can be said either way
+            free_phrases = _read_phrases(free_phrases, f"{source}: column {free_phrases_column!r}")
+        rows.append(PortraitRow(source, image, base_prompt, target, full_prompt, base_phrases, free_phrases or ()))
     return rows
 
 

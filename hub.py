@@ -47,6 +47,21 @@ CITATION = """\
 
 
 @dataclass(frozen=True)
+class EarlierLora:
+    """A LoRA that the one of the card was trained on top of.
+
+    Args:
+        repo_id: "user/name" on the Hub; None for one that is not there, of which nothing more is told.
+        weight_name: its file in the repository.
+        scale: how strongly it was active.
+    """
+
+    repo_id: str | None
+    weight_name: str
+    scale: float
+
+
+@dataclass(frozen=True)
 class CardFacts:
     """All that a model card says.
 
@@ -62,6 +77,7 @@ class CardFacts:
         repo_id: "user/name" on the Hub; None while nothing is pushed, and the examples then name the output folder.
         has_kohya: whether the file for ComfyUI and A1111 lies beside the LoRA.
         is_dora: whether the LoRA has a magnitude (DoRA), which the readers of that file treat differently.
+        earlier_loras: what it was trained on top of, in the order in which they have to be loaded.
     """
 
     base_model: str
@@ -75,6 +91,7 @@ class CardFacts:
     repo_id: str | None
     has_kohya: bool
     is_dora: bool = False
+    earlier_loras: tuple[EarlierLora, ...] = ()
 
 
 def write_model_card(folder: Path, facts: CardFacts) -> Path:
@@ -139,12 +156,15 @@ def _card_sections(folder_name: str, facts: CardFacts) -> list[str]:
     target = list(facts.example_target)
     if len(target) == 1 and isinstance(target[0], str):
         (target,) = target
-    load = f"pipe.load_lora_weights({lora!r}, weight_name={LORA_WEIGHTS!r})"
+    load = load_on_merged = f"pipe.load_lora_weights({lora!r}, weight_name={LORA_WEIGHTS!r})"
+    if facts.earlier_loras:
+        load, load_on_merged = _load_with_earlier(lora, facts.earlier_loras)
     sections = [
         f"# {lora}",
         f"A LoRA for {base_link}, trained with SPF-Portrait ([arXiv 2504.00396](https://arxiv.org/abs/2504.00396)): "
         "it adds the target attribute to a portrait and keeps what the base prompt asks for as the original model "
         "draws it.",
+        *_earlier_section(facts.earlier_loras),
         f"## Trigger words\n\n{triggers}",
         *(f"![Portraits drawn with this LoRA](<{quote(picture)}>)" for picture in facts.pictures),
         "## Use with diffusers",
@@ -172,7 +192,7 @@ pipe = DiffusionPipeline.from_pretrained(
     custom_pipeline={pipeline!r},
     trust_remote_code=True,
 ).to("cuda")
-{load}
+{load_on_merged}
 output = pipe({facts.base_prompt!r}, target_prompt={target!r}, compare=True)
 output.images[0].save("portrait.png")
 output.reference_images[0].save("original_model.png")
@@ -191,6 +211,43 @@ output.reference_images[0].save("original_model.png")
     return sections
 
 
+def _earlier_section(earlier_loras: Sequence[EarlierLora]) -> list[str]:
+    if not earlier_loras:
+        return []
+    lines = []
+    for lora in earlier_loras:
+        link = f"[{lora.repo_id}](https://huggingface.co/{lora.repo_id}), file {_inline(lora.weight_name)}"
+        name = "an earlier LoRA that is not on the Hub" if lora.repo_id is None else link
+        lines.append(f"- {name}, at scale {lora.scale:g}")
+    return [
+        "## Trained on top of\n\nThis LoRA holds its own attribute alone. It was trained, and is to be used, with\n\n"
+        + "\n".join(lines)
+        + "\n\nactive as well, loaded in this order and before it."
+    ]
+
+
+def _load_with_earlier(lora: str, earlier_loras: Sequence[EarlierLora]) -> tuple[str, str]:
+    """Code that loads all LoRAs side by side, and code that merges the earlier ones into the original model first."""
+    names = [f"earlier_{i}" for i in range(1, len(earlier_loras) + 1)]
+    scales = [earlier.scale for earlier in earlier_loras]
+    lines = []
+    for name, earlier in zip(names, earlier_loras):
+        source, weight_name = earlier.repo_id, earlier.weight_name
+        if source is None:
+            source, weight_name = "path/to/the/earlier/lora", LORA_WEIGHTS
+        lines.append(f"pipe.load_lora_weights({source!r}, weight_name={weight_name!r}, adapter_name={name!r})")
+    own = f"pipe.load_lora_weights({lora!r}, weight_name={LORA_WEIGHTS!r}, adapter_name='spf')"
+    side_by_side = [*lines, own, f"pipe.set_adapters({[*names, 'spf']!r}, {[*scales, 1.0]!r})"]
+    merged = [
+        *lines,
+        f"pipe.set_adapters({names!r}, {scales!r})",
+        "pipe.fuse_lora()  # the portrait beside yours then has the earlier attributes, too",
+        "pipe.unload_lora_weights()",
+        own,
+    ]
+    return "\n".join(side_by_side), "\n".join(merged)
+
+
 def _kohya_section(facts: CardFacts) -> str:
     text = (
         f"## Use with ComfyUI and A1111\n\nDownload `{KOHYA_WEIGHTS}`.\n\n"
@@ -198,6 +255,8 @@ def _kohya_section(facts: CardFacts) -> str:
         f"- A1111: put it into `models/Lora` and write `<lora:{Path(KOHYA_WEIGHTS).stem}:1>` into the prompt.\n\n"
         f"Then write the trigger words into the prompt, for example: {_inline(facts.example_prompt)}"
     )
+    if facts.earlier_loras:
+        text += "\n\nLoad what this LoRA was trained on top of as well, at the scale named above."
     if facts.is_dora:
         text += (
             "\n\nThis LoRA is a DoRA. ComfyUI and A1111 apply its magnitude in other ways than PEFT, and diffusers "

@@ -163,6 +163,11 @@ def infer_replacement(base_prompt: str, target_prompt: str, full_prompt: str) ->
     return _infer_targets(base_prompt, [target_prompt], full_prompt)[0]
 
 
+def has_phrase(text: str, phrase: str) -> bool:
+    """Whether a phrase stands in a text, as whole words and in any case. Source: [ours]."""
+    return bool(_occurrences(text, phrase))
+
+
 def make_prompt_pair(
     base_prompt: str,
     target_prompt: str | Sequence[str | tuple[str, str] | TargetPrompt],
@@ -204,6 +209,9 @@ def make_prompt_pair(
     free = [phrase.strip() for phrase in free_phrases]
     if not all(free):
         raise ValueError(f"A free phrase is empty: {free_phrases!r}.")
+    for phrase in free:
+        if _words(phrase) in map(_words, texts):
+            raise ValueError(f"The free phrase {phrase!r} is the target prompt itself.")
     known = [_words(phrase) for phrase in phrases]
     phrases += [phrase for phrase in free if _words(phrase) not in known]
     for text in texts:

@@ -82,7 +82,7 @@ from losses import (
 from optimizers import make_optimizer
 from pictures import picture_grid
 from pipeline_spf_portrait import SPFPortraitPipeline, overlay_heat_map
-from sfcm import SFCM_MODES, noise_difference, phrase_attention_maps
+from sfcm import SFCM_MODES, free_regions, noise_difference, phrase_attention_maps
 from training_arguments import parse_args, uses_enhancement
 from training_inputs import (
     Inputs,
@@ -180,7 +180,7 @@ def prepare_run(args: argparse.Namespace, inputs: Inputs, accelerator: Accelerat
     """
     device = accelerator.device
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    pipeline = load_pipeline(SPFPortraitPipeline, args, weight_dtype).to(device)
+    pipeline = load_pipeline(SPFPortraitPipeline, args, weight_dtype, inputs.references).to(device)
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     clip, clip_tokenizer, clip_processor = load_clip(args, device)
     decoder = load_decoder(args, pipeline, weight_dtype, device)
@@ -451,11 +451,15 @@ def make_sfcm(
     attention_probs: Sequence[torch.Tensor],
     resolutions: Sequence[tuple[int, int]],
 ) -> torch.Tensor:
-    """The SFCM (B, 1, H, W) of pairs `rows` (B,) from a noise difference and reference attention, by --sfcm_mode."""
-    table = run.table
+    """The SFCM (B, 1, H, W) of pairs `rows` (B,) from a noise difference and reference attention, by --sfcm_mode.
+
+    Free phrases are not protected, and their regions are open whatever the mode [ours].
+    """
+    table, free = run.table, run.table.free_mask[rows]
     maps = phrase_attention_maps(attention_probs, resolutions, table.phrase_weights[rows], difference.shape[-2:])
     mode = SFCM_MODES[run.args.sfcm_mode]
-    return mode.compute(difference, maps, table.distances[rows], table.phrase_mask[rows])
+    sfcm = mode.compute(difference, maps, table.distances[rows], table.phrase_mask[rows] & ~free)
+    return free_regions(sfcm, maps, free)
 
 
 def prompt_embeds(run: Run, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -854,6 +858,7 @@ def draw_validation(run: Run) -> None:
                 **shared,
                 target_prompt=list(pair.target_argument),
                 base_phrases=list(pair.base_phrases),
+                free_phrases=list(pair.free_phrases) or None,
                 return_sfcm=True,
                 generator=torch.Generator().manual_seed(args.seed + seed),
             )
@@ -934,7 +939,9 @@ def write_checkpoint(run: Run) -> None:
         return
     args, stage2, scaler = run.args, run.stage == 2, run.accelerator.scaler
     state = {
-        "record": resume_record(args, run.training_set.batch_size, run.accelerator.mixed_precision),
+        "record": resume_record(
+            args, run.inputs.references, run.training_set.batch_size, run.accelerator.mixed_precision
+        ),
         "data": run.inputs.data_fingerprint,
         "stage": run.stage,
         "global_step": run.global_step,
@@ -1055,7 +1062,8 @@ def train(args: argparse.Namespace, inputs: Inputs) -> None:
         print_dry_run(inputs, clip_phrase_distances(clip, clip_tokenizer, inputs.pairs)[0])
         return
     if inputs.resume is not None:
-        now = resume_record(args, args.train_batch_size * accelerator.num_processes, accelerator.mixed_precision)
+        batch_size = args.train_batch_size * accelerator.num_processes
+        now = resume_record(args, inputs.references, batch_size, accelerator.mixed_precision)
         check_record(inputs.resume.folder, inputs.resume.state["record"], now)
 
     repo_id = None
@@ -1220,6 +1228,7 @@ def finish(run: Run) -> None:
             pictures,
             run.repo_id,
             run.unet.peft_config["default"].use_dora,
+            run.inputs.references,
         )
 
 

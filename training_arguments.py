@@ -19,6 +19,7 @@ from attention_processors import DUAL_PATH_MODES
 from data import INTERPOLATION_MODES
 from losses import ENHANCEMENT_LOSSES
 from optimizers import OPTIMIZERS, check_optimizer
+from reference_loras import DORA_ON_TOP
 from sfcm import SFCM_MODES
 
 
@@ -71,6 +72,14 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument(
         "--base_phrases_column", default="base_phrases", help="Optional column of the base prompts' phrases, as lists."
+    )
+    group.add_argument(
+        "--free_phrases_column",
+        default="free_phrases",
+        help="Optional column of the phrases that may change along with the target, as lists.",
+    )
+    group.add_argument(
+        "--free_phrases", action="extend", nargs="+", help="Such phrases for all base prompts that have them."
     )
     group.add_argument("--target_prompt", help="One target for the whole set, whose captions are base prompts.")
     group.add_argument("--max_train_samples", type=int, help="Train on this many portraits only.")
@@ -126,6 +135,19 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument("--lora_dropout", type=float, default=0.0, help="Dropout in front of the LoRA, in [0, 1).")
     group.add_argument("--use_dora", action="store_true", help="Weight-decomposed LoRA (DoRA).")
+    group.add_argument(
+        "--reference_lora",
+        action="extend",
+        nargs="+",
+        help="Earlier LoRAs to train on top of: files, folders or Hub ids. They stay as they are, in both paths.",
+    )
+    group.add_argument(
+        "--reference_lora_scale",
+        type=float,
+        nargs="+",
+        default=1.0,
+        help="How strongly they are active: one value for all, or one for each.",
+    )
 
     group = parser.add_argument_group("method")
     group.add_argument("--stage1_steps", type=int, default=500, help="Steps of standard fine-tuning.")
@@ -217,6 +239,12 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--num_alignment_images", type=int, default=64, help="How many portraits are drawn for it.")
     group.add_argument("--alignment_inference_steps", type=int, default=25, help="Denoising steps of each of them.")
     group.add_argument("--alignment_guidance_scale", type=float, default=5.0, help="Guidance scale of each of them.")
+    group.add_argument(
+        "--reference_target_prompt",
+        action="extend",
+        nargs="+",
+        help="Targets of the earlier LoRAs, each to be asked for in half of the drawn portraits.",
+    )
     group.add_argument(
         "--dual_path",
         choices=DUAL_PATH_MODES,
@@ -313,7 +341,17 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
         args.lora_alpha = float(args.rank)
     if args.output_kohya_format is None:
         args.output_kohya_format = args.push_to_hub and not args.use_dora
+    args.reference_lora_scale = _scale_of_each(args)
     return args
+
+
+def _scale_of_each(args: argparse.Namespace) -> list[float] | None:
+    """A scale for each of --reference_lora; None without one."""
+    if args.reference_lora is None:
+        return None
+    scales = args.reference_lora_scale
+    scales = scales if isinstance(scales, list) else [scales]
+    return scales * len(args.reference_lora) if len(scales) == 1 else scales
 
 
 def _split_names(text: str) -> list[str]:
@@ -390,6 +428,7 @@ def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         parser.error("--no-center_crop takes another crop in each step, so it needs --no-cache_latents")
     if args.use_dora and args.dual_path == "single_pass":
         parser.error("--use_dora needs --dual_path two_pass: DoRA cannot be off in some rows of a batch")
+    _check_references(parser, args)
     if args.tiny_vae_model_name_or_path is not None and not uses_enhancement(args):
         parser.error("--tiny_vae_model_name_or_path is for the enhancement loss, which these flags do not compute")
     try:
@@ -409,8 +448,39 @@ def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         for name in ("hub_model_id", "hub_token", "hub_private_repo"):
             if getattr(args, name):
                 parser.error(f"--{name} needs --push_to_hub")
+    if not all(phrase.strip() for phrase in args.free_phrases or ()):
+        parser.error("--free_phrases has an empty phrase")
     if args.aspect_ratio_buckets is not None and not args.aspect_ratio_buckets.strip():
         parser.error("--aspect_ratio_buckets is empty")
+
+
+def _check_references(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End the program where the flags about earlier LoRAs cannot go together."""
+    scales = args.reference_lora_scale if isinstance(args.reference_lora_scale, list) else None
+    if args.reference_lora is None:
+        for name, value in (
+            ("reference_lora_scale", scales),
+            ("reference_target_prompt", args.reference_target_prompt),
+        ):
+            if value is not None:
+                parser.error(f"--{name} needs --reference_lora")
+        return
+    if scales is not None and len(scales) not in (1, len(args.reference_lora)):
+        parser.error(
+            f"--reference_lora_scale has {len(scales)} values and --reference_lora {len(args.reference_lora)}: "
+            "give one for all, or one for each"
+        )
+    for scale in scales or ():
+        if not math.isfinite(scale):
+            parser.error(f"--reference_lora_scale must be finite, got {scale}")
+    if args.use_dora:
+        parser.error(f"--use_dora does not go with --reference_lora: {DORA_ON_TOP}")
+    if args.reference_target_prompt is None:
+        return
+    if not all(text.strip() for text in args.reference_target_prompt):
+        parser.error("--reference_target_prompt has an empty text")
+    if args.stage2_steps == 0 or args.alignment_source == "data":
+        parser.error("--reference_target_prompt is for drawn portraits, and these flags draw none for the alignment")
 
 
 def uses_enhancement(args: argparse.Namespace) -> bool:

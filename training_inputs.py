@@ -10,7 +10,7 @@ import argparse
 import inspect
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from transformers import AutoConfig, CLIPConfig, CLIPImageProcessorPil, CLIPTokenizer
+from transformers import AutoConfig, CLIPConfig, CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from caches import fingerprint
 from checked_loading import InputError, load_tokenizer, naming_flag
@@ -43,22 +43,31 @@ from data import (
     preprocess_image,
     upright_size,
 )
-from prompts import PromptPair, PromptTokens, make_prompt_pair, tokenize_prompt_pair
+from prompts import (
+    PromptPair,
+    PromptTokens,
+    TargetPrompt,
+    compose_full_prompt,
+    has_phrase,
+    make_prompt_pair,
+    tokenize_prompt_pair,
+)
+from reference_loras import DORA_ON_TOP, ReferenceLora, check_reference, find_reference
 
 
 logger = logging.getLogger(__name__)
 
-# What may be another when a run goes on, for it does not change what is computed; prompts and pictures are compared
-# by their content, batch and precision as accelerate has them.
+# What may be another when a run goes on, for it does not change what is computed; prompts, pictures and earlier LoRAs
+# are compared by their content, batch and precision as accelerate has them.
 FREE_ON_RESUME = frozenset(
     """
     train_data_dir dataset_name dataset_config_name cache_dir image_column base_prompt_column target_prompt_column
-    full_prompt_column base_phrases_column target_prompt max_train_samples dataloader_num_workers cache_latents
-    cache_text_embeddings train_batch_size gradient_checkpointing allow_tf32 stage2_steps output_dir logging_dir
-    report_to checkpointing_steps checkpoints_total_limit resume_from_checkpoint validation_base_prompt
-    validation_target_prompt num_validation_images validation_steps validation_inference_steps
+    full_prompt_column base_phrases_column free_phrases_column free_phrases target_prompt max_train_samples
+    dataloader_num_workers cache_latents cache_text_embeddings train_batch_size gradient_checkpointing allow_tf32
+    stage2_steps output_dir logging_dir report_to checkpointing_steps checkpoints_total_limit resume_from_checkpoint
+    validation_base_prompt validation_target_prompt num_validation_images validation_steps validation_inference_steps
     validation_guidance_scale mixed_precision push_to_hub hub_model_id hub_token hub_private_repo hub_license
-    output_kohya_format dry_run enable_xformers_memory_efficient_attention
+    output_kohya_format dry_run enable_xformers_memory_efficient_attention reference_lora reference_lora_scale
     """.split()
 )
 
@@ -144,6 +153,7 @@ class Inputs:
         tokenizer: the diffusion model's.
         validation_pair: the prompts of the validation pictures.
         resume: where to go on, if anywhere.
+        references: the earlier LoRAs that the new one is trained on top of.
     """
 
     rows: list[PortraitRow]
@@ -155,11 +165,15 @@ class Inputs:
     tokenizer: CLIPTokenizer
     validation_pair: PromptPair
     resume: Resume | None
+    references: tuple[ReferenceLora, ...] = ()
 
     @property
     def data_fingerprint(self) -> str:
         """Of prompts and pictures in their order, to tell whether a checkpoint belongs to them."""
-        prompts = [(pair.base_prompt, pair.full_prompt, *pair.base_phrases) for pair in self.pairs[: len(self.rows)]]
+        prompts = [
+            (pair.base_prompt, pair.full_prompt, *pair.base_phrases, *filter(None, [pair.free_phrases]))
+            for pair in self.pairs[: len(self.rows)]
+        ]
         return fingerprint(*self.keys, *prompts)
 
 
@@ -169,9 +183,11 @@ def check_inputs(args: argparse.Namespace) -> Inputs:
     Raises:
         ValueError, OSError: one line that names the flag, the file and its line, or the value.
     """
-    resume = find_resume(args)
+    references = find_references(args)
+    resume = find_resume(args, references)
     unet_config, multiple = check_models(args)
-    tokenizer = check_text_models(args)
+    tokenizer, text_config = check_text_models(args)
+    check_references(references, unet_config, text_config)
     if args.stage1_lora_path is not None:
         with naming_flag("stage1_lora_path", args.stage1_lora_path):
             is_dora = check_lora(args.stage1_lora_path, unet_config)
@@ -179,6 +195,8 @@ def check_inputs(args: argparse.Namespace) -> Inputs:
                 raise ValueError(
                     "is a DoRA, which cannot be off in some rows of a batch: it needs --dual_path two_pass"
                 )
+            if is_dora and references:
+                raise ValueError(f"is a DoRA, which does not go with --reference_lora: {DORA_ON_TOP}")
     if args.lora_layers is not None:
         check_lora_layers(args.lora_layers, unet_config)
     if args.aspect_ratio_buckets is None:
@@ -201,6 +219,7 @@ def check_inputs(args: argparse.Namespace) -> Inputs:
         target_prompt_column=args.target_prompt_column,
         full_prompt_column=args.full_prompt_column,
         base_phrases_column=args.base_phrases_column,
+        free_phrases_column=args.free_phrases_column,
         target_prompt=args.target_prompt,
         max_train_samples=args.max_train_samples,
         seed=args.seed,
@@ -208,16 +227,23 @@ def check_inputs(args: argparse.Namespace) -> Inputs:
     pairs, tokens = [], []
     for row in rows:
         try:
-            pairs.append(make_prompt_pair(row.base_prompt, row.target_prompt, row.full_prompt, row.base_phrases))
+            free = (*row.free_phrases, *_phrases_in(row.base_prompt, args.free_phrases))
+            pairs.append(make_prompt_pair(row.base_prompt, row.target_prompt, row.full_prompt, row.base_phrases, free))
             tokens.append(tokenize_prompt_pair(pairs[-1], tokenizer))
         except ValueError as error:
             raise ValueError(f"{row.source}: {error}") from error
+    for phrase in args.free_phrases or ():
+        if not any(has_phrase(row.base_prompt, phrase) for row in rows):
+            raise ValueError(f"--free_phrases: {phrase!r} is a phrase of no base prompt")
     check_images(rows)
     buckets = [nearest_bucket(upright_size(row), sizes) for row in rows]
     if args.stage2_steps and args.alignment_source != "data":
         drawn, drawn_buckets = alignment_pairs(args, pairs, buckets)
         pairs, buckets = pairs + drawn, buckets + drawn_buckets
-        tokens += [tokenize_prompt_pair(pair, tokenizer) for pair in drawn]
+        try:
+            tokens += [tokenize_prompt_pair(pair, tokenizer) for pair in drawn]
+        except ValueError as error:  # with what the prompts already had, each fits
+            raise ValueError(f"--reference_target_prompt: {error}") from error
     inputs = Inputs(
         rows=rows,
         keys=[content_key(row) for row in rows],
@@ -228,6 +254,7 @@ def check_inputs(args: argparse.Namespace) -> Inputs:
         tokenizer=tokenizer,
         validation_pair=_validation_pair(args, pairs[0], tokenizer),
         resume=resume,
+        references=references,
     )
     if resume is not None and resume.state["data"] != inputs.data_fingerprint:
         raise ValueError(
@@ -301,27 +328,64 @@ def _check_latents(config: dict, unet_config: dict) -> None:
         raise ValueError(f"has {config['latent_channels']} latent channels, the UNet {unet_config['in_channels']}")
 
 
-def check_text_models(args: argparse.Namespace) -> CLIPTokenizer:
+def check_text_models(args: argparse.Namespace) -> tuple[CLIPTokenizer, CLIPTextConfig]:
     """Read the tokenizer and text encoder's configuration of the diffusion model, and all of CLIP but the weights."""
     model = args.pretrained_model_name_or_path
     with naming_flag("pretrained_model_name_or_path", f"{model}, tokenizer"):
         tokenizer = load_tokenizer(model, subfolder="tokenizer", revision=args.revision, cache_dir=args.cache_dir)
     with naming_flag("pretrained_model_name_or_path", f"{model}, text_encoder"):
-        AutoConfig.from_pretrained(model, subfolder="text_encoder", revision=args.revision, cache_dir=args.cache_dir)
+        text_config = AutoConfig.from_pretrained(
+            model, subfolder="text_encoder", revision=args.revision, cache_dir=args.cache_dir
+        )
     with naming_flag("clip_model_name_or_path", args.clip_model_name_or_path):
         config = AutoConfig.from_pretrained(args.clip_model_name_or_path, cache_dir=args.cache_dir)
         if not isinstance(config, CLIPConfig):
             raise ValueError("not a CLIP model of texts and pictures")
         load_tokenizer(args.clip_model_name_or_path, cache_dir=args.cache_dir)
         CLIPImageProcessorPil.from_pretrained(args.clip_model_name_or_path, cache_dir=args.cache_dir)
-    return tokenizer
+    return tokenizer, text_config
 
 
 def _unet_layers(unet_config: dict) -> dict[str, torch.nn.Module]:
     """The UNet's linear and convolutional layers by name, without weights."""
     with init_empty_weights():
-        modules = UNet2DConditionModel.from_config(unet_config).named_modules()
+        return _layers(UNet2DConditionModel.from_config(unet_config))
+
+
+def _layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    modules = model.named_modules()
     return {name: module for name, module in modules if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)}
+
+
+def find_references(args: argparse.Namespace) -> tuple[ReferenceLora, ...]:
+    """The files of --reference_lora, each with its scale.
+
+    Raises:
+        InputError: one is not there, or twice.
+    """
+    references: list[ReferenceLora] = []
+    for name, scale in zip(args.reference_lora or (), args.reference_lora_scale or (), strict=True):
+        with naming_flag("reference_lora", name):
+            references.append(find_reference(name, scale, args.cache_dir))
+            if any(references[-1].sha256 == earlier.sha256 for earlier in references[:-1]):
+                raise ValueError("the same LoRA is given twice")
+    return tuple(references)
+
+
+def check_references(references: Sequence[ReferenceLora], unet_config: dict, text_config: CLIPTextConfig) -> None:
+    """Compare the earlier LoRAs with the base model, of which no weights are loaded.
+
+    Raises:
+        InputError: one is no LoRA, or one of another model.
+    """
+    if not references:
+        return
+    with init_empty_weights():
+        text_layers = _layers(CLIPTextModel(text_config))
+    layers = {"unet": _unet_layers(unet_config), "text_encoder": text_layers}
+    for reference in references:
+        with naming_flag("reference_lora", reference.name):
+            check_reference(reference.path, layers)
 
 
 def check_lora(path: str, unet_config: dict) -> bool:
@@ -366,6 +430,11 @@ def check_lora_layers(layers: Sequence[str], unet_config: dict) -> None:
 # ------------------------------------------------------------------------------------------------------ prompts
 
 
+def _phrases_in(base_prompt: str, phrases: Iterable[str] | None) -> list[str]:
+    """Those of the phrases that stand in a base prompt."""
+    return [phrase for phrase in phrases or () if has_phrase(base_prompt, phrase)]
+
+
 def alignment_pairs(
     args: argparse.Namespace, pairs: Sequence[PromptPair], buckets: Sequence[int]
 ) -> tuple[list[PromptPair], list[int]]:
@@ -385,19 +454,70 @@ def alignment_pairs(
         for i in order[: args.num_alignment_images]
     ]
     drawn.sort(key=lambda pair_and_bucket: pair_and_bucket[1])
-    return [pair for pair, _ in drawn], [bucket for _, bucket in drawn]
+    drawn_pairs = [pair for pair, _ in drawn]
+    if args.reference_target_prompt is not None:
+        drawn_pairs = ask_for_reference_targets(drawn_pairs, args.reference_target_prompt, args.seed)
+    return drawn_pairs, [bucket for _, bucket in drawn]
+
+
+def ask_for_reference_targets(pairs: Sequence[PromptPair], texts: Sequence[str], seed: int) -> list[PromptPair]:
+    """Ask for what the earlier LoRAs were taught, so that it is there to be preserved [ours].
+
+    Args:
+        pairs: M pairs of the portraits to be drawn.
+        texts: the earlier LoRAs' targets; each is asked for in the base prompts of half of the pairs, in a choice of
+            its own. It takes the place of a phrase with the same last word ("brown hair"), or else is added.
+        seed: seed of the choice.
+
+    Returns:
+        M pairs.
+
+    Raises:
+        ValueError: a text is the new target, or one of the two is a part of the other.
+    """
+    pairs = list(pairs)
+    rng = np.random.default_rng((seed, 3))
+    for text in texts:
+        for target in dict.fromkeys(target.text for pair in pairs for target in pair.target_prompts):
+            if has_phrase(target, text) or has_phrase(text, target):
+                raise ValueError(f"--reference_target_prompt {text!r} overlaps with the new target {target!r}")
+            if _last_word(target) == _last_word(text):
+                logger.warning("--reference_target_prompt %r may contradict the new target %r", text, target)
+        for i in rng.permutation(len(pairs))[: (len(pairs) + 1) // 2]:
+            pairs[i] = ask_for(pairs[i], text)
+    return pairs
+
+
+def ask_for(pair: PromptPair, text: str) -> PromptPair:
+    """The pair with a text asked for in its base prompt, in the place of a phrase with the same last word or added."""
+    if has_phrase(pair.base_prompt, text):
+        return pair
+    rival = next((phrase for phrase in pair.base_phrases if _last_word(phrase) == _last_word(text)), None)
+    base_prompt = compose_full_prompt(pair.base_prompt, [TargetPrompt(text, rival)])
+    phrases = [*(phrase for phrase in pair.base_phrases if phrase != rival), text]
+    free = [phrase for phrase in pair.free_phrases if phrase != rival]
+    return make_prompt_pair(base_prompt, pair.target_prompts, base_phrases=phrases, free_phrases=free)
+
+
+def _last_word(phrase: str) -> str:
+    return phrase.lower().split()[-1]
 
 
 def thin_out(pair: PromptPair, dropout: float, rng: np.random.Generator) -> PromptPair:
-    """The pair with each base phrase left out by chance, one at least kept; a replaced phrase always stays."""
+    """The pair with each base phrase left out by chance; one that is protected at least, and a replaced one, stay."""
     keep = rng.random(len(pair.base_phrases)) >= dropout
     if keep.all():
         return pair
-    keep[rng.integers(len(keep))] |= not keep.any()
+    protected = [i for i, phrase in enumerate(pair.base_phrases) if phrase not in pair.free_phrases]
+    keep[protected[rng.integers(len(protected))]] |= not keep[protected].any()
     kept = [phrase for phrase, stays in zip(pair.base_phrases, keep) if stays]
+    free = [phrase for phrase in kept if phrase in pair.free_phrases]
     replaced = [target.replaces for target in pair.target_prompts if target.replaces is not None]
-    words = sorted([*kept, *replaced], key=lambda phrase: pair.base_prompt.lower().find(phrase.lower()))
-    return make_prompt_pair(", ".join(words), pair.target_prompts, base_phrases=kept)
+    # A free phrase may be a part of another one, and is then there with it.
+    inside = {phrase for phrase in free for other in kept if other != phrase and has_phrase(other, phrase)}
+    words = [*(phrase for phrase in kept if phrase not in inside), *replaced]
+    words.sort(key=lambda phrase: pair.base_prompt.lower().find(phrase.lower()))
+    return make_prompt_pair(", ".join(words), pair.target_prompts, base_phrases=kept, free_phrases=free)
 
 
 def _validation_pair(args: argparse.Namespace, first: PromptPair, tokenizer: CLIPTokenizer) -> PromptPair:
@@ -409,7 +529,8 @@ def _validation_pair(args: argparse.Namespace, first: PromptPair, tokenizer: CLI
     if args.validation_target_prompt is not None:
         targets = [args.validation_target_prompt]
     try:
-        pair = make_prompt_pair(base_prompt, targets)
+        free = _phrases_in(base_prompt, dict.fromkeys([*first.free_phrases, *(args.free_phrases or ())]))
+        pair = make_prompt_pair(base_prompt, targets, free_phrases=free)
         tokenize_prompt_pair(pair, tokenizer)
     except ValueError as error:
         raise ValueError(f"--validation_base_prompt / --validation_target_prompt: {error}") from error
@@ -418,6 +539,8 @@ def _validation_pair(args: argparse.Namespace, first: PromptPair, tokenizer: CLI
 
 def print_dry_run(inputs: Inputs, distances: torch.Tensor) -> None:
     """Print each different pair of prompts, its phrases, their token positions and CLIP distances to the target."""
+    for reference in inputs.references:
+        print(f"earlier LoRA   {reference.name}  (scale {reference.scale:g})")
     seen = set()
     for row, pair, tokens, row_distances in zip(inputs.rows, inputs.pairs, inputs.tokens, distances.tolist()):
         if pair in seen:
@@ -426,7 +549,8 @@ def print_dry_run(inputs: Inputs, distances: torch.Tensor) -> None:
         print(f"{row.source}\n  base prompt  {pair.base_prompt}\n  full prompt  {pair.full_prompt}")
         print(f"  target       {pair.target_text}  (tokens {_ranges(tokens.target_positions)} of the full prompt)")
         for phrase, positions, distance in zip(pair.base_phrases, tokens.phrase_positions, row_distances):
-            print(f"  phrase       {phrase}  (tokens {_ranges(positions)}, CLIP distance {distance:.3f})")
+            kind = "free phrase" if phrase in pair.free_phrases else "phrase"
+            print(f"  {kind:11}  {phrase}  (tokens {_ranges(positions)}, CLIP distance {distance:.3f})")
     if len(inputs.sizes) > 1:
         own = inputs.buckets[: len(inputs.rows)]
         for bucket, (height, width) in enumerate(inputs.sizes):
@@ -441,22 +565,28 @@ def _ranges(positions: Sequence[int]) -> str:
 # ------------------------------------------------------------------------------------------------------- resume
 
 
-def resume_record(args: argparse.Namespace, global_batch_size: int, mixed_precision: str) -> dict[str, Any]:
+def resume_record(
+    args: argparse.Namespace, references: Sequence[ReferenceLora], global_batch_size: int, mixed_precision: str
+) -> dict[str, Any]:
     """What must be the same when the run goes on: the flags that change what is computed, and what accelerate decides.
 
     Args:
         args: the flags.
+        references: the earlier LoRAs.
         global_batch_size: portraits a batch over all processes.
         mixed_precision: the flag's, or that of accelerate's configuration.
     """
     flags = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(args).items()}
-    return {name: value for name, value in flags.items() if name not in FREE_ON_RESUME} | {
+    record = {name: value for name, value in flags.items() if name not in FREE_ON_RESUME}
+    if references:
+        record["reference_lora (SHA-256, scale)"] = [[lora.sha256, lora.scale] for lora in references]
+    return record | {
         "global_batch_size": global_batch_size,
         "mixed_precision": mixed_precision,
     }
 
 
-def find_resume(args: argparse.Namespace) -> Resume | None:
+def find_resume(args: argparse.Namespace, references: Sequence[ReferenceLora]) -> Resume | None:
     """The checkpoint that --resume_from_checkpoint names, checked and read; None to start anew.
 
     Raises:
@@ -487,7 +617,8 @@ def find_resume(args: argparse.Namespace) -> Resume | None:
     state = read_state(folder)
     record = state["record"]
     # Batch and precision are compared once accelerate has said what they are.
-    check_record(folder, record, resume_record(args, record["global_batch_size"], record["mixed_precision"]))
+    now = resume_record(args, references, record["global_batch_size"], record["mixed_precision"])
+    check_record(folder, record, now)
     return Resume(folder, state)
 
 

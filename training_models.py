@@ -6,6 +6,7 @@ Source: [ours].
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,19 +17,26 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from attention_processors import find_cross_attention_layers
 from checked_loading import load_tokenizer, naming_flag
+from reference_loras import ReferenceLora, merge_references
 
 
 def load_pipeline(
-    pipeline_class: type[StableDiffusionPipeline], args: argparse.Namespace, weight_dtype: torch.dtype
+    pipeline_class: type[StableDiffusionPipeline],
+    args: argparse.Namespace,
+    weight_dtype: torch.dtype,
+    references: Sequence[ReferenceLora] = (),
 ) -> StableDiffusionPipeline:
-    """The base model, with the VAE and the prediction type of the flags. A pickle is not read."""
+    """The base model, with the VAE and the prediction type of the flags, and earlier LoRAs merged into its weights.
+
+    A pickle is not read.
+    """
+    # Merged in half precision, small changes would be rounded away, and the sum be another than side by side.
+    dtype = torch.float32 if references else weight_dtype
     hub = {"cache_dir": args.cache_dir, "use_safetensors": True}
     parts = {}
     if args.pretrained_vae_model_name_or_path is not None:
         with naming_flag("pretrained_vae_model_name_or_path", args.pretrained_vae_model_name_or_path):
-            parts["vae"] = AutoencoderKL.from_pretrained(
-                args.pretrained_vae_model_name_or_path, dtype=weight_dtype, **hub
-            )
+            parts["vae"] = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, dtype=dtype, **hub)
     with naming_flag("pretrained_model_name_or_path", args.pretrained_model_name_or_path):
         pipeline = pipeline_class.from_pretrained(
             args.pretrained_model_name_or_path,
@@ -36,10 +44,12 @@ def load_pipeline(
             variant=args.variant,
             safety_checker=None,
             requires_safety_checker=False,
-            dtype=weight_dtype,
+            dtype=dtype,
             **hub,
             **parts,
         )
+    if references:
+        merge_references(pipeline, references, weight_dtype)
     if args.prediction_type is not None:
         config = pipeline.scheduler.config
         pipeline.scheduler = type(pipeline.scheduler).from_config(config, prediction_type=args.prediction_type)

@@ -11,9 +11,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from checked_loading import InputError
-from hub import KOHYA_WEIGHTS, LORA_WEIGHTS, CardFacts, create_hub_repo, push_lora, write_model_card
+from hub import (
+    KOHYA_WEIGHTS,
+    LORA_WEIGHTS,
+    CardFacts,
+    EarlierLora,
+    create_hub_repo,
+    push_lora,
+    write_model_card,
+)
 from lora_files import save_kohya_lora
 from prompts import PromptPair
+from reference_loras import ReferenceLora
 
 
 logger = logging.getLogger(__name__)
@@ -24,7 +33,7 @@ UNPUBLISHED = frozenset(
     pretrained_model_name_or_path clip_model_name_or_path pretrained_vae_model_name_or_path
     tiny_vae_model_name_or_path train_data_dir dataset_name cache_dir stage1_lora_path output_dir logging_dir report_to
     resume_from_checkpoint checkpointing_steps checkpoints_total_limit dataloader_num_workers dry_run push_to_hub
-    hub_model_id hub_token hub_private_repo hub_license output_kohya_format
+    hub_model_id hub_token hub_private_repo hub_license output_kohya_format reference_lora reference_lora_scale
     """.split()
 )
 HERE = Path(__file__).resolve().parent
@@ -51,6 +60,7 @@ def share(
     pictures: Sequence[str],
     repo_id: str | None,
     is_dora: bool,
+    references: Sequence[ReferenceLora] = (),
 ) -> None:
     """The LoRA in kohya's format and the model card; both on the Hub with the pipeline, if that was asked for.
 
@@ -61,6 +71,7 @@ def share(
         pictures: their paths in --output_dir.
         repo_id: where to push, None for nowhere.
         is_dora: whether the LoRA has a magnitude.
+        references: the earlier LoRAs it was trained on top of.
 
     Raises:
         InputError: the Hub did not take it; one line that says what is safe and how to push again.
@@ -68,7 +79,7 @@ def share(
     output_dir = Path(args.output_dir)
     if args.output_kohya_format:
         save_kohya_lora(output_dir / LORA_WEIGHTS, output_dir / KOHYA_WEIGHTS)
-    write_model_card(output_dir, card_facts(args, pairs, validation_pair, pictures, repo_id, is_dora))
+    write_model_card(output_dir, card_facts(args, pairs, validation_pair, pictures, repo_id, is_dora, references))
     if repo_id is None:
         return
     files = [*pictures, *([KOHYA_WEIGHTS] if args.output_kohya_format else [])]
@@ -86,6 +97,7 @@ def card_facts(
     pictures: Sequence[str],
     repo_id: str | None,
     is_dora: bool,
+    references: Sequence[ReferenceLora] = (),
 ) -> CardFacts:
     """What the model card says; no folder of this machine is in it. Arguments as of `share`."""
     base_model = args.pretrained_model_name_or_path
@@ -102,4 +114,5 @@ def card_facts(
         repo_id=repo_id,
         has_kohya=args.output_kohya_format,
         is_dora=is_dora,
+        earlier_loras=tuple(EarlierLora(*(lora.hub_file or (None, "")), lora.scale) for lora in references),
     )

@@ -229,6 +229,21 @@ def test_phrase_weights_average_over_each_phrase(table, tokens):
     assert table.phrase_mask.tolist() == [[True, True], [True, False], [True, True]]
 
 
+def test_free_phrases_are_marked_where_they_are_in_the_image(tmp_path, text_encoder, clip, clip_tokenizer, table):
+    tokenizer = CLIPTokenizer.from_pretrained(write_vocabulary(tmp_path / "short"), model_max_length=12)
+    long = "a woman, a green hat, xx zzzzzz"
+    pairs = [
+        make_prompt_pair("a woman, a green hat", "red hair", free_phrases=["a green hat"]),
+        make_prompt_pair("a man", "red hair"),
+        make_prompt_pair(long, "red hair", f"red hair, {long}", ["a woman", "a green hat", "zzzzzz"], ["zzzzzz"]),
+    ]
+    tokens = [tokenize_prompt_pair(pair, tokenizer) for pair in pairs]
+    assert tokens[2].phrase_positions[-1] == ()
+    free = make_prompt_table(pairs, tokens, tokenizer, text_encoder, clip, clip_tokenizer).free_mask
+    assert free[:, :2].tolist() == [[False, True], [False, False], [False, False]] and not free[:, 2:].any()
+    assert not table.free_mask.any() and table.free_mask.shape == table.phrase_mask.shape
+
+
 def test_distances_in_the_table_are_clips(table, clip, clip_tokenizer):
     distances, _, targets = clip_phrase_distances(clip, clip_tokenizer, PAIRS)
     assert torch.equal(table.distances, distances) and torch.equal(table.target_embeds, targets)

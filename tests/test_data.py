@@ -87,6 +87,7 @@ def test_a_folder_with_every_column(tmp_path):
         target_prompt=[["a green jacket", "a suit"], "a hat"],
         full_prompt="a woman, a suit, a hat",
         base_phrases=["a woman"],
+        free_phrases=["a green jacket"],
         caption="is not looked at",
     )
     folder = write_folder(tmp_path / "set", [ROW, "", second])
@@ -107,12 +108,14 @@ def test_a_folder_with_every_column(tmp_path):
             target_prompt=[("a green jacket", "a suit"), "a hat"],
             full_prompt="a woman, a suit, a hat",
             base_phrases=("a woman",),
+            free_phrases=("a green jacket",),
         ),
     ]
 
 
 def test_columns_by_other_names(tmp_path):
     row = {"file_name": "0.png", "text": "a man", "change": "a hat", "both": "a man, a hat", "parts": ["a man"]}
+    row["loose"] = ["man"]
     folder = write_folder(tmp_path, [row])
     (loaded,) = load_rows(
         train_data_dir=folder,
@@ -120,12 +123,14 @@ def test_columns_by_other_names(tmp_path):
         target_prompt_column="change",
         full_prompt_column="both",
         base_phrases_column="parts",
+        free_phrases_column="loose",
     )
     assert loaded.base_prompt == "a man" and loaded.target_prompt == "a hat"
     assert loaded.full_prompt == "a man, a hat" and loaded.base_phrases == ("a man",)
+    assert loaded.free_phrases == ("man",)
 
 
-@pytest.mark.parametrize("name", ["full_prompt_column", "base_phrases_column"])
+@pytest.mark.parametrize("name", ["full_prompt_column", "base_phrases_column", "free_phrases_column"])
 def test_an_optional_column_by_a_wrong_name_is_an_error(tmp_path, name):
     folder = write_folder(tmp_path, [ROW])
     message = refusal(ValueError, train_data_dir=folder, **{name: "wrong"})
@@ -133,9 +138,10 @@ def test_an_optional_column_by_a_wrong_name_is_an_error(tmp_path, name):
 
 
 def test_null_is_an_absent_column(tmp_path):
-    line = json.dumps({**ROW, "full_prompt": None, "base_phrases": None})
-    (row,) = load_rows(train_data_dir=write_folder(tmp_path, [line]))
-    assert row.full_prompt is None and row.base_phrases is None
+    line = json.dumps({**ROW, "full_prompt": None, "base_phrases": None, "free_phrases": None})
+    none_free = json.dumps({**ROW, "free_phrases": []})
+    row, other = load_rows(train_data_dir=write_folder(tmp_path, [line, none_free]))
+    assert row.full_prompt is None and row.base_phrases is None and row.free_phrases == other.free_phrases == ()
 
 
 def test_text_as_windows_and_other_tools_write_it(tmp_path):
@@ -186,6 +192,8 @@ def test_a_target_that_contradicts_the_flag(tmp_path):
         (changed(base_phrases="a woman"), "column 'base_phrases' must be a list of phrases, got 'a woman'"),
         (changed(base_phrases=[]), "column 'base_phrases' must be a list of phrases"),
         (changed(base_phrases=["a", 1]), "column 'base_phrases' must be a text that is not empty, got 1"),
+        (changed(free_phrases="a woman"), "column 'free_phrases' must be a list of phrases, got 'a woman'"),
+        (changed(free_phrases=["a", ""]), "column 'free_phrases' must be a text that is not empty, got ''"),
         (changed(file_name=7), "column 'file_name' must be a text"),
         (changed(file_name="../0.png"), r"file_name '../0.png' leads out of the folder"),
         (changed(file_name="a/../../0.png"), "leads out of the folder"),

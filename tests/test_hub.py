@@ -25,7 +25,7 @@ from test_prompts import BASE, write_vocabulary
 from transformers import CLIPTokenizer
 
 import hub
-from hub import KOHYA_WEIGHTS, LORA_WEIGHTS, CardFacts, write_model_card
+from hub import KOHYA_WEIGHTS, LORA_WEIGHTS, CardFacts, EarlierLora, write_model_card
 from lora_files import save_kohya_lora
 
 
@@ -143,6 +143,23 @@ def test_the_card_tells_of_a_dora_and_of_no_kohya_file(tmp_path):
     assert "ComfyUI" not in write_model_card(tmp_path, make_facts(has_kohya=False)).read_text(encoding="utf-8")
 
 
+def test_the_card_tells_what_the_lora_was_trained_on_top_of(tmp_path):
+    earlier = (EarlierLora("you/hair", "kohya/hair.safetensors", 0.75), EarlierLora(None, "", 1.0))
+    card = ModelCard.load(write_model_card(tmp_path, make_facts(earlier_loras=earlier)))
+    first = "- [you/hair](https://huggingface.co/you/hair), file `kohya/hair.safetensors`, at scale 0.75\n"
+    assert first + "- an earlier LoRA that is not on the Hub, at scale 1\n" in card.text
+    kohya = card.text.split("## Use with ComfyUI")[1].split("\n## ")[0]
+    assert "what this LoRA was trained on top of as well" in kohya
+    side_by_side, merged = code_blocks(card)
+    load = "pipe.load_lora_weights('you/hair', weight_name='kohya/hair.safetensors', adapter_name='earlier_1')"
+    assert load in side_by_side and load in merged
+    assert "pipe.set_adapters(['earlier_1', 'earlier_2', 'spf'], [0.75, 1.0, 1.0])" in side_by_side
+    assert "pipe.set_adapters(['earlier_1', 'earlier_2'], [0.75, 1.0])\npipe.fuse_lora()" in merged
+    for code in (side_by_side, merged):
+        ast.parse(code)
+    assert "Trained on top of" not in write_model_card(tmp_path, make_facts()).read_text(encoding="utf-8")
+
+
 def test_a_local_base_model_is_in_the_text_alone(tmp_path, monkeypatch):
     (tmp_path / "base" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
@@ -164,7 +181,7 @@ def test_before_a_push_the_examples_name_the_output_folder(tmp_path):
 
 
 def test_prompts_with_quotes_bars_and_fences_spoil_neither_code_nor_metadata(tmp_path):
-    nasty = "it's \"red\": ``` hair | --- # \\ {x}\nnext - line"
+    nasty = 'it\'s "red": ``` hair | --- # \\ {x}\nnext - line'
     facts = make_facts(
         targets=(nasty,),
         example_target=(nasty,),

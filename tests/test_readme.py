@@ -190,7 +190,7 @@ def test_every_command_is_one_its_program_takes(monkeypatch):
             elif words[:2] == ["python", "app.py"]:
                 app.parse_args(words[2:])
                 programs["app"] += 1
-    assert programs == {"demo": 3, "launch": 8, "torchrun": 1, "export": 3, "app": 3}
+    assert programs == {"demo": 3, "launch": 9, "torchrun": 1, "export": 3, "app": 3}
 
 
 def test_the_configuration_file_is_one_accelerate_reads():
@@ -227,7 +227,7 @@ def test_every_file_it_names_exists():
 
 def test_its_python_compiles_and_uses_what_there_is():
     codes = blocks("python")
-    assert len(codes) == 3
+    assert len(codes) == 4
     keywords, fields = set(), set()
     for code in codes:
         for node in ast.walk(compile(code, "README.md", "exec", ast.PyCF_ONLY_AST)):
@@ -255,15 +255,16 @@ def test_its_lines_of_data_make_the_full_prompts_it_says(tmp_path):
     lines, _ = blocks("json")
     (full_prompts,) = blocks("text")
     pairs = [
-        make_prompt_pair(row.base_prompt, row.target_prompt, row.full_prompt, row.base_phrases)
+        make_prompt_pair(row.base_prompt, row.target_prompt, row.full_prompt, row.base_phrases, row.free_phrases)
         for row in rows_of(lines, tmp_path)
     ]
     assert [pair.full_prompt for pair in pairs] == full_prompts.splitlines()
     assert pairs[1].target_prompts == pairs[2].target_prompts  # a full prompt and a pair say the same
     assert pairs[1].target_prompts[0].replaces.endswith("T-shirt")
-    assert [len(pair.target_prompts) for pair in pairs] == [1, 1, 1, 2, 1]
+    assert [len(pair.target_prompts) for pair in pairs] == [1, 1, 1, 2, 1, 1]
     assert pairs[4].base_phrases == ("an old man", "a rock and roll T-shirt")
     assert make_prompt_pair(pairs[4].base_prompt, "watercolor style").base_phrases != pairs[4].base_phrases
+    assert [pair.free_phrases for pair in pairs] == [()] * 5 + [("a green background",)]
 
 
 def test_its_captions_alone_work_with_one_target_for_the_set(tmp_path):

@@ -1006,6 +1006,10 @@ WRONG_FLAGS = [
     ({"dataset_name": "x"}, ["--train_data_dir", "--dataset_name"]),
     ({"base_prompt_column": "text"}, ["metadata.jsonl, line 1", "'text'", "--base_prompt_column"]),
     ({"target_prompt": " "}, ["--target_prompt"]),
+    ({"free_phrases": ("a woman", " ")}, ["--free_phrases", "empty"]),
+    ({"free_phrases": ("a woman", "a cat")}, ["--free_phrases", "'a cat'", "no base prompt"]),
+    ({"free_phrases": "red hair"}, ["--free_phrases", "'red hair'"]),
+    ({"free_phrases_column": "loose"}, ["--free_phrases_column", "'loose'"]),
     ({"pretrained_model_name_or_path": "missing"}, ["--pretrained_model_name_or_path", "missing"]),
     ({"clip_model_name_or_path": "missing"}, ["--clip_model_name_or_path", "missing"]),
     ({"validation_target_prompt": "a woman"}, ["--validation_target_prompt", "'a woman'"]),
@@ -1046,6 +1050,10 @@ WRONG_FLAGS = [
     ({"lora_layers": "attn2.to_k,attn7.to_v"}, ["--lora_layers", "'attn7.to_v'"]),
     ({"no-center_crop": True}, ["--no-center_crop", "--no-cache_latents"]),
     ({"use_dora": True, "dual_path": "single_pass"}, ["--use_dora", "--dual_path"]),
+    ({"reference_lora": "missing"}, ["--reference_lora missing", "no such file or folder"]),
+    ({"reference_lora": ".", "use_dora": True}, ["--use_dora", "--reference_lora"]),
+    ({"reference_lora": ".", "reference_lora_scale": (1, 2)}, ["--reference_lora_scale", "2", "--reference_lora 1"]),
+    ({"reference_target_prompt": "a hat"}, ["--reference_target_prompt", "--reference_lora"]),
     ({"tiny_vae_model_name_or_path": "missing"}, ["--tiny_vae_model_name_or_path", "enhancement loss"]),
     (
         {"tiny_vae_model_name_or_path": "missing", "stage2_objective": "paper"},
@@ -1089,6 +1097,10 @@ WRONG_ROWS = [
     ([{**ROWS[0], "target_prompt": "x " * 80}], ["line 1", "77"]),
     ([{**ROWS[0], "base_prompt": "a hat", "target_prompt": [["a hat", "a scarf"]]}], ["line 1", "preserve"]),
     ([{**ROWS[0], "full_prompt": "a woman"}], ["line 1", "'red hair'"]),
+    ([ROWS[0], {**ROWS[1], "free_phrases": ["a cat"]}], ["line 2", "'a cat'"]),
+    ([{**ROWS[0], "free_phrases": "a green hat"}], ["line 1", "'free_phrases'", "a list"]),
+    ([{**ROWS[0], "free_phrases": ["Red hair"]}], ["line 1", "'Red hair' is the target prompt itself"]),
+    ([{**ROWS[0], "free_phrases": ["a green hat", "a woman"]}], ["line 1", "left to preserve"]),
     ([{**ROWS[0], "file_name": "7.png"}], ["line 1", "7.png"]),
     ([ROWS[0], "not JSON"], ["line 2", "JSON"]),
 ]
@@ -1100,7 +1112,8 @@ WRONG_ROWS = [
     ids=[
         "no rows", "no target column", "no base column", "empty target", "target is base", "target is a phrase",
         "phrase not in prompt", "replaced not in prompt", "target too long", "nothing left", "target not in full",
-        "no image", "a text as row",
+        "free phrase not in prompt", "free phrases no list", "free phrase is target", "all free", "no image",
+        "a text as row",
     ],
 )  # fmt: skip
 def test_a_wrong_row_ends_the_program(refusal, tmp_path, rows, parts):
