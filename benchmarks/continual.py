@@ -48,9 +48,15 @@ from benchmarks.preservation import (  # noqa: E402
     train_into,
     without_nan,
 )
-from toy_portraits.judge import PortraitJudge, PortraitReading, kept_factors, target_region  # noqa: E402
+from toy_portraits.judge import (  # noqa: E402
+    MIN_HAIR_PIXELS,
+    PortraitJudge,
+    PortraitReading,
+    kept_factors,
+    target_region,
+)
 from toy_portraits.recipe import training_flags  # noqa: E402
-from toy_portraits.world import SIZE, TARGETS, caption_phrases, join_phrases, sample_factors  # noqa: E402
+from toy_portraits.world import LABELS, SIZE, TARGETS, caption_phrases, join_phrases, sample_factors  # noqa: E402
 
 
 STEPS = ("blonde_hair", "red_hat", "striped_shirt")
@@ -188,6 +194,12 @@ def mean_change(first: np.ndarray, second: np.ndarray, inside: np.ndarray) -> np
     return (difference * ~inside).sum(axis=(1, 2)) / np.maximum((~inside).sum(axis=(1, 2)), 1)
 
 
+def hidden(name: str, so_far: Sequence[str], reading: PortraitReading) -> np.ndarray:
+    """(B,) bool: where a target cannot be read, for a hat on top of hair leaves none of a man's to be seen."""
+    hair = (reading.labels == LABELS.index("hair")).sum(axis=(1, 2))
+    return (hair < MIN_HAIR_PIXELS) & (TARGETS[name].factor == "hair_color" and "red_hat" in so_far)
+
+
 def judge_steps(judge: PortraitJudge, original: np.ndarray, drawn: Drawn) -> list[dict[str, np.ndarray]]:
     """The measures after each step, (B,) each.
 
@@ -197,7 +209,8 @@ def judge_steps(judge: PortraitJudge, original: np.ndarray, drawn: Drawn) -> lis
         drawn: the portraits after each step.
 
     Returns:
-        `response_<target>` of each target so far, and `response_all`, 1 where all of them are there;
+        `response_<target>` of each target so far, NaN where it is hidden; `response_all`, 1 where all that are not
+        hidden are there;
         `change_outside` of the union of their regions; `step_change`, since the step before, outside the new target's
         region; `kept_skin` and `kept`, agreement of the factors that belong to no target; `base_change`, of the whole
         picture with the base prompt.
@@ -206,8 +219,11 @@ def judge_steps(judge: PortraitJudge, original: np.ndarray, drawn: Drawn) -> lis
     nothing, found = np.zeros(original.shape[:3], dtype=bool), []
     for step, (images, base_images) in enumerate(zip(drawn.full, drawn.base, strict=True)):
         so_far, reading = STEPS[: step + 1], judge.read(images)
-        measures = {f"response_{name}": judge.response(images, TARGETS[name], reading)["response"] for name in so_far}
-        measures["response_all"] = np.min([measures[f"response_{name}"] for name in so_far], axis=0)
+        measures = {}
+        for name in so_far:
+            response = judge.response(images, TARGETS[name], reading)["response"]
+            measures[f"response_{name}"] = np.where(hidden(name, so_far, reading), np.nan, response)
+        measures["response_all"] = np.nanmin([measures[f"response_{name}"] for name in so_far], axis=0)
         measures["change_outside"] = mean_change(original, images, union_region(before, reading, so_far))
         own_region = target_region(previous.labels, reading.labels, TARGETS[so_far[-1]])
         measures["step_change"] = mean_change(previous_images, images, own_region)
@@ -220,9 +236,16 @@ def judge_steps(judge: PortraitJudge, original: np.ndarray, drawn: Drawn) -> lis
 
 
 def summarise(per_seed: Sequence[dict[str, np.ndarray]]) -> dict[str, dict[str, float]]:
-    """Per measure the mean and its standard error over prompts, after the mean over training seeds."""
-    values = {name: np.mean([one[name] for one in per_seed], axis=0) for name in per_seed[0]}
-    return {name: {"mean": float(v.mean()), "standard_error": standard_error(v)} for name, v in values.items()}
+    """Per measure the mean and its standard error over prompts, after the mean over training seeds.
+
+    What is hidden does not count; a prompt where it is hidden for all seeds is left out.
+    """
+    summary = {}
+    for name in per_seed[0]:
+        seen = np.ma.masked_invalid([one[name] for one in per_seed]).mean(axis=0).compressed()
+        mean = float(seen.mean()) if len(seen) else float("nan")
+        summary[name] = {"mean": mean, "standard_error": standard_error(seen)}
+    return summary
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -254,7 +277,8 @@ guidance scale {args.guidance_scale:g}, {args.stage1_steps} + {args.stage2_steps
 LoRA: {args.stage1_steps + args.stage2_steps}). Every row draws the same prompts from the same noise. ± is one standard
 error over prompts.
 
-The first columns are the share of portraits that show each target asked for so far, and all of them. *Change outside*
+The first columns are the share of portraits that show each target asked for so far, and all of them; hair that the hat
+hides altogether does not count. *Change outside*
 is the mean absolute difference (0-255) to the original model's portrait of the base prompt, outside the union of these
 targets' regions; *change since the last step* that to the portrait before, outside the new target's region. *Factors
 kept*: agreement with the original's portrait in {", ".join(KEPT).replace("_", " ")}.
@@ -271,7 +295,9 @@ def write_picture(args: argparse.Namespace, original: np.ndarray, drawn: dict[st
     for i in range(min(PICTURED, len(original))):
         row = [("original", tile(original[i]))]
         for way, portraits in drawn.items():
-            row += [(f"{way}: {step_text(s)}", tile(images[i])) for s, images in enumerate(portraits.full)]
+            # the last word alone, for the caption has the tile's width
+            words = [TARGETS[name].prompt.split()[-1] for name in STEPS]
+            row += [(f"{way} + {word}", tile(images[i])) for word, images in zip(words, portraits.full, strict=True)]
         rows.append(row)
     title = "One seed a row, the attributes one after another. " + ". ".join(f"{w}: {WAYS[w]}" for w in drawn)
     draw_picture(rows, title).save(args.output_dir / "continual.png", optimize=True)

@@ -18,6 +18,7 @@ from benchmarks.continual import (
     mean_change,
     parse_args,
     step_prompts,
+    summarise,
     train_seed,
 )
 from toy_portraits.judge import PortraitJudge
@@ -56,6 +57,12 @@ def test_renders_that_change_nothing_else_are_judged_as_such():
         assert one["response_all"].mean() > 0.7 and one["change_outside"].mean() < 0.5
         assert one["step_change"].mean() < 0.5 and one["base_change"].max() == 0 and one["kept"].mean() > 0.95
     assert (found[2]["response_all"] <= found[2]["response_red_hat"]).all()
+    # a man's hair is under the hat, a woman's falls from it
+    assert np.isnan(found[1]["response_blonde_hair"][factors["sex"] == 1]).any()
+    assert not np.isnan(found[1]["response_blonde_hair"][factors["sex"] == 0]).any()
+    assert not np.isnan(found[0]["response_blonde_hair"]).any() and not np.isnan(found[1]["response_all"]).any()
+    summary = summarise([found[1], found[1]])
+    assert summary["response_blonde_hair"]["mean"] == pytest.approx(np.nanmean(found[1]["response_blonde_hair"]))
     assert set(KEPT) == {"sex", "skin", "background", "glasses", "eye_color"}
 
 
