@@ -12,6 +12,7 @@ import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
+from diffusers import StableDiffusionPipeline
 from packaging.specifiers import SpecifierSet
 from PIL import Image
 from test_house import ROOT
@@ -227,7 +228,7 @@ def test_every_file_it_names_exists():
 
 def test_its_python_compiles_and_uses_what_there_is():
     codes = blocks("python")
-    assert len(codes) == 4
+    assert len(codes) == 6
     keywords, fields = set(), set()
     for code in codes:
         for node in ast.walk(compile(code, "README.md", "exec", ast.PyCF_ONLY_AST)):
@@ -238,6 +239,13 @@ def test_its_python_compiles_and_uses_what_there_is():
     assert {"target_prompt", "compare", "return_sfcm"} <= keywords
     assert keywords <= set(inspect.signature(SPFPortraitPipeline.__call__).parameters)
     assert "sfcm" in fields and fields <= set(SPFPortraitPipelineOutput.__dataclass_fields__)
+
+
+def test_the_table_of_the_pipelines_arguments_is_complete():
+    section = README.split("## Use the LoRA")[1].split("\n## ")[0]
+    ours = set(inspect.signature(SPFPortraitPipeline.__call__).parameters)
+    ours -= set(inspect.signature(StableDiffusionPipeline.__call__).parameters)
+    assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == ours
 
 
 def rows_of(block, folder, **options):

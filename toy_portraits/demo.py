@@ -1,8 +1,8 @@
 """The main job on the embedded default: `python -m toy_portraits.demo`.
 
 Trains a plain LoRA and an SPF LoRA on the same polluted portraits with the same number of steps, then draws the same
-seeds with the original model and with both, and the SFCM of the second. The maps that guided its training are in
-`spf_lora/validation/alignment.png`.
+seeds with the original model and with both, and the SFCM of the second; a second picture shows what the first seed's
+map is made of. The maps that guided the training are in `spf_lora/validation/alignment.png`.
 Source: [ours].
 """
 
@@ -40,8 +40,11 @@ def train(target: str, output_dir: Path, stage1_steps: int, stage2_steps: int, s
     subprocess.run(command, check=True)
 
 
-def draw_rows(plain: Path, spf: Path, target: str, seeds: range) -> list[list[Image.Image]]:
-    """Per seed: the original model's portrait, the same with each LoRA asked for the target, and the SFCM."""
+def draw_rows(plain: Path, spf: Path, target: str, seeds: range) -> tuple[list[list[Image.Image]], Image.Image]:
+    """Per seed the original model's portrait, the same with each LoRA asked for the target, and the SFCM.
+
+    The second result shows the first seed's map and all phrases.
+    """
     pipeline = SPFPortraitPipeline.from_pretrained(BASE_MODEL, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.load_lora_weights(plain, adapter_name="plain")
@@ -49,7 +52,7 @@ def draw_rows(plain: Path, spf: Path, target: str, seeds: range) -> list[list[Im
     toy, prompt = TARGETS[target], BASE_PROMPTS[target]
     jacket = next(phrase for phrase in prompt.split(", ") if phrase.endswith("jacket"))
     goal = [(jacket, toy.prompt)] if toy.replaces else toy.prompt
-    rows = []
+    rows, maps = [], None
     for seed in seeds:
         options = {"target_prompt": goal, "num_inference_steps": 25, "guidance_scale": 5.0}
         pipeline.set_adapters("plain")
@@ -60,7 +63,8 @@ def draw_rows(plain: Path, spf: Path, target: str, seeds: range) -> list[list[Im
         )
         overlay = overlay_heat_map(clean.images[0], clean.sfcm[0, 0])
         rows.append([clean.reference_images[0], polluted, clean.images[0], overlay])
-    return rows
+        maps = maps or pipeline.visualize(clean)
+    return rows, maps
 
 
 def main(input_args: list[str] | None = None) -> None:
@@ -78,11 +82,12 @@ def main(input_args: list[str] | None = None) -> None:
     train(args.target, plain, args.stage1_steps + args.stage2_steps, 0, args.seed)
     print(f"2/3 SPF, {args.stage1_steps} + {args.stage2_steps} steps", flush=True)
     train(args.target, spf, args.stage1_steps, args.stage2_steps, args.seed)
-    print("3/3 the picture", flush=True)
-    rows = draw_rows(plain, spf, args.target, range(args.seed, args.seed + args.num_images))
+    print("3/3 the pictures", flush=True)
+    rows, maps = draw_rows(plain, spf, args.target, range(args.seed, args.seed + args.num_images))
     headers = ("original model", f"plain LoRA, {TARGETS[args.target].prompt}", "SPF, same steps", "SFCM")
     path = args.output_dir / f"{args.target}.png"
     picture_grid(rows, headers).save(path)
+    maps.save(path.with_name(f"{args.target}_maps.png"))
     print(f"{path} ({time.time() - start:.0f} s; prompt {BASE_PROMPTS[args.target]!r})")
 
 
