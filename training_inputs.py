@@ -43,6 +43,7 @@ from data import (
     preprocess_image,
     upright_size,
 )
+from lora_files import is_kohya, read_lora
 from prompts import (
     PromptPair,
     PromptTokens,
@@ -386,6 +387,8 @@ def check_references(references: Sequence[ReferenceLora], unet_config: dict, tex
     for reference in references:
         with naming_flag("reference_lora", reference.name):
             check_reference(reference.path, layers)
+            if is_kohya(reference.path):
+                read_lora(reference.path)  # which is what will be loaded
 
 
 def check_lora(path: str, unet_config: dict) -> bool:

@@ -6,7 +6,9 @@ Source: [ours].
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from attention_processors import find_cross_attention_layers
 from checked_loading import load_tokenizer, naming_flag
+from lora_files import is_kohya, save_diffusers_lora
 from reference_loras import ReferenceLora, merge_references
 
 
@@ -49,12 +52,23 @@ def load_pipeline(
             **parts,
         )
     if references:
-        merge_references(pipeline, references, weight_dtype)
+        with tempfile.TemporaryDirectory() as folder:
+            merge_references(pipeline, _in_diffusers_format(references, Path(folder)), weight_dtype)
     if args.prediction_type is not None:
         config = pipeline.scheduler.config
         pipeline.scheduler = type(pipeline.scheduler).from_config(config, prediction_type=args.prediction_type)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _in_diffusers_format(references: Sequence[ReferenceLora], folder: Path) -> list[ReferenceLora]:
+    """Earlier LoRAs as files of diffusers' format: its loader takes one of the alphas in kohya's for all layers."""
+    return [
+        replace(reference, path=save_diffusers_lora(reference.path, folder / str(i)))
+        if is_kohya(reference.path)
+        else reference
+        for i, reference in enumerate(references)
+    ]
 
 
 def load_clip(

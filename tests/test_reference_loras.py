@@ -41,6 +41,7 @@ from attention_processors import active_adapters
 from pipeline_spf_portrait import SPFPortraitPipeline
 from prompts import make_prompt_pair
 from reference_loras import ReferenceLora, find_reference, merge_references
+from training_models import load_pipeline
 
 
 CLOSE = 2e-5  # of predictions and embeddings, which the LoRAs move by hundreds of times as much
@@ -221,6 +222,17 @@ def test_a_kohya_file_and_diffusers_own_train_the_same_lora(world, earlier, tmp_
 @pytest.mark.slow
 def test_without_a_reference_another_lora_is_trained(world, trained, on_top):  # noqa: F811
     assert difference(on_top[1], trained(learning_rate=0.05)) > 0.01
+
+
+def test_each_layer_of_a_kohya_file_has_its_own_alpha(world, earlier, tmp_path):  # noqa: F811
+    state, path = load_file(earlier["hair of kohya"]), tmp_path / "mixed.safetensors"
+    for name in [name for name in state if name.endswith("to_q.alpha") or name.endswith("q_proj.alpha")]:
+        state[name] = state[name] * 4
+        state[name.replace(".alpha", ".lora_up.weight")] /= 4
+    save_file(state, path)
+    args = script.parse_args([f"--pretrained_model_name_or_path={world.model}", f"--reference_lora={path}"])
+    pipeline = load_pipeline(SPFPortraitPipeline, args, torch.float32, inputs_module.find_references(args))
+    assert largest(predict(pipeline), predict(activate(stock(world), [earlier["hair"]], [1.0]))) < CLOSE
 
 
 @pytest.mark.slow
