@@ -119,6 +119,8 @@ def continual_recipe(args: argparse.Namespace, step: int, seed: int) -> dict:
     command = [*training_flags(STEPS[step]), "--seed", str(seed), *UNWATCHED]
     command += ["--stage1_steps", str(args.stage1_steps), "--stage2_steps", str(args.stage2_steps)]
     command += ["--stage2_objective", "composed", "--reference_lora", *map(str, earlier)]
+    for name in STEPS[:step]:
+        command += ["--reference_target_prompt", TARGETS[name].prompt]
     command += shlex.split(args.train_args) + shlex.split(args.continual_args)
     weights = [folder / WEIGHTS_NAME for folder in earlier]
     return {

@@ -370,7 +370,8 @@ def train_into(folder: Path, recipe: dict) -> Path:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     with (folder / "training.log").open("w", encoding="utf-8") as log:
         script = [sys.executable, str(ROOT / "train_spf_portrait_lora.py"), *recipe["command"]]
-        script += ["--output_dir", str(folder)]
+        # An interrupted training left a checkpoint to go on from; without one it starts from the beginning.
+        script += ["--output_dir", str(folder), "--resume_from_checkpoint", "latest"]
         code = subprocess.run(script, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT).returncode
     if code != 0 or not (folder / WEIGHTS_NAME).is_file():
         raise RuntimeError(f"The training of {folder} failed with exit code {code}; see {folder / 'training.log'}.")
