@@ -105,7 +105,8 @@ def test_each_way_trains_what_it_needs_on_what_it_has(tmp_path, monkeypatch):
     hair, hat, shirt = lora_folders(args, "continual", 5)
     asked = "--reference_target_prompt 'blonde hair'"
     assert f"--reference_lora {hair} {asked} --rank 8" in commands[later[0]]
-    assert f"--reference_lora {hair} {hat} {asked} --reference_target_prompt 'a red hat' --rank 8" in commands[later[1]]
+    both = f"{asked} --reference_target_prompt 'a red hat'"
+    assert f"--reference_lora {hair} {hat} {both} --rank 8" in commands[later[1]]
     assert "--stage1_steps 7" in commands[later[1]] and "/striped_shirt " in commands[later[1]]
     assert "--reference_lora" not in commands["red_hat/composed-seed5"]
     assert hair == lora_folders(args, "spf", 5)[0]
