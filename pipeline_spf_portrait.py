@@ -778,7 +778,10 @@ class SPFPortraitPipeline(StableDiffusionPipeline):
         A folder that named this class could be loaded with this code at hand alone. For a merged checkpoint call
         `fuse_lora()` and `unload_lora_weights()` before. Arguments as in [`StableDiffusionPipeline`].
         """
-        StableDiffusionPipeline.from_pipe(self).save_pretrained(save_directory, **kwargs)
+        stock = StableDiffusionPipeline(
+            **self.components, requires_safety_checker=self.config.requires_safety_checker
+        )
+        stock.save_pretrained(save_directory, **kwargs)
 
     def _check_stock_inputs(self, prompt: Any, arguments: dict[str, Any]) -> None:
         """What the stock call checks, before anything is encoded."""

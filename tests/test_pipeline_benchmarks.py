@@ -1,0 +1,100 @@
+"""Tests of the benchmarks of the pipeline: guidance with the map, and what its extras cost."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from diffusers import StableDiffusionPipeline
+
+from benchmarks import call_cost, sfcm_guidance
+from benchmarks.preservation import ORIGINAL, WEIGHTS_NAME, DrawSettings, Originals, Row, draw
+from benchmarks.sfcm_guidance import SWEEPS, draw_guided, parse_args, plot_of, table_of
+from pipeline_spf_portrait import SPFPortraitPipeline
+from toy_portraits.judge import base_prompts
+from toy_portraits.recipe import BASE_MODEL, LORA
+from toy_portraits.world import TARGETS
+
+
+SETTINGS = DrawSettings(num_prompts=5, prompt_seed=3, num_inference_steps=1, batch_size=2)
+
+
+@pytest.fixture
+def pipeline():
+    loaded = SPFPortraitPipeline.from_pretrained(BASE_MODEL, safety_checker=None)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def test_without_guidance_the_full_prompts_are_drawn_each_from_its_noise(pipeline):
+    prompts = base_prompts(TARGETS["striped_shirt"], SETTINGS.num_prompts, SETTINGS.prompt_seed)
+    assert len({prompt.replaced_phrase for prompt in prompts}) > 1  # several calls, out of order
+    originals = Originals("striped_shirt", prompts, None, None)
+    images = draw_guided(pipeline, originals, SETTINGS, 0.0, {})
+    expected = draw(StableDiffusionPipeline.from_pipe(pipeline), [prompt.full_prompt for prompt in prompts], SETTINGS)
+    assert np.abs(images.astype(int) - expected).max() <= 1
+    guided = draw_guided(pipeline, originals, SETTINGS, 1.0, {})
+    base = draw(StableDiffusionPipeline.from_pipe(pipeline), [prompt.base_prompt for prompt in prompts], SETTINGS)
+    assert np.abs(guided.astype(int) - base).mean() < 0.75 * np.abs(images.astype(int) - base).mean()
+
+
+def made_up_rows():
+    rows = [Row(ORIGINAL, "original", 0.0, {name: np.full((1, 4), 0.1) for name in sfcm_guidance.MEASURES})]
+    for sweep in ("plain", "composed"):
+        for strength in (0.0, 1.0):
+            measures = {name: np.full((2, 4), 0.5 - strength / 4) for name in sfcm_guidance.MEASURES}
+            rows.append(Row(f"{SWEEPS[sweep].label}, s = {strength:g}", sweep, strength, measures))
+    return rows
+
+
+def test_table_and_plot_have_a_row_and_a_point_for_each_strength():
+    table = table_of("red_hat", made_up_rows())
+    assert '"a red hat"' in table and table.count("| plain LoRA, s = ") == table.count("| SPF-Portrait, s = ") == 2
+    assert "| plain LoRA, s = 1 | 0.25 ± 0.00 |" in table
+    series = plot_of("red_hat", made_up_rows(), ["plain", "composed"])
+    assert [len(line.points) for line in series] == [1, 2, 2]
+    assert [point[:2] for point in series[1].points] == [(0.5, 0.5), (0.25, 0.25)]
+
+
+def test_a_lora_that_is_missing_is_named_before_anything_is_drawn(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"blonde_hair/plain-seed9.* does not exist: train it.*--seeds 9"):
+        sfcm_guidance.main(["--runs_dir", str(tmp_path), "--targets", "blonde_hair", "--seeds", "9"])
+
+
+@pytest.mark.parametrize("flags", [["--sfcm_guidance", "1.5"], ["--num_prompts", "0"]])
+def test_flags_that_cannot_be(flags, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(flags)
+    assert flags[0] in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_short_run_draws_judges_and_is_not_drawn_again(tmp_path):
+    for run in ("plain", "composed"):
+        folder = tmp_path / "runs" / "blonde_hair" / f"{run}-seed5"
+        folder.mkdir(parents=True)
+        shutil.copy(LORA / WEIGHTS_NAME, folder)
+    output_dir = tmp_path / "out"
+    flags = ["--runs_dir", str(tmp_path / "runs"), "--output_dir", str(output_dir), "--targets", "blonde_hair"]
+    flags += ["--seeds", "5", "--num_prompts", "3", "--num_inference_steps", "2", "--sfcm_guidance", "0", "1"]
+    sfcm_guidance.main([*flags, "--workers", "1", "--sweeps", "plain", "plain_quiet"])
+    document = json.loads((output_dir / "results.json").read_text(encoding="utf-8"))
+    rows = {row["label"]: row["measures"]["change_outside"]["mean"] for row in document["targets"]["blonde_hair"]}
+    assert len(rows) == 1 + 2 * 2 and len(set(rows.values())) == 5
+    assert rows["plain LoRA, s = 1"] < rows["plain LoRA, s = 0"]
+    assert "| plain LoRA, s = 1 |" in (output_dir / "table.md").read_text(encoding="utf-8")
+    assert (output_dir / "sfcm_guidance.png").is_file()
+    times = {path: path.stat().st_mtime_ns for path in (output_dir / "cache").iterdir()}
+    sfcm_guidance.main([*flags, "--workers", "1", "--sweeps", "plain", "plain_quiet"])
+    assert {path: path.stat().st_mtime_ns for path in (output_dir / "cache").iterdir()} == times
+
+
+@pytest.mark.slow
+def test_the_cost_of_a_call_is_measured_and_compare_equals_two_calls(capsys):
+    call_cost.main(["--repeats", "1", "--num_images", "1", "--num_inference_steps", "2"])
+    printed = capsys.readouterr().out
+    largest, changed = map(float, re.search(r"difference (\S+) of.*differ by\s+(\S+)", printed, re.DOTALL).groups())
+    assert largest < 1e-4 < 0.05 < changed
+    rows = re.findall(r"^\| (.+?) \| ([\d.]+) \| ([\d.]+) \|$", printed, re.MULTILINE)
+    assert len(rows) == 5 and rows[0][2] == "1.00"
