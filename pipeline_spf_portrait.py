@@ -97,7 +97,7 @@ EXAMPLE_DOC_STRING = """
         >>> pipe.visualize(output).save("where.png")
 
         >>> # a phrase of the prompt replaced by the target
-        >>> image = pipe("a woman in a T-shirt", target_prompt=[("a T-shirt", "a red dress")]).images[0]
+        >>> image = pipe("a woman in a T-shirt", target_prompt=("a T-shirt", "a red dress")).images[0]
 
         >>> # a LoRA of any trainer, kept to the region of its target
         >>> pipe.load_lora_weights("someone/a-plain-lora")
@@ -322,16 +322,15 @@ def _phrase_lists(name: str, given: Any, count: int, one_prompt: bool) -> list[l
 
 def _list_targets(target_prompt: Any) -> list[Target]:
     """The targets of any form of `target_prompt`."""
-    targets = [target_prompt] if isinstance(target_prompt, str) else target_prompt
+    targets = [target_prompt] if isinstance(target_prompt, (str, tuple)) else target_prompt
     targets = list(targets.values()) if isinstance(targets, dict) else targets
-    # A bare pair could be meant as two additions or as one replacement, so only lists hold several.
     if not isinstance(targets, list) or not all(
         isinstance(target, str) or (isinstance(target, tuple) and [type(text) for text in target] == [str, str])
         for target in targets
     ):
         raise ValueError(
-            "`target_prompt` has to be a string, a list of strings and pairs, or a dict of them by adapter name, but "
-            f"is {target_prompt!r}."
+            "`target_prompt` has to be a string, a pair (phrase, target), a list of these, or a dict by adapter "
+            f"name, but is {target_prompt!r}."
         )
     return targets
 
@@ -502,7 +501,7 @@ class SPFPortraitPipeline(StableDiffusionPipeline):
         clip_skip: int | None = None,
         callback_on_step_end: Callable[[int, int], None] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 (the stock default)
-        target_prompt: str | list[Target] | dict[str, Target] | None = None,
+        target_prompt: Target | list[Target] | dict[str, Target] | None = None,
         base_phrases: list[str] | list[list[str]] | None = None,
         free_phrases: list[str] | list[list[str]] | None = None,
         target_scale: float | list[float] | dict[str, float] | None = None,
@@ -520,10 +519,10 @@ class SPFPortraitPipeline(StableDiffusionPipeline):
         Args:
             prompt (`str` or `list[str]`, *optional*):
                 The prompt or prompts; the *base* prompt where there is a target.
-            target_prompt (`str`, `list[str | tuple[str, str]]` or `dict[str, str | tuple[str, str]]`, *optional*):
-                The target attribute to add to each prompt, or several of them. A pair (phrase, target) in a list or
-                dict replaces that phrase of the prompt. A dict has a target by adapter name: exactly those adapters
-                are active in this call.
+            target_prompt (`str`, `tuple[str, str]`, or a `list` or `dict` of them, *optional*):
+                The target attribute to add to each prompt; a pair (phrase, target) replaces that phrase of the
+                prompt; a list has several. A dict has a target by adapter name: exactly those adapters are active in
+                this call.
             base_phrases (`list[str]` or `list[list[str]]`, *optional*):
                 The phrases of the prompt that the SFCM protects, one list per prompt for a list of prompts. Split
                 from the prompt if not given.

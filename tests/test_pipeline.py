@@ -352,6 +352,8 @@ def test_target_alone_is_the_stock_call_with_the_full_prompt(world):
     replaced = draw(world.ours, BASE, target_prompt=[("a green jacket", "a red hat"), TARGET], negative_prompt="bad")
     full = f"a woman, a red hat, a purple background, {TARGET}"
     assert_equal(replaced.images, draw(world.stock, full, negative_prompt="bad").images)
+    pair = draw(world.ours, BASE, target_prompt=("a green jacket", "a red hat"))
+    assert_equal(pair.images, draw(world.stock, "a woman, a red hat, a purple background").images)
     several = draw(world.ours, [BASE, OTHER], target_prompt=TARGET, return_dict=False)
     assert_equal(several[0], draw(world.stock, [FULL, f"{OTHER}, {TARGET}"]).images)
     assert np.abs(replaced.images - draw(world.stock, BASE, negative_prompt="bad").images).max() > 1e-3
@@ -887,9 +889,10 @@ def test_visualize_of_less(world):
         ({"compare": True, "prompt": None}, "prompt"),
         ({"target_prompt": TARGET, "prompt": []}, "`prompt` has to be"),
         ({"target_prompt": ""}, "empty"),
-        ({"target_prompt": ("a hat", "a scarf")}, "list of strings"),
-        ({"target_prompt": [["a hat", "a scarf"]]}, "list of strings"),
-        ({"target_prompt": [("a hat", "a scarf", "a tie")]}, "list of strings"),
+        ({"target_prompt": ("a hat", "a scarf")}, "'a hat' is not in the base prompt"),
+        ({"target_prompt": ("a woman", "a man", "a boy")}, "a pair"),
+        ({"target_prompt": [["a hat", "a scarf"]]}, "a pair"),
+        ({"target_prompt": [("a hat", "a scarf", "a tie")]}, "a pair"),
         ({"target_prompt": [("a hat", "a scarf")]}, "'a hat' is not in the base prompt"),
         ({"target_prompt": "a woman"}, "already a phrase"),
         ({"target_prompt": "with very red hair " * 20}, "does not fit"),
