@@ -81,9 +81,9 @@ class Sweep:
 QUIET = {"adapter_in_unconditional": False, "target_scale": 0.75}
 SWEEPS = {
     "plain": Sweep("plain", "plain LoRA", (200, 60, 40), {}),
-    "plain_quiet": Sweep("plain", "plain LoRA x .75, out of the empty branch", (222, 150, 30), QUIET),
+    "plain_quiet": Sweep("plain", "plain LoRA, recommended", (222, 150, 30), QUIET),
     "composed": Sweep("composed", "SPF-Portrait", (30, 90, 200), {}),
-    "composed_quiet": Sweep("composed", "SPF-Portrait x .75, out of the empty branch", (30, 150, 90), QUIET),
+    "composed_quiet": Sweep("composed", "SPF-Portrait, weaker and quiet", (30, 150, 90), QUIET),
 }
 
 
@@ -222,7 +222,8 @@ def explanation(args: argparse.Namespace) -> str:
     return (
         f"{args.num_prompts} prompts (seed {args.prompt_seed}), LoRAs of training seed(s) "
         f"{', '.join(map(str, args.seeds))}, {args.num_inference_steps} DDIM steps, guidance scale "
-        f"{args.guidance_scale:g}. Measures as in `preservation.py`; ± is one standard error over prompts.\n"
+        f"{args.guidance_scale:g}.\n*Recommended*: `adapter_in_unconditional=False, target_scale=0.75`.\n"
+        "Measures as in `preservation.py`; ± is one standard error over prompts.\n"
     )
 
 
