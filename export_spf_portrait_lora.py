@@ -6,19 +6,17 @@ Source: [ours].
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import diffusers
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 
 from checked_loading import InputError, load_pipeline, naming
-from lora_files import Layers, find_lora, is_kohya, load_lora, read_lora, save_diffusers_lora, save_kohya_lora
+from lora_files import find_lora, is_dora, is_kohya, merge_loras, read_lora, save_diffusers_lora, save_kohya_lora
 
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -88,14 +86,15 @@ def _check_free(flag: str, path: Path, overwrite: bool) -> None:
 
 def convert(args: argparse.Namespace) -> Path:
     """Write the one LoRA in the format that it does not have, and return where."""
-    path = find_lora(args.lora[0])
+    with naming(args.lora[0]):
+        path = find_lora(args.lora[0])
+        layers = read_lora(path)
     wanted, flag = ("diffusers'", "output_diffusers") if args.output_diffusers else ("kohya's", "output_kohya")
-    layers = read_lora(path)
     if is_kohya(path) == (flag == "output_kohya"):
         raise InputError(f"--{flag}: {path} is in {wanted} format already")
     if args.output_diffusers:
         return save_diffusers_lora(path, args.output_diffusers)
-    if _is_dora(layers):
+    if is_dora(layers):
         print(
             f"export_spf_portrait_lora.py: warning: {path} is a DoRA; what reads kohya's format applies its magnitude "
             "in another way than it was trained, or ignores it; --output_merged is exact",
@@ -121,31 +120,16 @@ def merge(
         The stock pipeline without any adapter, on the CPU.
 
     Raises:
-        ValueError: something cannot be loaded or does not fit; or there is a DoRA among several, whose weights depend
-            on what they are added to, so that fused they would draw another picture.
+        ValueError: something cannot be loaded or does not fit.
 
     Source: [ours].
     """
-    if len(loras) > 1:
-        for lora in loras:
-            if _is_dora(read_lora(find_lora(lora))):
-                raise InputError(f"--lora {lora}: a DoRA can be fused alone only")
     pipeline = load_pipeline(StableDiffusionPipeline, base_model, torch.float32)
-    names = [f"lora_{i}" for i in range(len(loras))]
-    for lora, name in zip(loras, names):
-        load_lora(pipeline, lora, name)
-    pipeline.set_adapters(names, list(scales))
-    models = pipeline.get_list_adapters()
-    pipeline.fuse_lora(components=list(models), adapter_names=names, safe_fusing=True)
-    pipeline.unload_lora_weights()
+    merge_loras(pipeline, loras, scales)
     for model in pipeline.components.values():
         if isinstance(model, torch.nn.Module):
             model.to(dtype)
     return pipeline
-
-
-def _is_dora(layers: Layers) -> bool:
-    return any(layer.magnitude is not None for group in layers.values() for layer in group.values())
 
 
 def save_merged(pipeline: StableDiffusionPipeline, folder: Path) -> None:
@@ -161,8 +145,6 @@ def save_merged(pipeline: StableDiffusionPipeline, folder: Path) -> None:
 
 def main(input_args: list[str] | None = None) -> None:
     args = parse_args(input_args)
-    # What diffusers says of a LoRA that does not fit comes as one line of ours.
-    diffusers.utils.logging.set_verbosity(logging.CRITICAL)
     try:
         check_outputs(args)
         if args.output_merged:

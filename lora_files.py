@@ -1,4 +1,4 @@
-"""LoRA files: diffusers' and kohya's format, each read into the other, and a LoRA loaded whole from either.
+"""LoRA files: diffusers' and kohya's format, each read into the other, and LoRAs loaded whole or merged from either.
 
 kohya's is what ComfyUI and A1111 read, and what most LoRAs for Stable Diffusion are published in.
 Source: [ours].
@@ -7,22 +7,25 @@ Source: [ours].
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import safetensors.torch
 import torch
+import transformers
 from diffusers import StableDiffusionPipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, HTTPError, RemoteEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -30,9 +33,14 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
 
+# Why a DoRA is not trained on top of another LoRA.
+DORA_ON_TOP = (
+    "its magnitude would be trained for the weights with the earlier LoRA in them, and where both are loaded side by "
+    "side it is taken for that of the original ones"
+)
 # A model, a layer, and which of its tensors: diffusers renames the attention's, and leaves PEFT's names to others.
 _DIFFUSERS_KEY = re.compile(
-    r"(unet|text_encoder)\.(.+)\."
+    r"(unet|text_encoder)\.(.+)[._]"
     r"(?:(?:lora_|lora\.|lora_linear_layer\.)(A|B|down|up)\.weight|lora_(magnitude)_vector(?:\.weight)?)"
 )
 _KINDS = {"A": "down", "down": "down", "B": "up", "up": "up", "magnitude": "magnitude"}
@@ -48,6 +56,7 @@ _LAYERS = {
     "unet": re.compile(r"(down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding)\b.*"),
     "text_encoder": re.compile(r"encoder\.layers\..+"),
 }
+_SUFFIX = ".safetensors"
 _SD2_TEXT_WIDTH = 1024  # of the text embeddings that a cross-attention layer reads; SD 1.x has 768
 
 
@@ -75,6 +84,89 @@ class LoraLayer:
 Layers = dict[str, dict[str, LoraLayer]]  # by model, "unet" and "text_encoder", and by the layer's name in it
 
 
+@dataclass(frozen=True)
+class ReferenceLora:
+    """An earlier LoRA that stays as it is while a new one is trained on top of it.
+
+    Attributes:
+        name: as it was given: a file, a folder, or an id of the Hub.
+        path: the safetensors file.
+        hub_file: repository and file on the Hub, None for a file of this machine.
+        sha256: of the file's content, in hexadecimal digits.
+        scale: how strongly it is active.
+    """
+
+    name: str
+    path: Path
+    hub_file: tuple[str, str] | None
+    sha256: str
+    scale: float
+
+
+# ------------------------------------------------------------------------------------------------------------- finding
+
+
+def find_lora(source: str, cache_dir: str | None = None) -> Path:
+    """The file that is meant: one of this machine, or else downloaded from the Hub.
+
+    Args:
+        source: a `.safetensors` file, a folder with one, or of the Hub "user/name" or "user/name/file.safetensors".
+        cache_dir: where the Hub's files are kept.
+
+    Returns:
+        The file here.
+
+    Raises:
+        ValueError: there is no such file, or several; one line without `source`.
+
+    Source: [ours].
+    """
+    path, place = Path(source), find_on_hub(source)
+    if path.is_file():
+        if path.suffix != _SUFFIX:
+            raise ValueError(f"not a {_SUFFIX} file")
+        return path
+    if path.is_dir():
+        names = sorted(file.name for file in path.glob(f"*{_SUFFIX}"))
+        if LORA_WEIGHT_NAME_SAFE in names:
+            return path / LORA_WEIGHT_NAME_SAFE
+        if len(names) != 1:
+            raise ValueError(
+                f"the folder has no {LORA_WEIGHT_NAME_SAFE}, and {len(names)} {_SUFFIX} files instead of one"
+            )
+        return path / names[0]
+    if place is None:
+        raise ValueError("no such file or folder")
+    try:
+        return Path(hf_hub_download(*place, cache_dir=cache_dir))
+    except (HTTPError, OSError) as error:
+        if isinstance(error, RemoteEntryNotFoundError):
+            raise ValueError(f"no {place[1]} there; name the file, as in user/name/file{_SUFFIX}") from error
+        line = " ".join(str(error).split())
+        raise ValueError(f"no file or folder of this machine, nor found on the Hub: {line}") from error
+
+
+def find_on_hub(source: str) -> tuple[str, str] | None:
+    """The repository and the file in it that are meant; None for what is here, or can only be a path."""
+    owner, _, rest = source.partition("/")
+    repository, _, file = rest.partition("/")
+    if Path(source).exists() or repository.endswith(_SUFFIX) or (file and not file.endswith(_SUFFIX)):
+        return None
+    try:
+        validate_repo_id(f"{owner}/{repository}")
+    except HFValidationError:
+        return None
+    return f"{owner}/{repository}", file or LORA_WEIGHT_NAME_SAFE
+
+
+@contextmanager
+def _naming(source: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source}: {' '.join(str(error).split())}") from error
+
+
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
@@ -88,9 +180,9 @@ def read_lora(path: Path) -> Layers:
         The layers.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or holds something other than a LoRA of Stable Diffusion 1.x or 2.x; the message
-            begins with the path.
+        OSError: it cannot be read.
+        ValueError: it is damaged, or holds something other than a LoRA of Stable Diffusion 1.x or 2.x; one line
+            without the path.
 
     Source: [ours].
     """
@@ -99,12 +191,12 @@ def read_lora(path: Path) -> Layers:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except SafetensorError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"no safetensors file, and a pickle is not read ({error})") from error
     if not tensors:
-        raise ValueError(f"{path}: holds no LoRA")
+        raise ValueError("holds no LoRA")
     if _are_kohyas(tensors):
-        return _read_kohya(path, tensors)
-    return _read_diffusers(path, tensors, json.loads(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}")))
+        return _read_kohya(tensors)
+    return _read_diffusers(tensors, json.loads(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}")))
 
 
 def is_kohya(path: Path) -> bool:
@@ -113,19 +205,31 @@ def is_kohya(path: Path) -> bool:
         return _are_kohyas(file.keys())
 
 
+def is_dora(lora: Layers) -> bool:
+    """Whether a layer has a magnitude."""
+    return any(layer.magnitude is not None for group in lora.values() for layer in group.values())
+
+
 def _are_kohyas(names: Iterable[str]) -> bool:
     return any(name.startswith(("lora_unet_", "lora_te")) for name in names)
 
 
-def _read_diffusers(path: Path, tensors: dict[str, torch.Tensor], metadata: dict) -> Layers:
+def _read_diffusers(tensors: dict[str, torch.Tensor], metadata: dict) -> Layers:
     found: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         match = _DIFFUSERS_KEY.fullmatch(key)
         if match is None:
-            raise ValueError(f"{path}: {key!r} is no LoRA weight of Stable Diffusion's UNet or text encoder")
-        layer = match[2].removeprefix("text_model.")  # as older transformers named it
-        found.setdefault((match[1], layer), {})[_KINDS[match[3] or match[4]]] = tensor
-    return _collect(path, {place: (weights, _alpha_of(metadata, *place)) for place, weights in found.items()})
+            raise ValueError(f"{key!r} is no LoRA weight of Stable Diffusion's UNet or text encoder")
+        found.setdefault((match[1], _layer_name(match[1], match[2])), {})[_KINDS[match[3] or match[4]]] = tensor
+    return _collect({place: (weights, _alpha_of(metadata, *place)) for place, weights in found.items()})
+
+
+def _layer_name(model: str, name: str) -> str:
+    """The name of a layer, whichever version of diffusers and transformers wrote it."""
+    name = name.removeprefix("text_model.").replace(".processor.", ".")
+    if model == "unet":
+        return re.sub(r"\.to_out$", ".to_out.0", name)
+    return re.sub(r"\.to_(q|k|v|out)$", r".\1_proj", name)
 
 
 def _alpha_of(metadata: dict, model: str, layer: str) -> tuple[float | None, bool]:
@@ -135,45 +239,68 @@ def _alpha_of(metadata: dict, model: str, layer: str) -> tuple[float | None, boo
     return alpha, bool(metadata.get(f"{model}.use_rslora"))
 
 
-def _read_kohya(path: Path, tensors: dict[str, torch.Tensor]) -> Layers:
+def _read_kohya(tensors: dict[str, torch.Tensor]) -> Layers:
     found: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         match = _KOHYA_KEY.fullmatch(key)
         if match is None:
-            raise ValueError(f"{path}: {key!r} is no weight that a LoRA of Stable Diffusion 1.x or 2.x has")
+            raise ValueError(f"{key!r} is no weight that a LoRA of Stable Diffusion 1.x or 2.x has")
         if match[5]:
             raise ValueError(
-                f"{path}: a DoRA in kohya's format ({key!r}): what wrote it decides what its magnitude means, so it "
-                "cannot be read"
+                f"a DoRA in kohya's format ({key!r}): what wrote it decides what its magnitude means, so it cannot be "
+                "read"
             )
         layer = ".".join(_KOHYA_PART.findall(match[2])).removeprefix("text_model.")
         found.setdefault((_KOHYA_MODELS[match[1]], layer), {})[match[3] or match[4]] = tensor
     alphas = {place: weights.pop("alpha", None) for place, weights in found.items()}
-    return _collect(
-        path,
-        {
-            place: (weights, (None if alphas[place] is None else float(alphas[place]), False))
-            for place, weights in found.items()
-        },
-    )
+    return _collect({place: (weights, (alphas[place], False)) for place, weights in found.items()})
 
 
-def _collect(path: Path, found: dict[tuple[str, str], tuple[dict[str, torch.Tensor], tuple]]) -> Layers:
+def _collect(found: dict[tuple[str, str], tuple[dict[str, torch.Tensor], tuple]]) -> Layers:
     layers: Layers = {}
     for (model, layer), (weights, (alpha, rank_stabilized)) in found.items():
         if not _LAYERS[model].fullmatch(layer):
-            raise ValueError(f"{path}: {layer!r} is no layer of Stable Diffusion 1.x or 2.x ({model})")
+            raise ValueError(f"{layer!r} is no layer of Stable Diffusion 1.x or 2.x ({model})")
         missing = {"down", "up"} - weights.keys()
         if missing:
-            raise ValueError(f"{path}: layer {layer!r} has no lora_{' and no lora_'.join(sorted(missing))}")
+            raise ValueError(f"layer {layer!r} has no lora_{' and no lora_'.join(sorted(missing))}")
+        if min(weights["down"].ndim, weights["up"].ndim) < 2:
+            raise ValueError(f"layer {layer!r} has weights that are no matrices")
         rank = len(weights["down"])
         if weights["up"].shape[1] != rank:
-            raise ValueError(f"{path}: layer {layer!r} has the ranks {rank} and {weights['up'].shape[1]}")
+            raise ValueError(f"layer {layer!r} has the ranks {rank} and {weights['up'].shape[1]}")
         alpha = float(rank if alpha is None else alpha)
         if rank_stabilized:
             alpha *= math.sqrt(rank)  # rsLoRA divides by the root of the rank, and all others by the rank
         layers.setdefault(model, {})[layer] = LoraLayer(alpha=alpha, **weights)
     return layers
+
+
+def check_lora_fits(lora: Layers, models: Mapping[str, Mapping[str, torch.nn.Module]]) -> None:
+    """Compare a LoRA's layers and shapes with those of a base model, of whose weights nothing but the shape is needed.
+
+    Args:
+        lora: as of `read_lora`.
+        models: the linear and convolutional layers by name, of each model that may have a LoRA: "unet",
+            "text_encoder".
+
+    Raises:
+        ValueError: it is a LoRA of another model; one line.
+
+    Source: [ours].
+    """
+    for model, group in lora.items():
+        # Some versions of transformers have a CLIPTextModel whose layers lie in a `text_model`, and others do not.
+        modules = {name.removeprefix("text_model."): module for name, module in models.get(model, {}).items()}
+        for name, layer in group.items():
+            if name not in modules:
+                raise ValueError(f"{model}.{name} in it belongs to no layer of this base model")
+            shape, down, up = (tuple(weight.shape) for weight in (modules[name].weight, layer.down, layer.up))
+            magnitude = shape[:1] if layer.magnitude is None else (layer.magnitude.numel(),)
+            if down[1:] != shape[1:] or (len(up), up[0]) != (len(shape), shape[0]) or magnitude != shape[:1]:
+                raise ValueError(
+                    f"{model}.{name} in it adds {up} x {down} to this base model's {shape}: for another model"
+                )
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -195,12 +322,12 @@ def save_kohya_lora(lora: Path, path: Path) -> None:
         path: the file to write; its folder exists.
 
     Raises:
-        FileNotFoundError: there is no file `lora`.
-        ValueError: as of `read_lora`.
+        ValueError: `read_lora` cannot read it; one line that begins with its path.
 
     Source: [ours].
     """
-    layers = read_lora(lora)
+    with _naming(lora):
+        layers = read_lora(lora)
     alpha = _most_common(layer.alpha for group in layers.values() for layer in group.values())
     state, ranks, widths = {}, set(), set()
     for model, group in layers.items():
@@ -224,7 +351,8 @@ def save_kohya_lora(lora: Path, path: Path) -> None:
         # Without it, A1111 takes a LoRA with metadata for one of SD 1.x, and hides it from other models.
         "ss_v2": str(_SD2_TEXT_WIDTH in widths),
     }
-    _write_whole(path, safetensors.torch.save(state, metadata))
+    with _whole(path) as whole:
+        whole.write_bytes(safetensors.torch.save(state, metadata))
 
 
 def save_diffusers_lora(lora: Path, folder: Path) -> Path:
@@ -238,13 +366,14 @@ def save_diffusers_lora(lora: Path, folder: Path) -> Path:
         The file.
 
     Raises:
-        FileNotFoundError: there is no file `lora`.
-        ValueError: as of `read_lora`.
+        ValueError: `read_lora` cannot read it; one line that begins with its path.
 
     Source: [ours].
     """
     options = {}
-    for model, group in read_lora(lora).items():
+    with _naming(lora):
+        layers = read_lora(lora)
+    for model, group in layers.items():
         rank = _most_common(layer.rank for layer in group.values())
         alpha = _most_common(layer.alpha for layer in group.values())
         config = LoraConfig(
@@ -262,10 +391,8 @@ def save_diffusers_lora(lora: Path, folder: Path) -> Path:
         }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LORA_WEIGHT_NAME_SAFE
-    # In a folder beside it, so that the last step is a rename on one file system.
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-        StableDiffusionPipeline.save_lora_weights(temporary, **options)
-        os.replace(Path(temporary) / path.name, path)
+    with _whole(path) as whole:
+        StableDiffusionPipeline.save_lora_weights(whole.parent, **options)
     return path
 
 
@@ -273,66 +400,17 @@ def _most_common(values: Iterable[float]) -> float:
     return Counter(values).most_common(1)[0][0]
 
 
-def _write_whole(path: Path, content: bytes) -> None:
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """Where to write a file that takes its place once it is whole."""
+    # In a folder beside it, so that the last step is a rename on one file system.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as temporary:
         whole = Path(temporary) / path.name
-        whole.write_bytes(content)
+        yield whole
         os.replace(whole, path)
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
-
-
-def find_lora(source: str) -> Path:
-    """The file that is meant, downloaded if it lies on the Hub.
-
-    Args:
-        source: a `.safetensors` file, a folder with one, or of the Hub "user/name" or "user/name/file.safetensors".
-
-    Returns:
-        The file here.
-
-    Raises:
-        ValueError: there is no such file, or several; one line that begins with `source`.
-
-    Source: [ours].
-    """
-    path = Path(source)
-    if path.is_file():
-        if path.suffix != ".safetensors":
-            raise ValueError(f"{source}: not a .safetensors file")
-        return path
-    if path.is_dir():
-        names = sorted(file.name for file in path.glob("*.safetensors"))
-        if LORA_WEIGHT_NAME_SAFE in names:
-            return path / LORA_WEIGHT_NAME_SAFE
-        if len(names) != 1:
-            raise ValueError(
-                f"{source}: holds no {LORA_WEIGHT_NAME_SAFE}, and {len(names)} .safetensors files instead of one"
-            )
-        return path / names[0]
-    parts = source.split("/")
-    repo_id, name = "/".join(parts[:2]), "/".join(parts[2:])
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f"{source}: no such file or folder") from error
-    if "" in parts or repo_id.endswith(".safetensors"):
-        raise ValueError(f"{source}: no such file or folder")
-    with _in_one_line(source):
-        try:
-            return Path(hf_hub_download(repo_id, name or LORA_WEIGHT_NAME_SAFE))
-        except RemoteEntryNotFoundError as error:
-            hint = "" if name else "; name the file, as in user/name/file.safetensors"
-            raise ValueError(f"no {name or LORA_WEIGHT_NAME_SAFE} there{hint}") from error
-
-
-@contextmanager
-def _in_one_line(source: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{source}: {' '.join(str(error).split())}") from error
 
 
 def load_lora(pipeline: StableDiffusionPipeline, source: str, adapter_name: str) -> None:
@@ -351,9 +429,10 @@ def load_lora(pipeline: StableDiffusionPipeline, source: str, adapter_name: str)
 
     Source: [ours].
     """
-    path, active = find_lora(source), pipeline.get_active_adapters()
-    expected = sum(len(group) for group in read_lora(path).values())
-    with tempfile.TemporaryDirectory() as folder, _in_one_line(source):
+    active = pipeline.get_active_adapters()
+    with tempfile.TemporaryDirectory() as folder, _naming(source), _quiet_libraries():
+        path = find_lora(source)
+        expected = sum(len(group) for group in read_lora(path).values())
         if is_kohya(path):
             path = save_diffusers_lora(path, Path(folder))
         try:
@@ -379,3 +458,41 @@ def _remove_adapter(pipeline: StableDiffusionPipeline, adapter_name: str, active
         pipeline.set_adapters(active)
     else:
         pipeline.unload_lora_weights()
+
+
+def merge_loras(pipeline: StableDiffusionPipeline, loras: Sequence[str], scales: Sequence[float]) -> None:
+    """Merge LoRAs into the weights of a pipeline, as diffusers computes them when all are active in this order.
+
+    Args:
+        pipeline: in float32, so that nothing is rounded that an adapter beside the weights would keep; without
+            adapters, before and after.
+        loras: at least one, as of `find_lora`.
+        scales: their strengths, any real number.
+
+    Raises:
+        ValueError: one cannot be loaded or does not fit, or their sum is not finite.
+
+    Source: [ours].
+    """
+    names = [f"merged_{i}" for i in range(len(loras))]
+    # Adapters are made of random numbers before they are filled; what is random later is to be as without them.
+    with torch.random.fork_rng(devices=[]):
+        for name, lora in zip(names, loras, strict=True):
+            load_lora(pipeline, lora, name)
+    pipeline.set_adapters(names, list(scales))
+    # All at once: a DoRA's magnitude is a factor on the weights it was trained on, without the others.
+    pipeline.fuse_lora(adapter_names=names, safe_fusing=True)
+    pipeline.unload_lora_weights()
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Inside, the libraries list no layers without a LoRA: what does not fit comes as one line of ours."""
+    levels = [(library, library.utils.logging.get_verbosity()) for library in (diffusers, transformers)]
+    try:
+        for library, _ in levels:
+            library.utils.logging.set_verbosity(logging.CRITICAL)
+        yield
+    finally:
+        for library, level in levels:
+            library.utils.logging.set_verbosity(level)

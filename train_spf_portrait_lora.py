@@ -191,7 +191,7 @@ def prepare_run(args: argparse.Namespace, inputs: Inputs, accelerator: Accelerat
     if earlier is None:
         unet.add_adapter(lora_config(args, unet))
     else:
-        load_adapter(unet, earlier)
+        load_adapter(pipeline, earlier)
     cast_training_params(unet, dtype=torch.float32)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()

@@ -17,9 +17,9 @@ from diffusers.utils import is_xformers_available
 
 from attention_processors import DUAL_PATH_MODES
 from data import INTERPOLATION_MODES
+from lora_files import DORA_ON_TOP
 from losses import ENHANCEMENT_LOSSES
 from optimizers import OPTIMIZERS, check_optimizer
-from reference_loras import DORA_ON_TOP
 from sfcm import SFCM_MODES
 
 

@@ -7,9 +7,9 @@ Paper: arXiv 2504.00396; `[ours]` marks what it leaves open.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import inspect
 import logging
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,6 @@ from diffusers import (
     AutoencoderTiny,
     ConfigMixin,
     DDPMScheduler,
-    StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 from transformers import AutoConfig, CLIPConfig, CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -43,7 +42,7 @@ from data import (
     preprocess_image,
     upright_size,
 )
-from lora_files import is_kohya, read_lora
+from lora_files import DORA_ON_TOP, ReferenceLora, check_lora_fits, find_lora, find_on_hub, is_dora, read_lora
 from prompts import (
     PromptPair,
     PromptTokens,
@@ -53,7 +52,6 @@ from prompts import (
     make_prompt_pair,
     tokenize_prompt_pair,
 )
-from reference_loras import DORA_ON_TOP, ReferenceLora, check_reference, find_reference
 
 
 logger = logging.getLogger(__name__)
@@ -191,12 +189,13 @@ def check_inputs(args: argparse.Namespace) -> Inputs:
     check_references(references, unet_config, text_config)
     if args.stage1_lora_path is not None:
         with naming_flag("stage1_lora_path", args.stage1_lora_path):
-            is_dora = check_lora(args.stage1_lora_path, unet_config)
-            if is_dora and args.dual_path == "single_pass":
+            stage1 = read_lora(find_lora(args.stage1_lora_path))
+            check_lora_fits(stage1, {"unet": _unet_layers(unet_config)})
+            if is_dora(stage1) and args.dual_path == "single_pass":
                 raise ValueError(
                     "is a DoRA, which cannot be off in some rows of a batch: it needs --dual_path two_pass"
                 )
-            if is_dora and references:
+            if is_dora(stage1) and references:
                 raise ValueError(f"is a DoRA, which does not go with --reference_lora: {DORA_ON_TOP}")
     if args.lora_layers is not None:
         check_lora_layers(args.lora_layers, unet_config)
@@ -367,7 +366,9 @@ def find_references(args: argparse.Namespace) -> tuple[ReferenceLora, ...]:
     references: list[ReferenceLora] = []
     for name, scale in zip(args.reference_lora or (), args.reference_lora_scale or (), strict=True):
         with naming_flag("reference_lora", name):
-            references.append(find_reference(name, scale, args.cache_dir))
+            path = find_lora(name, args.cache_dir)
+            sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+            references.append(ReferenceLora(name, path, find_on_hub(name), sha256, scale))
             if any(references[-1].sha256 == earlier.sha256 for earlier in references[:-1]):
                 raise ValueError("the same LoRA is given twice")
     return tuple(references)
@@ -386,36 +387,7 @@ def check_references(references: Sequence[ReferenceLora], unet_config: dict, tex
     layers = {"unet": _unet_layers(unet_config), "text_encoder": text_layers}
     for reference in references:
         with naming_flag("reference_lora", reference.name):
-            check_reference(reference.path, layers)
-            if is_kohya(reference.path):
-                read_lora(reference.path)  # which is what will be loaded
-
-
-def check_lora(path: str, unet_config: dict) -> bool:
-    """Compare names and shapes in a LoRA with the UNet, of whose weights none are loaded.
-
-    Returns:
-        Whether it is a DoRA.
-
-    Raises:
-        ValueError, OSError, SafetensorError: there is no LoRA, or it does not fit.
-    """
-    state_dict, _, _ = StableDiffusionPipeline.lora_state_dict(path, return_lora_metadata=True, use_safetensors=True)
-    layers = _unet_layers(unet_config)
-    for name, weight in state_dict.items():
-        magnitude = re.fullmatch(r"unet\.(.+)\.lora_magnitude_vector(?:\.weight)?", name)
-        match = magnitude or re.fullmatch(r"unet\.(.+)\.(lora_A|lora_B|lora\.down|lora\.up)\.weight", name)
-        layer = layers.get(match[1]) if match else None
-        if layer is None:
-            raise ValueError(f"{name!r} belongs to no layer of this UNet")
-        if magnitude:
-            fits = weight.numel() == layer.weight.shape[0]
-        else:
-            side = 1 if match[2] in ("lora_A", "lora.down") else 0
-            fits = weight.ndim == layer.weight.ndim and weight.shape[side] == layer.weight.shape[side]
-        if not fits:
-            raise ValueError(f"{name!r} is {tuple(weight.shape)}, and this UNet's layer {tuple(layer.weight.shape)}")
-    return any(".lora_magnitude_vector" in name for name in state_dict)
+            check_lora_fits(read_lora(reference.path), layers)
 
 
 def check_lora_layers(layers: Sequence[str], unet_config: dict) -> None:

@@ -6,9 +6,7 @@ Source: [ours].
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,8 +17,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from attention_processors import find_cross_attention_layers
 from checked_loading import load_tokenizer, naming_flag
-from lora_files import is_kohya, save_diffusers_lora
-from reference_loras import ReferenceLora, merge_references
+from lora_files import ReferenceLora, load_lora, merge_loras
 
 
 def load_pipeline(
@@ -52,23 +49,14 @@ def load_pipeline(
             **parts,
         )
     if references:
-        with tempfile.TemporaryDirectory() as folder:
-            merge_references(pipeline, _in_diffusers_format(references, Path(folder)), weight_dtype)
+        with naming_flag("reference_lora", " ".join(reference.name for reference in references)):
+            merge_loras(pipeline, [str(lora.path) for lora in references], [lora.scale for lora in references])
+        pipeline.to(weight_dtype)
     if args.prediction_type is not None:
         config = pipeline.scheduler.config
         pipeline.scheduler = type(pipeline.scheduler).from_config(config, prediction_type=args.prediction_type)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def _in_diffusers_format(references: Sequence[ReferenceLora], folder: Path) -> list[ReferenceLora]:
-    """Earlier LoRAs as files of diffusers' format: its loader takes one of the alphas in kohya's for all layers."""
-    return [
-        replace(reference, path=save_diffusers_lora(reference.path, folder / str(i)))
-        if is_kohya(reference.path)
-        else reference
-        for i, reference in enumerate(references)
-    ]
 
 
 def load_clip(
@@ -96,16 +84,10 @@ def load_decoder(
     return decoder.to(device).eval()
 
 
-def load_adapter(unet: UNet2DConditionModel, path: str | Path) -> None:
+def load_adapter(pipeline: StableDiffusionPipeline, path: str | Path) -> None:
     """Load the LoRA in a file or folder as the one in training, with the rank, alpha and layers it has."""
-    state_dict, network_alphas, metadata = StableDiffusionPipeline.lora_state_dict(
-        path, return_lora_metadata=True, use_safetensors=True
-    )
-    StableDiffusionPipeline.load_lora_into_unet(
-        state_dict, network_alphas, unet, adapter_name="default", metadata=metadata
-    )
-    unet.set_adapter("default")
-    for name, parameter in unet.named_parameters():
+    load_lora(pipeline, str(path), "default")
+    for name, parameter in pipeline.unet.named_parameters():
         parameter.requires_grad_(".lora_" in name)
 
 

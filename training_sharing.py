@@ -20,9 +20,8 @@ from hub import (
     push_lora,
     write_model_card,
 )
-from lora_files import save_kohya_lora
+from lora_files import ReferenceLora, save_kohya_lora
 from prompts import PromptPair
-from reference_loras import ReferenceLora
 
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LEAVES = (
     "attention_processors", "prompts", "sfcm", "losses", "data", "caches", "checkpoints", "checked_loading", "hub",
-    "interruption", "lora_files", "optimizers", "pictures", "reference_loras",
+    "interruption", "lora_files", "optimizers", "pictures",
 )  # fmt: skip
 FLOOR_1 = (
     "conditioning", "pipeline_spf_portrait", "training_arguments", "training_inputs", "training_models",

@@ -239,6 +239,7 @@ def test_a_dora_magnitude_goes_into_the_file_with_one_number_an_output(world, tm
         (lambda state: {**state, "text_encoder_2.a.lora.up.weight": torch.ones(2, 2)}, True, "'text_encoder_2.a."),
         (lambda state: {f"unet.x.{key}": tensor for key, tensor in state.items()}, True, "'x.unet."),
         (lambda state: {k: v for k, v in state.items() if "lora.up" not in k}, True, "has no lora_up"),
+        (lambda state: {k: v[0, 0].clone() for k, v in state.items()}, True, "weights that are no matrices"),
         (lambda state: {}, True, "holds no LoRA"),
     ],
 )
@@ -254,7 +255,7 @@ def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / LORA_WEIGHTS).write_bytes(b"no safetensors")
     with pytest.raises(ValueError, match=LORA_WEIGHTS):
         save_kohya_lora(tmp_path / LORA_WEIGHTS, tmp_path / KOHYA_WEIGHTS)
-    with pytest.raises(FileNotFoundError, match="missing"):
+    with pytest.raises(ValueError, match=f"^{tmp_path}/missing: No such file"):
         save_kohya_lora(tmp_path / "missing", tmp_path / KOHYA_WEIGHTS)
 
 
@@ -345,6 +346,28 @@ def test_without_an_alpha_it_is_the_rank(world, tmp_path):
     save_kohya_lora(lora, kohya)
     edit_lora(kohya, lambda state: {key: tensor for key, tensor in state.items() if not key.endswith("alpha")})
     assert np.abs(draw(world, save_diffusers_lora(kohya, tmp_path / "back")) - expected).max() < CLOSE
+
+
+def older_name(name):
+    """As diffusers named an attention layer's weights when a processor held them."""
+    name = re.sub(r"\.(to_[qkv]|to_out)(\.0)?\.lora\.", r".processor.\1_lora.", name)
+    name = re.sub(r"\.self_attn\.([qkv]|out)_proj\.lora_linear_layer\.", r".self_attn.to_\1_lora.", name)
+    return name.replace("text_encoder.encoder.", "text_encoder.text_model.encoder.")
+
+
+def test_older_names_of_diffusers_are_those_of_the_same_layers(world, tmp_path):
+    lora = save_lora_of_both_models(world, tmp_path, {}, {})
+    expected, layers = draw_both(world, lambda pipeline: load_lora(pipeline, str(lora), "x")), read_lora(lora)
+    edit_lora(lora, lambda state: {older_name(name): tensor for name, tensor in state.items()})
+    names = load_file(lora)
+    assert sum(".processor.to_out_lora.up." in name for name in names) > 0
+    assert sum(".text_model.encoder.layers.0.self_attn.to_q_lora.down." in name for name in names) == 1
+    older = read_lora(lora)
+    for model in ("unet", "text_encoder"):
+        assert older[model].keys() == layers[model].keys()
+        assert all(torch.equal(older[model][name].up, layer.up) for name, layer in layers[model].items())
+    found = draw_both(world, lambda pipeline: load_lora(pipeline, str(lora), "x"))
+    assert np.abs(found - expected).max() < CLOSE
 
 
 KOHYA_OF_OTHERS = {

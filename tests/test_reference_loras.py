@@ -1,5 +1,6 @@
 """Tests of training on top of earlier LoRAs: the merge, the two paths, what is saved, resumed, told and refused."""
 
+import argparse
 import hashlib
 import json
 import re
@@ -38,9 +39,10 @@ from test_train import (  # noqa: F401  (fixtures)
 import train_spf_portrait_lora as script
 import training_inputs as inputs_module
 from attention_processors import active_adapters
+from checked_loading import InputError
+from lora_files import ReferenceLora, merge_loras
 from pipeline_spf_portrait import SPFPortraitPipeline
 from prompts import make_prompt_pair
-from reference_loras import ReferenceLora, find_reference, merge_references
 from training_models import load_pipeline
 
 
@@ -152,7 +154,7 @@ def test_merged_loras_are_those_that_are_active_side_by_side(world, earlier, nam
     loras = [earlier[name] for name in names]
     expected = predict(activate(stock(world), loras, scales))
     merged = stock(world)
-    merge_references(merged, [find_reference(str(lora), scale) for lora, scale in zip(loras, scales, strict=True)])
+    merge_loras(merged, [str(lora) for lora in loras], scales)
     assert not any("lora" in name for model in (merged.unet, merged.text_encoder) for name in model.state_dict())
     assert largest(predict(merged), expected) < CLOSE
     assert (predict(stock(world))[1] - expected[1]).abs().max() > 0.01
@@ -161,11 +163,16 @@ def test_merged_loras_are_those_that_are_active_side_by_side(world, earlier, nam
 def test_a_reference_is_a_file_a_folder_or_neither(world, earlier, tmp_path):  # noqa: F811
     folder, file = earlier["hair"], earlier["hair"] / WEIGHTS
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    assert find_reference(str(folder), 0.5) == ReferenceLora(str(folder), file, None, digest, 0.5)
-    assert find_reference(str(file), 1.0) == ReferenceLora(str(file), file, None, digest, 1.0)
+
+    def find(name, scale):
+        flags = {"reference_lora": [name], "reference_lora_scale": [scale], "cache_dir": None}
+        return inputs_module.find_references(argparse.Namespace(**flags))
+
+    assert find(str(folder), 0.5) == (ReferenceLora(str(folder), file, None, digest, 0.5),)
+    assert find(str(file), 1.0) == (ReferenceLora(str(file), file, None, digest, 1.0),)
     for name in (tmp_path, tmp_path / "x", "./x", "x", "x.safetensors", "loras/x.safetensors", "a/b/c", "../a/b"):
-        with pytest.raises(FileNotFoundError, match="no such file or folder|the folder has no"):
-            find_reference(str(name), 1.0)
+        with pytest.raises(InputError, match=f"--reference_lora {name}: (no such file or folder|the folder has no)"):
+            find(str(name), 1.0)
 
 
 # ------------------------------------------------------------------------------------------------- a run on top of two
@@ -249,7 +256,7 @@ def test_in_half_precision_it_is_merged_before_it_is_rounded(world, earlier, tmp
     runs = watch_runs(monkeypatch)
     train(world, tmp_path / "output", reference_lora=earlier["hair"], mixed_precision="bf16")
     merged = stock(world)
-    merge_references(merged, [find_reference(str(earlier["hair"]), 1.0)])
+    merge_loras(merged, [str(earlier["hair"])], [1.0])
     for part in ("unet", "text_encoder"):
         found = getattr(runs[0].pipeline, part).state_dict()
         for name, weight in getattr(merged, part).state_dict().items():
@@ -456,10 +463,12 @@ def test_a_reference_of_the_hub_is_found_and_named(world, earlier, tmp_path):  #
             run = run_trainer(flags, tmp_path, server.environment(tmp_path / "home"))
             assert run.returncode == 0, run.stderr
             assert told in (tmp_path / f"output {i}" / "README.md").read_text(encoding="utf-8")
-        flags = make_flags(world, tmp_path / "output", reference_lora="tester/none")
-        run = run_trainer(flags, tmp_path, server.environment(tmp_path / "home"))
-        assert run.returncode == 1 and "Traceback" not in run.stderr
-        assert "error: --reference_lora tester/none: " in run.stderr.splitlines()[-1]
+        for name, told in {"tester/none": "nor found on the Hub", "tester/loras": "name the file, as in"}.items():
+            flags = make_flags(world, tmp_path / "output", reference_lora=name)
+            run = run_trainer(flags, tmp_path, server.environment(tmp_path / "home"))
+            assert run.returncode == 1 and "Traceback" not in run.stderr
+            last = run.stderr.splitlines()[-1]
+            assert f"error: --reference_lora {name}: " in last and told in last
     assert difference(tmp_path / "output 0", tmp_path / "output 1") < 1e-6
 
 
@@ -486,9 +495,9 @@ def spoil(kind: str, path: Path) -> str:
         return "no safetensors file"
     if kind == "no LoRA":
         state = {"conv_in.weight": torch.ones(2)}
-        says = "'conv_in.weight' in it is no weight of a LoRA"
+        says = "'conv_in.weight' is no LoRA weight of"
     elif kind == "no weights":
-        state, says = {}, "holds no weights"
+        state, says = {}, "holds no LoRA"
     elif kind == "another base":
         state = {
             name: torch.cat([weight] * 2, 1).contiguous() if ".attn2.to_k.lora_A" in name else weight
@@ -506,24 +515,24 @@ def spoil(kind: str, path: Path) -> str:
         says = "belongs to no layer of this base model"
     elif kind == "a transformer":
         state = {name.replace("unet.", "transformer."): weight for name, weight in state.items()}
-        says = "belongs to neither UNet nor text encoder"
+        says = "is no LoRA weight of Stable Diffusion's UNet or text encoder"
     elif kind == "half a pair":
         layer = first.rsplit(".lora_", 1)[0]
         del state[f"{layer}.lora_B.weight"]
-        says = "lacks a matching pair"
+        says = "has no lora_up"
     elif kind == "LoHa":
         state = {"lora_unet_mid_block_attentions_0_proj_in.hada_w1_a": torch.ones(2, 2)}
-        says = "that diffusers does not read"
+        says = "is no weight that a LoRA of Stable Diffusion 1.x or 2.x has"
     elif kind == "DoRA of kohya":
         state = {"lora_unet_mid_block_attentions_0_proj_in.dora_scale": torch.ones(2, 1)}
-        says = "that diffusers does not read"
+        says = "a DoRA in kohya's format"
     elif kind == "half a pair of kohya":
         state = {"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": torch.ones(2, 2)}
-        says = "a half of a pair is missing"
+        says = "has no lora_up"
     elif kind == "SDXL":
         layer = "lora_te2_text_model_encoder_layers_0_mlp_fc1"
         state = {f"{layer}.lora_down.weight": torch.ones(2, 16), f"{layer}.lora_up.weight": torch.ones(32, 2)}
-        says = "belongs to neither UNet nor text encoder"
+        says = "is no weight that a LoRA of Stable Diffusion 1.x or 2.x has"
     save_file(state, path)
     return says
 
