@@ -776,10 +776,17 @@ class SPFPortraitPipeline(StableDiffusionPipeline):
 
         A folder that named this class could be loaded with this code at hand alone. For a merged checkpoint call
         `fuse_lora()` and `unload_lora_weights()` before. Arguments as in [`StableDiffusionPipeline`].
+
+        Raises:
+            `ValueError`: a LoRA is loaded, under which the weights would be saved by names that no loader knows.
         """
-        stock = StableDiffusionPipeline(
-            **self.components, requires_safety_checker=self.config.requires_safety_checker
-        )
+        if any(isinstance(module, BaseTunerLayer) for model in self._adapted_models() for module in model.modules()):
+            raise ValueError(
+                "A LoRA is loaded: call `unload_lora_weights()` before saving, and `fuse_lora()` before that to keep "
+                "it in the weights."
+            )
+        # Not `from_pipe`, which would turn the models that both share into float32.
+        stock = StableDiffusionPipeline(**self.components, requires_safety_checker=self.config.requires_safety_checker)
         stock.save_pretrained(save_directory, **kwargs)
 
     def _check_stock_inputs(self, prompt: Any, arguments: dict[str, Any]) -> None:
