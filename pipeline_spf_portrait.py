@@ -26,7 +26,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.utils import replace_example_docstring
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
@@ -404,6 +404,11 @@ def _compute_maps(
     return maps
 
 
+def _uncompiled(model: torch.nn.Module) -> torch.nn.Module:
+    """The model itself, with its layers under their own names, where `torch.compile` has wrapped it."""
+    return model._orig_mod if is_compiled_module(model) else model
+
+
 def _lora_layer(key: str) -> tuple[str, str] | None:
     """The layer that a LoRA's matrix belongs to and its side, "A" or "B"; None for other tensors.
 
@@ -426,7 +431,7 @@ def _check_lora_fits(name: str, layers: dict[str, Tensor], models: dict[str, tor
         f"{prefix}.{path}".replace(".base_layer", ""): module
         for prefix, model in models.items()
         if model is not None
-        for path, module in model.named_modules()
+        for path, module in _uncompiled(model).named_modules()
     }
     matrices = {place: value for key, value in layers.items() if (place := _lora_layer(key)) is not None}
     if not matrices:
@@ -663,7 +668,20 @@ class SPFPortraitPipeline(StableDiffusionPipeline):
 
             # 5. Draw, with the original model's rows in the same batch
             branch_size = 2 * count if compare else count
-            observer = None
+            unet, observer = _uncompiled(self.unet), None
+            if compare:
+                stock_arguments |= self._twin_noise(count, embeds.dtype, stock_arguments)
+                embeds = torch.cat([embeds, original_embeds])
+                if guided:
+                    negative_embeds = torch.cat([negative_embeds, original_negative_embeds])
+
+                def prompts_of_both(unet: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+                    # diffusers' SDCFGCutoffCallback leaves one row, taking it for that of the only image.
+                    if len(kwargs["encoder_hidden_states"]) < len(args[0]):
+                        kwargs["encoder_hidden_states"] = embeds
+                    return args, kwargs
+
+                stack.callback(unet.register_forward_pre_hook(prompts_of_both, with_kwargs=True).remove)
             if observed:
                 observer = _Observer([original_embeds], branch_size)
                 if pairs and SFCM_MODES[sfcm_mode].target_only:
@@ -671,9 +689,9 @@ class SPFPortraitPipeline(StableDiffusionPipeline):
                 if sfcm_guidance > 0:
                     observer.guide = _Guide(sfcm_guidance, sfcm_guidance_exponent, phrases)
                 if return_sfcm or phrases.free.any():
-                    observer.store = stack.enter_context(capture_cross_attention(self.unet))
+                    observer.store = stack.enter_context(capture_cross_attention(unet))
                     stack.enter_context(observer.store.record())
-                stack.enter_context(observer.watch(self.unet))
+                stack.enter_context(observer.watch(unet))
             if own_rows:
 
                 def rows_of_the_original(batch_size: int) -> list[int]:
@@ -682,12 +700,9 @@ class SPFPortraitPipeline(StableDiffusionPipeline):
                     references = [i for i in range(own) if i % branch_size >= count and i not in negatives]
                     return [*negatives, *references, *(range(own, own + count) if observer else ())]
 
-                stack.enter_context(original_rows(self.unet, rows_of_the_original))
-            if compare:
-                stock_arguments |= self._twin_noise(count, embeds.dtype, stock_arguments)
-                embeds = torch.cat([embeds, original_embeds])
-                if guided:
-                    negative_embeds = torch.cat([negative_embeds, original_negative_embeds])
+                stack.enter_context(original_rows(unet, rows_of_the_original))
+                # A compiled graph knows nothing of the hooks, or, compiled here, would keep them for later calls.
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             stock_arguments |= {"prompt_embeds": embeds, "negative_prompt_embeds": negative_embeds}
             output = super().__call__(**stock_arguments | {"negative_prompt": None, "num_images_per_prompt": 1})
         if not (compare or return_sfcm):

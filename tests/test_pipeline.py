@@ -652,6 +652,15 @@ def test_guidance_may_end_during_the_run(world):
             assert_close(output.reference_images, draw(world.original, BASE, **arguments).images)
 
 
+def test_diffusers_own_callback_may_end_guidance_beside_the_references(world):
+    # It keeps the last row of the prompts, which is enough for one image.
+    arguments = {"callback_on_step_end": SDCFGCutoffCallback(cutoff_step_ratio=0.0)}
+    for return_sfcm in (False, True):
+        output = draw(world.ours, BASE, target_prompt=TARGET, compare=True, return_sfcm=return_sfcm, **arguments)
+        assert_close(output.images, draw(world.stock, FULL, **arguments).images)
+        assert_close(output.reference_images, draw(world.original, BASE, **arguments).images)
+
+
 # --------------------------------------------------------------------------------------------------------- guidance
 
 
@@ -1012,6 +1021,27 @@ def test_the_stock_switches_keep_working(own_world, way):
     attrgetter(way)(own_world.ours)(**options)
     output = draw(own_world.ours, [BASE] * 2, target_prompt=TARGET, compare=True, seed=[0, 1])
     assert_close(output.images, expected.images)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_compiled_unet(own_world, tmp_path, in_place):
+    pipeline, lora = own_world.ours, lora_file(own_world, tmp_path)
+    if in_place:
+        pipeline.unet.compile(backend="eager")
+    else:
+        pipeline.unet = torch.compile(pipeline.unet, backend="eager")
+    # As many rows as `compare` has of one image: the graph is the one that another call left.
+    expected = draw(own_world.stock, [FULL, BASE], num_inference_steps=1).images
+    assert_close(draw(pipeline, [FULL, BASE], num_inference_steps=1).images, expected)
+    output = draw(pipeline, BASE, target_prompt=TARGET, compare=True, return_sfcm=True, num_inference_steps=1)
+    assert_close(output.reference_images, draw(own_world.original, BASE, num_inference_steps=1).images)
+    assert output.sfcm.max() == 1
+    output = draw(pipeline, BASE, target_prompt=TARGET, compare=True, num_inference_steps=1)
+    assert_close(output.reference_images, draw(own_world.original, BASE, num_inference_steps=1).images)
+    assert_close(draw(pipeline, [FULL, BASE], num_inference_steps=1).images, expected)
+    pipeline.load_lora_weights(lora, adapter_name="other")
+    assert "other" in pipeline.unet.peft_config
 
 
 def test_models_may_be_taken_off_the_device_after_use(own_world):
