@@ -9,12 +9,14 @@ Paper: arXiv 2504.00396.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -298,6 +300,10 @@ def _pair_generators(generator: torch.Generator | list[torch.Generator] | None, 
     return [*generators, *(twins[id(own)] for own in generators)]
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _check_prompts(prompts: Any) -> None:
     if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) for text in prompts):
         raise ValueError(f"`prompt` has to be a string or a list of strings but is {prompts!r}.")
@@ -354,8 +360,8 @@ def _scale_factors(target_scale: Any, active: list[str], targets: list[Target]) 
     unknown = [name for name in factors if name not in active]
     if unknown:
         raise ValueError(f"`target_scale` names {unknown}, but the active adapters are {active}.")
-    if not all(isinstance(factor, (int, float)) and not isinstance(factor, bool) for factor in factors.values()):
-        raise ValueError(f"`target_scale` has to be numbers but is {target_scale!r}.")
+    if not all(map(_is_number, factors.values())):
+        raise ValueError(f"`target_scale` has to be finite numbers but is {target_scale!r}.")
     return factors
 
 
@@ -576,14 +582,14 @@ class SPFPortraitPipeline(StableDiffusionPipeline):
         Source: [paper] the two paths and the map; [ours] drawing them in one batch, and guidance with the map.
         """
         # 1. Check inputs
-        if sfcm_mode not in SFCM_MODES:
+        if sfcm_mode not in sorted(SFCM_MODES):
             raise ValueError(f"`sfcm_mode` has to be one of {sorted(SFCM_MODES)} but is {sfcm_mode!r}.")
         if return_sfcm not in (False, True, "per_step"):
             raise ValueError(f"`return_sfcm` has to be False, True or 'per_step' but is {return_sfcm!r}.")
-        if not 0 <= sfcm_guidance <= 1:
-            raise ValueError(f"`sfcm_guidance` has to be in [0, 1] but is {sfcm_guidance}.")
-        if not sfcm_guidance_exponent > 0:
-            raise ValueError(f"`sfcm_guidance_exponent` has to be positive but is {sfcm_guidance_exponent}.")
+        if not (_is_number(sfcm_guidance) and 0 <= sfcm_guidance <= 1):
+            raise ValueError(f"`sfcm_guidance` has to be in [0, 1] but is {sfcm_guidance!r}.")
+        if not (_is_number(sfcm_guidance_exponent) and sfcm_guidance_exponent > 0):
+            raise ValueError(f"`sfcm_guidance_exponent` has to be positive but is {sfcm_guidance_exponent!r}.")
         if target_prompt is None and (free_phrases is not None or sfcm_guidance > 0):
             raise ValueError("`free_phrases` and `sfcm_guidance` are about a target and need a `target_prompt`.")
         if base_phrases is not None and target_prompt is None and not return_sfcm:

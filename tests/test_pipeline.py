@@ -795,7 +795,7 @@ def test_target_scale_is_a_factor_on_the_loras_strength(own_world):
     assert state(world.ours) == before
     assert_close(half.images, expect(world, ["style"], [0.5], FULL))
     world.ours.set_adapters(["style"], [0.5])
-    assert_close(draw(world.ours, BASE, target_scale=0.5).images, expect(world, ["style"], [0.25], BASE))
+    assert_close(draw(world.ours, BASE, target_scale=np.float32(0.5)).images, expect(world, ["style"], [0.25], BASE))
     world.ours.set_adapters(["style"], [1.0])
     assert_close(draw(world.ours, BASE, target_scale=0).images, draw(world.original, BASE).images)
 
@@ -888,6 +888,10 @@ def test_visualize_of_less(world):
         ({"target_prompt": TARGET, "target_scale": {"hair": 1.0}}, r"\['hair'\].*active.*\['style'\]"),
         ({"target_prompt": TARGET, "target_scale": [1.0, 0.5]}, "2 strengths for 1 targets"),
         ({"target_prompt": TARGET, "target_scale": "strong"}, "target_scale.*numbers.*'strong'"),
+        ({"target_prompt": TARGET, "target_scale": float("nan")}, "target_scale.*numbers.*nan"),
+        ({"target_prompt": TARGET, "sfcm_guidance": "strong"}, r"sfcm_guidance.*\[0, 1\].*'strong'"),
+        ({"target_prompt": TARGET, "sfcm_guidance": 1.0, "sfcm_guidance_exponent": None}, "exponent.*positive.*None"),
+        ({"target_prompt": TARGET, "sfcm_mode": ["paper"]}, "sfcm_mode.*averaged.*'paper'"),
         ({"return_sfcm": True, "prompt": "a"}, "no phrase"),
         ({"target_prompt": TARGET, "sfcm_mode": "best"}, "sfcm_mode.*averaged.*'best'"),
         ({"target_prompt": TARGET, "prompt": None, "prompt_embeds": torch.zeros(1, 77, 16)}, "prompt_embeds"),
@@ -970,6 +974,23 @@ def test_a_fused_lora_is_neither_scaled_nor_switched(own_world, arguments, messa
 def test_a_strength_without_a_lora_is_refused(tokenizer):
     with pytest.raises(ValueError, match="none is loaded"):
         draw(World(tokenizer, lora=False).ours, BASE, target_scale=0.5)
+
+
+def test_an_adapter_without_a_strength_is_not_scaled(tokenizer):
+    world = World(tokenizer, lora=False)
+    world.ours.unet.add_adapter(IA3Config(target_modules=["to_k", "to_v"], feedforward_modules=[]), "style")
+    with pytest.raises(ValueError, match="no strength"):
+        draw(world.ours, BASE, target_scale=0.5)
+
+
+@pytest.mark.parametrize("arguments", [{"compare": True}, {"target_prompt": {"whole": TARGET}}])
+def test_modules_that_were_trained_whole_are_refused(tokenizer, arguments):
+    world = World(tokenizer, lora=False)
+    world.ours.unet.add_adapter(lora_config(modules_to_save=["conv_out"]), "whole")
+    before = state(world.ours)
+    with pytest.raises(ValueError, match="modules_to_save"):
+        draw(world.ours, BASE, **arguments)
+    assert state(world.ours) == before
 
 
 def test_maps_do_not_go_with_fused_projections_or_an_ip_adapter(own_world):
