@@ -428,7 +428,8 @@ def original_rows(model: nn.Module, rows: Callable[[int], Iterable[int]]) -> Ite
     """Inside, the adapters of `model` leave some rows of each batch as the original model has them.
 
     Every row goes through the adapters that are active; then the chosen rows are taken from the layer below. Unlike
-    `adapters_per_sample` this works with several active adapters, with DoRA and for a text encoder; without gradient.
+    `adapters_per_sample` this works with several active adapters, with DoRA and for a text encoder; without gradient,
+    and uncompiled.
 
     Args:
         model: with or without adapters.
@@ -454,6 +455,8 @@ def original_rows(model: nn.Module, rows: Callable[[int], Iterable[int]]) -> Ite
         return output
 
     with ExitStack() as stack:
+        # A compiled graph knows nothing of the hooks, or, compiled here, would keep them for later calls.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         for layer in layers:
             stack.callback(layer.register_forward_hook(restore).remove)
         yield

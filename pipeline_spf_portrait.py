@@ -430,6 +430,16 @@ def _lora_layer(key: str) -> tuple[str, str] | None:
     return path, match[2] or {"down": "A", "up": "B"}[match[4]]
 
 
+def _features(layer: torch.nn.Module | None) -> tuple[int, int] | None:
+    """Inputs and outputs of a layer with weights, of which quantized ones do not tell them; None for other modules."""
+    if getattr(layer, "weight", None) is None:
+        return None
+    for inputs, outputs in (("in_features", "out_features"), ("in_channels", "out_channels")):
+        if hasattr(layer, inputs):
+            return getattr(layer, inputs), getattr(layer, outputs)
+    return None
+
+
 def _check_lora_fits(name: str, layers: dict[str, Tensor], models: dict[str, torch.nn.Module | None]) -> None:
     """Raise a ValueError if a LoRA's layers, by their names in diffusers' format, are not those of the models."""
     advice = "load it with a pipeline of the model it was trained on."
@@ -442,13 +452,17 @@ def _check_lora_fits(name: str, layers: dict[str, Tensor], models: dict[str, tor
     matrices = {place: value for key, value in layers.items() if (place := _lora_layer(key)) is not None}
     if not matrices:
         raise ValueError(f"{name} has no LoRA layer that is known here: {advice}")
-    for (path, side), matrix in matrices.items():
-        weight = getattr(modules.get(path), "weight", None)
-        if weight is None:
+    for path in dict.fromkeys(path for path, _ in matrices):
+        features = _features(modules.get(path))
+        if features is None:
             raise ValueError(f"{name} is for another architecture: there is no layer {path}; {advice}")
-        own, other = (matrix.shape[1], weight.shape[1]) if side == "A" else (matrix.shape[0], weight.shape[0])
-        if own != other:
-            raise ValueError(f"{name} is for another architecture: {path} has {own} features, not {other}; {advice}")
+        down, up = (matrices.get((path, side)) for side in "AB")
+        for matrix, side, other in zip((down, up), (1, 0), features):
+            own = other if matrix is None else matrix.shape[side]
+            if own != other:
+                raise ValueError(f"{name} is for another architecture: {path} has {own} features, not {other}; {advice}")
+        if down is None or up is None or down.shape[0] != up.shape[1]:
+            raise ValueError(f"{name} is damaged: the two matrices of {path} do not belong together.")
 
 
 @contextmanager
@@ -707,8 +721,6 @@ class SPFPortraitPipeline(StableDiffusionPipeline):
                     return [*negatives, *references, *(range(own, own + count) if observer else ())]
 
                 stack.enter_context(original_rows(unet, rows_of_the_original))
-                # A compiled graph knows nothing of the hooks, or, compiled here, would keep them for later calls.
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
             stock_arguments |= {"prompt_embeds": embeds, "negative_prompt_embeds": negative_embeds}
             output = super().__call__(**stock_arguments | {"negative_prompt": None, "num_images_per_prompt": 1})
         if not (compare or return_sfcm):
@@ -783,7 +795,7 @@ class SPFPortraitPipeline(StableDiffusionPipeline):
                 As in [`StableDiffusionPipeline`].
 
         Raises:
-            `ValueError`: it is for another architecture; nothing was loaded.
+            `ValueError`: it is for another architecture, or damaged; nothing was loaded.
         """
         given = pretrained_model_name_or_path_or_dict
         weights = dict(given) if isinstance(given, dict) else given

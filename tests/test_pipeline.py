@@ -1172,6 +1172,33 @@ def test_a_lora_for_another_architecture_is_refused_whole(tokenizer, world, tmp_
     assert_close(draw(bare.ours, BASE).images, draw(world.stock, BASE).images)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layers: {key: value for key, value in layers.items() if "mid_block" not in key or "down" in key},
+        lambda layers: {key: value[:1] if "lora.down" in key else value for key, value in layers.items()},
+    ],
+)
+def test_a_lora_whose_matrices_do_not_belong_together_is_refused(tokenizer, world, tmp_path, change):
+    bare = World(tokenizer, lora=False)
+    with pytest.raises(ValueError, match=r"(?s)lora is damaged.*unet\..*attn"):
+        bare.ours.load_lora_weights(lora_file(world, tmp_path / "lora", lambda layers: contiguous(change(layers))))
+    assert not getattr(bare.ours.unet, "peft_config", {})
+
+
+def contiguous(layers):
+    return {key: value.contiguous() for key, value in layers.items()}
+
+
+def test_a_layer_with_packed_weights_has_its_features(tokenizer, world, tmp_path):
+    bare = World(tokenizer, lora=False)
+    for layer in bare.ours.unet.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.weight = torch.nn.Parameter(layer.weight.reshape(-1, 1))  # as 4-bit weights lie
+    bare.ours.load_lora_weights(lora_file(world, tmp_path / "lora"))
+    assert bare.ours.unet.peft_config
+
+
 # ---------------------------------------------------------------------------------------------------------- loading
 
 SCRIPT = """
