@@ -460,7 +460,9 @@ def _check_lora_fits(name: str, layers: dict[str, Tensor], models: dict[str, tor
         for matrix, side, other in zip((down, up), (1, 0), features):
             own = other if matrix is None else matrix.shape[side]
             if own != other:
-                raise ValueError(f"{name} is for another architecture: {path} has {own} features, not {other}; {advice}")
+                raise ValueError(
+                    f"{name} is for another architecture: {path} has {own} features, not {other}; {advice}"
+                )
         if down is None or up is None or down.shape[0] != up.shape[1]:
             raise ValueError(f"{name} is damaged: the two matrices of {path} do not belong together.")
 

@@ -32,7 +32,6 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import IA3Config, LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file
 from test_prompts import BASE, write_vocabulary
 from transformers import (
     CLIPConfig,
@@ -1122,15 +1121,6 @@ def test_what_it_saves_is_a_stock_pipeline(own_world, tmp_path):
     loaded.set_progress_bar_config(disable=True)
     assert type(loaded) is StableDiffusionPipeline
     assert_close(draw(loaded, BASE).images, expected, 0.02)
-
-
-def test_saving_leaves_the_precision_as_it_is(tokenizer, tmp_path):
-    ours = World(tokenizer, lora=False).ours
-    ours.unet.to(torch.bfloat16)
-    ours.save_pretrained(tmp_path)
-    assert (ours.unet.dtype, ours.vae.dtype) == (torch.bfloat16, torch.float32)
-    weights = load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
-    assert {value.dtype for value in weights.values()} == {torch.bfloat16}
 
 
 def test_nothing_is_saved_under_a_loras_names(own_world, tmp_path):
