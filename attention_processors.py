@@ -14,10 +14,12 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 
@@ -331,7 +333,12 @@ def _adapter_layers(unet: nn.Module, names: Sequence[str]) -> list[BaseTunerLaye
     if unknown:
         raise ValueError(f"unknown adapters {unknown}; the UNet has {known}")
     if any(layer.merged for layer in layers):
-        raise ValueError("the UNet's adapters are merged into its weights: call unfuse_lora() first")
+        raise ValueError(f"A LoRA is fused into the weights of {type(unet).__name__}: call `unfuse_lora()` first.")
+    if any(isinstance(module, AuxiliaryTrainingWrapper) for module in unet.modules()):
+        raise ValueError(
+            f"An adapter of {type(unet).__name__} replaces whole modules (`modules_to_save`), which cannot be turned "
+            "off for a part of a batch: use one without them."
+        )
     return layers
 
 
@@ -421,28 +428,35 @@ def original_rows(model: nn.Module, rows: Callable[[int], Iterable[int]]) -> Ite
     """Inside, the adapters of `model` leave some rows of each batch as the original model has them.
 
     Every row goes through the adapters that are active; then the chosen rows are taken from the layer below. Unlike
-    `adapters_per_sample` this works with several active adapters, with DoRA and for a text encoder; without gradient.
+    `adapters_per_sample` this works with several active adapters, with DoRA and for a text encoder; without gradient,
+    and uncompiled.
 
     Args:
         model: with or without adapters.
-        rows: chooses the rows from the size of a batch.
+        rows: chooses the rows from the size of a batch; asked once for each size.
 
     Raises:
-        ValueError: an adapter is merged into the weights; the layer below is not the original then.
+        ValueError: an adapter is merged into the weights, so that the layer below is not the original, or replaces
+            whole modules.
 
     Source: [ours].
     """
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    if any(layer.merged for layer in layers):
-        raise ValueError(f"A LoRA is fused into the weights of {type(model).__name__}: call `unfuse_lora()` first.")
+    layers = _adapter_layers(model, ())
+
+    @cache
+    def choose(batch_size: int, device: torch.device) -> Tensor:
+        return torch.tensor(list(rows(batch_size)), dtype=torch.long, device=device)
 
     def restore(layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        chosen = list(rows(len(output)))
-        if chosen:
+        # Indices from a list would be copied to the device, and waited for, in each layer.
+        chosen = choose(len(output), output.device)
+        if len(chosen):
             output[chosen] = layer.base_layer(args[0][chosen]).to(output.dtype)
         return output
 
     with ExitStack() as stack:
+        # A compiled graph knows nothing of the hooks, or, compiled here, would keep them for later calls.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         for layer in layers:
             stack.callback(layer.register_forward_hook(restore).remove)
         yield
@@ -457,11 +471,13 @@ def adapter_scales(model: nn.Module, factors: Mapping[str, float]) -> Iterator[N
         factors: by adapter name.
 
     Raises:
-        ValueError: an adapter is merged into the weights.
+        ValueError: an adapter is merged into the weights, or of a kind that has no strength.
 
     Source: [ours].
     """
     layers = _adapter_layers(model, ())
+    if not all(hasattr(layer, "scaling") for layer in layers):
+        raise ValueError(f"An adapter of {type(model).__name__} is no LoRA and has no strength that could be scaled.")
     before = [dict(layer.scaling) for layer in layers]
     try:
         for layer in layers:

@@ -9,12 +9,14 @@ Paper: arXiv 2504.00396.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.utils import replace_example_docstring
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
@@ -298,6 +300,10 @@ def _pair_generators(generator: torch.Generator | list[torch.Generator] | None, 
     return [*generators, *(twins[id(own)] for own in generators)]
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _check_prompts(prompts: Any) -> None:
     if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) for text in prompts):
         raise ValueError(f"`prompt` has to be a string or a list of strings but is {prompts!r}.")
@@ -354,8 +360,8 @@ def _scale_factors(target_scale: Any, active: list[str], targets: list[Target]) 
     unknown = [name for name in factors if name not in active]
     if unknown:
         raise ValueError(f"`target_scale` names {unknown}, but the active adapters are {active}.")
-    if not all(isinstance(factor, (int, float)) and not isinstance(factor, bool) for factor in factors.values()):
-        raise ValueError(f"`target_scale` has to be numbers but is {target_scale!r}.")
+    if not all(map(_is_number, factors.values())):
+        raise ValueError(f"`target_scale` has to be finite numbers but is {target_scale!r}.")
     return factors
 
 
@@ -404,6 +410,11 @@ def _compute_maps(
     return maps
 
 
+def _uncompiled(model: torch.nn.Module) -> torch.nn.Module:
+    """The model itself, with its layers under their own names, where `torch.compile` has wrapped it."""
+    return model._orig_mod if is_compiled_module(model) else model
+
+
 def _lora_layer(key: str) -> tuple[str, str] | None:
     """The layer that a LoRA's matrix belongs to and its side, "A" or "B"; None for other tensors.
 
@@ -419,6 +430,16 @@ def _lora_layer(key: str) -> tuple[str, str] | None:
     return path, match[2] or {"down": "A", "up": "B"}[match[4]]
 
 
+def _features(layer: torch.nn.Module | None) -> tuple[int, int] | None:
+    """Inputs and outputs of a layer with weights, of which quantized ones do not tell them; None for other modules."""
+    if getattr(layer, "weight", None) is None:
+        return None
+    for inputs, outputs in (("in_features", "out_features"), ("in_channels", "out_channels")):
+        if hasattr(layer, inputs):
+            return getattr(layer, inputs), getattr(layer, outputs)
+    return None
+
+
 def _check_lora_fits(name: str, layers: dict[str, Tensor], models: dict[str, torch.nn.Module | None]) -> None:
     """Raise a ValueError if a LoRA's layers, by their names in diffusers' format, are not those of the models."""
     advice = "load it with a pipeline of the model it was trained on."
@@ -426,18 +447,24 @@ def _check_lora_fits(name: str, layers: dict[str, Tensor], models: dict[str, tor
         f"{prefix}.{path}".replace(".base_layer", ""): module
         for prefix, model in models.items()
         if model is not None
-        for path, module in model.named_modules()
+        for path, module in _uncompiled(model).named_modules()
     }
     matrices = {place: value for key, value in layers.items() if (place := _lora_layer(key)) is not None}
     if not matrices:
         raise ValueError(f"{name} has no LoRA layer that is known here: {advice}")
-    for (path, side), matrix in matrices.items():
-        weight = getattr(modules.get(path), "weight", None)
-        if weight is None:
+    for path in dict.fromkeys(path for path, _ in matrices):
+        features = _features(modules.get(path))
+        if features is None:
             raise ValueError(f"{name} is for another architecture: there is no layer {path}; {advice}")
-        own, other = (matrix.shape[1], weight.shape[1]) if side == "A" else (matrix.shape[0], weight.shape[0])
-        if own != other:
-            raise ValueError(f"{name} is for another architecture: {path} has {own} features, not {other}; {advice}")
+        down, up = (matrices.get((path, side)) for side in "AB")
+        for matrix, side, other in zip((down, up), (1, 0), features):
+            own = other if matrix is None else matrix.shape[side]
+            if own != other:
+                raise ValueError(
+                    f"{name} is for another architecture: {path} has {own} features, not {other}; {advice}"
+                )
+        if down is None or up is None or down.shape[0] != up.shape[1]:
+            raise ValueError(f"{name} is damaged: the two matrices of {path} do not belong together.")
 
 
 @contextmanager
@@ -571,14 +598,14 @@ class SPFPortraitPipeline(StableDiffusionPipeline):
         Source: [paper] the two paths and the map; [ours] drawing them in one batch, and guidance with the map.
         """
         # 1. Check inputs
-        if sfcm_mode not in SFCM_MODES:
+        if sfcm_mode not in sorted(SFCM_MODES):
             raise ValueError(f"`sfcm_mode` has to be one of {sorted(SFCM_MODES)} but is {sfcm_mode!r}.")
         if return_sfcm not in (False, True, "per_step"):
             raise ValueError(f"`return_sfcm` has to be False, True or 'per_step' but is {return_sfcm!r}.")
-        if not 0 <= sfcm_guidance <= 1:
-            raise ValueError(f"`sfcm_guidance` has to be in [0, 1] but is {sfcm_guidance}.")
-        if not sfcm_guidance_exponent > 0:
-            raise ValueError(f"`sfcm_guidance_exponent` has to be positive but is {sfcm_guidance_exponent}.")
+        if not (_is_number(sfcm_guidance) and 0 <= sfcm_guidance <= 1):
+            raise ValueError(f"`sfcm_guidance` has to be in [0, 1] but is {sfcm_guidance!r}.")
+        if not (_is_number(sfcm_guidance_exponent) and sfcm_guidance_exponent > 0):
+            raise ValueError(f"`sfcm_guidance_exponent` has to be positive but is {sfcm_guidance_exponent!r}.")
         if target_prompt is None and (free_phrases is not None or sfcm_guidance > 0):
             raise ValueError("`free_phrases` and `sfcm_guidance` are about a target and need a `target_prompt`.")
         if base_phrases is not None and target_prompt is None and not return_sfcm:
@@ -663,7 +690,20 @@ class SPFPortraitPipeline(StableDiffusionPipeline):
 
             # 5. Draw, with the original model's rows in the same batch
             branch_size = 2 * count if compare else count
-            observer = None
+            unet, observer = _uncompiled(self.unet), None
+            if compare:
+                stock_arguments |= self._twin_noise(count, embeds.dtype, stock_arguments)
+                embeds = torch.cat([embeds, original_embeds])
+                if guided:
+                    negative_embeds = torch.cat([negative_embeds, original_negative_embeds])
+
+                def prompts_of_both(unet: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+                    # diffusers' SDCFGCutoffCallback leaves one row, taking it for that of the only image.
+                    if len(kwargs["encoder_hidden_states"]) < len(args[0]):
+                        kwargs["encoder_hidden_states"] = embeds
+                    return args, kwargs
+
+                stack.callback(unet.register_forward_pre_hook(prompts_of_both, with_kwargs=True).remove)
             if observed:
                 observer = _Observer([original_embeds], branch_size)
                 if pairs and SFCM_MODES[sfcm_mode].target_only:
@@ -671,9 +711,9 @@ class SPFPortraitPipeline(StableDiffusionPipeline):
                 if sfcm_guidance > 0:
                     observer.guide = _Guide(sfcm_guidance, sfcm_guidance_exponent, phrases)
                 if return_sfcm or phrases.free.any():
-                    observer.store = stack.enter_context(capture_cross_attention(self.unet))
+                    observer.store = stack.enter_context(capture_cross_attention(unet))
                     stack.enter_context(observer.store.record())
-                stack.enter_context(observer.watch(self.unet))
+                stack.enter_context(observer.watch(unet))
             if own_rows:
 
                 def rows_of_the_original(batch_size: int) -> list[int]:
@@ -682,12 +722,7 @@ class SPFPortraitPipeline(StableDiffusionPipeline):
                     references = [i for i in range(own) if i % branch_size >= count and i not in negatives]
                     return [*negatives, *references, *(range(own, own + count) if observer else ())]
 
-                stack.enter_context(original_rows(self.unet, rows_of_the_original))
-            if compare:
-                stock_arguments |= self._twin_noise(count, embeds.dtype, stock_arguments)
-                embeds = torch.cat([embeds, original_embeds])
-                if guided:
-                    negative_embeds = torch.cat([negative_embeds, original_negative_embeds])
+                stack.enter_context(original_rows(unet, rows_of_the_original))
             stock_arguments |= {"prompt_embeds": embeds, "negative_prompt_embeds": negative_embeds}
             output = super().__call__(**stock_arguments | {"negative_prompt": None, "num_images_per_prompt": 1})
         if not (compare or return_sfcm):
@@ -762,7 +797,7 @@ class SPFPortraitPipeline(StableDiffusionPipeline):
                 As in [`StableDiffusionPipeline`].
 
         Raises:
-            `ValueError`: it is for another architecture; nothing was loaded.
+            `ValueError`: it is for another architecture, or damaged; nothing was loaded.
         """
         given = pretrained_model_name_or_path_or_dict
         weights = dict(given) if isinstance(given, dict) else given
@@ -776,10 +811,17 @@ class SPFPortraitPipeline(StableDiffusionPipeline):
 
         A folder that named this class could be loaded with this code at hand alone. For a merged checkpoint call
         `fuse_lora()` and `unload_lora_weights()` before. Arguments as in [`StableDiffusionPipeline`].
+
+        Raises:
+            `ValueError`: a LoRA is loaded, under which the weights would be saved by names that no loader knows.
         """
-        stock = StableDiffusionPipeline(
-            **self.components, requires_safety_checker=self.config.requires_safety_checker
-        )
+        if any(isinstance(module, BaseTunerLayer) for model in self._adapted_models() for module in model.modules()):
+            raise ValueError(
+                "A LoRA is loaded: call `unload_lora_weights()` before saving, and `fuse_lora()` before that to keep "
+                "it in the weights."
+            )
+        # Not `from_pipe`, which would turn the models that both share into float32.
+        stock = StableDiffusionPipeline(**self.components, requires_safety_checker=self.config.requires_safety_checker)
         stock.save_pretrained(save_directory, **kwargs)
 
     def _check_stock_inputs(self, prompt: Any, arguments: dict[str, Any]) -> None:

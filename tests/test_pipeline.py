@@ -27,9 +27,10 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from diffusers.utils import convert_state_dict_to_diffusers
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import IA3Config, LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from test_prompts import BASE, write_vocabulary
 from transformers import (
@@ -650,6 +651,15 @@ def test_guidance_may_end_during_the_run(world):
             assert_close(output.reference_images, draw(world.original, BASE, **arguments).images)
 
 
+def test_diffusers_own_callback_may_end_guidance_beside_the_references(world):
+    # It keeps the last row of the prompts, which is enough for one image.
+    arguments = {"callback_on_step_end": SDCFGCutoffCallback(cutoff_step_ratio=0.0)}
+    for return_sfcm in (False, True):
+        output = draw(world.ours, BASE, target_prompt=TARGET, compare=True, return_sfcm=return_sfcm, **arguments)
+        assert_close(output.images, draw(world.stock, FULL, **arguments).images)
+        assert_close(output.reference_images, draw(world.original, BASE, **arguments).images)
+
+
 # --------------------------------------------------------------------------------------------------------- guidance
 
 
@@ -784,7 +794,7 @@ def test_target_scale_is_a_factor_on_the_loras_strength(own_world):
     assert state(world.ours) == before
     assert_close(half.images, expect(world, ["style"], [0.5], FULL))
     world.ours.set_adapters(["style"], [0.5])
-    assert_close(draw(world.ours, BASE, target_scale=0.5).images, expect(world, ["style"], [0.25], BASE))
+    assert_close(draw(world.ours, BASE, target_scale=np.float32(0.5)).images, expect(world, ["style"], [0.25], BASE))
     world.ours.set_adapters(["style"], [1.0])
     assert_close(draw(world.ours, BASE, target_scale=0).images, draw(world.original, BASE).images)
 
@@ -877,6 +887,10 @@ def test_visualize_of_less(world):
         ({"target_prompt": TARGET, "target_scale": {"hair": 1.0}}, r"\['hair'\].*active.*\['style'\]"),
         ({"target_prompt": TARGET, "target_scale": [1.0, 0.5]}, "2 strengths for 1 targets"),
         ({"target_prompt": TARGET, "target_scale": "strong"}, "target_scale.*numbers.*'strong'"),
+        ({"target_prompt": TARGET, "target_scale": float("nan")}, "target_scale.*numbers.*nan"),
+        ({"target_prompt": TARGET, "sfcm_guidance": "strong"}, r"sfcm_guidance.*\[0, 1\].*'strong'"),
+        ({"target_prompt": TARGET, "sfcm_guidance": 1.0, "sfcm_guidance_exponent": None}, "exponent.*positive.*None"),
+        ({"target_prompt": TARGET, "sfcm_mode": ["paper"]}, "sfcm_mode.*averaged.*'paper'"),
         ({"return_sfcm": True, "prompt": "a"}, "no phrase"),
         ({"target_prompt": TARGET, "sfcm_mode": "best"}, "sfcm_mode.*averaged.*'best'"),
         ({"target_prompt": TARGET, "prompt": None, "prompt_embeds": torch.zeros(1, 77, 16)}, "prompt_embeds"),
@@ -961,6 +975,23 @@ def test_a_strength_without_a_lora_is_refused(tokenizer):
         draw(World(tokenizer, lora=False).ours, BASE, target_scale=0.5)
 
 
+def test_an_adapter_without_a_strength_is_not_scaled(tokenizer):
+    world = World(tokenizer, lora=False)
+    world.ours.unet.add_adapter(IA3Config(target_modules=["to_k", "to_v"], feedforward_modules=[]), "style")
+    with pytest.raises(ValueError, match="no strength"):
+        draw(world.ours, BASE, target_scale=0.5)
+
+
+@pytest.mark.parametrize("arguments", [{"compare": True}, {"target_prompt": {"whole": TARGET}}])
+def test_modules_that_were_trained_whole_are_refused(tokenizer, arguments):
+    world = World(tokenizer, lora=False)
+    world.ours.unet.add_adapter(lora_config(modules_to_save=["conv_out"]), "whole")
+    before = state(world.ours)
+    with pytest.raises(ValueError, match="modules_to_save"):
+        draw(world.ours, BASE, **arguments)
+    assert state(world.ours) == before
+
+
 def test_maps_do_not_go_with_fused_projections_or_an_ip_adapter(own_world):
     own_world.ours.fuse_qkv_projections(vae=False)
     before = state(own_world.ours)
@@ -1010,6 +1041,27 @@ def test_the_stock_switches_keep_working(own_world, way):
     attrgetter(way)(own_world.ours)(**options)
     output = draw(own_world.ours, [BASE] * 2, target_prompt=TARGET, compare=True, seed=[0, 1])
     assert_close(output.images, expected.images)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_compiled_unet(own_world, tmp_path, in_place):
+    pipeline, lora = own_world.ours, lora_file(own_world, tmp_path)
+    if in_place:
+        pipeline.unet.compile(backend="eager")
+    else:
+        pipeline.unet = torch.compile(pipeline.unet, backend="eager")
+    # As many rows as `compare` has of one image: the graph is the one that another call left.
+    expected = draw(own_world.stock, [FULL, BASE], num_inference_steps=1).images
+    assert_close(draw(pipeline, [FULL, BASE], num_inference_steps=1).images, expected)
+    output = draw(pipeline, BASE, target_prompt=TARGET, compare=True, return_sfcm=True, num_inference_steps=1)
+    assert_close(output.reference_images, draw(own_world.original, BASE, num_inference_steps=1).images)
+    assert output.sfcm.max() == 1
+    output = draw(pipeline, BASE, target_prompt=TARGET, compare=True, num_inference_steps=1)
+    assert_close(output.reference_images, draw(own_world.original, BASE, num_inference_steps=1).images)
+    assert_close(draw(pipeline, [FULL, BASE], num_inference_steps=1).images, expected)
+    pipeline.load_lora_weights(lora, adapter_name="other")
+    assert "other" in pipeline.unet.peft_config
 
 
 def test_models_may_be_taken_off_the_device_after_use(own_world):
@@ -1071,6 +1123,12 @@ def test_what_it_saves_is_a_stock_pipeline(own_world, tmp_path):
     assert_close(draw(loaded, BASE).images, expected, 0.02)
 
 
+def test_nothing_is_saved_under_a_loras_names(own_world, tmp_path):
+    with pytest.raises(ValueError, match="unload_lora_weights"):
+        own_world.ours.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def lora_file(world, folder, change=None, **kwargs):
     """The world's LoRA as a file, its layers changed."""
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(world.ours.unet, adapter_name="style"))
@@ -1102,6 +1160,33 @@ def test_a_lora_for_another_architecture_is_refused_whole(tokenizer, world, tmp_
     assert state(bare.ours) == before and not getattr(bare.ours.unet, "peft_config", {})
     bare.ours.load_lora_weights(lora_file(world, tmp_path / "fits"))
     assert_close(draw(bare.ours, BASE).images, draw(world.stock, BASE).images)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layers: {key: value for key, value in layers.items() if "mid_block" not in key or "down" in key},
+        lambda layers: {key: value[:1] if "lora.down" in key else value for key, value in layers.items()},
+    ],
+)
+def test_a_lora_whose_matrices_do_not_belong_together_is_refused(tokenizer, world, tmp_path, change):
+    bare = World(tokenizer, lora=False)
+    with pytest.raises(ValueError, match=r"(?s)lora is damaged.*unet\..*attn"):
+        bare.ours.load_lora_weights(lora_file(world, tmp_path / "lora", lambda layers: contiguous(change(layers))))
+    assert not getattr(bare.ours.unet, "peft_config", {})
+
+
+def contiguous(layers):
+    return {key: value.contiguous() for key, value in layers.items()}
+
+
+def test_a_layer_with_packed_weights_has_its_features(tokenizer, world, tmp_path):
+    bare = World(tokenizer, lora=False)
+    for layer in bare.ours.unet.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.weight = torch.nn.Parameter(layer.weight.reshape(-1, 1))  # as 4-bit weights lie
+    bare.ours.load_lora_weights(lora_file(world, tmp_path / "lora"))
+    assert bare.ours.unet.peft_config
 
 
 # ---------------------------------------------------------------------------------------------------------- loading
