@@ -883,7 +883,7 @@ def test_visualize_of_less(world):
         ({"target_prompt": TARGET, "sfcm_guidance": 1.0, "sfcm_guidance_exponent": 0.0}, "exponent.*positive"),
         ({"target_prompt": TARGET, "return_sfcm": "all"}, "return_sfcm.*per_step"),
         ({"target_prompt": {"hair": TARGET}}, r"\['hair'\].*loaded are \['style'\]"),
-        ({"target_prompt": {"style": 3}}, "dict of them"),
+        ({"target_prompt": {"style": 3}}, "a dict by adapter"),
         ({"target_prompt": TARGET, "target_scale": {"hair": 1.0}}, r"\['hair'\].*active.*\['style'\]"),
         ({"target_prompt": TARGET, "target_scale": [1.0, 0.5]}, "2 strengths for 1 targets"),
         ({"target_prompt": TARGET, "target_scale": "strong"}, "target_scale.*numbers.*'strong'"),

@@ -307,7 +307,9 @@ def test_the_limit_of_checkpoints(world, whole_run, tmp_path, limit, kept):  # n
     assert_same_ending(output, whole_run())
 
 
-@pytest.mark.parametrize("objective", ["composed", "paper", "both"])
+@pytest.mark.parametrize(
+    "objective", ["composed", *(pytest.param(name, marks=pytest.mark.slow) for name in ("paper", "both"))]
+)
 def test_pictures_and_checkpoints_do_not_touch_the_training(world, whole_run, tmp_path, objective):  # noqa: F811
     options = {"stage2_objective": objective, "lora_dropout": 0.3}
     expected = weights(whole_run(**options))

@@ -121,7 +121,7 @@ def test_base_prompts_are_fresh_and_agree_with_the_prompt_module(name):
     assert (replaced <= jackets and len(replaced) > 1) if name == "striped_shirt" else replaced == {None}
 
 
-@pytest.mark.parametrize("source", ("render", "reconstruction"))
+@pytest.mark.parametrize("source", ("render", pytest.param("reconstruction", marks=pytest.mark.slow)))
 @pytest.mark.parametrize("name", TARGETS)
 def test_probe_and_pixel_rule_find_the_target_on_rendered_portraits(judge, world, name, source):
     factors, images, _, decoded = world

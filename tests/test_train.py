@@ -289,6 +289,7 @@ def test_without_stage_1_the_papers_objective_starts_from_nothing(world, tmp_pat
     ],
     ids=["paper", "both", "composed from stage 1", "composed from zero"],
 )
+@pytest.mark.slow
 def test_an_earlier_lora_takes_stage_1s_place(world, trained, tmp_path, monkeypatch, flags, start, as_file):
     stage1 = trained() / "stage1" / WEIGHTS
     states, step = [], script.train_step
@@ -318,7 +319,9 @@ def test_an_earlier_lora_takes_stage_1s_place(world, trained, tmp_path, monkeypa
     assert difference(output, stage1) > 0.005
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(
+    "objective", [name if name == "composed" else pytest.param(name, marks=pytest.mark.slow) for name in OBJECTIVES]
+)
 def test_equal_seeds_give_equal_weights(world, trained, tmp_path, objective):
     again = train(world, tmp_path / "again", stage2_objective=objective)
     assert difference(again, trained(stage2_objective=objective)) == 0
