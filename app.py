@@ -19,7 +19,7 @@ from typing import Any
 import gradio as gr
 import torch
 
-from checked_loading import InputError, load_pipeline, naming
+from checked_loading import InputError, choose_device, load_pipeline, naming
 from lora_files import load_lora
 from pipeline_spf_portrait import SPFPortraitPipeline, SPFPortraitPipelineOutput, overlay_heat_map
 from toy_portraits.recipe import BASE_MODEL, LORA
@@ -267,19 +267,6 @@ def build_demo(slot: LoraSlot, prompt: str = PROMPT[0], target: str = PROMPT[1])
             scroll_to_output=True,
         )  # fmt: skip
     return demo
-
-
-def choose_device(name: str | None) -> str:
-    """The device of --device if it works, or the best there is."""
-    if name is None:
-        backends = {"cuda": torch.cuda, "mps": torch.backends.mps}
-        return next((device for device, backend in backends.items() if backend.is_available()), "cpu")
-    try:
-        torch.empty(0, device=name)
-    # torch's way to say that it was built without CUDA is an AssertionError.
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return name
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:

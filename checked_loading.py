@@ -68,3 +68,16 @@ def load_pipeline(kind: type[Pipeline], name: str, dtype: torch.dtype) -> Pipeli
         if config.get("addition_embed_type") is not None or config.get("in_channels", 4) != 4:
             raise ValueError("not Stable Diffusion 1.x or 2.x for text to image, as its UNet's configuration says")
         return kind.from_pretrained(name, dtype=dtype)
+
+
+def choose_device(name: str | None) -> str:
+    """The device of --device, or the best there is for None; an InputError if it does not work. Source: [ours]."""
+    if name is None:
+        backends = {"cuda": torch.cuda, "mps": torch.backends.mps}
+        return next((device for device, backend in backends.items() if backend.is_available()), "cpu")
+    try:
+        torch.empty(0, device=name)
+    # torch's way to say that it was built without CUDA is an AssertionError.
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return name

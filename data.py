@@ -179,10 +179,10 @@ def load_rows(
             _check_text(full_prompt, f"{source}: column {full_prompt_column!r}")
         base_phrases = record.get(base_phrases_column)
         if base_phrases is not None:
-            base_phrases = _read_phrases(base_phrases, f"{source}: column {base_phrases_column!r}")
+            base_phrases = read_phrases(base_phrases, f"{source}: column {base_phrases_column!r}")
         free_phrases = record.get(free_phrases_column)
         if free_phrases not in (None, []):  # that none may change can be said either way
-            free_phrases = _read_phrases(free_phrases, f"{source}: column {free_phrases_column!r}")
+            free_phrases = read_phrases(free_phrases, f"{source}: column {free_phrases_column!r}")
         rows.append(PortraitRow(source, image, base_prompt, target, full_prompt, base_phrases, free_phrases or ()))
     return rows
 
@@ -613,13 +613,14 @@ def _choose_target(
     if target_prompt is not None and record.get(column) is None:
         return target_prompt
     value = _required(record, column, source, "--target_prompt_column and --target_prompt")
-    target = _read_target(value, f"{source}: column {column!r}")
+    target = read_target(value, f"{source}: column {column!r}")
     if target_prompt is not None and target not in (target_prompt, [target_prompt]):
         raise ValueError(f"{source}: column {column!r} says {target!r}, and --target_prompt says {target_prompt!r}.")
     return target
 
 
-def _read_phrases(value: Any, where: str) -> tuple[str, ...]:
+def read_phrases(value: Any, where: str) -> tuple[str, ...]:
+    """A list of phrases as JSON spells it; a ValueError that begins with `where` if it is none. Source: [ours]."""
     if not (isinstance(value, list) and value):
         raise ValueError(f"{where} must be a list of phrases, got {value!r}.")
     for phrase in value:
@@ -627,8 +628,21 @@ def _read_phrases(value: Any, where: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _read_target(value: Any, where: str) -> str | list[Target]:
-    """A target as JSON spells it, pairs as tuples."""
+def read_target(value: Any, where: str) -> str | list[Target]:
+    """A target as JSON spells it, pairs as tuples.
+
+    Args:
+        value: a text, or a list of texts and of [phrase, target].
+        where: what an error begins with.
+
+    Returns:
+        The text, or the list.
+
+    Raises:
+        ValueError: neither.
+
+    Source: [ours].
+    """
     if not isinstance(value, list):
         _check_text(value, where)
         return value

@@ -19,8 +19,8 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 import app
-from app import LoraSlot, build_demo, choose_device, draw, parse_args, phrase_table
-from checked_loading import InputError, load_pipeline
+from app import LoraSlot, build_demo, draw, parse_args, phrase_table
+from checked_loading import InputError, choose_device, load_pipeline
 from lora_files import load_lora
 from pipeline_spf_portrait import SPFPortraitPipeline
 from toy_portraits.recipe import BASE_MODEL, LORA
