@@ -49,7 +49,8 @@ p { margin: 6px 0; } .quiet { color: #5b6676; font-size: 13px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; background: white; font-variant-numeric: tabular-nums; margin: 6px 0; }
 th, td { border: 1px solid #dfe4ea; padding: 5px 10px; text-align: right; vertical-align: top; }
-th { background: #f1f4f7; font-weight: 600; max-width: 120px; vertical-align: bottom; } th:first-child, td:first-child, td.text { text-align: left; }
+th { background: #f1f4f7; font-weight: 600; max-width: 120px; vertical-align: bottom; }
+th:first-child, td:first-child, td.text { text-align: left; }
 .top { display: flex; flex-wrap: wrap; gap: 16px 28px; align-items: flex-start; margin-top: 14px; }
 .top > * { min-width: 0; } .top img { max-width: 100%; }
 td small { display: block; color: #5b6676; white-space: nowrap; } td.missing { color: #8a94a3; }
