@@ -10,13 +10,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LEAVES = (
     "attention_processors", "prompts", "sfcm", "losses", "data", "caches", "checkpoints", "checked_loading", "hub",
-    "interruption", "lora_files", "optimizers", "pictures",
+    "interruption", "lora_files", "metrics", "optimizers", "pictures", "report",
 )  # fmt: skip
 FLOOR_1 = (
-    "conditioning", "pipeline_spf_portrait", "training_arguments", "training_inputs", "training_models",
-    "training_sharing",
+    "conditioning", "evaluation_inputs", "evaluation_models", "evaluation_summary", "pipeline_spf_portrait",
+    "training_arguments", "training_inputs", "training_models", "training_sharing",
 )  # fmt: skip
-PURE_LEAVES = {"prompts": {"transformers"}, "sfcm": {"torch"}, "losses": {"torch"}}
+PURE_LEAVES = {
+    "prompts": {"transformers"}, "sfcm": {"torch"}, "losses": {"torch"}, "metrics": {"numpy"}, "report": {"PIL"},
+}  # fmt: skip
 # Every Python file that belongs to the repository; hidden folders hold environments and caches.
 FILES = sorted(
     path for path in ROOT.rglob("*.py") if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
@@ -44,8 +46,8 @@ def test_the_walk_sees_every_form_of_import():
 
 
 def test_the_house_is_complete():
-    programs = {"train_spf_portrait_lora", "app", "export_spf_portrait_lora", "toy_portraits", "benchmarks", "tests"}
-    assert OWN_MODULES == {*LEAVES, *FLOOR_1, *programs}
+    programs = {"train_spf_portrait_lora", "evaluate_spf_portrait", "app", "export_spf_portrait_lora"}
+    assert OWN_MODULES == {*LEAVES, *FLOOR_1, *programs, "toy_portraits", "benchmarks", "tests"}
     assert ROOT / "tests" / "test_house.py" in FILES
 
 

@@ -19,6 +19,7 @@ from test_house import ROOT
 from torch.distributed.run import get_args_parser
 
 import app
+import evaluate_spf_portrait
 import export_spf_portrait_lora
 from benchmarks import preservation
 from data import load_rows
@@ -93,6 +94,7 @@ def read_cell(cell, action):
 PROGRAMS = {
     "In the browser": app.parse_args,
     "Other formats, and a checkpoint without a LoRA": export_spf_portrait_lora.parse_args,
+    "Is my LoRA clean?": evaluate_spf_portrait.parse_args,
 }
 
 
@@ -141,7 +143,7 @@ def test_every_choice_of_a_flag_is_named_in_its_row(actions, flag_rows):
 def test_every_flag_named_in_the_prose_is_a_flag_of_the_trainer(actions):
     named = {flag for code in prose_code() for flag in re.findall(r"--\w[\w-]*", code)}
     assert len(named) > 40
-    of_the_benchmark = {"--num_inference_steps", "--num_prompts", "--targets", "--seeds", "--runs", "--sweeps"}
+    of_the_benchmark = {"--num_prompts", "--targets", "--seeds", "--runs", "--sweeps"}
     taken = {flag for action in actions.values() for flag in action.option_strings}
     of_other_programs = {flag for heading in PROGRAMS for flag in table_of(heading)}
     assert named - taken - of_other_programs == {"--extra-index-url"} | of_the_benchmark
@@ -166,7 +168,7 @@ def test_the_presets_are_flags_the_trainer_takes():
 
 
 def test_every_command_is_one_its_program_takes(monkeypatch):
-    programs = {"demo": 0, "launch": 0, "torchrun": 0, "export": 0, "app": 0}
+    programs = {"demo": 0, "launch": 0, "torchrun": 0, "export": 0, "app": 0, "evaluate": 0}
     launcher, demo_parser = launch_command_parser(), parser_of(demo.main, monkeypatch)
     for block in blocks("bash"):
         for command in re.split(r"&&|\n", block.replace("\\\n", " ")):
@@ -191,7 +193,10 @@ def test_every_command_is_one_its_program_takes(monkeypatch):
             elif words[:2] == ["python", "app.py"]:
                 app.parse_args(words[2:])
                 programs["app"] += 1
-    assert programs == {"demo": 3, "launch": 9, "torchrun": 1, "export": 3, "app": 3}
+            elif words[:2] == ["python", "evaluate_spf_portrait.py"]:
+                evaluate_spf_portrait.parse_args(words[2:])
+                programs["evaluate"] += 1
+    assert programs == {"demo": 3, "launch": 9, "torchrun": 1, "export": 3, "app": 3, "evaluate": 3}
 
 
 def test_the_configuration_file_is_one_accelerate_reads():

@@ -1,0 +1,191 @@
+"""The evaluation as a user runs it: on the toy base model, from flags to the files of the report."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from safetensors import safe_open
+from test_evaluation import check_page, read_page
+
+import evaluate_spf_portrait as script
+from lora_files import save_kohya_lora
+from metrics import pixel_change
+from pipeline_spf_portrait import SPFPortraitPipeline
+from report import PICTURE_HEADERS
+from toy_portraits.recipe import BASE_MODEL, LORA
+
+
+ROOT = Path(__file__).resolve().parents[1]
+LORA_FILE = LORA / "pytorch_lora_weights.safetensors"
+PROMPTS = ["a woman, a green jacket, a purple background", "a man, a white jacket"]
+SHORT = ["--num_inference_steps", 2, "--num_resamples", 50, "--device", "cpu"]
+
+
+def evaluate(*flags):
+    script.main([str(flag) for flag in flags])
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """A LoRA and the same in kohya's format at the same strength, judged on two prompts with two seeds."""
+    folder = tmp_path_factory.mktemp("report")
+    kohya = folder / "kohya.safetensors"
+    save_kohya_lora(LORA_FILE, kohya)
+    evaluate(
+        "--toy", "blonde_hair", "--lora", LORA, "--lora", kohya, "--base_prompts", *PROMPTS, "--num_seeds", 2,
+        "--seed", 5, "--batch_size", 1, "--region", "sfcm", "--num_pictures", 3, *SHORT, "--output_dir", folder / "out",
+    )  # fmt: skip
+    return folder / "out"
+
+
+def test_the_report_is_written_from_one_document(report):
+    document = json.loads((report / "metrics.json").read_text())
+    page = read_page(report / "report.html")
+    check_page(page, document)
+    # The plot, and for each LoRA three rows of pictures.
+    assert len(page.addresses) == 1 + 2 * 3 * len(PICTURE_HEADERS)
+    assert [lora["name"] for lora in document["loras"]] == ["original model", "blonde_hair", "kohya"]
+    assert document["settings"]["region"] == "sfcm" and document["seeds"] == [5, 6]
+    assert [prompt["full"] for prompt in document["prompts"]] == [f"{text}, blonde hair" for text in PROMPTS]
+    with (report / "portraits.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 3 * 4 and lines[5]["portrait"] == "p000-s6"
+    own = [float(line["change"]) for line in lines if line["lora"] == "kohya"]
+    assert document["loras"][2]["measures"]["change"]["value"] == pytest.approx(np.mean(own))
+
+
+def test_the_numbers_are_those_of_the_pictures_and_kohyas_format_draws_the_same(report):
+    def read(model, kind):
+        names = [f"p{prompt:03d}-s{seed}" for prompt in range(2) for seed in (5, 6)]
+        return np.stack([np.asarray(Image.open(report / "pictures" / model / f"{n}-{kind}.png")) for n in names])
+
+    document = json.loads((report / "metrics.json").read_text())
+    original, own, kohya = (lora["measures"] for lora in document["loras"])
+    base = read("original_model", "base")
+    assert own["change"]["value"] == pytest.approx(pixel_change(base, read("blonde_hair", "full")).mean())
+    assert own["base_change"]["value"] == pytest.approx(pixel_change(base, read("blonde_hair", "base")).mean())
+    assert original["base_change"]["value"] == 0 and original["pollution"]["value"] == 0
+    assert own["pollution"]["value"] > 0.5
+    for name in own:
+        assert kohya[name]["value"] == pytest.approx(own[name]["value"], abs=0.02), name
+
+
+def test_the_portraits_are_those_that_compare_draws(report):
+    pipeline = SPFPortraitPipeline.from_pretrained(BASE_MODEL, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(LORA)
+    output = pipeline(
+        PROMPTS[1], target_prompt="blonde hair", compare=True, return_sfcm=True, num_inference_steps=2,
+        guidance_scale=5.0, generator=[torch.Generator().manual_seed(6)],
+    )  # fmt: skip
+    for picture, name in ((output.reference_images[0], "original_model/p001-s6-base"),
+                          (output.images[0], "blonde_hair/p001-s6-full")):  # fmt: skip
+        written = np.asarray(Image.open(report / "pictures" / f"{name}.png"), dtype=int)
+        assert np.abs(written - np.asarray(picture)).max() <= 1
+
+
+@pytest.mark.slow
+def test_a_run_of_checkpoints_is_judged_by_a_program_of_its_own(tmp_path):
+    """Three strengths of one LoRA as the checkpoints of a run, with masks, a reference and prompts from the data."""
+    with safe_open(LORA_FILE, "pt") as file:
+        metadata = file.metadata()
+    weights = safetensors.torch.load_file(LORA_FILE)
+    for step, strength in ((10, 0.0), (20, 0.6), (30, 1.6)):
+        folder = tmp_path / "run" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        scaled = {name: w * strength if "lora_B" in name or ".up." in name else w for name, w in weights.items()}
+        safetensors.torch.save_file(scaled, folder / LORA_FILE.name, metadata)
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    upper = np.zeros((64, 64), dtype=np.uint8)
+    upper[:32] = 255
+    for prompt in range(4):
+        Image.fromarray(upper).save(masks / f"p{prompt:03d}-s0.png")
+    command = [
+        sys.executable, str(ROOT / "evaluate_spf_portrait.py"), "--toy", "blonde_hair", "--checkpoints",
+        str(tmp_path / "run"), "--reference_lora", str(LORA), "--prompts_file",
+        str(BASE_MODEL.parent / "blonde_hair" / "metadata.jsonl"), "--max_prompts", "4", "--num_seeds", "1",
+        "--region_masks", str(masks), "--num_inference_steps", "8", "--output_dir", str(tmp_path / "out"),
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    document = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    check_page(read_page(tmp_path / "out" / "report.html"), document)
+    _, reference, first, middle, last = (lora["measures"]["pollution"]["value"] for lora in document["loras"])
+    assert reference == 1 and abs(first) < 1e-6 and 0 < middle < last
+    # The one of no strength changes nothing, and so its target is not there.
+    assert document["loras"][2]["flags"] == ["over-aligned"]
+    assert document["keep"] in ("checkpoint-20", "checkpoint-30") and document["keep"] in document["verdict"]
+    assert done.stdout.splitlines()[-2:] == [document["verdict"], str(tmp_path / "out" / "report.html")]
+    assert document["region"].endswith("--region_masks.")
+
+
+@pytest.mark.slow
+def test_the_toy_worlds_truth_is_compared_over_three_loras(tmp_path):
+    pytest.importorskip("torchmetrics")
+    for i in (1, 2):
+        save_kohya_lora(LORA_FILE, tmp_path / f"copy{i}.safetensors")
+    evaluate(
+        "--toy", "blonde_hair", "--lora", LORA, "--lora", tmp_path / "copy1.safetensors", "--lora",
+        tmp_path / "copy2.safetensors", "--max_prompts", 2, "--num_seeds", 1, *SHORT, "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    document = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert {row["proxy"] for row in document["rank_correlations"]} >= {"pollution", "clip_t", "leak", "ssim"}
+    assert "Do the measures order the LoRAs" in (tmp_path / "out" / "report.html").read_text()
+    assert document["settings"]["region"] == "probe"
+
+
+TOY = ("--toy", "blonde_hair")
+MODEL = ("--pretrained_model_name_or_path", BASE_MODEL)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((*TOY,), "nothing to evaluate: give --lora, --checkpoints or --reference_lora"),
+        (("--lora", LORA), "--pretrained_model_name_or_path is missing"),
+        ((*MODEL, "--lora", LORA), "no prompts: give --base_prompts or --prompts_file"),
+        ((*MODEL, "--lora", LORA, "--base_prompts", "a man"), "--base_prompts needs --target_prompt"),
+        ((*TOY, "--lora", LORA, "--base_prompts", "a", "--prompts_file", "b"), "not both"),
+        ((*TOY, "--lora", LORA, "--num_seeds", 0), "--num_seeds must be at least 1, not 0"),
+        ((*TOY, "--lora", LORA, "--region", "masks"), "--region masks and --region_masks belong together"),
+        ((*TOY, "--lora", LORA, "--region", "sfcm", "--region_masks", "m"), "belong together"),
+        (
+            (*MODEL, "--lora", LORA, "--base_prompts", "a man", "--target_prompt", "a hat", "--region", "probe"),
+            "--region probe needs --toy",
+        ),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(flags, message, capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        evaluate(*flags, "--output_dir", tmp_path / "out")
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--lora", "no/such/thing"), "--lora: no/such/thing: no such file or folder"),
+        (("--checkpoints", "none"), "--checkpoints none: no such folder"),
+        (("--checkpoints", LORA), "holds no checkpoint-<step>"),
+        (("--lora", LORA, "--prompts_file", "none.jsonl"), "--prompts_file none.jsonl: "),
+        (("--lora", LORA, "--base_prompts", "a man, blonde hair"), "the target 'blonde hair' is in the base prompt"),
+        (("--lora", LORA, "--region_masks", "none"), "--region_masks none: no such folder"),
+        (("--lora", LORA, "--device", "warp"), "--device warp: "),
+        (("--lora", LORA, "--pretrained_model_name_or_path", "none"), "none: "),
+        (("--lora", LORA, "--dino_model_name_or_path", "none"), "--dino_model_name_or_path none: "),
+    ],
+)
+def test_mistakes_end_in_one_line_before_anything_is_drawn(flags, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as found:
+        evaluate(*TOY, *flags, "--output_dir", tmp_path / "out")
+    assert str(found.value).startswith("evaluate_spf_portrait.py: error: ") and message in str(found.value)
+    assert "\n" not in str(found.value) and "drawing" not in capsys.readouterr().out
+    assert not (tmp_path / "out" / "report.html").exists()
