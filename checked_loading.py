@@ -47,13 +47,14 @@ def load_tokenizer(name: str, **kwargs: str | None) -> CLIPTokenizer:
     return tokenizer
 
 
-def load_pipeline(kind: type[Pipeline], name: str, dtype: torch.dtype) -> Pipeline:
-    """A pipeline of this class from the folder or id that --base_model names.
+def load_pipeline(kind: type[Pipeline], name: str, dtype: torch.dtype, flag: str = "base_model") -> Pipeline:
+    """A pipeline of this class from the folder or id that a flag names.
 
     Args:
         kind: `StableDiffusionPipeline` or a subclass.
         name: a folder or an id of the Hub.
         dtype: of all weights.
+        flag: its name, for the error.
 
     Returns:
         The pipeline, on the CPU.
@@ -63,7 +64,7 @@ def load_pipeline(kind: type[Pipeline], name: str, dtype: torch.dtype) -> Pipeli
 
     Source: [ours].
     """
-    with naming_flag("base_model", name):
+    with naming_flag(flag, name):
         config = UNet2DConditionModel.load_config(name, subfolder="unet")
         if config.get("addition_embed_type") is not None or config.get("in_channels", 4) != 4:
             raise ValueError("not Stable Diffusion 1.x or 2.x for text to image, as its UNet's configuration says")

@@ -254,8 +254,8 @@ def run(args: argparse.Namespace) -> Path:
         read_masks(args.region_masks, names, (64, 64))
     with naming(f"--output_dir {args.output_dir}"):
         args.output_dir.mkdir(parents=True, exist_ok=True)
-    with naming("--pretrained_model_name_or_path"):
-        pipeline = load_pipeline(SPFPortraitPipeline, args.pretrained_model_name_or_path, DTYPES[args.dtype])
+    flag = "pretrained_model_name_or_path"
+    pipeline = load_pipeline(SPFPortraitPipeline, getattr(args, flag), DTYPES[args.dtype], flag)
     pipeline.to(device).set_progress_bar_config(disable=True)
     pipeline.safety_checker = None
     for lora in loras:

@@ -40,7 +40,8 @@ def report(tmp_path_factory):
     save_kohya_lora(LORA_FILE, kohya)
     evaluate(
         "--toy", "blonde_hair", "--lora", LORA, "--lora", kohya, "--base_prompts", *PROMPTS, "--num_seeds", 2,
-        "--seed", 5, "--batch_size", 1, "--region", "sfcm", "--num_pictures", 3, *SHORT, "--output_dir", folder / "out",
+        "--seed", 5, "--batch_size", 1, "--region", "sfcm", "--num_pictures", 3, *SHORT,
+        "--output_dir", folder / "out",
     )  # fmt: skip
     return folder / "out"
 
@@ -179,7 +180,7 @@ def test_flags_that_do_not_go_together_are_refused(flags, message, capsys, tmp_p
         (("--lora", LORA, "--base_prompts", "a man, blonde hair"), "the target 'blonde hair' is in the base prompt"),
         (("--lora", LORA, "--region_masks", "none"), "--region_masks none: no such folder"),
         (("--lora", LORA, "--device", "warp"), "--device warp: "),
-        (("--lora", LORA, "--pretrained_model_name_or_path", "none"), "none: "),
+        (("--lora", LORA, "--pretrained_model_name_or_path", "none"), "--pretrained_model_name_or_path none: "),
         (("--lora", LORA, "--dino_model_name_or_path", "none"), "--dino_model_name_or_path none: "),
     ],
 )
