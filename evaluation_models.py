@@ -225,9 +225,10 @@ def _channels_first(pictures: np.ndarray) -> torch.Tensor:
 
 
 def _ssim(measure: Callable, original: np.ndarray, adapted: np.ndarray) -> np.ndarray:
-    pictures = (_channels_first(adapted).float(), _channels_first(original).float())
+    # In double, since variances are differences of large numbers here.
+    pictures = (_channels_first(adapted).double(), _channels_first(original).double())
     # torchmetrics drops the batch's dimension of a single picture.
-    return measure(*pictures, data_range=255.0, reduction="none").reshape(-1).double().numpy()
+    return measure(*pictures, data_range=255.0, reduction="none").reshape(-1).numpy()
 
 
 def _lpips(measure: torch.nn.Module, original: np.ndarray, adapted: np.ndarray) -> np.ndarray:

@@ -183,7 +183,7 @@ def correlate(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | No
     found = []
     for proxy, truth in PROXIES.items():
         if proxy in entries[0]["measures"]:
-            first, second = ([entry["measures"][name]["value"] for entry in entries] for name in (proxy, truth))
+            first, second = ([float(entry["measures"][n]["value"]) for entry in entries] for n in (proxy, truth))
             # torchmetrics makes 0 of a series that is constant.
             varies = len(set(first)) > 1 and len(set(second)) > 1
             value = float(spearman(torch.tensor(first), torch.tensor(second))) if varies else float("nan")

@@ -271,9 +271,8 @@ def _row(document: Mapping[str, Any], lora: Mapping[str, Any], names: Sequence[s
 
 
 def _summary(document: Mapping[str, Any]) -> str:
-    truth = "truth_leak" in document["loras"][0]["measures"]
-    names = ["pollution", document["response_measure"], "truth_leak" if truth else "leak"]
-    names = [name for name in names if name is not None]
+    leak = "truth_leak" if "truth_leak" in document["measures"] else "leak"
+    names = [name for name in ("pollution", document["response_measure"], leak) if name in document["measures"]]
     rows = []
     for lora in document["loras"]:
         flags = "".join(f'<span class="flag">{escape(flag)}</span>' for flag in lora["flags"]) or "–"

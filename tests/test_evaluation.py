@@ -550,7 +550,7 @@ def test_the_plot_marks_the_checkpoint_to_keep(document):
     assert document["keep"] is not None
     plain = np.asarray(response_plot(document | {"keep": None}))
     changed = np.argwhere((ringed != plain).any(-1))
-    assert len(changed) and (np.ptp(changed, axis=0) <= 22).all()
+    assert len(changed) and (np.ptp(changed, axis=0) <= 24).all()
     assert response_plot(document | {"response_measure": None}) is None
 
 
