@@ -120,7 +120,7 @@ def test_a_run_of_checkpoints_is_judged_by_a_program_of_its_own(tmp_path):
     document = json.loads((tmp_path / "out" / "metrics.json").read_text())
     check_page(read_page(tmp_path / "out" / "report.html"), document)
     _, reference, first, middle, last = (lora["measures"]["pollution"]["value"] for lora in document["loras"])
-    assert reference == 1 and abs(first) < 1e-6 and 0 < middle < last
+    assert reference == 1 and abs(first) < 1e-3 and 0 < middle < last
     # The one of no strength changes nothing, and so its target is not there.
     assert document["loras"][2]["flags"] == ["over-aligned"]
     assert document["keep"] in ("checkpoint-20", "checkpoint-30") and document["keep"] in document["verdict"]
@@ -173,7 +173,7 @@ def test_flags_that_do_not_go_together_are_refused(flags, message, capsys, tmp_p
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--lora", "no/such/thing"), "--lora: no/such/thing: no such file or folder"),
+        (("--lora", "no/such/thing"), "--lora: no/such/thing: "),
         (("--checkpoints", "none"), "--checkpoints none: no such folder"),
         (("--checkpoints", LORA), "holds no checkpoint-<step>"),
         (("--lora", LORA, "--prompts_file", "none.jsonl"), "--prompts_file none.jsonl: "),
