@@ -364,6 +364,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error("--region masks and --region_masks belong together")
     if args.region == "probe" and args.toy is None:
         parser.error("--region probe needs --toy")
+    if args.toy is not None and args.resolution is not None:
+        parser.error("--toy has portraits of 64 pixels: leave --resolution out")
     for name in ("num_seeds", "num_inference_steps", "batch_size", "num_resamples", "num_pictures", "max_prompts"):
         value = getattr(args, name)
         if value is not None and value < 1:

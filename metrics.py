@@ -59,15 +59,15 @@ MEASURES = {
         "direction", "response", "higher",
         "Cosine of the change inside the region and that from base to full prompt, CLIP.",
     ),
+    "pollution": Measure(
+        "pollution", "pollution", "lower", "What else moved: 0 is the original model, 1 the reference LoRA."
+    ),
     "base_change": Measure(
         "base prompt alone: pixel change", "pollution", "lower", "Change of the base prompt's portrait, 0-255."
     ),
     "leak": Measure(
         "leak", "pollution", "lower",
         "Share of base-prompt portraits that CLIP finds nearer to the target's text than to the neutral one.",
-    ),
-    "pollution": Measure(
-        "pollution", "pollution", "lower", "What else moved: 0 is the original model, 1 the reference LoRA."
     ),
     "truth_kept": Measure("factors kept", "truth", "higher", "Agreement of the factors that the probe reads."),
     "truth_change_outside": Measure(

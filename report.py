@@ -121,7 +121,7 @@ def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
 # ---------------------------------------------------------------------------------------------------------------- plot
 
 
-def response_plot(document: Mapping[str, Any], size: tuple[int, int] = (520, 360)) -> Image.Image | None:
+def response_plot(document: Mapping[str, Any], size: tuple[int, int] = (460, 340)) -> Image.Image | None:
     """Response over pollution with their intervals; checkpoints are joined, and the one to keep has a ring.
 
     Returns:
@@ -167,10 +167,32 @@ def response_plot(document: Mapping[str, Any], size: tuple[int, int] = (520, 360
         pen.ellipse(_around(x, y, 4 * scale), fill=color)
         if lora["name"] == document["keep"]:
             pen.ellipse(_around(x, y, 9 * scale), outline=color, width=2 * scale)
-        # Names near the right edge stand on the other side of their point.
-        anchor, step = ("rd", -7) if x > (left + 2 * right) / 3 else ("ld", 7)
-        pen.text((x + step * scale, y - 5 * scale), lora["name"], fill=color, font=font, anchor=anchor)
+    _write_names(pen, font, [(lora["name"], COLORS[lora["role"]], x, y) for lora, x, y in places], left, right, scale)
     return panel.resize(size, Image.Resampling.LANCZOS)
+
+
+def _write_names(
+    pen: ImageDraw.ImageDraw,
+    font: ImageFont.FreeTypeFont,
+    points: Sequence[tuple[str, tuple[int, int, int], float, float]],
+    left: float,
+    right: float,
+    scale: int,
+) -> None:
+    """Each name beside its point, in the first of the places around it that no other name or point has."""
+    taken = [_around(x, y, 5 * scale) for _, _, x, y in points]
+    for name, color, x, y in points:
+        boxes = []
+        for row in (0, 1, -1, 2, -2, 3, -3):
+            for anchor, step in (("lm", 8), ("rm", -8)):
+                place = (x + step * scale, y + (14 * row - 9) * scale)
+                box = pen.textbbox(place, name, font=font, anchor=anchor)
+                crossed = sum(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken)
+                crossed += 100 * (box[0] < left or box[2] > right)
+                boxes.append((crossed, len(boxes), place, anchor, box))
+        _, _, place, anchor, box = min(boxes)
+        taken.append(box)
+        pen.text(place, name, fill=color, font=font, anchor=anchor)
 
 
 class _Axis:
@@ -289,7 +311,7 @@ def _group(document: Mapping[str, Any], heading: str, names: Sequence[str]) -> s
     if computed:
         arrows = {"higher": "↑", "lower": "↓"}
         labels = {name: document["measures"][name] for name in computed}
-        header = ["", *(f"{measure['label']} {arrows[measure['direction']]}" for measure in labels.values())]
+        header = ["", *(f"{measure['label']}\u00a0{arrows[measure['direction']]}" for measure in labels.values())]
         parts.append(_table(header, [_row(document, lora, computed) for lora in document["loras"]]))
         about = [f"<b>{escape(measure['label'])}</b>: {escape(measure['about'])}" for measure in labels.values()]
         parts.append(f'<p class="quiet">{" ".join(about)}</p>')
@@ -307,7 +329,7 @@ def _correlations(document: Mapping[str, Any]) -> str:
     for row in found:
         proxy, truth = (escape(labels[row[name]]["label"]) for name in ("proxy", "truth"))
         value = format_number(row["spearman"])
-        rows.append(f'<tr><td>{proxy}</td><td class="text">{truth}</td><td>{value}</td></tr>')
+        rows.append(f"<tr><td>{proxy}</td><td>{truth}</td><td>{value}</td></tr>")
     return (
         "<h2>Do the measures order the LoRAs as the truth does?</h2>"
         + _table(["measure", "truth", "Spearman"], rows)

@@ -155,6 +155,7 @@ MODEL = ("--pretrained_model_name_or_path", BASE_MODEL)
         ((*MODEL, "--lora", LORA), "no prompts: give --base_prompts or --prompts_file"),
         ((*MODEL, "--lora", LORA, "--base_prompts", "a man"), "--base_prompts needs --target_prompt"),
         ((*TOY, "--lora", LORA, "--base_prompts", "a", "--prompts_file", "b"), "not both"),
+        ((*TOY, "--lora", LORA, "--resolution", 128), "--toy has portraits of 64 pixels"),
         ((*TOY, "--lora", LORA, "--num_seeds", 0), "--num_seeds must be at least 1, not 0"),
         ((*TOY, "--lora", LORA, "--region", "masks"), "--region masks and --region_masks belong together"),
         ((*TOY, "--lora", LORA, "--region", "sfcm", "--region_masks", "m"), "belong together"),

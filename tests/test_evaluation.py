@@ -387,7 +387,7 @@ def test_the_summary_is_in_units_of_the_reference():
     assert document["keep"] is None and document["rank_correlations"] is None
     # Rows are in the order of the report, and what is missing has one, too.
     assert list(document["measures"]) == [
-        "change", "change_outside", "dino", "clip_t_inside", "base_change", "pollution",
+        "change", "change_outside", "dino", "clip_t_inside", "pollution", "base_change",
     ]  # fmt: skip
 
 

@@ -196,7 +196,7 @@ def test_every_command_is_one_its_program_takes(monkeypatch):
             elif words[:2] == ["python", "evaluate_spf_portrait.py"]:
                 evaluate_spf_portrait.parse_args(words[2:])
                 programs["evaluate"] += 1
-    assert programs == {"demo": 3, "launch": 9, "torchrun": 1, "export": 3, "app": 3, "evaluate": 3}
+    assert programs == {"demo": 3, "launch": 9, "torchrun": 1, "export": 3, "app": 3, "evaluate": 4}
 
 
 def test_the_configuration_file_is_one_accelerate_reads():
