@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,7 +110,7 @@ def picture_folder(args: argparse.Namespace, lora: LoraSource) -> Path:
 
 
 def save_portraits(folder: Path, names: Sequence[str], portraits: Portraits) -> None:
-    """As PNG, so that what is measured later is what was drawn; only one model's portraits are in memory."""
+    """As PNG, so that what is measured later is what was drawn; one LoRA's portraits at a time are in memory."""
     folder.mkdir(parents=True, exist_ok=True)
     for kind, pictures in (("base", portraits.base), ("full", portraits.full)):
         for name, picture in zip(names, pictures, strict=True):
@@ -152,7 +152,7 @@ def use_lora(pipeline: SPFPortraitPipeline, lora: LoraSource, scale: float) -> N
 
 
 def find_region(
-    original: Portraits, adapted: Sequence[Portraits], maps: Sequence[np.ndarray], args: argparse.Namespace,
+    original: Portraits, adapted: Iterable[Portraits], maps: Sequence[np.ndarray], args: argparse.Namespace,
     names: Sequence[str], probe: PortraitJudge | None,
 ) -> np.ndarray:  # fmt: skip
     """Where the target may change each portrait, the same for all LoRAs: (B, H, W) in [0, 1]."""
@@ -264,11 +264,13 @@ def run(args: argparse.Namespace) -> Path:
     judges, probe = load_judges(args, device), PortraitJudge.from_pretrained() if args.toy else None
 
     maps = draw_all(pipeline, pairs, loras, args)
-    original, *adapted = (open_portraits(picture_folder(args, lora), names) for lora in (ORIGINAL, *loras))
+    original = open_portraits(picture_folder(args, ORIGINAL), names)
+    adapted = (open_portraits(picture_folder(args, lora), names) for lora in loras)
     region = find_region(original, adapted, maps, args, names, probe)
     judged, lines, rows = [], [], {}
-    for lora, own in zip((ORIGINAL, *loras), (original, *adapted)):
+    for lora in (ORIGINAL, *loras):
         print(f"measuring: {lora.name}", flush=True)
+        own = open_portraits(picture_folder(args, lora), names)
         found, found_whole = measure(original, own, region, pairs, judges, args, probe)
         values = {name: numbers.reshape(len(pairs), args.num_seeds) for name, numbers in found.items()}
         judged.append(Judged(lora.name, "" if lora is ORIGINAL else str(lora.path), lora.role, values, found_whole))
