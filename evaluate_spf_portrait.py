@@ -10,7 +10,6 @@ Source: [ours].
 from __future__ import annotations
 
 import argparse
-import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -376,8 +375,6 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
 
 def main(input_args: list[str] | None = None) -> None:
     args = parse_args(input_args)
-    # What diffusers says of a LoRA that does not fit comes as one line of ours.
-    diffusers.utils.logging.set_verbosity(logging.CRITICAL)
     diffusers.utils.logging.disable_progress_bar()
     try:
         print(run(args))

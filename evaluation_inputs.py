@@ -16,7 +16,7 @@ import numpy as np
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from PIL import Image, UnidentifiedImageError
 
-from checked_loading import InputError, naming
+from checked_loading import InputError, naming, naming_flag
 from checkpoints import find_checkpoints
 from data import read_phrases, read_target
 from lora_files import find_lora, read_lora
@@ -131,12 +131,12 @@ def find_loras(args: argparse.Namespace) -> list[LoraSource]:
     sources = [("reference_lora", args.reference_lora, REFERENCE)] if args.reference_lora else []
     sources += [("lora", source, EVALUATED) for source in args.lora or ()]
     for flag, source, role in sources:
-        with naming(f"--{flag}"):
+        with naming_flag(flag, source):
             path = find_lora(source)
             read_lora(path)
         found.append(LoraSource(_name_of(source), path, role))
     for name, path in _checkpoint_files(args.checkpoints) if args.checkpoints is not None else ():
-        with naming(f"--checkpoints {args.checkpoints}"):
+        with naming(f"--checkpoints {path}"):
             read_lora(path)
         found.append(LoraSource(name, path, CHECKPOINT))
     loras: list[LoraSource] = []

@@ -174,7 +174,7 @@ def test_flags_that_do_not_go_together_are_refused(flags, message, capsys, tmp_p
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--lora", "no/such/thing"), "--lora: no/such/thing: "),
+        (("--lora", "no/such/thing"), "--lora no/such/thing: "),
         (("--checkpoints", "none"), "--checkpoints none: no such folder"),
         (("--checkpoints", LORA), "holds no checkpoint-<step>"),
         (("--lora", LORA, "--prompts_file", "none.jsonl"), "--prompts_file none.jsonl: "),

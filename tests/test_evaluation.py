@@ -145,19 +145,23 @@ def test_checkpoints_are_in_the_order_of_their_steps_and_the_final_lora_last(run
 
 
 def test_what_is_no_lora_or_no_run_is_one_line(tmp_path, run_folder):
-    with pytest.raises(InputError, match="--lora: no/such/thing: "):
+    with pytest.raises(InputError, match="--lora no/such/thing: "):
         find_loras(flags(lora=["no/such/thing"]))
-    with pytest.raises(InputError, match=f"--reference_lora: {tmp_path}: holds no pytorch_lora_weights.safetensors"):
+    with pytest.raises(InputError, match=f"--reference_lora {tmp_path}: the folder has no pytorch_lora_weights"):
         find_loras(flags(reference_lora=str(tmp_path)))
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(b"no LoRA")
-    with pytest.raises(InputError, match=f"--lora: {damaged}: "):
+    with pytest.raises(InputError, match=f"--lora {damaged}: no safetensors file"):
         find_loras(flags(lora=[str(damaged)]))
     with pytest.raises(InputError, match="--checkpoints none: no such folder"):
         find_loras(flags(checkpoints=Path("none")))
     with pytest.raises(InputError, match="--checkpoints .*: holds no checkpoint-<step>"):
         find_loras(flags(checkpoints=LORA))
-    (run_folder / "checkpoint-20" / LORA_FILE.name).unlink()
+    broken = run_folder / "checkpoint-20" / LORA_FILE.name
+    broken.write_bytes(b"no LoRA")
+    with pytest.raises(InputError, match=f"--checkpoints {broken}: no safetensors file"):
+        find_loras(flags(checkpoints=run_folder))
+    broken.unlink()
     with pytest.raises(InputError, match="checkpoint-20 has no pytorch_lora_weights.safetensors"):
         find_loras(flags(checkpoints=run_folder))
 
