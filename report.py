@@ -48,12 +48,12 @@ p { margin: 6px 0; } .quiet { color: #5b6676; font-size: 13px; }
 .verdict { background: #e9f1ff; border-left: 4px solid #1e5ac8; padding: 10px 14px; border-radius: 4px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; background: white; font-variant-numeric: tabular-nums; margin: 6px 0; }
-th, td { border: 1px solid #dfe4ea; padding: 5px 10px; text-align: right; vertical-align: top; }
+th, td { border: 1px solid #dfe4ea; padding: 5px 8px; text-align: right; vertical-align: top; }
 th { background: #f1f4f7; font-weight: 600; max-width: 120px; vertical-align: bottom; }
-th:first-child, td:first-child, td.text { text-align: left; }
+th:first-child, td:first-child, td.text { text-align: left; } td:first-child, .flag { white-space: nowrap; }
 .top { display: flex; flex-wrap: wrap; gap: 16px 28px; align-items: flex-start; margin-top: 14px; }
-.top > * { min-width: 0; } .top img { max-width: 100%; }
-td small { display: block; color: #5b6676; white-space: nowrap; } td.missing { color: #8a94a3; }
+.top > div { min-width: 0; max-width: 620px; } .top img { max-width: 100%; }
+td small { display: block; font-size: 12px; color: #5b6676; white-space: nowrap; } td.missing { color: #8a94a3; }
 tr.keep td { background: #eaf7ef; }
 .flag { display: inline-block; background: #fdeceb; color: #a3261b; border-radius: 3px; padding: 0 6px; }
 .pictures { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 6px 8px; max-width: 860px; }
@@ -244,8 +244,8 @@ def write_html(
     settings = document["settings"]
     parts = [
         "<h1>Is my LoRA clean?</h1>",
-        f'<p class="quiet">{escape(settings["pretrained_model_name_or_path"])}; {len(document["prompts"])} prompts '
-        f"with {len(document['seeds'])} seeds each, {settings['num_inference_steps']} steps, guidance scale "
+        f'<p class="quiet">{escape(settings["pretrained_model_name_or_path"])}; prompts: {len(document["prompts"])}, '
+        f"seeds of each: {len(document['seeds'])}, {settings['num_inference_steps']} steps, guidance scale "
         f"{settings['guidance_scale']:g}. Below each number its 95 % interval, from {settings['num_resamples']} "
         "resamples of the prompts.</p>",
         f'<p class="verdict">{escape(document["verdict"])}</p>',
