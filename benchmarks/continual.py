@@ -34,10 +34,12 @@ from benchmarks.preservation import (  # noqa: E402
     PICTURED,
     UNWATCHED,
     WEIGHTS_NAME,
-    DrawSettings,
+    add_drawing_flags,
     base_model_digest,
     cached_arrays,
+    check_counts,
     draw,
+    draw_settings,
     file_digest,
     load_pipeline,
     markdown_table,
@@ -308,12 +310,6 @@ def write_picture(args: argparse.Namespace, original: np.ndarray, drawn: dict[st
 # -------------------------------------------------------------------------------------------------------- command line
 
 
-def draw_settings(args: argparse.Namespace) -> DrawSettings:
-    return DrawSettings(
-        args.num_prompts, args.prompt_seed, args.num_inference_steps, args.guidance_scale, args.device, args.batch_size
-    )
-
-
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -329,16 +325,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--train_args", default="", help="Further flags of every training, in one string.")
     parser.add_argument("--continual_args", default="", help="Further flags of trainings on top of earlier LoRAs.")
     parser.add_argument("--workers", type=int, default=2, help="Trainings at a time, one a training seed.")
-    parser.add_argument("--num_prompts", type=int, default=96)
-    parser.add_argument("--prompt_seed", type=int, default=90301, help="Of prompts and noise.")
-    parser.add_argument("--num_inference_steps", type=int, default=15)
-    parser.add_argument("--guidance_scale", type=float, default=4.0)
-    parser.add_argument("--batch_size", type=int, default=16, help="Portraits drawn at a time.")
-    parser.add_argument("--device", default="cpu", help="Where portraits are drawn.")
+    add_drawing_flags(parser, prompt_seed=90301)
     args = parser.parse_args(input_args)
-    for name in ("num_prompts", "num_inference_steps", "stage1_steps", "stage2_steps", "workers", "batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1")
+    check_counts(parser, args)
     return args
 
 

@@ -880,6 +880,25 @@ def run_benchmark(args: argparse.Namespace) -> None:
     print((args.output_dir / "table.md").read_text(encoding="utf-8"))
 
 
+def add_drawing_flags(parser: argparse.ArgumentParser, prompt_seed: int = 90002) -> None:
+    """The flags that `draw_settings` reads."""
+    parser.add_argument("--num_prompts", type=int, default=96)
+    parser.add_argument(
+        "--prompt_seed", type=int, default=prompt_seed, help="Of prompts and noise; nothing was chosen on the default."
+    )
+    parser.add_argument("--num_inference_steps", type=int, default=15)
+    parser.add_argument("--guidance_scale", type=float, default=4.0)
+    parser.add_argument("--batch_size", type=int, default=16, help="Portraits drawn at a time.")
+    parser.add_argument("--device", default="cpu", help="Where portraits are drawn.")
+
+
+def check_counts(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with the parser's error if something is to be done less than once."""
+    for name in ("num_prompts", "num_inference_steps", "stage1_steps", "stage2_steps", "workers", "batch_size"):
+        if getattr(args, name, 1) < 1:
+            parser.error(f"--{name} must be at least 1")
+
+
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -897,22 +916,13 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stage2_steps", type=int, default=120)
     parser.add_argument("--train_args", default="", help="Further flags of the training script, in one string.")
     parser.add_argument("--workers", type=int, default=2, help="Processes of one thread each.")
-    parser.add_argument("--num_prompts", type=int, default=96)
-    parser.add_argument(
-        "--prompt_seed", type=int, default=90002, help="Of prompts and noise; no setting was chosen on the default."
-    )
-    parser.add_argument("--num_inference_steps", type=int, default=15)
-    parser.add_argument("--guidance_scale", type=float, default=4.0)
-    parser.add_argument("--batch_size", type=int, default=16, help="Portraits drawn at a time.")
-    parser.add_argument("--device", default="cpu", help="Where portraits are drawn.")
+    add_drawing_flags(parser)
     parser.add_argument(
         "--evaluate", nargs="+", type=Path, metavar="FOLDER", help="Only judge these LoRAs; train nothing."
     )
     parser.add_argument("--strengths", nargs="+", type=float, default=[1.0], help="Strengths for --evaluate.")
     args = parser.parse_args(input_args)
-    for name in ("num_prompts", "num_inference_steps", "stage1_steps", "stage2_steps", "workers", "batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1")
+    check_counts(parser, args)
     return args
 
 

@@ -32,8 +32,11 @@ from benchmarks.preservation import (  # noqa: E402
     Originals,
     Row,
     Series,
+    add_drawing_flags,
     base_model_digest,
     cached_arrays,
+    check_counts,
+    draw_settings,
     file_digest,
     judge_digest,
     load_originals,
@@ -240,18 +243,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sfcm_guidance", nargs="+", type=float, default=[0.0, 0.25, 0.5, 0.75, 1.0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[101, 102, 103], help="Training seeds.")
     parser.add_argument("--workers", type=int, default=2, help="Processes of one thread each.")
-    parser.add_argument("--num_prompts", type=int, default=96)
-    parser.add_argument(
-        "--prompt_seed", type=int, default=90002, help="Of prompts and noise; no setting was chosen on the default."
-    )
-    parser.add_argument("--num_inference_steps", type=int, default=15)
-    parser.add_argument("--guidance_scale", type=float, default=4.0)
-    parser.add_argument("--batch_size", type=int, default=16, help="Portraits drawn at a time.")
-    parser.add_argument("--device", default="cpu", help="Where portraits are drawn.")
+    add_drawing_flags(parser)
     args = parser.parse_args(input_args)
-    for name in ("num_prompts", "num_inference_steps", "workers", "batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1")
+    check_counts(parser, args)
     if not all(0 <= strength <= 1 for strength in args.sfcm_guidance):
         parser.error("--sfcm_guidance must be in [0, 1]")
     return args
@@ -262,9 +256,7 @@ def main(input_args: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     args.runs_dir, args.output_dir = args.runs_dir.resolve(), args.output_dir.resolve()
     check_loras(args)
-    settings = DrawSettings(
-        args.num_prompts, args.prompt_seed, args.num_inference_steps, args.guidance_scale, args.device, args.batch_size
-    )
+    settings = draw_settings(args)
     tables = evaluate(args, settings)
     text = "\n".join([explanation(args), *(table_of(name, rows) for name, rows in tables.items())])
     (args.output_dir / "table.md").write_text(text, encoding="utf-8")
