@@ -61,24 +61,35 @@ class Run:
         flags: of the training script, beyond those that all runs share.
         strengths: scales of the LoRA at inference.
         ablation: trained for one target only.
+        continues: whether it starts from stage 1's LoRA; otherwise it is one stage of as many steps as both.
     """
 
     label: str
     flags: str = ""
     strengths: tuple[float, ...] = (1.0,)
     ablation: bool = False
+    continues: bool = True
 
 
+# Half a batch for what adds a row of its own to each training portrait's: all see as many rows with gradient.
+HALF_BATCH = f"--train_batch_size {int(FLAGS[FLAGS.index('--train_batch_size') + 1]) // 2}"
 RUNS = {
-    "plain": Run("plain LoRA", strengths=STRENGTHS),
-    "stage1": Run("stage 1 alone", strengths=STRENGTHS),
+    "plain": Run("plain LoRA", strengths=STRENGTHS, continues=False),
+    "stage1": Run("stage 1 alone", strengths=STRENGTHS, continues=False),
+    "adalora": Run("AdaLoRA", "--use_adalora", continues=False),
+    "dora": Run("DoRA", "--use_dora", continues=False),
+    "prior": Run("prior preservation", f"--preservation prior {HALF_BATCH}", continues=False),
+    "dop": Run("differential output preservation", f"--preservation dop {HALF_BATCH}", continues=False),
+    "cat": Run("contrastive adapter training", f"--preservation cat {HALF_BATCH}", continues=False),
+    "mask": Run("masked loss, true masks", "--preservation mask", continues=False),
     "composed": Run("SPF-Portrait, composed", "--stage2_objective composed"),
-    "paper": Run("SPF-Portrait, paper", "--stage2_objective paper"),
-    "no_sfcm": Run("paper, without SFCM", "--stage2_objective paper --sfcm_mode none", ablation=True),
-    "no_fine": Run("paper, without fine-grained", "--stage2_objective paper --lambda_fine 0", ablation=True),
-    "no_text": Run("paper, without text-consistent", "--stage2_objective paper --lambda_text 0", ablation=True),
+    "composed_mask": Run("composed, true masks", "--stage2_objective composed"),
+    "paper": Run("SPF-Portrait, paper", f"--stage2_objective paper {HALF_BATCH}"),
+    "no_sfcm": Run("paper, without SFCM", f"--stage2_objective paper {HALF_BATCH} --sfcm_mode none", ablation=True),
+    "no_fine": Run("paper, without fine-grained", f"--stage2_objective paper {HALF_BATCH} --lambda_fine 0", ablation=True),
+    "no_text": Run("paper, without text-consistent", f"--stage2_objective paper {HALF_BATCH} --lambda_text 0", ablation=True),
     "no_enhancement": Run(
-        "paper, without enhancement", "--stage2_objective paper --enhancement_loss none", ablation=True
+        "paper, without enhancement", f"--stage2_objective paper {HALF_BATCH} --enhancement_loss none", ablation=True
     ),
 }
 CONTROLS = ("plain", "stage1")
@@ -314,14 +325,14 @@ def run_folder(args: argparse.Namespace, target_name: str, run_name: str, seed: 
 def training_command(args: argparse.Namespace, target_name: str, run_name: str, seed: int) -> list[str]:
     """The command line of one training, without its output folder.
 
-    Plain LoRA gets as many steps as both stages together. What has a second stage starts it from stage 1's LoRA of the
+    What has one stage gets as many steps as both together. What has a second stage starts it from stage 1's LoRA of the
     same target and seed, so that stage 1 is trained once.
     """
     command = [*training_flags(target_name), "--seed", str(seed), *UNWATCHED]
-    if run_name == "plain":
-        command += ["--stage1_steps", str(args.stage1_steps + args.stage2_steps), "--stage2_steps", "0"]
-    elif run_name == "stage1":
+    if run_name == "stage1":
         command += ["--stage1_steps", str(args.stage1_steps), "--stage2_steps", "0"]
+    elif not RUNS[run_name].continues:
+        command += ["--stage1_steps", str(args.stage1_steps + args.stage2_steps), "--stage2_steps", "0"]
     else:
         stage1 = run_folder(args, target_name, "stage1", seed)
         command += ["--stage1_steps", "0", "--stage1_lora_path", str(stage1), "--stage2_steps", str(args.stage2_steps)]
@@ -343,7 +354,7 @@ def train(args: argparse.Namespace, target_name: str, run_name: str, seed: int) 
     folder = run_folder(args, target_name, run_name, seed)
     command = training_command(args, target_name, run_name, seed)
     recipe = {"command": command, "base_model": base_model_digest()}
-    if run_name not in CONTROLS:
+    if RUNS[run_name].continues:
         recipe["stage1"] = file_digest(run_folder(args, target_name, "stage1", seed) / WEIGHTS_NAME)
     return train_into(folder, recipe)
 
@@ -393,10 +404,11 @@ def train_all(args: argparse.Namespace) -> None:
     for seed in args.seeds:
         for target_name in args.targets:
             names = chosen_runs(args, target_name)
-            continued = [name for name in names if name not in CONTROLS]
-            first += [
-                (target_name, name, seed) for name in CONTROLS if name in names or (name == "stage1" and continued)
-            ]
+            continued = [name for name in names if RUNS[name].continues]
+            starting = [name for name in names if not RUNS[name].continues]
+            if continued and "stage1" not in starting:
+                starting.insert(0, "stage1")
+            first += [(target_name, name, seed) for name in starting]
             second += [(target_name, name, seed) for name in continued]
     with ThreadPoolExecutor(args.workers) as pool:
         for wave in (first, second):
