@@ -1,8 +1,8 @@
 """The portraits and their prompts: a folder or a `datasets` id in; checked rows, pixels, batches, drawn latents out.
 
 A folder holds images and a `metadata.jsonl`, one JSON object a line: `file_name`, `base_prompt`, `target_prompt` and,
-if wanted, `full_prompt`, `base_phrases` and `free_phrases` (lists). A target prompt is a string, added to the base
-prompt, or a list of such strings and of [replaced phrase, target] pairs.
+if wanted, `full_prompt`, `base_phrases` and `free_phrases` (lists), and `mask_file_name`. A target prompt is a string,
+added to the base prompt, or a list of such strings and of [replaced phrase, target] pairs.
 
 Legend: C channels, H/W size in pixels, of latents where it says so. Paper: arXiv 2504.00396.
 """
@@ -17,7 +17,7 @@ import re
 import struct
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 from io import BytesIO
@@ -74,6 +74,7 @@ class PortraitRow:
         full_prompt: base and target in one prompt, if the set gives it.
         base_phrases: the phrases of the base prompt that are to be preserved, if the set gives them.
         free_phrases: those of its phrases that may change along with the target.
+        mask: a picture that is bright where the target is, if the set gives it; like `image`.
     """
 
     source: str
@@ -83,6 +84,7 @@ class PortraitRow:
     full_prompt: str | None = None
     base_phrases: tuple[str, ...] | None = None
     free_phrases: tuple[str, ...] = ()
+    mask: Path | Image.Image | None = None
 
 
 def load_rows(
@@ -97,6 +99,8 @@ def load_rows(
     full_prompt_column: str = "full_prompt",
     base_phrases_column: str = "base_phrases",
     free_phrases_column: str = "free_phrases",
+    mask_column: str = "mask",
+    with_masks: bool = False,
     target_prompt: str | None = None,
     max_train_samples: int | None = None,
     seed: int = 0,
@@ -115,6 +119,9 @@ def load_rows(
         full_prompt_column: column of full prompts; a row may leave it out.
         base_phrases_column: column of lists of phrases; a row may leave it out.
         free_phrases_column: column of lists of phrases that may change; a row may leave it out.
+        mask_column: column of images that show where the target is, for `dataset_name`; a folder's is always
+            `mask_file_name`.
+        with_masks: whether every row must have such a mask; otherwise none is looked at.
         target_prompt: one target for the whole set.
         max_train_samples: a seeded choice of this many rows, in their own order, if the set is larger.
         seed: seed of that choice.
@@ -146,7 +153,8 @@ def load_rows(
         columns = sorted({column for record in table for column in record})
     else:
         origin = f"dataset {dataset_name!r}"
-        table = _read_dataset(dataset_name, dataset_config_name, cache_dir, image_column)
+        images = {"image_column": image_column} | ({"mask_column": mask_column} if with_masks else {})
+        table = _read_dataset(dataset_name, dataset_config_name, cache_dir, images)
         sources = [f"{origin}, row {i}" for i in range(len(table))]
         columns = table.column_names
     chosen = range(len(table))
@@ -171,6 +179,11 @@ def load_rows(
             image = _find_image(folder, _required(record, "file_name", source), source)
         else:
             image = _stored_image(record[image_column], f"{source}: column {image_column!r}")
+        mask = None
+        if with_masks and train_data_dir is not None:
+            mask = _find_image(folder, _required(record, "mask_file_name", source), source, "mask_file_name")
+        elif with_masks:
+            mask = _stored_image(record[mask_column], f"{source}: column {mask_column!r}")
         base_prompt = _required(record, base_prompt_column, source, "--base_prompt_column")
         _check_text(base_prompt, f"{source}: column {base_prompt_column!r}")
         target = _choose_target(record, target_prompt_column, target_prompt, source)
@@ -183,7 +196,9 @@ def load_rows(
         free_phrases = record.get(free_phrases_column)
         if free_phrases not in (None, []):  # that none may change can be said either way
             free_phrases = read_phrases(free_phrases, f"{source}: column {free_phrases_column!r}")
-        rows.append(PortraitRow(source, image, base_prompt, target, full_prompt, base_phrases, free_phrases or ()))
+        rows.append(
+            PortraitRow(source, image, base_prompt, target, full_prompt, base_phrases, free_phrases or (), mask)
+        )
     return rows
 
 
@@ -222,19 +237,45 @@ def load_image(row: PortraitRow, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise ValueError(f"{where} cannot be decoded: {error}") from error
 
 
+def load_mask(row: PortraitRow) -> Image.Image:
+    """Decode a row's mask.
+
+    Args:
+        row: a row that has one.
+
+    Returns:
+        One channel of 8 bits, upright, as large as the row's image.
+
+    Raises:
+        FileNotFoundError: the file is gone.
+        ValueError: the mask is broken, black all over, or not of its image's size.
+
+    Source: [ours].
+    """
+    where = f"{row.source}: the mask" + (f" {row.mask}" if isinstance(row.mask, Path) else "")
+    mask = load_image(replace(row, image=row.mask, source=f"{row.source}: as mask")).convert("L")
+    if mask.size != upright_size(row):
+        raise ValueError(f"{where} has {mask.width}x{mask.height} pixels, and its image {upright_size(row)}.")
+    if mask.getextrema()[1] == 0:
+        raise ValueError(f"{where} is black: it shows the target nowhere.")
+    return mask
+
+
 def check_images(rows: Iterable[PortraitRow]) -> None:
-    """Decode every image, so that a broken one is found now and not after an hour.
+    """Decode every image and mask, so that a broken one is found now and not after an hour.
 
     Args:
         rows: the rows.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_image`, for the first image that does not decode.
+        FileNotFoundError, ValueError: as `load_image` and `load_mask`, for the first one that does not decode.
 
     Source: [ours].
     """
     for row in rows:
         load_image(row)
+        if row.mask is not None:
+            load_mask(row)
 
 
 def upright_size(row: PortraitRow) -> tuple[int, int]:
@@ -332,6 +373,24 @@ def preprocess_image(
         image = ImageOps.mirror(image)
     pixels = torch.from_numpy(np.array(image, dtype=np.float32))
     return pixels.permute(2, 0, 1).contiguous() / 127.5 - 1
+
+
+def preprocess_mask(
+    mask: Image.Image, size: tuple[int, int], *, flip: bool = False, centering: tuple[float, float] = (0.5, 0.5)
+) -> torch.Tensor:
+    """The part of a mask that `preprocess_image` takes of its image with the same arguments.
+
+    Args:
+        mask: one channel.
+        size, flip, centering: as there.
+
+    Returns:
+        (1, H, W) float32 in [0, 1].
+
+    Source: [ours].
+    """
+    pixels = preprocess_image(mask.convert("RGB"), size, flip=flip, centering=centering, interpolation="box")
+    return pixels[:1] / 2 + 0.5
 
 
 def parse_aspect_ratio_buckets(text: str, multiple: int) -> tuple[tuple[int, int], ...]:
@@ -526,9 +585,9 @@ def _is_saved_to_disk(dataset_name: str) -> bool:
 
 
 def _read_dataset(
-    dataset_name: str, dataset_config_name: str | None, cache_dir: str | Path | None, image_column: str
+    dataset_name: str, dataset_config_name: str | None, cache_dir: str | Path | None, image_columns: Mapping[str, str]
 ) -> datasets.Dataset:
-    """The train split, with images as they are stored: encoded."""
+    """The train split, with images as they are stored: encoded. Of each column of images, the flag that names it."""
     try:
         if _is_saved_to_disk(dataset_name):
             dataset = datasets.load_from_disk(dataset_name)
@@ -544,12 +603,14 @@ def _read_dataset(
             raise ValueError(f"--dataset_name {dataset_name!r} has no split 'train'; it has {sorted(dataset)}.")
         dataset = dataset["train"]
     images = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
-    if image_column not in images:
-        raise ValueError(
-            f"--dataset_name {dataset_name!r} has no images in --image_column {image_column!r}; columns of images: "
-            f"{images}, all columns: {dataset.column_names}."
-        )
-    return dataset.with_format(None).cast_column(image_column, datasets.Image(decode=False))
+    for flag, column in image_columns.items():
+        if column not in images:
+            raise ValueError(
+                f"--dataset_name {dataset_name!r} has no images in --{flag} {column!r}; columns of images: "
+                f"{images}, all columns: {dataset.column_names}."
+            )
+        dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    return dataset.with_format(None)
 
 
 def _stored_image(value: Mapping[str, Any] | None, where: str) -> Path | Image.Image:
@@ -575,19 +636,19 @@ def _open_image(file: Path | BytesIO, where: str) -> Image.Image:
         raise ValueError(f"{where} cannot be read: {error}") from error
 
 
-def _find_image(folder: Path, file_name: Any, source: str) -> Path:
+def _find_image(folder: Path, file_name: Any, source: str, column: str = "file_name") -> Path:
     """A row's image file, which must lie in the folder itself."""
-    _check_text(file_name, f"{source}: column 'file_name'")
+    _check_text(file_name, f"{source}: column {column!r}")
     relative = Path(file_name)
     if relative.anchor or ".." in relative.parts:
-        raise ValueError(f"{source}: the file_name {file_name!r} leads out of the folder.")
+        raise ValueError(f"{source}: the {column} {file_name!r} leads out of the folder.")
     try:
         resolved = (folder / relative).resolve(strict=True)
     except (OSError, RuntimeError, ValueError) as error:  # also a loop of links, a name too long, a NUL in the name
         raise FileNotFoundError(f"{source}: there is no image {folder / relative}.") from error
     if not resolved.is_relative_to(folder.resolve()):
         raise ValueError(
-            f"{source}: the file_name {file_name!r} is a link that leads out of the folder, to {resolved}."
+            f"{source}: the {column} {file_name!r} is a link that leads out of the folder, to {resolved}."
         )
     if not resolved.is_file():
         raise ValueError(f"{source}: the image {folder / relative} is not a file.")

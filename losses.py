@@ -30,6 +30,24 @@ def diffusion_loss(model_pred: torch.Tensor, target: torch.Tensor) -> torch.Tens
     return (model_pred.float() - target.float().detach()).square().flatten(1).mean(1)
 
 
+def masked_diffusion_loss(model_pred: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The same inside a mask: the error's mean, weighed by the mask.
+
+    Args:
+        model_pred: (B, C, H, W), gradient flows.
+        target: (B, C, H, W).
+        mask: (B, 1, H, W) in [0, 1]; one that is 0 all over makes the loss 0.
+
+    Returns:
+        (B,) float32.
+
+    Source: the masked training of kohya's sd-scripts and OneTrainer, with the weights' mean brought to 1.
+    """
+    error = (model_pred.float() - target.float().detach()).square().mean(1, keepdim=True)
+    mask = mask.float()
+    return (mask * error).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=torch.finfo(mask.dtype).tiny)
+
+
 def min_snr_weights(
     alphas_cumprod: torch.Tensor, timesteps: torch.Tensor, gamma: float, prediction_type: str = "epsilon"
 ) -> torch.Tensor:

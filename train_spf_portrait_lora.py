@@ -34,6 +34,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from PIL import Image
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -75,6 +76,7 @@ from losses import (
     compose_prediction,
     diffusion_loss,
     fine_grained_loss,
+    masked_diffusion_loss,
     min_snr_weights,
     predict_original_sample,
     text_consistent_loss,
@@ -83,7 +85,7 @@ from optimizers import make_optimizer
 from pictures import picture_grid
 from pipeline_spf_portrait import SPFPortraitPipeline, overlay_heat_map
 from sfcm import SFCM_MODES, free_regions, noise_difference, phrase_attention_maps
-from training_arguments import parse_args, uses_enhancement
+from training_arguments import WITH_KEPT_ROWS, has_sfcm_bank, parse_args, uses_enhancement
 from training_inputs import (
     Inputs,
     Sample,
@@ -131,6 +133,8 @@ class Run:
 
     Attributes:
         response_unet: the distributed wrapper of `unet`, or `unet` itself.
+        alignment: what both paths are aligned on in stage 2, or what --preservation prior keeps.
+        unrelated_embeds: (U, T, E) of the prompts that --preservation cat keeps.
         decoder: decodes for the enhancement loss.
         released: the pipeline's models that no step uses; they lie on the CPU while nothing is drawn.
         pixels: the batches of the stage, where latents are not cached.
@@ -153,6 +157,7 @@ class Run:
     training_set: TrainingSet
     training: Portraits
     alignment: Portraits | None = None
+    unrelated_embeds: torch.Tensor | None = None
     released: tuple[str, ...] = ()
     pixels: Iterator[torch.Tensor] | None = None
     optimizer: torch.optim.Optimizer | None = None
@@ -231,6 +236,9 @@ def prepare_run(args: argparse.Namespace, inputs: Inputs, accelerator: Accelerat
         run.training.latents = encode_training_portraits(run, TensorCache(cache))
         if uses_enhancement(args):
             run.training.image_embeds = embed_training_portraits(run)
+    if args.preservation == "cat":
+        with torch.no_grad():
+            run.unrelated_embeds = pipeline.text_encoder(inputs.unrelated_ids.to(device))[0]
     if inputs.resume is not None:
         run.stage, run.global_step = inputs.resume.state["stage"], inputs.resume.state["global_step"]
         run.saved_step = run.global_step
@@ -378,9 +386,19 @@ def prepare_alignment(run: Run) -> Portraits:
         torch.cat([part.pair_index for part in parts]),
         tuple(bucket for part in parts for bucket in part.buckets),
     )
-    if SFCM_MODES[run.args.sfcm_mode].averaged:
+    if run.inputs.sfcm is not None:
+        alignment.sfcm = maps_as_given(run, alignment)
+    elif has_sfcm_bank(run.args):
         alignment.sfcm = fill_sfcm_bank(run, alignment)
     return alignment
+
+
+def maps_as_given(run: Run, portraits: Portraits) -> list[torch.Tensor]:
+    """The maps of --sfcm_dir at the size of each portrait's latents: M of (1, H, W) in [0, 1]."""
+    return [
+        F.interpolate(sfcm[None].to(run.device), latents.shape[-2:], mode="area")[0]
+        for sfcm, latents in zip(run.inputs.sfcm, portraits.latents, strict=True)
+    ]
 
 
 def own_portraits(run: Run) -> Portraits:
@@ -581,26 +599,97 @@ def loss_weights(args: argparse.Namespace) -> dict[str, float]:
         "fine_grained": args.lambda_fine,
         "base_prompt": args.lambda_base,
         "composed": 1.0,
+        "preservation": args.preservation_weight,
     }
 
 
 @contextmanager
 def diffusion_terms(run: Run, micro_step: int, enhance: bool) -> Iterator[dict[str, torch.Tensor]]:
-    """`L_diffusion` on the training portraits with the full prompt, and `L_enh` if asked for."""
+    """`L_diffusion` on the training portraits with the full prompt, `L_enh` if asked for, what --preservation adds.
+
+    `mask` takes the loss inside the masks alone; `prior`, `dop` and `cat` have rows of their own in the same forward.
+    """
     args, scheduler = run.args, run.noise_scheduler
     batch = draw_batch(run, run.training, micro_step, stream=0, noise_offset=args.noise_offset)
-    _, response_embeds = prompt_embeds(run, batch.rows)
-    model_pred = run.response_unet(batch.noisy_latents, batch.timesteps, response_embeds, return_dict=False)[0]
-    target, prediction_type = batch.noise, scheduler.config.prediction_type
-    if prediction_type == "v_prediction":
-        target = scheduler.get_velocity(batch.latents, batch.noise, batch.timesteps)
-    losses = diffusion_loss(model_pred, target)
+    noisy_latents, timesteps, (_, embeds) = batch.noisy_latents, batch.timesteps, prompt_embeds(run, batch.rows)
+    kept = kept_rows(run, batch, micro_step) if args.preservation in WITH_KEPT_ROWS else None
+    if kept is not None:
+        noisy_latents = torch.cat([noisy_latents, kept.noisy_latents])
+        timesteps, embeds = torch.cat([timesteps, kept.timesteps]), torch.cat([embeds, kept.embeds])
+    preds = run.response_unet(noisy_latents, timesteps, embeds, return_dict=False)[0]
+    model_pred, target = preds[: len(batch.index)], diffusion_target(scheduler, batch)
+    if args.preservation == "mask":
+        losses = masked_diffusion_loss(model_pred, target, batch_masks(run, micro_step, target))
+    else:
+        losses = diffusion_loss(model_pred, target)
     if args.snr_gamma is not None:
+        prediction_type = scheduler.config.prediction_type
         losses = losses * min_snr_weights(scheduler.alphas_cumprod, batch.timesteps, args.snr_gamma, prediction_type)
     parts = {"diffusion": losses.mean()}
     if enhance:
         parts["enhancement"] = enhancement_loss(run, batch, model_pred)
+    if kept is not None:
+        parts["preservation"] = diffusion_loss(preds[len(batch.index) :], kept.target).mean()
     yield parts
+
+
+def diffusion_target(scheduler: DDPMScheduler, batch: Batch) -> torch.Tensor:
+    """What the diffusion loss compares a batch's predictions with, (B, C, H, W): noise, or velocity."""
+    if scheduler.config.prediction_type == "v_prediction":
+        return scheduler.get_velocity(batch.latents, batch.noise, batch.timesteps)
+    return batch.noise
+
+
+def batch_masks(run: Run, micro_step: int, latents: torch.Tensor) -> torch.Tensor:
+    """Where the target is in a batch of training portraits, (B, 1, H, W) in [0, 1] at the size of its latents."""
+    return F.interpolate(run.training_set.batch_masks(micro_step).to(run.device), latents.shape[-2:], mode="area")
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """Rows whose prediction is to stay: what the UNet is given, and what it should answer.
+
+    Attributes:
+        noisy_latents, target: (B, C, H, W); timesteps: (B,); embeds: (B, T, E).
+    """
+
+    noisy_latents: torch.Tensor
+    timesteps: torch.Tensor
+    embeds: torch.Tensor
+    target: torch.Tensor
+
+
+def kept_rows(run: Run, batch: Batch, micro_step: int) -> KeptRows:
+    """The rows that --preservation sets beside a batch of training portraits, none of which asks for the target.
+
+    `prior`: portraits of the original model with their base prompts, and their noise as the target. Else the same
+    noised training portraits, and the original model's prediction as the target: `dop` with their base prompts, `cat`
+    with unrelated ones.
+
+    Source: DreamBooth's prior preservation, arXiv 2208.12242; differential output preservation as in ai-toolkit;
+    contrastive adapter training, arXiv 2404.07554.
+    """
+    if run.args.preservation == "prior":
+        drawn = draw_batch(run, run.alignment, micro_step, stream=1)
+        embeds, _ = prompt_embeds(run, drawn.rows)
+        return KeptRows(drawn.noisy_latents, drawn.timesteps, embeds, diffusion_target(run.noise_scheduler, drawn))
+    if run.args.preservation == "dop":
+        embeds, _ = prompt_embeds(run, batch.rows)
+    else:
+        embeds = run.unrelated_embeds[unrelated_choice(run, len(batch.index), micro_step)]
+    with torch.no_grad(), active_adapters(run.unet, None):
+        target = run.unet(batch.noisy_latents, batch.timesteps, embeds, return_dict=False)[0]
+    return KeptRows(batch.noisy_latents, batch.timesteps, embeds, target)
+
+
+def unrelated_choice(run: Run, count: int, micro_step: int) -> torch.Tensor:
+    """Which of the unrelated prompts each of this process's rows has: (B,), a function of seed and step."""
+    accelerator = run.accelerator
+    generator = torch.Generator().manual_seed((run.args.seed * 1_000_003 + micro_step) * 4 + 3)
+    chosen = torch.randint(len(run.unrelated_embeds), (count * accelerator.num_processes,), generator=generator)[
+        accelerator.process_index * count :
+    ][:count]
+    return chosen.to(run.device)
 
 
 @contextmanager
@@ -623,6 +712,9 @@ def alignment_terms(run: Run, micro_step: int) -> Iterator[dict[str, torch.Tenso
         )
         reference, response = paths.reference, paths.response
         sfcm = alignment_sfcm(run, batch, paths.response_pred.detach(), paths.reference_pred, reference)
+        if args.alignment_layers == "phrase_map":
+            resolution = phrase_map_resolution(reference.resolutions)
+            reference, response = reference.at_resolution(resolution), response.at_resolution(resolution)
         resolutions = list(reference.resolutions.values())
         unchanged = (batch.kinds != FULL).float()
         base_error = diffusion_loss(paths.response_pred, paths.reference_pred)
@@ -683,7 +775,7 @@ def composed_predictions(
     teacher_rows, teacher_embeds = full.repeat(2), torch.cat([response_embeds[full], reference_embeds[full]])
     with ExitStack() as stack:
         store = None
-        if not SFCM_MODES[run.args.sfcm_mode].averaged:
+        if not has_sfcm_bank(run.args):
             store = stack.enter_context(capture_cross_attention(run.unet))
         recording = store.record() if store is not None else nullcontext()
         if run.args.dual_path == "single_pass":
@@ -718,7 +810,7 @@ def alignment_sfcm(
     reference: CrossAttentionFeatures | None,
 ) -> torch.Tensor:
     """The SFCM (B, 1, H, W) of a batch, from the bank or this step's predictions; zero where nothing may change."""
-    if SFCM_MODES[run.args.sfcm_mode].averaged:
+    if has_sfcm_bank(run.args):
         sfcm = torch.stack([run.alignment.sfcm[i] for i in batch.index.tolist()])
     else:
         features = reference.at_resolution(phrase_map_resolution(reference.resolutions))
@@ -744,7 +836,9 @@ def enhancement_loss(run: Run, batch: Batch, model_pred: torch.Tensor) -> torch.
         image_embeds,
         run.table.target_embeds[batch.pairs],
     )
-    return (scheduler.alphas_cumprod.to(run.device)[batch.timesteps] * losses).mean()
+    if run.args.enhancement_weighting == "alpha_bar":
+        losses = scheduler.alphas_cumprod.to(run.device)[batch.timesteps] * losses
+    return losses.mean()
 
 
 def decode_for_clip(run: Run, latents: torch.Tensor) -> torch.Tensor:
@@ -882,22 +976,44 @@ def validation_picture(global_step: int) -> str:
 
 
 @torch.no_grad()
+def decode_portrait(run: Run, latents: torch.Tensor) -> Image.Image:
+    """The portrait of latents (C, H, W)."""
+    vae, processor = run.pipeline.vae, run.pipeline.image_processor
+    pixels = vae.decode(latents[None].to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+    return processor.postprocess(pixels.float(), output_type="pil")[0]
+
+
 def draw_alignment(run: Run) -> None:
     """Write the first alignment portraits and the SFCM over each, so that one sees what stage 2 will protect."""
-    args, accelerator, alignment = run.args, run.accelerator, run.alignment
+    args, accelerator, alignment, rows = run.args, run.accelerator, run.alignment, []
     if args.num_validation_images == 0 or alignment.sfcm is None or not accelerator.is_main_process:
         return
-    vae, processor, rows = run.pipeline.vae, run.pipeline.image_processor, []
     # A grid has pictures of one size: those of the first portrait's.
     chosen = [i for i, bucket in enumerate(alignment.buckets) if bucket == alignment.buckets[0]]
     with resident(run):
         for i in chosen[: args.num_validation_images]:
-            latents = alignment.latents[i][None].to(vae.dtype) / vae.config.scaling_factor
-            portrait = processor.postprocess(vae.decode(latents, return_dict=False)[0].float(), output_type="pil")[0]
+            portrait = decode_portrait(run, alignment.latents[i])
             rows.append([portrait, overlay_heat_map(portrait, alignment.sfcm[i][0].cpu())])
     path = Path(args.output_dir) / "validation" / "alignment.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     picture_grid(rows, ("alignment portrait", "SFCM")).save(path)
+
+
+def save_alignment(run: Run) -> None:
+    """Write each alignment portrait, and its map as --sfcm_dir reads it, if it has one."""
+    if not run.accelerator.is_main_process:
+        return
+    folder = Path(run.args.output_dir) / "alignment"
+    folder.mkdir(parents=True, exist_ok=True)
+    with resident(run):
+        for i, latents in enumerate(run.alignment.latents):
+            portrait = decode_portrait(run, latents)
+            portrait.save(folder / f"{i:05d}.png")
+            if run.alignment.sfcm is not None:
+                grey = (run.alignment.sfcm[i][0].cpu() * 255).round().byte().numpy()
+                sfcm = Image.fromarray(grey).resize(portrait.size, Image.Resampling.BILINEAR)
+                (folder / "sfcm").mkdir(exist_ok=True)
+                sfcm.save(folder / "sfcm" / f"{i:05d}.png")
 
 
 def save_lora(run: Run, folder: Path) -> None:
@@ -937,7 +1053,7 @@ def write_checkpoint(run: Run) -> None:
     """Write all that the run needs to go on exactly: batches, noise and timesteps are functions of seed and step."""
     if not run.accelerator.is_main_process or run.saved_step == run.global_step:
         return
-    args, stage2, scaler = run.args, run.stage == 2, run.accelerator.scaler
+    args, scaler = run.args, run.accelerator.scaler
     state = {
         "record": resume_record(
             args, run.inputs.references, run.training_set.batch_size, run.accelerator.mixed_precision
@@ -948,7 +1064,7 @@ def write_checkpoint(run: Run) -> None:
         "optimizer": run.optimizer.state_dict(),
         "lr_scheduler": run.lr_scheduler.state_dict(),
         "scaler": None if scaler is None else scaler.state_dict(),
-        "alignment": vars(run.alignment) if stage2 else None,
+        "alignment": None if run.alignment is None else vars(run.alignment),
         "teacher": get_peft_model_state_dict(run.unet, adapter_name=STAGE1_ADAPTER) if has_teacher(run) else None,
     }
     save_checkpoint(
@@ -974,6 +1090,8 @@ def start_stage2(run: Run) -> None:
     with run.stop.at_once():
         run.alignment = prepare_alignment(run)
         draw_alignment(run)
+        if args.save_alignment:
+            save_alignment(run)
     if args.stage2_objective != "paper":
         add_teacher(run, get_peft_model_state_dict(run.unet, adapter_name="default"))
         if args.stage2_objective == "composed" and args.composed_init == "zero":
@@ -981,10 +1099,11 @@ def start_stage2(run: Run) -> None:
     run.stage = 2
 
 
-def resume_stage2(run: Run, state: dict[str, Any]) -> None:
-    """The alignment portraits, their maps and the teacher as a checkpoint holds them."""
-    alignment = {name: to_device(value, run.device) for name, value in state["alignment"].items()}
-    run.alignment = Portraits(**alignment)
+def resume_portraits(run: Run, state: dict[str, Any]) -> None:
+    """The drawn portraits, their maps and the teacher as a checkpoint holds them."""
+    if state["alignment"] is not None:
+        alignment = {name: to_device(value, run.device) for name, value in state["alignment"].items()}
+        run.alignment = Portraits(**alignment)
     if state["teacher"] is not None:
         add_teacher(run, state["teacher"])
 
@@ -1096,11 +1215,12 @@ def train_stages(run: Run) -> None:
     args, resume = run.args, run.inputs.resume
     if resume is None:
         with run.stop.at_once():
+            if args.preservation == "prior":
+                run.alignment = draw_alignment_portraits(run)
             draw_validation(run)
     else:
         logger.info("Going on from %s", resume.folder)
-        if run.stage == 2:
-            resume_stage2(run, resume.state)
+        resume_portraits(run, resume.state)
     with tqdm(
         total=run.total_steps, initial=run.global_step, disable=not run.accelerator.is_local_main_process
     ) as progress:

@@ -23,6 +23,9 @@ from optimizers import OPTIMIZERS, check_optimizer
 from sfcm import SFCM_MODES
 
 
+# Ways to keep the portrait, and those that add a row that keeps a prediction to each training portrait's.
+PRESERVATIONS = ("spf", "none", "prior", "dop", "cat", "mask")
+WITH_KEPT_ROWS = ("prior", "dop", "cat")
 SCHEDULERS = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
 CARD_TAG = "\n- spf-portrait\n"  # as the metadata of a model card has it
 POLYNOMIAL_END = 1e-7  # of the learning rate, in diffusers
@@ -80,6 +83,11 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument(
         "--free_phrases", action="extend", nargs="+", help="Such phrases for all base prompts that have them."
+    )
+    group.add_argument(
+        "--mask_column",
+        default="mask",
+        help="Column of the masks of --preservation mask, with --dataset_name; a folder's is mask_file_name.",
     )
     group.add_argument("--target_prompt", help="One target for the whole set, whose captions are base prompts.")
     group.add_argument("--max_train_samples", type=int, help="Train on this many portraits only.")
@@ -150,6 +158,23 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     )
 
     group = parser.add_argument_group("method")
+    group.add_argument(
+        "--preservation",
+        choices=PRESERVATIONS,
+        default="spf",
+        help="How the portrait is kept. All but `spf` have one stage of --stage1_steps and --stage2_steps together: "
+        "`none`, plain LoRA; `prior`, DreamBooth's drawn portraits; `dop`, the original model's prediction of the "
+        "training portraits without the target; `cat`, the same with unrelated prompts; `mask`, masked loss.",
+    )
+    group.add_argument(
+        "--preservation_weight", type=float, default=1.0, help="Weight of that loss, of `prior`, `dop` and `cat`."
+    )
+    group.add_argument(
+        "--unrelated_prompts",
+        action="extend",
+        nargs="+",
+        help="Prompts that `cat` keeps the predictions of; the empty one if not given.",
+    )
     group.add_argument("--stage1_steps", type=int, default=500, help="Steps of standard fine-tuning.")
     group.add_argument("--stage2_steps", type=int, default=500, help="Steps of alignment; 0 is a plain LoRA.")
     group.add_argument(
@@ -195,6 +220,18 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
         help="Form of the enhancement loss.",
     )
     group.add_argument(
+        "--enhancement_weighting",
+        choices=("alpha_bar", "none"),
+        default="alpha_bar",
+        help="Weigh the enhancement loss by the signal's share, since at high noise its portrait is a guess; or not.",
+    )
+    group.add_argument(
+        "--alignment_layers",
+        choices=("all", "phrase_map"),
+        default="all",
+        help="Cross-attention layers the paper's losses align: all, or those whose attention the phrases' maps show.",
+    )
+    group.add_argument(
         "--enhancement_every", type=int, default=1, help="Compute the enhancement loss in every so manieth step alone."
     )
     group.add_argument(
@@ -223,6 +260,15 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
         type=int,
         default=0,
         help="Make the averaged maps anew every so many steps; 0 is never.",
+    )
+    group.add_argument(
+        "--sfcm_dir",
+        help="Folder of maps to use instead, a greyscale picture for each alignment portrait: 00000.png and so on.",
+    )
+    group.add_argument(
+        "--save_alignment",
+        action="store_true",
+        help="Write the alignment portraits and their maps to OUTPUT_DIR/alignment, to be looked at or corrected.",
     )
     group.add_argument(
         "--alignment_source",
@@ -336,6 +382,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     )
 
     args = parser.parse_args(input_args)
+    _fold_stages(parser, args)
     _check_flags(parser, args)
     if args.lora_alpha is None:
         args.lora_alpha = float(args.rank)
@@ -343,6 +390,23 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
         args.output_kohya_format = args.push_to_hub and not args.use_dora
     args.reference_lora_scale = _scale_of_each(args)
     return args
+
+
+def _fold_stages(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Where there is nothing to align, all steps are one stage; what only the other ways need is refused."""
+    if args.unrelated_prompts is not None and args.preservation != "cat":
+        parser.error("--unrelated_prompts needs --preservation cat")
+    default = parser.get_default("preservation_weight")
+    if args.preservation_weight != default and args.preservation not in WITH_KEPT_ROWS:
+        parser.error("--preservation_weight is for --preservation prior, dop and cat")
+    if args.preservation == "spf":
+        return
+    if args.stage1_lora_path is not None:
+        parser.error(f"--preservation {args.preservation} has no second stage, which --stage1_lora_path is for")
+    for name in ("stage1_steps", "stage2_steps"):  # a sum would hide that one of them is below 0
+        if getattr(args, name) < 0:
+            parser.error(f"--{name} must be 0 or more, got {getattr(args, name)}")
+    args.stage1_steps, args.stage2_steps = args.stage1_steps + args.stage2_steps, 0
 
 
 def _scale_of_each(args: argparse.Namespace) -> list[float] | None:
@@ -372,7 +436,7 @@ def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         "stage1_steps", "stage2_steps", "lambda_text", "lambda_fine", "lambda_enh", "lambda_base", "lr_warmup_steps",
         "num_validation_images", "validation_steps", "sfcm_refresh_steps", "adam_weight_decay", "seed",
         "teacher_scale", "composed_timestep_power", "alignment_guidance_scale", "validation_guidance_scale",
-        "dataloader_num_workers", "noise_offset", "checkpointing_steps",
+        "dataloader_num_workers", "noise_offset", "checkpointing_steps", "preservation_weight",
     )  # fmt: skip
     positive = (
         "learning_rate", "sfcm_gamma", "max_grad_norm", "lora_alpha", "adam_epsilon", "lr_power", "snr_gamma",
@@ -426,6 +490,11 @@ def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
             )
     if not args.center_crop and args.cache_latents:
         parser.error("--no-center_crop takes another crop in each step, so it needs --no-cache_latents")
+    if args.sfcm_dir is not None and args.sfcm_refresh_steps:
+        parser.error("--sfcm_refresh_steps would replace the maps of --sfcm_dir")
+    for name in ("sfcm_dir", "save_alignment"):
+        if getattr(args, name) and args.stage2_steps == 0:
+            parser.error(f"--{name} is for the alignment of stage 2, and these flags have none")
     if args.use_dora and args.dual_path == "single_pass":
         parser.error("--use_dora needs --dual_path two_pass: DoRA cannot be off in some rows of a batch")
     _check_references(parser, args)
@@ -479,10 +548,15 @@ def _check_references(parser: argparse.ArgumentParser, args: argparse.Namespace)
         return
     if not all(text.strip() for text in args.reference_target_prompt):
         parser.error("--reference_target_prompt has an empty text")
-    if args.stage2_steps == 0 or args.alignment_source == "data":
+    if args.preservation != "prior" and (args.stage2_steps == 0 or args.alignment_source == "data"):
         parser.error("--reference_target_prompt is for drawn portraits, and these flags draw none for the alignment")
 
 
 def uses_enhancement(args: argparse.Namespace) -> bool:
     """Whether any step computes the enhancement loss."""
     return args.stage2_steps > 0 and args.stage2_objective != "composed" and args.enhancement_loss != "none"
+
+
+def has_sfcm_bank(args: argparse.Namespace) -> bool:
+    """Whether each alignment portrait has one map, instead of one anew in each step."""
+    return SFCM_MODES[args.sfcm_mode].averaged or args.sfcm_dir is not None

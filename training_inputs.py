@@ -36,10 +36,12 @@ from data import (
     check_images,
     content_key,
     load_image,
+    load_mask,
     load_rows,
     nearest_bucket,
     parse_aspect_ratio_buckets,
     preprocess_image,
+    preprocess_mask,
     upright_size,
 )
 from lora_files import DORA_ON_TOP, ReferenceLora, check_lora_fits, find_lora, find_on_hub, is_dora, read_lora
@@ -125,6 +127,15 @@ class TrainingSet:
             load_image(row), size, flip=sample.flip, centering=sample.centering, interpolation=self.interpolation
         )
 
+    def mask(self, sample: Sample) -> torch.Tensor:
+        """(1, H, W) in [0, 1]: where the target is in these pixels."""
+        mask, size = load_mask(self.rows[sample.index]), self.sizes[self.buckets[sample.index]]
+        return preprocess_mask(mask, size, flip=sample.flip, centering=sample.centering)
+
+    def batch_masks(self, micro_step: int) -> torch.Tensor:
+        """(R, 1, H, W): the masks of batch `micro_step`."""
+        return torch.stack([self.mask(sample) for sample in self.samples(micro_step)])
+
     def batch_pixels(self, micro_step: int) -> torch.Tensor:
         """(R, 3, H, W): the pixels of batch `micro_step`."""
         return torch.stack([self.pixels(sample) for sample in self.samples(micro_step)])
@@ -153,6 +164,8 @@ class Inputs:
         validation_pair: the prompts of the validation pictures.
         resume: where to go on, if anywhere.
         references: the earlier LoRAs that the new one is trained on top of.
+        sfcm: of the alignment portraits, in their order, (1, H', W') in [0, 1], if --sfcm_dir gives them.
+        unrelated_ids: (U, T) tokens of --unrelated_prompts.
     """
 
     rows: list[PortraitRow]
@@ -165,6 +178,8 @@ class Inputs:
     validation_pair: PromptPair
     resume: Resume | None
     references: tuple[ReferenceLora, ...] = ()
+    sfcm: list[torch.Tensor] | None = None
+    unrelated_ids: torch.Tensor | None = None
 
     @property
     def data_fingerprint(self) -> str:
@@ -220,6 +235,8 @@ def check_inputs(args: argparse.Namespace) -> Inputs:
         full_prompt_column=args.full_prompt_column,
         base_phrases_column=args.base_phrases_column,
         free_phrases_column=args.free_phrases_column,
+        mask_column=args.mask_column,
+        with_masks=args.preservation == "mask",
         target_prompt=args.target_prompt,
         max_train_samples=args.max_train_samples,
         seed=args.seed,
@@ -237,7 +254,7 @@ def check_inputs(args: argparse.Namespace) -> Inputs:
             raise ValueError(f"--free_phrases: {phrase!r} is a phrase of no base prompt")
     check_images(rows)
     buckets = [nearest_bucket(upright_size(row), sizes) for row in rows]
-    if args.stage2_steps and args.alignment_source != "data":
+    if args.preservation == "prior" or (args.stage2_steps and args.alignment_source != "data"):
         drawn, drawn_buckets = alignment_pairs(args, pairs, buckets)
         pairs, buckets = pairs + drawn, buckets + drawn_buckets
         try:
@@ -255,6 +272,8 @@ def check_inputs(args: argparse.Namespace) -> Inputs:
         validation_pair=_validation_pair(args, pairs[0], tokenizer),
         resume=resume,
         references=references,
+        sfcm=None if args.sfcm_dir is None else read_maps(Path(args.sfcm_dir), alignment_count(args, len(rows))),
+        unrelated_ids=tokenize_unrelated(args.unrelated_prompts or [""], tokenizer),
     )
     if resume is not None and resume.state["data"] != inputs.data_fingerprint:
         raise ValueError(
@@ -493,6 +512,49 @@ def thin_out(pair: PromptPair, dropout: float, rng: np.random.Generator) -> Prom
     words = [*(phrase for phrase in kept if phrase not in inside), *replaced]
     words.sort(key=lambda phrase: pair.base_prompt.lower().find(phrase.lower()))
     return make_prompt_pair(", ".join(words), pair.target_prompts, base_phrases=kept, free_phrases=free)
+
+
+def tokenize_unrelated(prompts: Sequence[str], tokenizer: CLIPTokenizer) -> torch.Tensor:
+    """Tokens (U, T) of prompts that have nothing to do with the target.
+
+    Raises:
+        ValueError: one does not fit.
+    """
+    for prompt in prompts:
+        count = len(tokenizer(prompt).input_ids)
+        if count > tokenizer.model_max_length:
+            raise ValueError(
+                f"--unrelated_prompts: {prompt!r} has {count} tokens, more than {tokenizer.model_max_length}"
+            )
+    return torch.tensor(tokenizer(list(prompts), padding="max_length").input_ids)
+
+
+def alignment_count(args: argparse.Namespace, count: int) -> int:
+    """How many portraits stage 2 aligns on, of a training set of `count`."""
+    drawn = 0 if args.alignment_source == "data" else args.num_alignment_images
+    return drawn + (0 if args.alignment_source == "generated" else count)
+
+
+def read_maps(folder: Path, count: int) -> list[torch.Tensor]:
+    """The maps of --sfcm_dir, one for each of `count` alignment portraits.
+
+    Returns:
+        `count` of (1, H', W') float32 in [0, 1], as large as they are.
+
+    Raises:
+        ValueError, OSError: names the first that is missing or no picture.
+
+    Source: [ours].
+    """
+    with naming_flag("sfcm_dir", str(folder)):
+        maps = []
+        for path in (folder / f"{i:05d}.png" for i in range(count)):
+            if not path.is_file():
+                raise ValueError(f"{path} does not exist; there must be one map for each of {count} portraits")
+            # Read as a mask is: what Pillow cannot open is refused with the file's name.
+            picture = load_image(PortraitRow(str(path), path, "", ""))
+            maps.append(preprocess_mask(picture, (picture.height, picture.width)))
+        return maps
 
 
 def _validation_pair(args: argparse.Namespace, first: PromptPair, tokenizer: CLIPTokenizer) -> PromptPair:

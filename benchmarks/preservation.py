@@ -73,6 +73,10 @@ class Run:
 
 # Half a batch for what adds a row of its own to each training portrait's: all see as many rows with gradient.
 HALF_BATCH = f"--train_batch_size {int(FLAGS[FLAGS.index('--train_batch_size') + 1]) // 2}"
+# Portraits are all that this world has; none of these says or shows what a training set does.
+UNRELATED = shlex.join(
+    ["", "a man, black hair, a green jacket, a gray background", "a woman, gray hair, a white jacket, glasses"]
+)
 RUNS = {
     "plain": Run("plain LoRA", strengths=STRENGTHS, continues=False),
     "stage1": Run("stage 1 alone", strengths=STRENGTHS, continues=False),
@@ -80,14 +84,22 @@ RUNS = {
     "dora": Run("DoRA", "--use_dora", continues=False),
     "prior": Run("prior preservation", f"--preservation prior {HALF_BATCH}", continues=False),
     "dop": Run("differential output preservation", f"--preservation dop {HALF_BATCH}", continues=False),
-    "cat": Run("contrastive adapter training", f"--preservation cat {HALF_BATCH}", continues=False),
+    "cat": Run(
+        "contrastive adapter training",
+        f"--preservation cat --unrelated_prompts {UNRELATED} {HALF_BATCH}",
+        continues=False,
+    ),
     "mask": Run("masked loss, true masks", "--preservation mask", continues=False),
     "composed": Run("SPF-Portrait, composed", "--stage2_objective composed"),
     "composed_mask": Run("composed, true masks", "--stage2_objective composed"),
     "paper": Run("SPF-Portrait, paper", f"--stage2_objective paper {HALF_BATCH}"),
     "no_sfcm": Run("paper, without SFCM", f"--stage2_objective paper {HALF_BATCH} --sfcm_mode none", ablation=True),
-    "no_fine": Run("paper, without fine-grained", f"--stage2_objective paper {HALF_BATCH} --lambda_fine 0", ablation=True),
-    "no_text": Run("paper, without text-consistent", f"--stage2_objective paper {HALF_BATCH} --lambda_text 0", ablation=True),
+    "no_fine": Run(
+        "paper, without fine-grained", f"--stage2_objective paper {HALF_BATCH} --lambda_fine 0", ablation=True
+    ),
+    "no_text": Run(
+        "paper, without text-consistent", f"--stage2_objective paper {HALF_BATCH} --lambda_text 0", ablation=True
+    ),
     "no_enhancement": Run(
         "paper, without enhancement", f"--stage2_objective paper {HALF_BATCH} --enhancement_loss none", ablation=True
     ),
@@ -325,8 +337,8 @@ def run_folder(args: argparse.Namespace, target_name: str, run_name: str, seed: 
 def training_command(args: argparse.Namespace, target_name: str, run_name: str, seed: int) -> list[str]:
     """The command line of one training, without its output folder.
 
-    What has one stage gets as many steps as both together. What has a second stage starts it from stage 1's LoRA of the
-    same target and seed, so that stage 1 is trained once.
+    What has one stage gets as many steps as both together. What has a second stage starts it from stage 1's LoRA of
+    the same target and seed, so that stage 1 is trained once.
     """
     command = [*training_flags(target_name), "--seed", str(seed), *UNWATCHED]
     if run_name == "stage1":

@@ -23,6 +23,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextModel, CLIPTokenizer
 
+from .judge import target_region
 from .probe import CLASS_FACTORS, PIXEL_FACTORS, PortraitProbe
 from .world import (
     BACKGROUNDS,
@@ -386,21 +387,25 @@ def save_pipeline(base: Path, unet, vae, text_encoder, tokenizer, scheduler) -> 
 
 
 def build_sets(base: Path, seed: int, per_target: int) -> None:
-    """The training sets, polluted on purpose: besides the target every portrait shares what `POLLUTION` lists."""
+    """The training sets, polluted on purpose: besides the target every portrait shares what `POLLUTION` lists.
+
+    Each portrait has the mask that a user could draw by hand: where the target is, with a small margin.
+    """
     for offset, (name, target) in enumerate(TARGETS.items()):
         rng = np.random.default_rng(seed + 10 + offset)
         factors = sample_factors(per_target, rng)
         for factor, value in POLLUTION.items():
             factors[factor] = np.full_like(factors[factor], value)
         factors[target.factor] = np.full_like(factors[target.factor], target.value)
-        images, _ = render(factors)
+        images, labels = render(factors)
+        masks = target_region(labels, labels, target)
         folder = base.parent / name
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "masks").mkdir(parents=True, exist_ok=True)
         rows = []
         for i, image in enumerate(images):
             phrases = caption_phrases(factors, i)
             keep = {"sex", "clothes", "background", "glasses"} | ({"hair_color"} if rng.random() < 0.6 else set())
-            row = {"file_name": f"{i:04d}.png"}
+            row = {"file_name": f"{i:04d}.png", "mask_file_name": f"masks/{i:04d}.png"}
             if target.replaces is None:
                 row["base_prompt"] = join_phrases(phrases, keep - {name})
                 row["target_prompt"] = target.prompt
@@ -410,6 +415,7 @@ def build_sets(base: Path, seed: int, per_target: int) -> None:
                 row["base_prompt"] = row["full_prompt"].replace(target.prompt, jacket)
                 row["target_prompt"] = target.prompt
             Image.fromarray(image).save(folder / row["file_name"], optimize=True)
+            Image.fromarray(masks[i]).save(folder / row["mask_file_name"], optimize=True)
             rows.append(row)
         (folder / "metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
         print(f"[sets] {folder.name}: {len(rows)} portraits", flush=True)
