@@ -69,6 +69,7 @@ FREE_ON_RESUME = frozenset(
     validation_base_prompt validation_target_prompt num_validation_images validation_steps validation_inference_steps
     validation_guidance_scale mixed_precision push_to_hub hub_model_id hub_token hub_private_repo hub_license
     output_kohya_format dry_run enable_xformers_memory_efficient_attention reference_lora reference_lora_scale
+    mask_column save_alignment
     """.split()
 )
 

@@ -33,6 +33,7 @@ UNPUBLISHED = frozenset(
     tiny_vae_model_name_or_path train_data_dir dataset_name cache_dir stage1_lora_path output_dir logging_dir report_to
     resume_from_checkpoint checkpointing_steps checkpoints_total_limit dataloader_num_workers dry_run push_to_hub
     hub_model_id hub_token hub_private_repo hub_license output_kohya_format reference_lora reference_lora_scale
+    sfcm_dir save_alignment
     """.split()
 )
 HERE = Path(__file__).resolve().parent

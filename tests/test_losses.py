@@ -11,6 +11,7 @@ from losses import (
     enhancement_difference,
     enhancement_direct,
     fine_grained_loss,
+    masked_diffusion_loss,
     predict_original_sample,
     preservation_weight,
     representation_bias,
@@ -28,6 +29,19 @@ def indices(*rows: list[int]) -> torch.Tensor:
 
 
 # ------------------------------------------------------------------------------------------ diffusion, x0, the weight
+
+
+def test_masked_diffusion_loss_by_hand():
+    model_pred = torch.tensor([[[[1.0, 2.0], [3.0, 5.0]], [[0.0, 0.0], [1.0, 0.0]]]], requires_grad=True)
+    mask = torch.tensor([[[[1.0, 0.0], [0.5, 0.0]]]])
+    loss = masked_diffusion_loss(model_pred, torch.zeros(1, 2, 2, 2), mask)
+    # pixels 1 and 3 have the mean errors 1/2 and 10/2, weights 1 and 1/2
+    torch.testing.assert_close(loss, torch.tensor([(0.5 + 0.5 * 5) / 1.5]))
+    loss.sum().backward()
+    assert (model_pred.grad[..., 1] == 0).all()
+    whole = masked_diffusion_loss(model_pred, torch.zeros(1, 2, 2, 2), torch.ones(1, 1, 2, 2))
+    torch.testing.assert_close(whole, diffusion_loss(model_pred, torch.zeros(1, 2, 2, 2)))
+    assert masked_diffusion_loss(model_pred, torch.zeros(1, 2, 2, 2), torch.zeros(1, 1, 2, 2)).item() == 0
 
 
 def test_diffusion_loss_by_hand():
