@@ -30,6 +30,26 @@ def logged_losses(output: Path) -> dict[int, dict[str, float]]:
     return steps
 
 
+def assert_equal_losses(world, tmp_path, flags: dict, stage1_steps: int, names: tuple[set[str], set[str]]) -> None:  # noqa: F811
+    """Train 20 steps in two processes and in one, and compare every loss; `names` are those of each stage."""
+    flags = {"learning_rate": 1e-3, "report_to": "tensorboard", **SMOOTH, **flags}
+    command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    given = make_flags(world, tmp_path / "two", train_batch_size=1, **flags)
+    result = run_script(*command, ROOT / "train_spf_portrait_lora.py", *given, ACCELERATE_USE_CPU="true")
+    assert result.returncode == 0, result.stderr
+    assert "2 processes" in result.stderr, f"the processes did not find each other: {result.stderr}"
+    train(world, tmp_path / "one", train_batch_size=2, **flags)
+    two, one = (logged_losses(tmp_path / name) for name in ("two", "one"))
+    assert set(two) == set(one) == set(range(1, 21))
+    print("\n" + ", ".join(f"{name} {value}" for name, value in flags.items()) + ": step, loss, two, one")
+    for step in range(1, 21):
+        assert set(two[step]) == set(one[step]) == names[step > stage1_steps]
+        for name in sorted(one[step]):
+            print(f"{step:3d}  {name:16s} {two[step][name]:.7f}  {one[step][name]:.7f}")
+            assert two[step][name] == pytest.approx(one[step][name], rel=1e-3, abs=1e-5), (step, name)
+    assert difference(tmp_path / "two", tmp_path / "one") < 1e-4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("checkpointing", [None, True], ids=["", "gradient checkpointing"])
@@ -43,22 +63,13 @@ def test_two_processes_have_the_losses_of_one(world, tmp_path, dual_path, checkp
         "gradient_accumulation_steps": accumulation,
         "stage1_steps": 10,
         "stage2_steps": 10,
-        "learning_rate": 1e-3,
-        "report_to": "tensorboard",
-        **SMOOTH,
     }
-    command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    given = make_flags(world, tmp_path / "two", train_batch_size=1, **flags)
-    result = run_script(*command, ROOT / "train_spf_portrait_lora.py", *given, ACCELERATE_USE_CPU="true")
-    assert result.returncode == 0, result.stderr
-    assert "2 processes" in result.stderr, f"the processes did not find each other: {result.stderr}"
-    train(world, tmp_path / "one", train_batch_size=2, **flags)
-    two, one = (logged_losses(tmp_path / name) for name in ("two", "one"))
-    assert set(two) == set(one) == set(range(1, 21))
-    print(f"\n{dual_path}, checkpointing {checkpointing}, accumulation {accumulation}: step, loss, two, one")
-    for step in range(1, 21):
-        assert set(two[step]) == set(one[step]) == (LOSSES["both"] if step > 10 else {"diffusion"})
-        for name in sorted(one[step]):
-            print(f"{step:3d}  {name:16s} {two[step][name]:.7f}  {one[step][name]:.7f}")
-            assert two[step][name] == pytest.approx(one[step][name], rel=1e-3, abs=1e-5), (step, name)
-    assert difference(tmp_path / "two", tmp_path / "one") < 1e-4
+    assert_equal_losses(world, tmp_path, flags, 10, ({"diffusion"}, LOSSES["both"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["prior", "cat"])
+def test_two_processes_keep_what_one_keeps(world, tmp_path, way):  # noqa: F811
+    prompts = ("a dog", "a street", "a red car") if way == "cat" else None
+    flags = {"preservation": way, "unrelated_prompts": prompts, "stage1_steps": 20, "stage2_steps": 0}
+    assert_equal_losses(world, tmp_path, flags, 20, ({"diffusion", "preservation"}, set()))
