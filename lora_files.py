@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import safetensors.torch
@@ -374,26 +375,41 @@ def save_diffusers_lora(lora: Path, folder: Path) -> Path:
     with _naming(lora):
         layers = read_lora(lora)
     for model, group in layers.items():
-        rank = _most_common(layer.rank for layer in group.values())
-        alpha = _most_common(layer.alpha for layer in group.values())
-        config = LoraConfig(
-            r=rank,
-            lora_alpha=alpha,
-            rank_pattern={name: layer.rank for name, layer in group.items() if layer.rank != rank},
-            alpha_pattern={name: layer.alpha for name, layer in group.items() if layer.alpha != alpha},
-            target_modules=list(group),
-        )
-        options[f"{model}_lora_adapter_metadata"] = config.to_dict()
-        options[f"{model}_lora_layers"] = {
-            f"{name}.{key}.weight": tensor.contiguous()
-            for name, layer in group.items()
-            for key, tensor in (("lora_A", layer.down), ("lora_B", layer.up))
-        }
+        state, metadata = diffusers_state(group)
+        options |= {f"{model}_lora_layers": state, f"{model}_lora_adapter_metadata": metadata}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LORA_WEIGHT_NAME_SAFE
     with _whole(path) as whole:
         StableDiffusionPipeline.save_lora_weights(whole.parent, **options)
     return path
+
+
+def diffusers_state(group: Mapping[str, LoraLayer]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """One model's layers as diffusers writes them.
+
+    Args:
+        group: the layers by name, none of a DoRA; each may have a rank and an alpha of its own.
+
+    Returns:
+        The tensors under PEFT's names, and the metadata that tells ranks and alphas.
+
+    Source: [ours].
+    """
+    rank = _most_common(layer.rank for layer in group.values())
+    alpha = _most_common(layer.alpha for layer in group.values())
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        rank_pattern={name: layer.rank for name, layer in group.items() if layer.rank != rank},
+        alpha_pattern={name: layer.alpha for name, layer in group.items() if layer.alpha != alpha},
+        target_modules=list(group),
+    )
+    state = {
+        f"{name}.{key}.weight": tensor.contiguous()
+        for name, layer in group.items()
+        for key, tensor in (("lora_A", layer.down), ("lora_B", layer.up))
+    }
+    return state, config.to_dict()
 
 
 def _most_common(values: Iterable[float]) -> float:

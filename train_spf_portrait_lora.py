@@ -32,6 +32,7 @@ from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
+from peft.tuners.adalora import RankAllocator
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
@@ -40,6 +41,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import CLIPImageProcessorPil, CLIPModel
 
+import adalora
 from attention_processors import (
     CrossAttentionFeatures,
     active_adapters,
@@ -71,6 +73,7 @@ from conditioning import (
 from data import bucketed_batch_indices, draw_latents
 from hub import LORA_WEIGHTS
 from interruption import Interrupted, StopRequest, catch_stop_signals, leave_stop_signals
+from lora_files import LoraLayer, diffusers_state
 from losses import (
     ENHANCEMENT_LOSSES,
     compose_prediction,
@@ -138,6 +141,7 @@ class Run:
         decoder: decodes for the enhancement loss.
         released: the pipeline's models that no step uses; they lie on the CPU while nothing is drawn.
         pixels: the batches of the stage, where latents are not cached.
+        allocator: of AdaLoRA's ranks, with --use_adalora.
         stage, global_step: where the run is: in stage 1 or 2, after so many updates.
         saved_step: of the last checkpoint.
         repo_id: where the LoRA will be pushed, on the main process, if it will.
@@ -160,6 +164,7 @@ class Run:
     unrelated_embeds: torch.Tensor | None = None
     released: tuple[str, ...] = ()
     pixels: Iterator[torch.Tensor] | None = None
+    allocator: RankAllocator | None = None
     optimizer: torch.optim.Optimizer | None = None
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
     stop: StopRequest = field(default_factory=StopRequest)
@@ -193,7 +198,7 @@ def prepare_run(args: argparse.Namespace, inputs: Inputs, accelerator: Accelerat
         module.requires_grad_(False)
 
     unet, earlier = pipeline.unet, args.stage1_lora_path if inputs.resume is None else inputs.resume.folder
-    if earlier is None:
+    if earlier is None or args.use_adalora:
         unet.add_adapter(lora_config(args, unet))
     else:
         load_adapter(pipeline, earlier)
@@ -239,7 +244,11 @@ def prepare_run(args: argparse.Namespace, inputs: Inputs, accelerator: Accelerat
     if args.preservation == "cat":
         with torch.no_grad():
             run.unrelated_embeds = pipeline.text_encoder(inputs.unrelated_ids.to(device))[0]
+    if args.use_adalora:
+        run.allocator = adalora.make_allocator(unet)
     if inputs.resume is not None:
+        if args.use_adalora:
+            adalora.load_training_state(run.allocator, unet, inputs.resume.state["adalora"])
         run.stage, run.global_step = inputs.resume.state["stage"], inputs.resume.state["global_step"]
         run.saved_step = run.global_step
     release_unused(run)
@@ -600,6 +609,7 @@ def loss_weights(args: argparse.Namespace) -> dict[str, float]:
         "base_prompt": args.lambda_base,
         "composed": 1.0,
         "preservation": args.preservation_weight,
+        "orthogonal": adalora.ORTHOGONAL_WEIGHT,
     }
 
 
@@ -690,6 +700,12 @@ def unrelated_choice(run: Run, count: int, micro_step: int) -> torch.Tensor:
         accelerator.process_index * count :
     ][:count]
     return chosen.to(run.device)
+
+
+@contextmanager
+def orthogonal_terms(run: Run, micro_step: int) -> Iterator[dict[str, torch.Tensor]]:
+    """AdaLoRA's regularizer, which keeps the singular vectors orthonormal."""
+    yield {"orthogonal": adalora.orthogonal_loss(run.unet)}
 
 
 @contextmanager
@@ -860,14 +876,15 @@ def embed_training_portraits(run: Run) -> torch.Tensor:
 def step_terms(
     run: Run, stage: int, global_step: int
 ) -> list[Callable[[Run, int], AbstractContextManager[dict[str, torch.Tensor]]]]:
-    """The forwards of a step.
+    """The forwards of a step, and what is computed from the weights alone.
 
     The diffusion term comes last: under DDP only the last backward is reduced, and the alignment terms leave some LoRA
     weights without a gradient.
     """
     args = run.args
     if stage == 1:
-        return [partial(diffusion_terms, enhance=False)]
+        own = [orthogonal_terms] if args.use_adalora else []
+        return [*own, partial(diffusion_terms, enhance=False)]
     terms = [composed_terms] if args.stage2_objective != "paper" else []
     if args.stage2_objective != "composed":
         enhance = uses_enhancement(args) and (global_step - args.stage1_steps) % args.enhancement_every == 0
@@ -921,6 +938,9 @@ def train_step(
     if accelerator.scaler is None:  # a scaler skips such an update by itself
         check_finite({"gradient": norm}, global_step)
     optimizer.step()
+    if run.allocator is not None:
+        updated = not accelerator.optimizer_step_was_skipped
+        adalora.allocate_ranks(run.allocator, run.unet, global_step + 1, updated)
     optimizer.zero_grad(set_to_none=True)
     return {name: accelerator.reduce(value, "mean").item() for name, value in means.items()}
 
@@ -1022,13 +1042,18 @@ def save_lora(run: Run, folder: Path) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     # peft's names, for all layers: a loader tells the naming by the first one.
-    state = get_peft_model_state_dict(run.unet, adapter_name="default")
+    if run.args.use_adalora:
+        layers = {name: LoraLayer(down, up, float(len(down))) for name, (down, up) in adalora.fold(run.unet).items()}
+        state, metadata = diffusers_state(layers)
+    else:
+        state = get_peft_model_state_dict(run.unet, adapter_name="default")
+        metadata = run.unet.peft_config["default"].to_dict()
     with tempfile.TemporaryDirectory(dir=folder, prefix=f"{HIDDEN_PREFIX}lora-") as temporary:
         SPFPortraitPipeline.save_lora_weights(
             temporary,
             unet_lora_layers=state,
             safe_serialization=True,
-            unet_lora_adapter_metadata=run.unet.peft_config["default"].to_dict(),
+            unet_lora_adapter_metadata=metadata,
         )
         for file in Path(temporary).iterdir():
             os.replace(file, folder / file.name)
@@ -1066,6 +1091,7 @@ def write_checkpoint(run: Run) -> None:
         "scaler": None if scaler is None else scaler.state_dict(),
         "alignment": None if run.alignment is None else vars(run.alignment),
         "teacher": get_peft_model_state_dict(run.unet, adapter_name=STAGE1_ADAPTER) if has_teacher(run) else None,
+        "adalora": None if run.allocator is None else adalora.training_state(run.allocator, run.unet),
     }
     save_checkpoint(
         Path(args.output_dir), run.global_step, state, partial(save_lora, run), args.checkpoints_total_limit

@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAVES = (
-    "attention_processors", "prompts", "sfcm", "losses", "data", "caches", "checkpoints", "checked_loading", "hub",
-    "interruption", "lora_files", "metrics", "optimizers", "pictures", "report",
+    "adalora", "attention_processors", "prompts", "sfcm", "losses", "data", "caches", "checkpoints", "checked_loading",
+    "hub", "interruption", "lora_files", "metrics", "optimizers", "pictures", "report",
 )  # fmt: skip
 FLOOR_1 = (
     "conditioning", "evaluation_inputs", "evaluation_models", "evaluation_summary", "pipeline_spf_portrait",
