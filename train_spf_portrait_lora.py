@@ -67,7 +67,7 @@ from conditioning import (
     encode_prompts,
     make_prompt_table,
 )
-from data import bucketed_batch_indices, draw_latents
+from data import bucketed_batch_indices, draw_latents, revisited_batch
 from hub import LORA_WEIGHTS
 from interruption import Interrupted, StopRequest, catch_stop_signals, leave_stop_signals
 from losses import (
@@ -100,6 +100,8 @@ from training_sharing import make_repository, share
 logger = get_logger(__name__)
 
 STAGE1_ADAPTER = "stage1"
+# Batches whose composed targets are kept at a time: latents, a few megabytes for Stable Diffusion.
+KEPT_TARGETS = 16
 
 
 # --------------------------------------------------------------------------------------------- models and portraits
@@ -134,6 +136,7 @@ class Run:
         decoder: decodes for the enhancement loss.
         released: the pipeline's models that no step uses; they lie on the CPU while nothing is drawn.
         pixels: the batches of the stage, where latents are not cached.
+        targets: composed targets (B, C, H, W) by the number of their batch, at most `KEPT_TARGETS`.
         stage, global_step: where the run is: in stage 1 or 2, after so many updates.
         saved_step: of the last checkpoint.
         repo_id: where the LoRA will be pushed, on the main process, if it will.
@@ -155,6 +158,7 @@ class Run:
     alignment: Portraits | None = None
     released: tuple[str, ...] = ()
     pixels: Iterator[torch.Tensor] | None = None
+    targets: dict[int, torch.Tensor] = field(default_factory=dict)
     optimizer: torch.optim.Optimizer | None = None
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
     stop: StopRequest = field(default_factory=StopRequest)
@@ -649,15 +653,38 @@ def alignment_terms(run: Run, micro_step: int) -> Iterator[dict[str, torch.Tenso
 def composed_terms(run: Run, micro_step: int) -> Iterator[dict[str, torch.Tensor]]:
     """`L_composed`: the stage-1 adapter's change inside the SFCM, the original model's prediction elsewhere [ours]."""
     args = run.args
+    number = composed_batch(args, micro_step)
     batch = draw_batch(
         run,
         run.alignment,
-        micro_step,
+        number,
         stream=2,
         unchanged_share=args.base_prompt_share,
         timestep_power=args.composed_timestep_power,
     )
-    reference_embeds, response_embeds = prompt_embeds(run, batch.rows)
+    response_embeds = encode_prompts(run.table, run.table.response_rows[batch.rows], run.pipeline.text_encoder)
+    target = composed_target(run, batch, number, response_embeds)
+    response_pred = run.response_unet(batch.noisy_latents, batch.timesteps, response_embeds, return_dict=False)[0]
+    yield {"composed": diffusion_loss(response_pred, target).mean()}
+
+
+def composed_batch(args: argparse.Namespace, micro_step: int) -> int:
+    """The batch that composed alignment learns from, among those of `draw_batch`: each is met several times [ours]."""
+    first = args.stage1_steps * args.gradient_accumulation_steps
+    return first + revisited_batch(micro_step - first, KEPT_TARGETS, args.composed_target_reuse, args.seed)
+
+
+@torch.no_grad()
+def composed_target(run: Run, batch: Batch, number: int, response_embeds: torch.Tensor) -> torch.Tensor:
+    """What the predictions (B, C, H, W) of a batch should be, made once and kept as long as its cycle lasts [ours].
+
+    All of it comes from frozen weights and the batch. What is not there, as in a run that goes on, is made again and is
+    the same.
+    """
+    args = run.args
+    if number in run.targets:
+        return run.targets[number]
+    reference_embeds = encode_prompts(run.table, run.table.reference_rows[batch.rows], run.pipeline.text_encoder)
     reference_pred, full_pred, base_pred, features = composed_predictions(
         run, batch, reference_embeds, response_embeds
     )
@@ -665,8 +692,11 @@ def composed_terms(run: Run, micro_step: int) -> Iterator[dict[str, torch.Tensor
     target = compose_prediction(
         reference_pred, full_pred, base_pred, sfcm, args.sfcm_gamma, args.teacher_scale, args.teacher_base_weight
     )
-    response_pred = run.response_unet(batch.noisy_latents, batch.timesteps, response_embeds, return_dict=False)[0]
-    yield {"composed": diffusion_loss(response_pred, target).mean()}
+    if args.composed_target_reuse > 1:
+        first = args.stage1_steps * args.gradient_accumulation_steps
+        cycle = number - (number - first) % KEPT_TARGETS
+        run.targets = {kept: value for kept, value in run.targets.items() if kept >= cycle} | {number: target}
+    return target
 
 
 @torch.no_grad()
@@ -677,10 +707,12 @@ def composed_predictions(
 
     With them come the original model's features, if the map asks for them.
 
-    The teacher sees FULL rows alone; elsewhere its predictions are the reference's, which the composition keeps.
+    The teacher sees FULL rows alone, and with the base prompt only where that has a weight; elsewhere its predictions
+    are the reference's, which the composition keeps.
     """
     full = (batch.kinds == FULL).nonzero().flatten()
-    teacher_rows, teacher_embeds = full.repeat(2), torch.cat([response_embeds[full], reference_embeds[full]])
+    asked = [response_embeds, reference_embeds] if run.args.teacher_base_weight > 0 else [response_embeds]
+    teacher_rows, teacher_embeds = full.repeat(len(asked)), torch.cat([embeds[full] for embeds in asked])
     with ExitStack() as stack:
         store = None
         if not SFCM_MODES[run.args.sfcm_mode].averaged:
@@ -706,7 +738,9 @@ def composed_predictions(
                         return_dict=False,
                     )[0]
         features = store.pop().rows(0, len(batch.kinds)) if store is not None else None
-    full_pred, base_pred = (reference_pred.index_copy(0, full, preds) for preds in teacher_preds.chunk(2))
+    teacher_preds = [reference_pred.index_copy(0, full, preds) for preds in teacher_preds.chunk(len(asked))]
+    # Without a weight, what the teacher makes of the base prompt is nothing that counts.
+    full_pred, base_pred = teacher_preds if len(asked) == 2 else (*teacher_preds, reference_pred)
     return reference_pred, full_pred, base_pred, features
 
 
@@ -1123,6 +1157,7 @@ def train_stage(run: Run, steps: range, lr_scheduler_name: str, progress: tqdm) 
         done = global_step - steps.start
         if run.stage == 2 and args.sfcm_refresh_steps and done and done % args.sfcm_refresh_steps == 0:
             run.alignment.sfcm = fill_sfcm_bank(run, run.alignment)
+            run.targets = {}
         losses = train_step(run, run.stage, global_step, run.optimizer, parameters)
         run.lr_scheduler.step()
         run.global_step += 1
