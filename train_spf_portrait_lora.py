@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import sys
 import tempfile
@@ -482,6 +483,8 @@ def prompt_embeds(run: Run, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 class Batch:
     """One step's rows on this process.
 
+    Index and kinds lie on the CPU, where reading them waits for no GPU; all else lies on the device.
+
     Attributes:
         index: (B,) the portraits, as places in their latents.
         kinds: (B,) FULL, BASE or EMPTY.
@@ -531,15 +534,21 @@ def draw_batch(
     place = (torch.randperm(size, generator=generator) + torch.rand(size, generator=generator)) / size
     kinds = torch.where(place < unchanged_share / 3, EMPTY, torch.where(place < unchanged_share, BASE, FULL))[own]
     noise = torch.randn(size, *latents.shape[1:], generator=generator)
-    density = timestep_density(run.noise_scheduler.alphas_cumprod.cpu(), timestep_power)
+    # The betas stay on the CPU; the scheduler moves its own products of them to the device.
+    density = timestep_density((1 - run.noise_scheduler.betas).cumprod(0), timestep_power)
     timesteps = torch.multinomial(density, size, replacement=True, generator=generator)[own]
     if noise_offset:
         noise = noise + noise_offset * torch.randn(size, latents.shape[1], 1, 1, generator=generator)
-    index, kinds, timesteps, noise = (values.to(run.device) for values in (index, kinds, timesteps, noise[own]))
-    pairs = portraits.pair_index[index % len(portraits.pair_index)]
-    rows = kinds * len(run.inputs.pairs) + pairs
+    timesteps, noise = send(timesteps, run.device), send(noise[own], run.device)
+    pairs = portraits.pair_index[send(index % len(portraits.pair_index), run.device)]
+    rows = send(kinds * len(run.inputs.pairs), run.device) + pairs
     noisy_latents = run.noise_scheduler.add_noise(latents, noise, timesteps)
     return Batch(index, kinds, pairs, rows, latents, noise, noisy_latents, timesteps, pixels)
+
+
+def send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the CPU on the device, without waiting for what a GPU still has to do."""
+    return values.to(device, non_blocking=device.type == "cuda")
 
 
 def take_portraits(
@@ -628,7 +637,7 @@ def alignment_terms(run: Run, micro_step: int) -> Iterator[dict[str, torch.Tenso
         reference, response = paths.reference, paths.response
         sfcm = alignment_sfcm(run, batch, paths.response_pred.detach(), paths.reference_pred, reference)
         resolutions = list(reference.resolutions.values())
-        unchanged = (batch.kinds != FULL).float()
+        unchanged = send((batch.kinds != FULL).float(), run.device)
         base_error = diffusion_loss(paths.response_pred, paths.reference_pred)
         yield {
             "text_consistent": text_consistent_loss(
@@ -678,7 +687,7 @@ def composed_batch(args: argparse.Namespace, micro_step: int) -> int:
 def composed_target(run: Run, batch: Batch, number: int, response_embeds: torch.Tensor) -> torch.Tensor:
     """What the predictions (B, C, H, W) of a batch should be, made once and kept as long as its cycle lasts [ours].
 
-    All of it comes from frozen weights and the batch. What is not there, as in a run that goes on, is made again and is
+    All of it comes from frozen weights and the batch: what is not there, as in a run that goes on, is made again and is
     the same.
     """
     args = run.args
@@ -710,7 +719,7 @@ def composed_predictions(
     The teacher sees FULL rows alone, and with the base prompt only where that has a weight; elsewhere its predictions
     are the reference's, which the composition keeps.
     """
-    full = (batch.kinds == FULL).nonzero().flatten()
+    full = send((batch.kinds == FULL).nonzero().flatten(), run.device)
     asked = [response_embeds, reference_embeds] if run.args.teacher_base_weight > 0 else [response_embeds]
     teacher_rows, teacher_embeds = full.repeat(len(asked)), torch.cat([embeds[full] for embeds in asked])
     with ExitStack() as stack:
@@ -759,7 +768,7 @@ def alignment_sfcm(
         difference = noise_difference(response_pred, reference_pred)
         probs, resolutions = list(features.attention_probs.values()), list(features.resolutions.values())
         sfcm = make_sfcm(run, batch.pairs, difference, probs, resolutions)
-    return sfcm * (batch.kinds == FULL)[:, None, None, None]
+    return sfcm * send(batch.kinds == FULL, run.device)[:, None, None, None]
 
 
 def enhancement_loss(run: Run, batch: Batch, model_pred: torch.Tensor) -> torch.Tensor:
@@ -769,7 +778,7 @@ def enhancement_loss(run: Run, batch: Batch, model_pred: torch.Tensor) -> torch.
         batch.noisy_latents, model_pred, batch.timesteps, scheduler.alphas_cumprod, scheduler.config.prediction_type
     )
     if batch.pixels is None:
-        image_embeds = run.training.image_embeds[batch.index]
+        image_embeds = run.training.image_embeds[send(batch.index, run.device)]
     else:
         with torch.no_grad():
             image_embeds = embed_pixels(run.clip, run.clip_processor, batch.pixels)
@@ -828,12 +837,12 @@ def lora_dropout(run: Run) -> Iterator[None]:
             dropout.eval()
 
 
-def check_finite(parts: dict[str, torch.Tensor], global_step: int) -> None:
+def check_finite(values: dict[str, float], global_step: int) -> None:
     """Stop before the update at the first loss, or norm of the gradient, that is not finite."""
-    for name, value in parts.items():
-        if not torch.isfinite(value):
+    for name, value in values.items():
+        if not math.isfinite(value):
             raise FloatingPointError(
-                f"{name!r} is {value.item()} at step {global_step}; nothing was updated, and what was saved "
+                f"{name!r} is {value} at step {global_step}; nothing was updated, and what was saved "
                 "before is whole. A lower --learning_rate or --mixed_precision bf16 instead of fp16 usually helps."
             )
 
@@ -848,21 +857,27 @@ def train_step(
     torch.manual_seed(
         (run.args.seed * 1_000_003 + global_step) * accelerator.num_processes + accelerator.process_index
     )
-    for k in range(accumulation):
-        for i, term in enumerate(terms):
-            reduces = k == accumulation - 1 and i == len(terms) - 1
-            with lora_dropout(run), nullcontext() if reduces else accelerator.no_sync(run.response_unet):
-                with term(run, global_step * accumulation + k) as parts:
-                    check_finite(parts, global_step)
-                    accelerator.backward(sum(weights[name] * value for name, value in parts.items()) / accumulation)
-            for name, value in parts.items():
-                means[name] = means.get(name, 0.0) + value.detach() / accumulation
+    with lora_dropout(run):
+        for k in range(accumulation):
+            for i, term in enumerate(terms):
+                reduces = k == accumulation - 1 and i == len(terms) - 1
+                with nullcontext() if reduces else accelerator.no_sync(run.response_unet):
+                    with term(run, global_step * accumulation + k) as parts:
+                        loss = sum(weights[name] * value for name, value in parts.items())
+                        accelerator.backward(loss / accumulation)
+                for name, value in parts.items():
+                    means[name] = means.get(name, 0.0) + value.detach() / accumulation
     norm = accelerator.clip_grad_norm_(parameters, run.args.max_grad_norm)
-    if accelerator.scaler is None:  # a scaler skips such an update by itself
-        check_finite({"gradient": norm}, global_step)
+    # Read together: each reading waits until a GPU has done all that it was given.
+    names = (*means, "gradient")
+    values = accelerator.reduce(torch.stack([value.float() for value in (*means.values(), norm)]), "mean").tolist()
+    values = dict(zip(names, values, strict=True))
+    norm = values.pop("gradient")
+    # A scaler skips an update whose gradient is not finite by itself.
+    check_finite(values if accelerator.scaler is not None else values | {"gradient": norm}, global_step)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return {name: accelerator.reduce(value, "mean").item() for name, value in means.items()}
+    return values
 
 
 # ------------------------------------------------------------------------------------------------- pictures and files

@@ -9,7 +9,9 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -877,12 +879,19 @@ def test_accumulated_batches_are_one_batch(world, tmp_path, monkeypatch, objecti
 
 def test_accumulation_draws_anew_reduces_once_and_logs_the_mean(world, tmp_path, monkeypatch):
     events, micro_steps, losses = [], [], []
-    no_sync, backward, draw, check = (
+    no_sync, backward, draw, step_terms = (
         script.Accelerator.no_sync,
         script.Accelerator.backward,
         script.draw_batch,
-        script.check_finite,
+        script.step_terms,
     )
+
+    @contextmanager
+    def watched(run, micro_step, term):
+        with term(run, micro_step) as parts:
+            losses.append({name: value.item() for name, value in parts.items()})
+            yield parts
+
     monkeypatch.setattr(
         script.Accelerator, "no_sync", lambda self, model: events.append("no_sync") or no_sync(self, model)
     )
@@ -898,8 +907,8 @@ def test_accumulation_draws_anew_reduces_once_and_logs_the_mean(world, tmp_path,
     )
     monkeypatch.setattr(
         script,
-        "check_finite",
-        lambda parts, step: losses.append({k: v.item() for k, v in parts.items()}) or check(parts, step),
+        "step_terms",
+        lambda *args: [partial(watched, term=term) for term in step_terms(*args)],
     )
     means = watch(monkeypatch, "train_step")
     flags = {"stage1_steps": 1, "stage2_steps": 1, "stage2_objective": "both", "gradient_accumulation_steps": 2}
