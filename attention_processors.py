@@ -343,13 +343,13 @@ def _adapter_layers(unet: nn.Module, names: Sequence[str]) -> list[BaseTunerLaye
 
 
 @contextmanager
-def _adapter_state(unet: nn.Module, layers: Sequence[BaseTunerLayer], names: Sequence[str] | None) -> Iterator[None]:
+def _adapter_state(layers: Sequence[BaseTunerLayer], names: Sequence[str] | None) -> Iterator[None]:
     """Exactly `names` active inside (None: as they are, but switched on; empty: all off).
 
     peft's switches set requires_grad on what they activate and clear it elsewhere; here the flags stay as they were,
     inside too.
     """
-    flags = [(parameter, parameter.requires_grad) for parameter in unet.parameters()]
+    flags = [(parameter, parameter.requires_grad) for layer in layers for parameter in layer.parameters()]
     states = [(layer, layer.active_adapters, layer.disable_adapters) for layer in layers]
 
     def restore_flags() -> None:
@@ -385,7 +385,7 @@ def active_adapters(unet: nn.Module, names: str | Sequence[str] | None) -> Itera
     Source: [ours] the Reference Path is the UNet with all adapters off.
     """
     names = [names] if isinstance(names, str) else list(names or ())
-    with _adapter_state(unet, _adapter_layers(unet, names), names):
+    with _adapter_state(_adapter_layers(unet, names), names):
         yield
 
 
@@ -412,7 +412,7 @@ def adapters_per_sample(unet: nn.Module, names: Sequence[str]) -> Iterator[None]
         return args, {**kwargs, "adapter_names": names}
 
     # A layer whose adapters are switched off ignores `adapter_names`.
-    with _adapter_state(unet, layers, None):
+    with _adapter_state(layers, None):
         hooks = []
         try:
             for layer in layers:

@@ -196,7 +196,8 @@ def embed_pixels(clip: CLIPModel, processor: CLIPImageProcessorPil, pixels: torc
     """CLIP image embeddings (B, E') of pictures (B, 3, H, W) in [-1, 1], with gradient."""
     side = clip.config.vision_config.image_size
     mean, std = (
-        torch.tensor(values, device=pixels.device).view(3, 1, 1)
+        # Sent without waiting for what a GPU still has to do.
+        torch.tensor(values).view(3, 1, 1).to(pixels.device, non_blocking=pixels.is_cuda)
         for values in (processor.image_mean, processor.image_std)
     )
     pixels = F.interpolate(pixels.float() / 2 + 0.5, (side, side), mode="bicubic", antialias=True, align_corners=False)

@@ -496,6 +496,30 @@ def bucketed_batch_indices(step: int, batch_size: int, buckets: Sequence[int], s
     return [samples[i] for i in chosen]
 
 
+def revisited_batch(step: int, kept: int, visits: int, seed: int) -> int:
+    """The batch of a step, where each comes several times; a pure function like `batch_indices`.
+
+    A cycle has `kept * visits` steps: so many batches one after another, and then the same ones again, shuffled anew
+    each time, so that steps side by side differ.
+
+    Args:
+        step: from 0.
+        kept: batches of a cycle, at least 1.
+        visits: how often each comes, at least 1; with 1 batches are steps.
+        seed: seed of the order.
+
+    Returns:
+        Number of the batch, from 0, with no gap between cycles.
+
+    Source: [ours].
+    """
+    cycle, place = divmod(step, kept * visits)
+    visit, place = divmod(place, kept)
+    if visit > 0:
+        place = _epoch_order(cycle * visits + visit, kept, _derive_seed(seed, "revisited batches"))[place]
+    return cycle * kept + place
+
+
 def draw_latents(
     pipeline: StableDiffusionPipeline,
     prompts: Sequence[str],

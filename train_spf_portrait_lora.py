@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import sys
 import tempfile
@@ -70,7 +71,7 @@ from conditioning import (
     encode_prompts,
     make_prompt_table,
 )
-from data import bucketed_batch_indices, draw_latents
+from data import bucketed_batch_indices, draw_latents, revisited_batch
 from hub import LORA_WEIGHTS
 from interruption import Interrupted, StopRequest, catch_stop_signals, leave_stop_signals
 from lora_files import LoraLayer, diffusers_state
@@ -105,6 +106,8 @@ from training_sharing import make_repository, share
 logger = get_logger(__name__)
 
 STAGE1_ADAPTER = "stage1"
+# Batches whose composed targets are kept at a time: latents, a few megabytes for Stable Diffusion.
+KEPT_TARGETS = 16
 
 
 # --------------------------------------------------------------------------------------------- models and portraits
@@ -142,6 +145,7 @@ class Run:
         released: the pipeline's models that no step uses; they lie on the CPU while nothing is drawn.
         pixels: the batches of the stage, where latents are not cached.
         allocator: of AdaLoRA's ranks, with --use_adalora.
+        targets: composed targets (B, C, H, W) by the number of their batch, at most `KEPT_TARGETS`.
         stage, global_step: where the run is: in stage 1 or 2, after so many updates.
         saved_step: of the last checkpoint.
         repo_id: where the LoRA will be pushed, on the main process, if it will.
@@ -165,6 +169,7 @@ class Run:
     released: tuple[str, ...] = ()
     pixels: Iterator[torch.Tensor] | None = None
     allocator: RankAllocator | None = None
+    targets: dict[int, torch.Tensor] = field(default_factory=dict)
     optimizer: torch.optim.Optimizer | None = None
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
     stop: StopRequest = field(default_factory=StopRequest)
@@ -505,6 +510,8 @@ def prompt_embeds(run: Run, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 class Batch:
     """One step's rows on this process.
 
+    Index and kinds lie on the CPU, where reading them waits for no GPU; all else lies on the device.
+
     Attributes:
         index: (B,) the portraits, as places in their latents.
         kinds: (B,) FULL, BASE or EMPTY.
@@ -554,15 +561,21 @@ def draw_batch(
     place = (torch.randperm(size, generator=generator) + torch.rand(size, generator=generator)) / size
     kinds = torch.where(place < unchanged_share / 3, EMPTY, torch.where(place < unchanged_share, BASE, FULL))[own]
     noise = torch.randn(size, *latents.shape[1:], generator=generator)
-    density = timestep_density(run.noise_scheduler.alphas_cumprod.cpu(), timestep_power)
+    # The betas stay on the CPU; the scheduler moves its own products of them to the device.
+    density = timestep_density((1 - run.noise_scheduler.betas).cumprod(0), timestep_power)
     timesteps = torch.multinomial(density, size, replacement=True, generator=generator)[own]
     if noise_offset:
         noise = noise + noise_offset * torch.randn(size, latents.shape[1], 1, 1, generator=generator)
-    index, kinds, timesteps, noise = (values.to(run.device) for values in (index, kinds, timesteps, noise[own]))
-    pairs = portraits.pair_index[index % len(portraits.pair_index)]
-    rows = kinds * len(run.inputs.pairs) + pairs
+    timesteps, noise = send(timesteps, run.device), send(noise[own], run.device)
+    pairs = portraits.pair_index[send(index % len(portraits.pair_index), run.device)]
+    rows = send(kinds * len(run.inputs.pairs), run.device) + pairs
     noisy_latents = run.noise_scheduler.add_noise(latents, noise, timesteps)
     return Batch(index, kinds, pairs, rows, latents, noise, noisy_latents, timesteps, pixels)
+
+
+def send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the CPU on the device, without waiting for what a GPU still has to do."""
+    return values.to(device, non_blocking=device.type == "cuda")
 
 
 def take_portraits(
@@ -732,7 +745,7 @@ def alignment_terms(run: Run, micro_step: int) -> Iterator[dict[str, torch.Tenso
             resolution = phrase_map_resolution(reference.resolutions)
             reference, response = reference.at_resolution(resolution), response.at_resolution(resolution)
         resolutions = list(reference.resolutions.values())
-        unchanged = (batch.kinds != FULL).float()
+        unchanged = send((batch.kinds != FULL).float(), run.device)
         base_error = diffusion_loss(paths.response_pred, paths.reference_pred)
         yield {
             "text_consistent": text_consistent_loss(
@@ -757,15 +770,38 @@ def alignment_terms(run: Run, micro_step: int) -> Iterator[dict[str, torch.Tenso
 def composed_terms(run: Run, micro_step: int) -> Iterator[dict[str, torch.Tensor]]:
     """`L_composed`: the stage-1 adapter's change inside the SFCM, the original model's prediction elsewhere [ours]."""
     args = run.args
+    number = composed_batch(args, micro_step)
     batch = draw_batch(
         run,
         run.alignment,
-        micro_step,
+        number,
         stream=2,
         unchanged_share=args.base_prompt_share,
         timestep_power=args.composed_timestep_power,
     )
-    reference_embeds, response_embeds = prompt_embeds(run, batch.rows)
+    response_embeds = encode_prompts(run.table, run.table.response_rows[batch.rows], run.pipeline.text_encoder)
+    target = composed_target(run, batch, number, response_embeds)
+    response_pred = run.response_unet(batch.noisy_latents, batch.timesteps, response_embeds, return_dict=False)[0]
+    yield {"composed": diffusion_loss(response_pred, target).mean()}
+
+
+def composed_batch(args: argparse.Namespace, micro_step: int) -> int:
+    """The batch that composed alignment learns from, among those of `draw_batch`: each is met several times [ours]."""
+    first = args.stage1_steps * args.gradient_accumulation_steps
+    return first + revisited_batch(micro_step - first, KEPT_TARGETS, args.composed_target_reuse, args.seed)
+
+
+@torch.no_grad()
+def composed_target(run: Run, batch: Batch, number: int, response_embeds: torch.Tensor) -> torch.Tensor:
+    """What the predictions (B, C, H, W) of a batch should be, made once and kept as long as its cycle lasts [ours].
+
+    All of it comes from frozen weights and the batch: what is not there, as in a run that goes on, is made again and
+    is the same.
+    """
+    args = run.args
+    if number in run.targets:
+        return run.targets[number]
+    reference_embeds = encode_prompts(run.table, run.table.reference_rows[batch.rows], run.pipeline.text_encoder)
     reference_pred, full_pred, base_pred, features = composed_predictions(
         run, batch, reference_embeds, response_embeds
     )
@@ -773,8 +809,11 @@ def composed_terms(run: Run, micro_step: int) -> Iterator[dict[str, torch.Tensor
     target = compose_prediction(
         reference_pred, full_pred, base_pred, sfcm, args.sfcm_gamma, args.teacher_scale, args.teacher_base_weight
     )
-    response_pred = run.response_unet(batch.noisy_latents, batch.timesteps, response_embeds, return_dict=False)[0]
-    yield {"composed": diffusion_loss(response_pred, target).mean()}
+    if args.composed_target_reuse > 1:
+        first = args.stage1_steps * args.gradient_accumulation_steps
+        cycle = number - (number - first) % KEPT_TARGETS
+        run.targets = {kept: value for kept, value in run.targets.items() if kept >= cycle} | {number: target}
+    return target
 
 
 @torch.no_grad()
@@ -785,10 +824,12 @@ def composed_predictions(
 
     With them come the original model's features, if the map asks for them.
 
-    The teacher sees FULL rows alone; elsewhere its predictions are the reference's, which the composition keeps.
+    The teacher sees FULL rows alone, and with the base prompt only where that has a weight; elsewhere its predictions
+    are the reference's, which the composition keeps.
     """
-    full = (batch.kinds == FULL).nonzero().flatten()
-    teacher_rows, teacher_embeds = full.repeat(2), torch.cat([response_embeds[full], reference_embeds[full]])
+    full = send((batch.kinds == FULL).nonzero().flatten(), run.device)
+    asked = [response_embeds, reference_embeds] if run.args.teacher_base_weight > 0 else [response_embeds]
+    teacher_rows, teacher_embeds = full.repeat(len(asked)), torch.cat([embeds[full] for embeds in asked])
     with ExitStack() as stack:
         store = None
         if not has_sfcm_bank(run.args):
@@ -814,7 +855,9 @@ def composed_predictions(
                         return_dict=False,
                     )[0]
         features = store.pop().rows(0, len(batch.kinds)) if store is not None else None
-    full_pred, base_pred = (reference_pred.index_copy(0, full, preds) for preds in teacher_preds.chunk(2))
+    teacher_preds = [reference_pred.index_copy(0, full, preds) for preds in teacher_preds.chunk(len(asked))]
+    # Without a weight, what the teacher makes of the base prompt is nothing that counts.
+    full_pred, base_pred = teacher_preds if len(asked) == 2 else (*teacher_preds, reference_pred)
     return reference_pred, full_pred, base_pred, features
 
 
@@ -833,7 +876,7 @@ def alignment_sfcm(
         difference = noise_difference(response_pred, reference_pred)
         probs, resolutions = list(features.attention_probs.values()), list(features.resolutions.values())
         sfcm = make_sfcm(run, batch.pairs, difference, probs, resolutions)
-    return sfcm * (batch.kinds == FULL)[:, None, None, None]
+    return sfcm * send(batch.kinds == FULL, run.device)[:, None, None, None]
 
 
 def enhancement_loss(run: Run, batch: Batch, model_pred: torch.Tensor) -> torch.Tensor:
@@ -843,7 +886,7 @@ def enhancement_loss(run: Run, batch: Batch, model_pred: torch.Tensor) -> torch.
         batch.noisy_latents, model_pred, batch.timesteps, scheduler.alphas_cumprod, scheduler.config.prediction_type
     )
     if batch.pixels is None:
-        image_embeds = run.training.image_embeds[batch.index]
+        image_embeds = run.training.image_embeds[send(batch.index, run.device)]
     else:
         with torch.no_grad():
             image_embeds = embed_pixels(run.clip, run.clip_processor, batch.pixels)
@@ -905,12 +948,12 @@ def lora_dropout(run: Run) -> Iterator[None]:
             dropout.eval()
 
 
-def check_finite(parts: dict[str, torch.Tensor], global_step: int) -> None:
+def check_finite(values: dict[str, float], global_step: int) -> None:
     """Stop before the update at the first loss, or norm of the gradient, that is not finite."""
-    for name, value in parts.items():
-        if not torch.isfinite(value):
+    for name, value in values.items():
+        if not math.isfinite(value):
             raise FloatingPointError(
-                f"{name!r} is {value.item()} at step {global_step}; nothing was updated, and what was saved "
+                f"{name!r} is {value} at step {global_step}; nothing was updated, and what was saved "
                 "before is whole. A lower --learning_rate or --mixed_precision bf16 instead of fp16 usually helps."
             )
 
@@ -925,24 +968,30 @@ def train_step(
     torch.manual_seed(
         (run.args.seed * 1_000_003 + global_step) * accelerator.num_processes + accelerator.process_index
     )
-    for k in range(accumulation):
-        for i, term in enumerate(terms):
-            reduces = k == accumulation - 1 and i == len(terms) - 1
-            with lora_dropout(run), nullcontext() if reduces else accelerator.no_sync(run.response_unet):
-                with term(run, global_step * accumulation + k) as parts:
-                    check_finite(parts, global_step)
-                    accelerator.backward(sum(weights[name] * value for name, value in parts.items()) / accumulation)
-            for name, value in parts.items():
-                means[name] = means.get(name, 0.0) + value.detach() / accumulation
+    with lora_dropout(run):
+        for k in range(accumulation):
+            for i, term in enumerate(terms):
+                reduces = k == accumulation - 1 and i == len(terms) - 1
+                with nullcontext() if reduces else accelerator.no_sync(run.response_unet):
+                    with term(run, global_step * accumulation + k) as parts:
+                        loss = sum(weights[name] * value for name, value in parts.items())
+                        accelerator.backward(loss / accumulation)
+                for name, value in parts.items():
+                    means[name] = means.get(name, 0.0) + value.detach() / accumulation
     norm = accelerator.clip_grad_norm_(parameters, run.args.max_grad_norm)
-    if accelerator.scaler is None:  # a scaler skips such an update by itself
-        check_finite({"gradient": norm}, global_step)
+    # Read together: each reading waits until a GPU has done all that it was given.
+    names = (*means, "gradient")
+    values = accelerator.reduce(torch.stack([value.float() for value in (*means.values(), norm)]), "mean").tolist()
+    values = dict(zip(names, values, strict=True))
+    norm = values.pop("gradient")
+    # A scaler skips an update whose gradient is not finite by itself.
+    check_finite(values if accelerator.scaler is not None else values | {"gradient": norm}, global_step)
     optimizer.step()
     if run.allocator is not None:
         updated = not accelerator.optimizer_step_was_skipped
         adalora.allocate_ranks(run.allocator, run.unet, global_step + 1, updated)
     optimizer.zero_grad(set_to_none=True)
-    return {name: accelerator.reduce(value, "mean").item() for name, value in means.items()}
+    return values
 
 
 # ------------------------------------------------------------------------------------------------- pictures and files
@@ -1269,6 +1318,7 @@ def train_stage(run: Run, steps: range, lr_scheduler_name: str, progress: tqdm) 
         done = global_step - steps.start
         if run.stage == 2 and args.sfcm_refresh_steps and done and done % args.sfcm_refresh_steps == 0:
             run.alignment.sfcm = fill_sfcm_bank(run, run.alignment)
+            run.targets = {}
         losses = train_step(run, run.stage, global_step, run.optimizer, parameters)
         run.lr_scheduler.step()
         run.global_step += 1

@@ -214,6 +214,12 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
         default=0.5,
         help="Draw composed alignment's timesteps with density (noise/signal)^power; 0 is uniform.",
     )
+    group.add_argument(
+        "--composed_target_reuse",
+        type=int,
+        default=1,
+        help="Steps that learn from each composed target, which costs more to make than to learn; 1 makes each anew.",
+    )
     group.add_argument("--lambda_text", type=float, default=20.0, help="Weight of the text-consistent loss (paper).")
     group.add_argument("--lambda_fine", type=float, default=6.0, help="Weight of the fine-grained loss (paper).")
     group.add_argument("--lambda_enh", type=float, default=20.0, help="Weight of the enhancement loss (paper).")
@@ -437,7 +443,7 @@ def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     at_least_one = (
         "rank", "train_batch_size", "gradient_accumulation_steps", "num_alignment_images", "alignment_inference_steps",
         "sfcm_noise_samples", "validation_inference_steps", "resolution", "repeats", "enhancement_every",
-        "checkpoints_total_limit", "lr_num_cycles",
+        "composed_target_reuse", "checkpoints_total_limit", "lr_num_cycles",
     )  # fmt: skip
     not_negative = (
         "stage1_steps", "stage2_steps", "lambda_text", "lambda_fine", "lambda_enh", "lambda_base", "lr_warmup_steps",

@@ -13,6 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -31,17 +33,31 @@ CACHES = {
 }
 
 
-def prepare(flags: list[str], steps: int) -> trainer.Run:
-    """A run at the start of stage 2."""
+def prepare(flags: list[str], steps: int, stage: int = 2) -> trainer.Run:
+    """A run at the start of a stage of so many steps."""
     args = parse_args(flags)
     accelerator = trainer.make_accelerator(args)
     run = trainer.prepare_run(args, check_inputs(args), accelerator)
     run.response_unet = accelerator.prepare(run.unet)
-    trainer.start_stage2(run)
-    parameters = [parameter for parameter in run.unet.parameters() if parameter.requires_grad]
-    trainer.prepare_optimizer(run, parameters, steps, "constant")
+    if stage == 2:
+        trainer.start_stage2(run)
+    trainer.prepare_optimizer(run, trained_parameters(run), steps, "constant")
     trainer.start_reading(run, steps)
     return run
+
+
+def trained_parameters(run: trainer.Run) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in run.unet.parameters() if parameter.requires_grad]
+
+
+def timed_step(run: trainer.Run, step: int, stage: int = 2) -> tuple[float, dict[str, float]]:
+    """Seconds and losses of a step; on a GPU until it has done all of it."""
+    parameters = trained_parameters(run)
+    start = time.perf_counter()
+    losses = trainer.train_step(run, stage, step, run.optimizer, parameters)
+    if run.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, losses
 
 
 def main(input_args: list[str] | None = None) -> None:
@@ -63,10 +79,8 @@ def main(input_args: list[str] | None = None) -> None:
         for step in range(options.steps + 1):
             losses = {}
             for name, run in runs.items():
-                parameters = [parameter for parameter in run.unet.parameters() if parameter.requires_grad]
-                start = time.perf_counter()
-                losses[name] = trainer.train_step(run, 2, step, run.optimizer, parameters)
-                times[name].append(time.perf_counter() - start)
+                seconds, losses[name] = timed_step(run, step)
+                times[name].append(seconds)
             for name, values in losses.items():
                 for loss, value in values.items():
                     first = losses["both cached"][loss]

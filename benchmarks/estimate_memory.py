@@ -25,9 +25,10 @@ import argparse
 import shlex
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -366,18 +367,25 @@ def alignment_backward(models: Models, inputs: UNetInputs) -> None:
         torch.autograd.backward((text + fine + base).mean())
 
 
-def steps_peak(models: Models, side: int = SIDE, small: bool = True) -> int:
-    """A step of both stages, term by term, with the trained LoRA's gradients and AdamW's state on the device."""
+Term = Callable[[Models, UNetInputs], None]
+
+
+def stage_terms(args: argparse.Namespace, small: bool = True) -> list[Term]:
+    """Forward and backward of each term of a step in stage 2, and with the last one of stage 1."""
+    terms = [] if args.stage2_objective == "composed" else [alignment_backward]
+    terms += [] if args.stage2_objective == "paper" else [composed_backward]
+    return [*terms, partial(diffusion_backward, enhance=uses_enhancement(args), small=small)]
+
+
+def steps_peak(models: Models, side: int = SIDE, terms: Sequence[Term] | None = None) -> int:
+    """Terms one after another (default: those of both stages), with the trained LoRA's gradients and AdamW's state."""
     args, unet = models.args, models.unet
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     with counting(unet, *models.judges) as counter, autocast_forward(unet):
         state = [torch.zeros_like(parameter) for parameter in trained for _ in range(2)]
         inputs = UNetInputs.make(unet, args.train_batch_size, side)
-        if args.stage2_objective != "composed":
-            alignment_backward(models, inputs)
-        if args.stage2_objective != "paper":
-            composed_backward(models, inputs)
-        diffusion_backward(models, inputs, uses_enhancement(args), small)
+        for term in stage_terms(args) if terms is None else terms:
+            term(models, inputs)
         for parameter in trained:
             parameter.grad = None
         del state
@@ -420,7 +428,7 @@ def print_figures() -> None:
     print(f"The default LoRA: {count / 1e6:.1f} million parameters; AdamW's state {2 * size / MIB:.0f} MiB, ", end="")
     print(f"with gradients {3 * size / MIB:.0f} MiB")
     with without_content(models.unet, models.vae, models.clip):
-        small, full = steps_peak(models), steps_peak(models, small=False)
+        small, full = (steps_peak(models, terms=stage_terms(models.args, small)) for small in (True, False))
     print(f"A step of `{ONE_PORTRAIT}`: {small / GIB:.1f} GiB, decoded in full {full / GIB:.1f} GiB")
 
 

@@ -58,6 +58,7 @@ def test_two_processes_have_the_losses_of_one(world, tmp_path, dual_path, checkp
     """Over 20 steps, half of them of stage 2 with every loss there is."""
     flags = {
         "stage2_objective": "both",
+        "composed_target_reuse": 2,  # with accumulation the last batches are met again
         "dual_path": dual_path,
         "gradient_checkpointing": checkpointing,
         "gradient_accumulation_steps": accumulation,
