@@ -42,14 +42,11 @@ from benchmarks.preservation import (  # noqa: E402
     draw_settings,
     file_digest,
     load_pipeline,
-    markdown_table,
-    number,
     run_folder,
-    standard_error,
     train,
     train_into,
-    without_nan,
 )
+from benchmarks.rows import markdown_table, number, standard_error, without_nan  # noqa: E402
 from toy_portraits.judge import (  # noqa: E402
     MIN_HAIR_PIXELS,
     PortraitJudge,

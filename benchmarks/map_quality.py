@@ -47,12 +47,9 @@ from benchmarks.preservation import (  # noqa: E402
     DrawSettings,
     base_model_digest,
     file_digest,
-    markdown_table,
     noise_of_prompts,
-    number,
-    standard_error,
-    without_nan,
 )
+from benchmarks.rows import markdown_table, number, standard_error, without_nan  # noqa: E402
 from conditioning import PromptTable, make_prompt_table  # noqa: E402
 from pipeline_spf_portrait import SPFPortraitPipeline, overlay_heat_map  # noqa: E402
 from prompts import PromptPair, make_prompt_pair, phrase_mask, tokenize_prompt_pair  # noqa: E402

@@ -1,9 +1,10 @@
-"""Does SPF-Portrait keep a portrait? One run makes the README's table: `python benchmarks/preservation.py`.
+"""Does SPF-Portrait keep a portrait, and what else does? `python benchmarks/preservation.py`.
 
-For every toy target and training seed it trains a plain LoRA, stage 1 alone and SPF-Portrait through the real training
-script, draws the same prompts from the same noise with each, and judges the portraits against the original model's.
-The controls are plain LoRA at equal steps and the same LoRAs turned down, since a weaker LoRA pollutes less too. What
-is finished is not trained or drawn again, so an interrupted run goes on where it stopped.
+For every toy target and training seed it trains LoRAs in all the ways of `RUNS` through the real training script, at
+equal steps and equal gradient samples, draws the same prompts from the same noise with each, with and without SFCM
+guidance, and judges the portraits against the original model's. Plain LoRA turned down is a control too, since a
+weaker LoRA pollutes less. What is trained with the true regions is a ceiling: nobody but the renderer knows them.
+What is finished is not trained or drawn again, so an interrupted run goes on where it stopped.
 
 `--evaluate FOLDER` judges one LoRA instead, and prints a row.
 
@@ -22,9 +23,9 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -40,16 +41,38 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import toy_portraits.judge  # noqa: E402
-from toy_portraits.judge import PROBE_FOLDER, PortraitJudge, ToyPrompt, base_prompts  # noqa: E402
+from benchmarks.plane import Color, Point, Series, front_shares, pareto_front, plane_picture  # noqa: E402
+from benchmarks.rows import (  # noqa: E402
+    ORIGINAL,
+    RESAMPLES,
+    Row,
+    curve_of,
+    distance_below_curve,
+    estimate,
+    markdown_table,
+    number,
+    overall_rows,
+    paired_difference,
+    resamples_of,
+    standard_error,
+    summarise,
+    with_interval,
+    without_nan,
+)
+from metrics import Estimate  # noqa: E402
+from pipeline_spf_portrait import SPFPortraitPipeline  # noqa: E402
+from toy_portraits.judge import PROBE_FOLDER, PortraitJudge, ToyPrompt, base_prompts, target_region  # noqa: E402
+from toy_portraits.probe import CLASS_FACTORS, PIXEL_FACTORS  # noqa: E402
 from toy_portraits.recipe import BASE_MODEL, FLAGS, training_flags  # noqa: E402
-from toy_portraits.world import SIZE, TARGETS  # noqa: E402
+from toy_portraits.world import SIZE, TARGETS, ToyTarget, render, sample_factors  # noqa: E402
 
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 UNWATCHED = ("--num_validation_images", "0", "--report_to", "none")
 STRENGTHS = (1.0, 0.75, 0.5, 0.25)
 PICTURED = 6  # prompts in the comparison pictures
-RESAMPLES = 1000
+SFCM_GUIDANCE = 1.0
+QUIET = {"adapter_in_unconditional": False, "target_scale": 0.75}  # what the README recommends with it
 
 
 @dataclass(frozen=True)
@@ -60,15 +83,18 @@ class Run:
         label: its name in the tables.
         flags: of the training script, beyond those that all runs share.
         strengths: scales of the LoRA at inference.
-        ablation: trained for one target only.
+        parent: of an ablation, the run that it changes in one thing. An ablation has targets and training seeds of its
+            own, and is drawn without guidance alone.
         continues: whether it starts from stage 1's LoRA; otherwise it is one stage of as many steps as both.
+        style: color and marker in the plane; None leaves it out.
     """
 
     label: str
     flags: str = ""
     strengths: tuple[float, ...] = (1.0,)
-    ablation: bool = False
+    parent: str | None = None
     continues: bool = True
+    style: tuple[Color, str] | None = None
 
 
 # Half a batch for what adds a row of its own to each training portrait's: all see as many rows with gradient.
@@ -77,36 +103,80 @@ HALF_BATCH = f"--train_batch_size {int(FLAGS[FLAGS.index('--train_batch_size') +
 UNRELATED = shlex.join(
     ["", "a man, black hair, a green jacket, a gray background", "a woman, gray hair, a white jacket, glasses"]
 )
-RUNS = {
-    "plain": Run("plain LoRA", strengths=STRENGTHS, continues=False),
-    "stage1": Run("stage 1 alone", strengths=STRENGTHS, continues=False),
-    "adalora": Run("AdaLoRA", "--use_adalora", continues=False),
-    "dora": Run("DoRA", "--use_dora", continues=False),
-    "prior": Run("prior preservation", f"--preservation prior {HALF_BATCH}", continues=False),
-    "dop": Run("differential output preservation", f"--preservation dop {HALF_BATCH}", continues=False),
+COMPOSED, PAPER = "--stage2_objective composed", f"--stage2_objective paper {HALF_BATCH}"
+# The methods, in the order of the tables.
+WAYS = {
+    "plain": Run("plain LoRA", "", STRENGTHS, continues=False, style=((200, 60, 40), "circle")),
+    "stage1": Run("stage 1 alone", continues=False, style=((222, 150, 30), "circle")),
+    "adalora": Run("AdaLoRA", "--use_adalora", continues=False, style=((140, 86, 75), "pentagon")),
+    "dora": Run("DoRA", "--use_dora", continues=False, style=((214, 100, 180), "pentagon")),
+    "prior": Run(
+        "prior preservation", f"--preservation prior {HALF_BATCH}", continues=False,
+        style=((110, 110, 20), "square"),
+    ),
+    "dop": Run(
+        "differential output preservation", f"--preservation dop {HALF_BATCH}", continues=False,
+        style=((0, 160, 170), "square"),
+    ),
     "cat": Run(
-        "contrastive adapter training",
-        f"--preservation cat --unrelated_prompts {UNRELATED} {HALF_BATCH}",
+        "contrastive adapter training", f"--preservation cat --unrelated_prompts {UNRELATED} {HALF_BATCH}",
         continues=False,
+        style=((130, 90, 200), "square"),
     ),
-    "mask": Run("masked loss, true masks", "--preservation mask", continues=False),
-    "composed": Run("SPF-Portrait, composed", "--stage2_objective composed"),
-    "composed_mask": Run("composed, true masks", "--stage2_objective composed"),
-    "paper": Run("SPF-Portrait, paper", f"--stage2_objective paper {HALF_BATCH}"),
-    "no_sfcm": Run("paper, without SFCM", f"--stage2_objective paper {HALF_BATCH} --sfcm_mode none", ablation=True),
-    "no_fine": Run(
-        "paper, without fine-grained", f"--stage2_objective paper {HALF_BATCH} --lambda_fine 0", ablation=True
+    "mask": Run(
+        "masked loss, true masks", "--preservation mask", continues=False, style=((90, 90, 90), "diamond")
     ),
-    "no_text": Run(
-        "paper, without text-consistent", f"--stage2_objective paper {HALF_BATCH} --lambda_text 0", ablation=True
-    ),
-    "no_enhancement": Run(
-        "paper, without enhancement", f"--stage2_objective paper {HALF_BATCH} --enhancement_loss none", ablation=True
-    ),
+    "composed": Run("SPF-Portrait, composed", f"{COMPOSED} --save_alignment", style=((30, 90, 200), "triangle")),
+    "composed_mask": Run("composed, true masks", COMPOSED, style=((150, 190, 240), "diamond")),
+    "paper": Run("SPF-Portrait, paper", PAPER, style=((30, 150, 90), "triangle")),
+}  # fmt: skip
+# What each changes in the flags of its parent.
+ABLATIONS = {
+    "composed": {
+        "c_data": ("aligned on the training portraits", "--alignment_source data"),
+        "c_both_sources": ("aligned on both kinds of portraits", "--alignment_source both"),
+        "c_sfcm_averaged": ("SFCM of all phrases (averaged)", "--sfcm_mode averaged"),
+        "c_sfcm_noise": ("SFCM of the noise difference alone", "--sfcm_mode averaged_noise"),
+        "c_sfcm_attention": ("SFCM of the attention alone", "--sfcm_mode attention"),
+        "c_sfcm_product": ("SFCM of their product", "--sfcm_mode averaged_product"),
+        "c_sfcm_one_noise": ("SFCM of one noise sample", "--sfcm_mode noise"),
+        "c_sfcm_paper": ("the paper's SFCM", "--sfcm_mode paper"),
+        "c_sfcm_none": ("without SFCM", "--sfcm_mode none"),
+        "c_hard": ("hard SFCM", "--sfcm_mode averaged_target_hard"),
+        "c_gamma1": ("SFCM to the power of 1", "--sfcm_gamma 1"),
+        "c_scale1": ("teacher at strength 1", "--teacher_scale 1"),
+        "c_base_weight0": ("the teacher's base prompt not taken away", "--teacher_base_weight 0"),
+        "c_init_stage1": ("starting from stage 1's LoRA", "--composed_init stage1"),
+        "c_no_base_rows": ("without base-prompt rows", "--base_prompt_share 0"),
+        "c_uniform": ("timesteps drawn evenly", "--composed_timestep_power 0"),
+        "c_single_pass": ("both paths in a single pass", "--dual_path single_pass"),
+        # the last of two flags counts
+        "both": ("with the paper's losses too", f"--stage2_objective both {HALF_BATCH}"),
+    },
+    "paper": {
+        "no_sfcm": ("without SFCM", "--sfcm_mode none"),
+        "no_fine": ("without fine-grained", "--lambda_fine 0"),
+        "no_text": ("without text-consistent", "--lambda_text 0"),
+        "no_enhancement": ("without enhancement", "--enhancement_loss none"),
+        "p_direct": ("direct enhancement", "--enhancement_loss direct"),
+        "p_unweighted": ("enhancement not weighed by alpha_bar", "--enhancement_weighting none"),
+        "p_no_base": ("predictions of unchanged prompts not kept", "--lambda_base 0"),
+        "p_data": ("aligned on the training portraits", "--alignment_source data"),
+        "p_sfcm_paper": ("the paper's SFCM", "--sfcm_mode paper"),
+        "p_layers": ("one resolution's layers aligned", "--alignment_layers phrase_map"),
+        "p_single_pass": ("both paths in a single pass", "--dual_path single_pass"),
+    },
 }
+RUNS = WAYS | {
+    name: Run(f"{parent}, {label}", f"{COMPOSED if parent == 'composed' else PAPER} {flags}", parent=parent)
+    for parent, changes in ABLATIONS.items()
+    for name, (label, flags) in changes.items()
+}
+OVERALL = "overall"
 CONTROLS = ("plain", "stage1")
 METHODS = ("composed", "paper")
-ORIGINAL = "original model"
+# How far localisation can go: each is held against what has the true masks.
+ORACLES = {"mask": ("composed", "paper"), "composed_mask": ("composed",)}
 HEADINGS = {
     "response": "response",
     "response_pixels": "response, pixel rule",
@@ -114,6 +184,12 @@ HEADINGS = {
     "excess": "excess pollution",
     "kept_skin": "skin kept",
     "kept": "all factors kept",
+    "head_shift": "head shift, px",
+    "base_change": "change, base prompt alone",
+    "leak": "leak",
+}
+PLANE_HEADINGS = {
+    "kept_skin": "skin kept",
     "head_shift": "head shift, px",
     "base_change": "change, base prompt alone",
     "leak": "leak",
@@ -144,13 +220,14 @@ class Originals:
 
 @dataclass(frozen=True)
 class EvaluationJob:
-    """A trained LoRA at a strength, and where the row it makes belongs."""
+    """A trained LoRA, how it is drawn with, and where the row it makes belongs."""
 
     target_name: str
     run_name: str
     seed: int
     strength: float
     lora_path: Path
+    guided: bool = False
 
 
 # ------------------------------------------------------------------------------------------------------------- drawing
@@ -195,6 +272,54 @@ def draw(pipeline: StableDiffusionPipeline, prompts: Sequence[str], settings: Dr
             ).images
         )
     return np.rint(np.concatenate(images) * 255).astype(np.uint8)
+
+
+def load_guided_pipeline(settings: DrawSettings) -> SPFPortraitPipeline:
+    """The same model in the pipeline that has SFCM guidance, silent."""
+    pipeline = SPFPortraitPipeline.from_pipe(load_pipeline(settings))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw_guided(
+    pipeline: SPFPortraitPipeline, prompts: Sequence[ToyPrompt], settings: DrawSettings, sfcm_guidance: float,
+    options: dict[str, float | bool],
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """Draw each full prompt once under SFCM guidance, from the noise of the original portrait.
+
+    Args:
+        pipeline: with a LoRA on it, or none.
+        prompts: `settings.num_prompts` prompts.
+        settings: sampler settings and the seed of the noise.
+        sfcm_guidance: its strength in [0, 1].
+        options: further arguments of the call.
+
+    Returns:
+        "full_images", (B, 64, 64, 3) uint8, and "maps", the SFCMs (B, 16, 16) in [0, 1].
+    """
+    noise = noise_of_prompts(settings)
+    images = np.empty((len(prompts), SIZE, SIZE, 3), dtype=np.uint8)
+    maps = np.empty((len(prompts), SIZE // 4, SIZE // 4), dtype=np.float32)
+    # The prompts of one call share their target, and with it the phrase that it replaces.
+    for replaced in sorted({prompt.replaced_phrase for prompt in prompts}, key=str):
+        members = [i for i, prompt in enumerate(prompts) if prompt.replaced_phrase == replaced]
+        target = prompts[members[0]].target_prompt
+        for start in range(0, len(members), settings.batch_size):
+            chunk = members[start : start + settings.batch_size]
+            drawn = pipeline(
+                [prompts[i].base_prompt for i in chunk],
+                target_prompt=target if replaced is None else [(replaced, target)],
+                latents=noise[chunk].to(settings.device),
+                num_inference_steps=settings.num_inference_steps,
+                guidance_scale=settings.guidance_scale,
+                sfcm_guidance=sfcm_guidance,
+                return_sfcm=True,
+                output_type="np",
+                **options,
+            )
+            images[chunk] = np.rint(drawn.images * 255).astype(np.uint8)
+            maps[chunk] = drawn.sfcm[:, 0].float().cpu().numpy()
+    return {"full_images": images, "maps": maps}
 
 
 def file_digest(*paths: Path) -> str:
@@ -293,7 +418,7 @@ def evaluate_lora(
         cache_dir: what was drawn and judged before with the same weights and settings is read from here.
 
     Returns:
-        The measures of `judge_images`, (num_prompts,) each, and "pictures": the first portraits of the full prompts.
+        The measures of `judge_images`, (num_prompts,) each, and the portraits, "full_images" and "base_images".
 
     Raises:
         FileNotFoundError: the folder has no LoRA.
@@ -310,21 +435,66 @@ def evaluate_lora(
             base_images = draw(pipeline, [prompt.base_prompt for prompt in originals.prompts], settings)
         finally:
             pipeline.unet.unload_lora()
-        return judge_images(judge, originals, full_images, base_images) | {"pictures": full_images[:PICTURED]}
+        pictures = {"full_images": full_images, "base_images": base_images}
+        return judge_images(judge, originals, full_images, base_images) | pictures
 
     digests = [base_model_digest(), file_digest(weights), judge_digest()]
-    return cached_arrays(cache_dir, ["lora", originals.target_name, strength, asdict(settings), digests], make)
+    return cached_arrays(cache_dir, ["portraits", originals.target_name, strength, asdict(settings), digests], make)
+
+
+def evaluate_guided(
+    pipeline: SPFPortraitPipeline, judge: PortraitJudge, originals: Originals, lora_path: Path, sfcm_guidance: float,
+    options: dict[str, float | bool], settings: DrawSettings, cache_dir: Path,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """Draw with a LoRA under SFCM guidance and judge; arguments as of `draw_guided` and `evaluate_lora`.
+
+    Returns:
+        The measures of `PortraitJudge.compare`, (num_prompts,) each, and what `draw_guided` returns. Nothing is
+        measured of base prompts alone: guidance is about a target, and the pipeline refuses it without one.
+
+    Raises:
+        FileNotFoundError: the folder has no LoRA.
+    """
+    weights = Path(lora_path) / WEIGHTS_NAME
+    if not weights.is_file():
+        raise FileNotFoundError(f"{weights} does not exist: not a LoRA the training script wrote.")
+
+    def make() -> dict[str, np.ndarray]:
+        pipeline.load_lora_weights(str(lora_path), weight_name=WEIGHTS_NAME, adapter_name="judged")
+        try:
+            drawn = draw_guided(pipeline, originals.prompts, settings, sfcm_guidance, options)
+        finally:
+            pipeline.unload_lora_weights()
+        target = TARGETS[originals.target_name]
+        return judge.compare(originals.base_images, drawn["full_images"], target) | drawn
+
+    code = file_digest(ROOT / "pipeline_spf_portrait.py", ROOT / "sfcm.py")
+    digests = [base_model_digest(), file_digest(weights), judge_digest(), code]
+    key = ["guided portraits", originals.target_name, options, sfcm_guidance, asdict(settings), digests]
+    return cached_arrays(cache_dir, key, make)
 
 
 @lru_cache(maxsize=1)
-def _tools(settings: DrawSettings) -> tuple[StableDiffusionPipeline, PortraitJudge]:
-    return load_pipeline(settings), PortraitJudge.from_pretrained()
+def _tools(settings: DrawSettings) -> tuple[StableDiffusionPipeline, SPFPortraitPipeline, PortraitJudge]:
+    return load_pipeline(settings), load_guided_pipeline(settings), PortraitJudge.from_pretrained()
 
 
-def _evaluate_job(job: EvaluationJob, settings: DrawSettings, cache_dir: Path) -> dict[str, np.ndarray]:
-    pipeline, judge = _tools(settings)
+def evaluate_job(job: EvaluationJob, settings: DrawSettings, cache_dir: Path) -> dict[str, np.ndarray]:
+    """The measures of a job, and all that was drawn for it."""
+    pipeline, guided_pipeline, judge = _tools(settings)
     originals = load_originals(pipeline, job.target_name, settings, cache_dir)
+    if job.guided:
+        return evaluate_guided(
+            guided_pipeline, judge, originals, job.lora_path, SFCM_GUIDANCE, QUIET, settings, cache_dir
+        )
     return evaluate_lora(pipeline, judge, originals, job.lora_path, job.strength, settings, cache_dir)
+
+
+def _measures_of_job(job: EvaluationJob, settings: DrawSettings, cache_dir: Path) -> dict[str, np.ndarray]:
+    """As `evaluate_job`, with the first portraits alone, so that the rows of a benchmark fit into memory."""
+    found = evaluate_job(job, settings, cache_dir)
+    measures = {name: values for name, values in found.items() if name not in ("full_images", "base_images", "maps")}
+    return measures | {"pictures": found["full_images"][:PICTURED]}
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -332,6 +502,10 @@ def _evaluate_job(job: EvaluationJob, settings: DrawSettings, cache_dir: Path) -
 
 def run_folder(args: argparse.Namespace, target_name: str, run_name: str, seed: int) -> Path:
     return args.output_dir / "runs" / target_name / f"{run_name}-seed{seed}"
+
+
+def mask_folder(args: argparse.Namespace, target_name: str, seed: int) -> Path:
+    return args.output_dir / "runs" / target_name / f"composed_mask-seed{seed}-masks"
 
 
 def training_command(args: argparse.Namespace, target_name: str, run_name: str, seed: int) -> list[str]:
@@ -348,19 +522,70 @@ def training_command(args: argparse.Namespace, target_name: str, run_name: str, 
     else:
         stage1 = run_folder(args, target_name, "stage1", seed)
         command += ["--stage1_steps", "0", "--stage1_lora_path", str(stage1), "--stage2_steps", str(args.stage2_steps)]
+    if run_name == "composed_mask":
+        command += ["--sfcm_dir", str(mask_folder(args, target_name, seed))]
     return command + shlex.split(RUNS[run_name].flags) + shlex.split(args.train_args)
+
+
+def true_regions(judge: PortraitJudge, portraits: np.ndarray, target: ToyTarget) -> np.ndarray:
+    """Where the judge would let a target change portraits that do not have it yet.
+
+    The judge allows the target's labels in either of two pictures, with a margin. Here the second picture is a render
+    of what the probe reads in the first, with the target set: so a hat's region is where the renderer would put the
+    hat on that head, and the hair it may hide. Face height is not read, and taken at its mean: an error of up to
+    2 pixels at the hat's top, which the margin makes up for.
+
+    Args:
+        judge: the judge.
+        portraits: (B, 64, 64, 3) uint8, of the original model.
+        target: the target.
+
+    Returns:
+        (B, 64, 64) bool.
+    """
+    reading = judge.read(portraits)
+    drawn = sample_factors(10_000, np.random.default_rng(0))
+    factors = {name: np.full(len(portraits), values.mean()) for name, values in drawn.items()}
+    factors |= {name: reading.factors[name] for name in (*CLASS_FACTORS, *PIXEL_FACTORS)}
+    factors["hair_length"] = np.where(factors["sex"] == 1, 0, factors["hair_length"])
+    factors[target.factor] = np.full(len(portraits), target.value)
+    _, labels = render(factors)
+    return target_region(reading.labels, labels, target)
+
+
+def write_masks(args: argparse.Namespace, target_name: str, seed: int) -> Path:
+    """The true region of each portrait that the composed run of this seed was aligned on, as a greyscale picture.
+
+    Returns:
+        Their folder, which has a file for each portrait, named as `--save_alignment` names the portrait.
+
+    Raises:
+        FileNotFoundError: the composed run saved no portraits.
+    """
+    source = run_folder(args, target_name, "composed", seed) / "alignment"
+    paths = sorted(path for path in source.glob("*.png") if path.stem.isdigit())
+    if not paths:
+        raise FileNotFoundError(
+            f"{source} has no portraits: the composed run has to be trained with --save_alignment."
+        )
+    portraits = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
+    folder = mask_folder(args, target_name, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, region in zip(paths, true_regions(PortraitJudge.from_pretrained(), portraits, TARGETS[target_name])):
+        Image.fromarray((255 * region).astype(np.uint8)).save(folder / path.name)
+    return folder
 
 
 def train(args: argparse.Namespace, target_name: str, run_name: str, seed: int) -> Path:
     """Train one LoRA through the real script, in a process of its own, unless it is there already.
 
-    Flags and the weights it starts from are compared with those of a LoRA that is there; the script's code is not.
+    Flags and the files it starts from are compared with those of a LoRA that is there; the script's code is not.
 
     Returns:
         Its folder.
 
     Raises:
-        ValueError: the folder holds a LoRA of other flags, or from another base model or stage 1.
+        ValueError: the folder holds a LoRA of other flags, or from another base model, stage 1 or masks.
         RuntimeError: the training script failed.
     """
     folder = run_folder(args, target_name, run_name, seed)
@@ -368,6 +593,8 @@ def train(args: argparse.Namespace, target_name: str, run_name: str, seed: int) 
     recipe = {"command": command, "base_model": base_model_digest()}
     if RUNS[run_name].continues:
         recipe["stage1"] = file_digest(run_folder(args, target_name, "stage1", seed) / WEIGHTS_NAME)
+    if run_name == "composed_mask":
+        recipe["masks"] = file_digest(*sorted(write_masks(args, target_name, seed).glob("*.png")))
     return train_into(folder, recipe)
 
 
@@ -406,43 +633,69 @@ def train_into(folder: Path, recipe: dict) -> Path:
 def chosen_runs(args: argparse.Namespace, target_name: str) -> list[str]:
     """The names of a target's runs, in the table's order."""
     return [
-        name for name in RUNS if name in args.runs and (not RUNS[name].ablation or target_name == args.ablation_target)
+        name
+        for name in RUNS
+        if name in args.runs and (RUNS[name].parent is None or target_name in args.ablation_targets)
     ]
+
+
+def seeds_of(args: argparse.Namespace, run_name: str) -> list[int]:
+    """The training seeds of a run."""
+    return args.seeds if RUNS[run_name].parent is None else args.ablation_seeds
+
+
+def trainings(args: argparse.Namespace) -> list[list[tuple[str, str, int]]]:
+    """What is to be trained, (target, run, seed), in three waves each of which needs the ones before.
+
+    What starts from nothing, then what starts from stage 1, then what needs the portraits of the composed run.
+    """
+    waves: list[list[tuple[str, str, int]]] = [[], [], []]
+    for target_name in args.targets:
+        for name in chosen_runs(args, target_name):
+            for seed in seeds_of(args, name):
+                needed = [name]
+                if name == "composed_mask":
+                    needed.insert(0, "composed")
+                if RUNS[name].continues:
+                    needed.insert(0, "stage1")
+                for run_name in needed:
+                    wave = waves[2 if run_name == "composed_mask" else int(RUNS[run_name].continues)]
+                    if (target_name, run_name, seed) not in wave:
+                        wave.append((target_name, run_name, seed))
+    return waves
 
 
 def train_all(args: argparse.Namespace) -> None:
-    """Train everything, `--workers` at a time: first what starts from nothing, then what starts from stage 1."""
-    first, second = [], []
-    for seed in args.seeds:
-        for target_name in args.targets:
-            names = chosen_runs(args, target_name)
-            continued = [name for name in names if RUNS[name].continues]
-            starting = [name for name in names if not RUNS[name].continues]
-            if continued and "stage1" not in starting:
-                starting.insert(0, "stage1")
-            first += [(target_name, name, seed) for name in starting]
-            second += [(target_name, name, seed) for name in continued]
+    """Train everything, `--workers` at a time."""
     with ThreadPoolExecutor(args.workers) as pool:
-        for wave in (first, second):
+        for wave in trainings(args):
             list(pool.map(lambda item: train(args, *item), wave))
 
 
+def evaluation_jobs(args: argparse.Namespace) -> list[EvaluationJob]:
+    """Every run at every strength, and every way to train once more with guidance."""
+    jobs = []
+    for target_name in args.targets:
+        for name in chosen_runs(args, target_name):
+            draws = [(strength, False) for strength in RUNS[name].strengths]
+            if RUNS[name].parent is None:
+                draws.append((1.0, True))
+            for strength, guided in draws:
+                for seed in seeds_of(args, name):
+                    folder = run_folder(args, target_name, name, seed)
+                    jobs.append(EvaluationJob(target_name, name, seed, strength, folder, guided))
+    return jobs
+
+
 def evaluate_all(args: argparse.Namespace, settings: DrawSettings) -> dict[EvaluationJob, dict[str, np.ndarray]]:
-    """Draw and judge every run at every strength, in `--workers` processes of one thread."""
-    jobs = [
-        EvaluationJob(target_name, name, seed, strength, run_folder(args, target_name, name, seed))
-        for target_name in args.targets
-        for name in chosen_runs(args, target_name)
-        for seed in args.seeds
-        for strength in RUNS[name].strengths
-    ]
-    cache_dir = args.output_dir / "cache"
-    results = {}
+    """Draw and judge every job, in `--workers` processes of one thread."""
+    jobs, results = evaluation_jobs(args), {}
     with ProcessPoolExecutor(args.workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        futures = {job: pool.submit(_evaluate_job, job, settings, cache_dir) for job in jobs}
+        futures = {job: pool.submit(_measures_of_job, job, settings, args.output_dir / "cache") for job in jobs}
         for job, future in futures.items():
             results[job] = future.result()
-            what = f"{job.target_name}, {job.run_name}, seed {job.seed}, strength {job.strength:g}"
+            how = f"strength {job.strength:g}" + (", guided" if job.guided else "")
+            what = f"{job.target_name}, {job.run_name}, seed {job.seed}, {how}"
             print(f"judged {what} ({len(results)}/{len(jobs)})", flush=True)
     return results
 
@@ -450,167 +703,179 @@ def evaluate_all(args: argparse.Namespace, settings: DrawSettings) -> dict[Evalu
 # ---------------------------------------------------------------------------------------------------------- statistics
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row of a target's table: per measure an array (training seeds, prompts)."""
-
-    label: str
-    run_name: str
-    strength: float
-    measures: dict[str, np.ndarray]
-
-    def by_prompt(self, name: str) -> np.ndarray:
-        """(prompts,): a measure's mean over training seeds, the unit that standard errors count."""
-        return self.measures[name].mean(axis=0)
-
-
 def make_rows(target_name: str, original: dict[str, np.ndarray], results: dict) -> list[Row]:
     """The rows of a target, the original model first; adds `excess`, the change beyond the original model's own."""
-    groups: dict[tuple[str, float], list[dict[str, np.ndarray]]] = {}
+    groups: dict[tuple[str, float, bool], dict[int, dict[str, np.ndarray]]] = {}
     for job, measures in results.items():
         if job.target_name == target_name:
-            groups.setdefault((job.run_name, job.strength), []).append(measures)
+            groups.setdefault((job.run_name, job.strength, job.guided), {})[job.seed] = measures
     rows = [Row(ORIGINAL, "original", 0.0, {name: values[None] for name, values in original.items()})]
-    for (run_name, strength), per_seed in groups.items():
-        label = RUNS[run_name].label + ("" if len(RUNS[run_name].strengths) == 1 else f", strength {strength:g}")
-        rows.append(Row(label, run_name, strength, {name: np.stack([m[name] for m in per_seed]) for name in original}))
+    for (run_name, strength, guided), per_seed in groups.items():
+        run = RUNS[run_name]
+        label = run.label + ("" if guided or len(run.strengths) == 1 else f", strength {strength:g}")
+        # Guidance has no portraits of base prompts alone.
+        names = [name for name in original if all(name in measures for measures in per_seed.values())]
+        stacked = {name: np.stack([measures[name] for measures in per_seed.values()]) for name in names}
+        label += ", guided" if guided else ""
+        rows.append(Row(label, run_name, strength, stacked, guided, tuple(per_seed)))
     for row in rows:
         row.measures["excess"] = row.measures["change_outside"] - original["change_outside"]
     return rows
 
 
-def standard_error(values: np.ndarray) -> float:
-    """Of the mean of independent values; NaN for a single one."""
-    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
-
-
-def summarise(row: Row) -> dict[str, dict[str, float]]:
-    """Per measure the mean, its standard error (prompts as clusters) and the spread of the training seeds' means."""
-    summary = {}
-    for name, values in row.measures.items():
-        seeds = values.mean(axis=1)
-        summary[name] = {
-            "mean": float(values.mean()),
-            "standard_error": standard_error(row.by_prompt(name)),
-            "seed_spread": float(seeds.std(ddof=1)) if len(seeds) > 1 else float("nan"),
-        }
-    return summary
-
-
-def curve_change_at(response: float, strengths: np.ndarray, responses: np.ndarray, changes: np.ndarray) -> float:
-    """The least change at which a LoRA turned down still responds as asked.
-
-    Args:
-        response: the response to match.
-        strengths: (K,) ascending, from 0 (the original model).
-        responses: (K,) the responses there, linear in between.
-        changes: (K,) the changes there.
-
-    Returns:
-        The least change over the strengths that reach the response; if none does, the change where the response is
-        highest, which flatters the LoRA.
-    """
-    grid = np.linspace(strengths[0], strengths[-1], 201)
-    reached, change = np.interp(grid, strengths, responses), np.interp(grid, strengths, changes)
-    enough = reached >= response
-    return float(change[enough].min() if enough.any() else change[reached.argmax()])
-
-
-def curve_of(rows: Iterable[Row], run_name: str) -> list[Row]:
-    """The original model and a run's rows, by ascending strength."""
-    return sorted((row for row in rows if row.run_name in ("original", run_name)), key=lambda row: row.strength)
-
-
-def distance_below_curve(
-    row: Row, curve: Sequence[Row], rng: np.random.Generator
-) -> dict[str, float | list[float] | bool]:
-    """How far a run lies below a strength curve: the curve's change outside at the run's response minus its own.
-
-    Args:
-        row: the run.
-        curve: as `curve_of` returns it.
-        rng: of the bootstrap over prompts, in which run and curve are resampled together.
-
-    Returns:
-        The distance (positive: less pollution at the same response), its standard error, their quotient, the distance
-        per training seed, and whether the response lies beyond all of the curve.
-    """
-    strengths = np.array([point.strength for point in curve])
-    responses = np.stack([point.by_prompt("response") for point in curve])
-    changes = np.stack([point.by_prompt("change_outside") for point in curve])
-
-    def distance(own_response: float, own_change: float, index: np.ndarray | slice) -> float:
-        at = curve_change_at(own_response, strengths, responses[:, index].mean(1), changes[:, index].mean(1))
-        return at - own_change
-
-    response, change = row.by_prompt("response"), row.by_prompt("change_outside")
-    samples = rng.integers(0, len(response), (RESAMPLES, len(response)))
-    error = float(np.std([distance(response[i].mean(), change[i].mean(), i) for i in samples], ddof=1))
-    estimate = distance(response.mean(), change.mean(), slice(None))
-    per_seed = zip(row.measures["response"], row.measures["change_outside"])
-    return {
-        "distance": estimate,
-        "standard_error": error,
-        "standard_errors_below": estimate / error if error > 0 else float("nan"),
-        "per_seed": [distance(r.mean(), c.mean(), slice(None)) for r, c in per_seed],
-        "beyond_the_curve": bool(response.mean() > responses.mean(axis=1).max()),
-    }
+def is_ablation(row: Row) -> bool:
+    return row.run_name in RUNS and RUNS[row.run_name].parent is not None
 
 
 def verdicts(rows: list[Row], seed: int = 0) -> dict[str, dict]:
-    """Each SPF-Portrait row against the controls that were run.
+    """Every way to train, at full strength, against the controls that were run.
 
     Returns:
-        By run name: ratios to plain LoRA at full strength, and the distance below each control's strength curve.
+        By label: ratios to plain LoRA at full strength, where it has what is compared, and the distance below each
+        control's strength curve.
     """
-    full_strength = {row.run_name: row for row in rows if row.strength == 1.0}
+    plain = next((row for row in rows if row.key == ("plain", 1.0, False)), None)
+    curves = {name: curve_of(rows, name) for name in CONTROLS if any(row.run_name == name for row in rows)}
     found = {}
-    for name in METHODS:
-        if name not in full_strength:
+    for row in rows:
+        if row.strength != 1.0 or is_ablation(row) or row is plain:
             continue
-        row, verdict = full_strength[name], {}
-        if "plain" in full_strength:
-            for measure in ("response", "excess", "base_change"):
-                plain = full_strength["plain"].measures[measure].mean()
-                verdict[f"{measure}_ratio"] = float(row.measures[measure].mean() / plain) if plain else float("nan")
-        for control in CONTROLS:
-            if control in full_strength:
-                rng = np.random.default_rng(seed)
-                verdict[f"below_{control}_curve"] = distance_below_curve(row, curve_of(rows, control), rng)
-        found[name] = verdict
+        verdict = {}
+        for measure in ("response", "excess", "base_change"):
+            if plain is not None and measure in row.measures:
+                of_plain = plain.measures[measure].mean()
+                verdict[f"{measure}_ratio"] = float(row.measures[measure].mean() / of_plain) if of_plain else np.nan
+        for control, curve in curves.items():
+            if row.guided or row.run_name != control:
+                below = distance_below_curve(row, curve, np.random.default_rng(seed))
+                verdict[f"below_{control}_curve"] = below
+        found[row.label] = verdict
     return found
 
 
-def ablation_differences(rows: list[Row]) -> dict[str, dict[str, dict[str, float]]]:
-    """Each ablation minus the paper's objective, prompt by prompt: mean difference and its standard error."""
-    full_strength = {row.run_name: row for row in rows if row.strength == 1.0}
-    found = {}
-    for name, row in full_strength.items():
-        if "paper" in full_strength and name in RUNS and RUNS[name].ablation:
-            pairs = {m: row.by_prompt(m) - full_strength["paper"].by_prompt(m) for m in HEADINGS}
-            found[name] = {m: {"mean": float(d.mean()), "standard_error": standard_error(d)} for m, d in pairs.items()}
+def ablation_differences(rows: list[Row]) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+    """By parent, each of its ablations minus the parent of the same training seeds, paired by prompt.
+
+    Returns:
+        By parent, ablation and measure: mean difference and its standard error.
+    """
+    at_full = {row.run_name: row for row in rows if row.strength == 1.0 and not row.guided}
+    found: dict[str, dict] = {}
+    for name, row in at_full.items():
+        if not is_ablation(row) or RUNS[name].parent not in at_full:
+            continue
+        parent = at_full[RUNS[name].parent].of_seeds(row.seeds)
+        pairs = {m: row.by_prompt(m) - parent.by_prompt(m) for m in HEADINGS}
+        found.setdefault(RUNS[name].parent, {})[name] = {
+            m: {"mean": float(d.mean()), "standard_error": standard_error(d)} for m, d in pairs.items()
+        }
+    return found
+
+
+@dataclass(frozen=True)
+class Place:
+    """A row's place in the response-pollution plane.
+
+    Attributes:
+        response, excess: means with their intervals.
+        on_front: whether no row dominates it.
+        on_usable_front: whether none does of those that know no true region; None for one that does.
+        share, usable_share: how often the same holds when the prompts are resampled.
+    """
+
+    response: Estimate
+    excess: Estimate
+    on_front: bool
+    on_usable_front: bool | None
+    share: float
+    usable_share: float | None
+
+    @property
+    def mark(self) -> str:
+        return "★" if self.on_front else "☆" if self.on_usable_front else ""
+
+
+def places(rows: list[Row]) -> dict[tuple[str, float, bool], Place]:
+    """By key, the place of every row that is no ablation, which has fewer training seeds."""
+    rows = [row for row in rows if not is_ablation(row)]
+    resamples = resamples_of(rows)
+    usable = np.array([row.run_name not in ORACLES for row in rows])
+    values = [np.stack([row.by_prompt(name) for row in rows]) for name in ("response", "excess")]
+    means = [per_prompt.mean(axis=1) for per_prompt in values]
+    front, shares = pareto_front(*means), front_shares(*values, resamples)
+    own_front = iter(pareto_front(*(mean[usable] for mean in means)))
+    own_shares = iter(front_shares(*(per_prompt[usable] for per_prompt in values), resamples))
+    return {
+        row.key: Place(
+            estimate(row, "response", resamples),
+            estimate(row, "excess", resamples),
+            bool(on_front),
+            bool(next(own_front)) if is_usable else None,
+            float(share),
+            float(next(own_shares)) if is_usable else None,
+        )
+        for row, on_front, share, is_usable in zip(rows, front, shares, usable, strict=True)
+    }
+
+
+def oracle_differences(rows: list[Row]) -> list[dict[str, object]]:
+    """How far what has to find the region itself is from what knows it: its mean minus the oracle's, paired by prompt.
+
+    Returns:
+        Per method, oracle and way to draw: "label", "oracle", and an `Estimate` of "response" and of "excess".
+    """
+    by_key, resamples, found = {row.key: row for row in rows}, resamples_of(rows), []
+    for guided in (False, True):
+        for oracle_name, names in ORACLES.items():
+            for name in names:
+                row, oracle = by_key.get((name, 1.0, guided)), by_key.get((oracle_name, 1.0, guided))
+                if row is not None and oracle is not None:
+                    pairs = {m: paired_difference(row, oracle, m, resamples) for m in ("response", "excess")}
+                    found.append({"label": row.label, "oracle": oracle.label, **pairs})
     return found
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def number(value: float, error: float | None = None, signed: bool = False) -> str:
-    """A mean for a table, with its standard error."""
-    text = f"{value:{'+' if signed else ''}.2f}"
-    return text if error is None or np.isnan(error) else f"{text} ± {error:.2f}"
+def cell(summary: dict[str, dict[str, float]], name: str) -> str:
+    """A measure's mean and standard error, or a dash if the row has no such measure."""
+    return number(summary[name]["mean"], summary[name]["standard_error"]) if name in summary else "-"
 
 
-def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rows = [header, ["---"] * len(header), *lines]
-    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"
+
+
+def plane_table(rows: list[Row], seconds: dict[tuple[str, float, bool], float]) -> str:
+    """The main table: every way to train and to draw, with its place in the plane."""
+    lines = []
+    found = places(rows)
+    for row in rows:
+        if row.key in found:
+            place, summary = found[row.key], summarise(row)
+            means = [number(summary[m]["mean"]) if m in summary else "-" for m in PLANE_HEADINGS]
+            duration = f"{seconds[row.key]:.0f}" if row.key in seconds else "-"
+            shares = [percent(place.usable_share), percent(place.share)]
+            ends = [with_interval(place.response), with_interval(place.excess)]
+            lines.append([f"{row.label} {place.mark}".rstrip(), *ends, *means, *shares, duration])
+    header = [
+        "",
+        "response",
+        "excess pollution",
+        *PLANE_HEADINGS.values(),
+        "on the front",
+        "oracles too",
+        "training, s",
+    ]
+    return markdown_table(header, lines)
 
 
 def verdict_table(found: dict[str, dict]) -> str:
     """The derived verdicts of one target as markdown."""
     lines = []
-    for name, verdict in found.items():
-        line = [RUNS[name].label]
+    for label, verdict in found.items():
+        line = [label]
         line += [
             number(verdict[k]) if k in verdict else "-"
             for k in ("response_ratio", "excess_ratio", "base_change_ratio")
@@ -636,30 +901,53 @@ def verdict_table(found: dict[str, dict]) -> str:
     return markdown_table(header, lines)
 
 
-def target_section(target_name: str, rows: list[Row]) -> str:
-    """All tables of one target as markdown."""
-    summaries = [(row.label, summarise(row)) for row in rows]
-    full = [[label, *(number(s[m]["mean"], s[m]["standard_error"]) for m in HEADINGS)] for label, s in summaries]
-    parts = [f'## "{TARGETS[target_name].prompt}"\n\n', markdown_table(["", *HEADINGS.values()], full)]
-    if found := verdicts(rows):
-        parts += ["\n", verdict_table(found)]
-    if differences := ablation_differences(rows):
-        lines = [
-            [RUNS[name].label, *(number(d[m]["mean"], d[m]["standard_error"], signed=True) for m in HEADINGS)]
-            for name, d in differences.items()
+def oracle_table(found: list[dict[str, object]]) -> str:
+    lines = [
+        [f"{d['label']}, minus {d['oracle']}", *(with_interval(d[m], signed=True) for m in ("response", "excess"))]
+        for d in found
+    ]
+    return markdown_table(["", "response", "excess pollution"], lines)
+
+
+def ablation_table(parent: str, differences: dict[str, dict]) -> str:
+    """Differences to the parent, the ablations' labels without its name."""
+    lines = [
+        [
+            RUNS[name].label.removeprefix(f"{parent}, "),
+            *(number(d[m]["mean"], d[m]["standard_error"], signed=True) for m in HEADINGS),
         ]
+        for name, d in differences.items()
+    ]
+    return markdown_table(["", *HEADINGS.values()], lines)
+
+
+def section(title: str, rows: list[Row], seconds: dict[tuple[str, float, bool], float]) -> str:
+    """All tables of one target, or of the mean over targets, as markdown."""
+    parts = [f"## {title}\n\n", plane_table(rows, seconds)]
+    if oracles := oracle_differences(rows):
         parts += [
-            "\nDifference to the paper's objective, paired by prompt:\n\n",
-            markdown_table(["", *HEADINGS.values()], lines),
+            "\nDifference to what was trained with the true regions, paired by prompt:\n\n",
+            oracle_table(oracles),
         ]
+    for parent, differences in ablation_differences(rows).items():
+        seeds = next(row.seeds for row in rows if row.run_name in differences)
+        title = (
+            f'Ablations of "{RUNS[parent].label}", difference to it at training seed(s) {", ".join(map(str, seeds))}'
+        )
+        parts += [f"\n{title}, paired by prompt:\n\n", ablation_table(parent, differences)]
+    if found := verdicts(rows):
+        parts += ["\nAgainst plain LoRA and the strength curves:\n\n", verdict_table(found)]
+    summaries = [(row.label, summarise(row)) for row in rows]
+    full = [[label, *(cell(summary, m) for m in HEADINGS)] for label, summary in summaries]
+    parts += ["\nAll measures:\n\n", markdown_table(["", *HEADINGS.values()], full)]
     factors = [name for name in summaries[0][1] if name.startswith("kept_")]
-    agreement = [[label, *(number(s[m]["mean"], s[m]["standard_error"]) for m in factors)] for label, s in summaries]
+    agreement = [[label, *(cell(summary, m) for m in factors)] for label, summary in summaries]
     parts += ["\nAgreement with the original model's portrait, by factor:\n\n"]
     parts += [markdown_table(["", *(name.removeprefix("kept_").replace("_", " ") for name in factors)], agreement)]
     spread = [
-        [label, *(number(s[m]["seed_spread"]) for m in HEADINGS)]
-        for label, s in summaries
-        if not np.isnan(s["response"]["seed_spread"])
+        [label, *(number(summary[m]["seed_spread"]) if m in summary else "-" for m in HEADINGS)]
+        for label, summary in summaries
+        if not np.isnan(summary["response"]["seed_spread"])
     ]
     if spread:
         parts += [
@@ -672,54 +960,56 @@ def target_section(target_name: str, rows: list[Row]) -> str:
 def explanation(args: argparse.Namespace) -> str:
     """What the table's numbers are, and the settings they were made with."""
     total = args.stage1_steps + args.stage2_steps
-    steps = f"{args.stage1_steps} + {args.stage2_steps} training steps (plain LoRA: {total})"
-    settings = (
-        f"{args.num_prompts} prompts (seed {args.prompt_seed}), {len(args.seeds)} training seed(s), "
-        f"{args.num_inference_steps} DDIM steps, guidance scale {args.guidance_scale:g}, {steps}"
-    )
-    return f"""\
-Settings: {settings}. Every row draws the same prompts from the same noise; the LoRA is active in both branches of the
-guidance.
+    quiet = ", ".join(f"{name}={value}" for name, value in QUIET.items())
+    text = f"""\
+Settings: {args.num_prompts} prompts (seed {args.prompt_seed}), {len(args.seeds)} training seed(s),
+{args.num_inference_steps} DDIM steps, guidance scale {args.guidance_scale:g}; {args.stage1_steps} +
+{args.stage2_steps} training steps, {total} for what has one stage; half a batch for what adds a row of its own to each
+portrait's. Every row draws the same prompts from the same noise, the LoRA active in both branches of the guidance;
+*guided* rows are the same LoRAs drawn with `sfcm_guidance={SFCM_GUIDANCE:g}, {quiet}`.
 
 Against the original model's portrait of the base prompt: *response* is the share of the full prompts' portraits that
 show the target, by the probe's classifier and by a pixel rule; *change outside* the mean absolute difference (0-255)
 outside the target's region; *excess pollution* that minus the original model's own with the full prompt; *kept* the
 agreement of the probe's factors. With the base prompt alone, *change* is over the whole picture, and *leak* the share
-that shows the target unasked. Standard errors are over prompts, after the mean over training seeds. *Below the
-strength curve*: the least change outside at which the LoRA turned down still responds as much, minus the run's own;
-its standard error is from {RESAMPLES} paired resamples of the prompts.
+that shows the target unasked; guided rows have none (-), since guidance is about a target and the pipeline refuses it
+without one. Brackets are 95 % intervals from {RESAMPLES} resamples of the prompts, after the mean over training seeds,
+± one standard error over prompts.
+
+★ no row has at least this response at no more excess pollution (the Pareto front); ☆ only rows that know the true
+regions do. *On the front*: in how many of the resamples no row does, those with true masks left out; *oracles too*:
+none left out. Ablations are not candidates. *Below the strength curve*: the least change outside at which the LoRA
+turned down still responds as much, minus the run's own. *Training*: mean wall time, {args.workers} at a time.
 """
+    return text if len(args.targets) == 1 else text + "*Overall* is the mean over the targets.\n"
 
 
-def without_nan(value: object) -> object:
-    """The same for JSON, which has no NaN: None instead."""
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and np.isnan(value) else value
-
-
-def training_seconds(args: argparse.Namespace, target_name: str, run_name: str) -> float | None:
-    """Mean wall time of a run's trainings, `--workers` of which shared the machine."""
-    if run_name not in RUNS:
-        return None
-    notes = [run_folder(args, target_name, run_name, seed) / "benchmark.json" for seed in args.seeds]
+def training_seconds(args: argparse.Namespace, targets: Sequence[str], row: Row) -> float:
+    """Mean wall time of a row's trainings, `--workers` of which shared the machine."""
+    notes = [
+        run_folder(args, target, row.run_name, seed) / "benchmark.json" for target in targets for seed in row.seeds
+    ]
     return float(np.mean([json.loads(note.read_text(encoding="utf-8"))["seconds"] for note in notes]))
 
 
 def write_results(args: argparse.Namespace, tables: dict[str, list[Row]]) -> None:
     """Write results.json, results.csv and table.md."""
-    results, lines = {}, []
-    for target_name, rows in tables.items():
-        entries = []
+    results, lines, sections = {}, [], [explanation(args)]
+    for name, (title, rows) in titled(tables).items():
+        targets = list(tables) if name == OVERALL else [name]
+        seconds = {row.key: training_seconds(args, targets, row) for row in rows if row.run_name in RUNS}
+        found, entries = places(rows), []
         for row in rows:
-            seconds = training_seconds(args, target_name, row.run_name)
-            entry = {"label": row.label, "run": row.run_name, "strength": row.strength, "training_seconds": seconds}
-            entries.append(entry | {"measures": summarise(row)})
+            entry = {"label": row.label, "run": row.run_name, "strength": row.strength, "guided": row.guided}
+            entry |= {"training_seconds": seconds.get(row.key)}
+            place = asdict(found[row.key]) if row.key in found else None
+            entries.append(entry | {"plane": place, "measures": summarise(row)})
             for measure, values in summarise(row).items():
-                lines.append({"target": target_name, **entry, "measure": measure, **values})
-        results[target_name] = {"rows": entries, "verdicts": verdicts(rows), "ablations": ablation_differences(rows)}
+                lines.append({"target": name, **entry, "measure": measure, **values})
+        oracles = [{k: v if isinstance(v, str) else asdict(v) for k, v in d.items()} for d in oracle_differences(rows)]
+        results[name] = {"rows": entries, "verdicts": verdicts(rows), "oracles": oracles}
+        results[name]["ablations"] = ablation_differences(rows)
+        sections.append("\n" + section(title, rows, seconds))
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     document = {
         "settings": settings,
@@ -733,8 +1023,13 @@ def write_results(args: argparse.Namespace, tables: dict[str, list[Row]]) -> Non
         writer = csv.DictWriter(file, list(lines[0]))
         writer.writeheader()
         writer.writerows(lines)
-    sections = [explanation(args), *("\n" + target_section(name, rows) for name, rows in tables.items())]
     (args.output_dir / "table.md").write_text("".join(sections), encoding="utf-8")
+
+
+def titled(tables: dict[str, list[Row]]) -> dict[str, tuple[str, list[Row]]]:
+    """Title and rows of each section: the mean over targets first, if there are several."""
+    found = {OVERALL: ("Overall", overall_rows(tables))} if len(tables) > 1 else {}
+    return found | {name: (f'"{TARGETS[name].prompt}"', rows) for name, rows in tables.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -770,95 +1065,51 @@ def comparison_picture(originals: Originals, columns: dict[str, np.ndarray], sca
     return picture
 
 
-PLOT_COLORS = {"plain": (200, 60, 40), "stage1": (222, 150, 30), "composed": (30, 90, 200), "paper": (30, 150, 90)}
+def plane_series(rows: list[Row]) -> list[Series]:
+    """What a panel shows: plain LoRA's strength curve from the original model on, and each way to train as a point,
+    joined to the same with guidance."""
+    found, series = places(rows), []
 
+    def point(row: Row) -> Point:
+        place = found[row.key]
+        ends = [None if e.low is None else (e.low, e.high) for e in (place.response, place.excess)]
+        return Point(place.response.value, place.excess.value, *ends, row.guided, place.on_usable_front is True)
 
-@dataclass(frozen=True)
-class Series:
-    """Points of a plot: (response, change, their standard errors) each, and whether they are joined as a curve."""
-
-    label: str
-    color: tuple[int, int, int]
-    points: list[tuple[float, float, float, float]]
-    joined: bool = False
-
-
-def series_point(row: Row) -> tuple[float, float, float, float]:
-    """A row's place in the plot, with standard errors."""
-    names = ("response", "change_outside")
-    means = [float(row.measures[name].mean()) for name in names]
-    return (*means, *(standard_error(row.by_prompt(name)) for name in names))
-
-
-def response_plane(title: str, series: list[Series], size: tuple[int, int] = (400, 340)) -> Image.Image:
-    """Response across, change outside up: curves of joined points, and single points with error bars."""
-    scale = 2  # drawn at twice the size and shrunk, since PIL's lines are not antialiased
-    panel = Image.new("RGB", (size[0] * scale, size[1] * scale), "white")
-    pen = ImageDraw.Draw(panel)
-    font = ImageFont.load_default(size=12 * scale)
-    left, right, top, bottom = 46 * scale, (size[0] - 14) * scale, 30 * scale, (size[1] - 42) * scale
-    highest = 1.1 * max(change for line in series for _, change, _, _ in line.points)
-    place_x = lambda response: left + (right - left) * response  # noqa: E731
-    place_y = lambda change: bottom - (bottom - top) * change / highest  # noqa: E731
-
-    pen.text((left, 6 * scale), f"{title}: change outside against response", fill="black", font=font)
-    pen.text(((left + right) / 2, bottom + 30 * scale), "response", fill="black", font=font, anchor="mm")
-    for tick in np.linspace(0, 1, 6):
-        pen.line((place_x(tick), top, place_x(tick), bottom), fill=(232, 232, 232), width=scale)
-        pen.text((place_x(tick), bottom + 10 * scale), f"{tick:.1f}", fill=(90, 90, 90), font=font, anchor="mm")
-    for tick in np.arange(0, highest, 2 if highest < 12 else 4):
-        pen.line((left, place_y(tick), right, place_y(tick)), fill=(232, 232, 232), width=scale)
-        pen.text((left - 6 * scale, place_y(tick)), f"{tick:.0f}", fill=(90, 90, 90), font=font, anchor="rm")
-
-    for place, line in enumerate(series):
-        middle = [(place_x(response), place_y(change)) for response, change, _, _ in line.points]
-        if line.joined and len(middle) > 1:
-            pen.line(middle, fill=line.color, width=2 * scale)
-        radius = (3 if line.joined else 5) * scale
-        for (x, y), (_, _, wide, tall) in zip(middle, line.points):
-            if not line.joined and not np.isnan(wide):
-                wide, tall = (right - left) * wide, (bottom - top) * tall / highest
-                pen.line((x - wide, y, x + wide, y), fill=line.color, width=scale)
-                pen.line((x, y - tall, x, y + tall), fill=line.color, width=scale)
-            pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=line.color)
-        pen.text((left + 8 * scale, top + (8 + 15 * place) * scale), line.label, fill=line.color, font=font)
-    return panel.resize(size, Image.Resampling.LANCZOS)
-
-
-def side_by_side(panels: Sequence[Image.Image]) -> Image.Image:
-    """Panels of one height in a row."""
-    plot = Image.new("RGB", (sum(panel.width for panel in panels), panels[0].height), "white")
-    for place, panel in enumerate(panels):
-        plot.paste(panel, (place * panels[0].width, 0))
-    return plot
-
-
-def plot_panel(title: str, rows: list[Row]) -> Image.Image:
-    """The controls' strength curves, which start at the original model, and SPF-Portrait's points."""
-    series = []
-    for name, color in PLOT_COLORS.items():
-        points = curve_of(rows, name) if name in CONTROLS else [row for row in rows if row.run_name == name]
-        if any(row.run_name == name for row in points):
-            series.append(Series(RUNS[name].label, color, [series_point(row) for row in points], name in CONTROLS))
-    return response_plane(title, series)
+    for name, run in RUNS.items():
+        if run.style is None:
+            continue
+        color, marker = run.style
+        own = [row for row in rows if row.run_name == name and row.strength == 1.0]
+        if name == "plain" and own:
+            curve = [replace(point(row), response_ends=None, pollution_ends=None) for row in curve_of(rows, name)]
+            series.append(Series(f"{run.label}, strength 0 to 1", color, curve, curve=True))
+        if own:
+            series.append(Series(run.label, color, [point(row) for row in own], marker=marker))
+    return series
 
 
 def write_pictures(
     args: argparse.Namespace, tables: dict[str, list[Row]], results: dict, originals: dict[str, Originals]
 ) -> None:
-    """Write the comparison picture of each target (first training seed), and the plot of all."""
+    """Write the comparison picture of each target (first training seed), and the plane of all."""
     for target_name in tables:
         columns = {
-            RUNS[job.run_name].label: measures["pictures"]
+            RUNS[job.run_name].label + (", guided" if job.guided else ""): measures["pictures"]
             for job, measures in results.items()
             if job.target_name == target_name and job.strength == 1.0 and job.seed == args.seeds[0]
-            if job.run_name in ("plain", *METHODS)
+            if job.run_name in METHODS or (job.run_name == "plain" and not job.guided)
         }
         comparison_picture(originals[target_name], columns).save(
             args.output_dir / f"comparison_{target_name}.png", optimize=True
         )
-    panels = [plot_panel(f'"{TARGETS[name].prompt}"', rows) for name, rows in tables.items()]
-    side_by_side(panels).save(args.output_dir / "strength_curves.png", optimize=True)
+    panels = {title: plane_series(rows) for title, rows in titled(tables).values()}
+    if all(panels.values()):
+        notes = (
+            "Filled: as it is. Hollow: the same LoRAs with SFCM guidance. Bars: 95 % intervals over prompts.",
+            "Ring and gray line: the Pareto front of what knows no true mask.",
+        )
+        picture = plane_picture(panels, "excess pollution (grey levels of 255)", notes)
+        picture.save(args.output_dir / "response_pollution_plane.png", optimize=True)
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -878,7 +1129,7 @@ def compact_row(label: str, measures: dict[str, np.ndarray]) -> str:
 def evaluate_folders(args: argparse.Namespace) -> None:
     """`--evaluate`: a row for the original model and for each LoRA and strength."""
     settings, cache_dir = draw_settings(args), args.output_dir / "cache"
-    pipeline, judge = _tools(settings)
+    pipeline, _, judge = _tools(settings)
     for target_name in args.targets:
         originals = load_originals(pipeline, target_name, settings, cache_dir)
         original = evaluate_original(judge, originals)
@@ -893,7 +1144,7 @@ def evaluate_folders(args: argparse.Namespace) -> None:
 def run_benchmark(args: argparse.Namespace) -> None:
     """Train, judge, and write the tables and pictures."""
     settings = draw_settings(args)
-    pipeline, judge = _tools(settings)
+    pipeline, _, judge = _tools(settings)
     train_all(args)
     # before the pool starts, so that its processes find the original model's portraits drawn
     originals = {name: load_originals(pipeline, name, settings, args.output_dir / "cache") for name in args.targets}
@@ -934,7 +1185,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--runs", nargs="+", choices=RUNS, default=list(RUNS), help="Which rows; the original model always is one."
     )
     parser.add_argument(
-        "--ablation_target", choices=TARGETS, default="blonde_hair", help="The target of the ablations."
+        "--ablation_targets", nargs="+", choices=TARGETS, default=["blonde_hair"], help="The ablations' targets."
+    )
+    parser.add_argument(
+        "--ablation_seeds", nargs="+", type=int, help="The ablations' training seeds; the first of --seeds if not set."
     )
     parser.add_argument("--stage1_steps", type=int, default=120)
     parser.add_argument("--stage2_steps", type=int, default=120)
@@ -947,6 +1201,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--strengths", nargs="+", type=float, default=[1.0], help="Strengths for --evaluate.")
     args = parser.parse_args(input_args)
     check_counts(parser, args)
+    args.ablation_seeds = args.ablation_seeds or args.seeds[:1]
+    if unknown := set(args.ablation_seeds) - set(args.seeds):
+        parser.error(
+            f"--ablation_seeds {min(unknown)} is none of --seeds, whose LoRAs the ablations are compared with"
+        )
     return args
 
 

@@ -13,7 +13,7 @@ import json
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,31 +25,28 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.plane import Point, Series, plane_picture  # noqa: E402
 from benchmarks.preservation import (  # noqa: E402
-    ORIGINAL,
+    QUIET,
     WEIGHTS_NAME,
     DrawSettings,
-    Originals,
-    Row,
-    Series,
     add_drawing_flags,
-    base_model_digest,
-    cached_arrays,
     check_counts,
     draw_settings,
-    file_digest,
-    judge_digest,
+    evaluate_guided,
+    load_guided_pipeline,
     load_originals,
+)
+from benchmarks.rows import (  # noqa: E402
+    ORIGINAL,
+    Row,
+    estimate,
     markdown_table,
-    noise_of_prompts,
     number,
-    response_plane,
-    series_point,
-    side_by_side,
+    resamples_of,
     summarise,
     without_nan,
 )
-from benchmarks.preservation import load_pipeline as load_stock_pipeline  # noqa: E402
 from pipeline_spf_portrait import SPFPortraitPipeline  # noqa: E402
 from toy_portraits.judge import PortraitJudge  # noqa: E402
 from toy_portraits.world import TARGETS  # noqa: E402
@@ -81,7 +78,6 @@ class Sweep:
     options: dict[str, float | bool]
 
 
-QUIET = {"adapter_in_unconditional": False, "target_scale": 0.75}
 SWEEPS = {
     "plain": Sweep("plain", "plain LoRA", (200, 60, 40), {}),
     "plain_quiet": Sweep("plain", "plain LoRA, recommended", (222, 150, 30), QUIET),
@@ -102,56 +98,16 @@ class GuidedJob:
 
 @lru_cache(maxsize=1)
 def _tools(settings: DrawSettings) -> tuple[SPFPortraitPipeline, PortraitJudge]:
-    pipeline = SPFPortraitPipeline.from_pipe(load_stock_pipeline(settings))
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline, PortraitJudge.from_pretrained()
-
-
-def draw_guided(
-    pipeline: SPFPortraitPipeline, originals: Originals, settings: DrawSettings, sfcm_guidance: float, options: dict
-) -> np.ndarray:
-    """Draw each full prompt once, from the noise of the original portrait; (B, 64, 64, 3) uint8."""
-    noise, prompts = noise_of_prompts(settings), originals.prompts
-    images = np.empty((len(prompts), 64, 64, 3), dtype=np.uint8)
-    # The prompts of one call share their target, and with it the phrase that it replaces.
-    for replaced in sorted({prompt.replaced_phrase for prompt in prompts}, key=str):
-        members = [i for i, prompt in enumerate(prompts) if prompt.replaced_phrase == replaced]
-        target = prompts[members[0]].target_prompt
-        for start in range(0, len(members), settings.batch_size):
-            chunk = members[start : start + settings.batch_size]
-            drawn = pipeline(
-                [prompts[i].base_prompt for i in chunk],
-                target_prompt=target if replaced is None else [(replaced, target)],
-                latents=noise[chunk].to(settings.device),
-                num_inference_steps=settings.num_inference_steps,
-                guidance_scale=settings.guidance_scale,
-                sfcm_guidance=sfcm_guidance,
-                output_type="np",
-                **options,
-            ).images
-            images[chunk] = np.rint(drawn * 255).astype(np.uint8)
-    return images
+    return load_guided_pipeline(settings), PortraitJudge.from_pretrained()
 
 
 def judge_job(job: GuidedJob, settings: DrawSettings, runs_dir: Path, cache_dir: Path) -> dict[str, np.ndarray]:
-    """The measures of a job, (prompts,) each."""
+    """The measures of a job, (prompts,) each, and what was drawn for it."""
     pipeline, judge = _tools(settings)
     originals = load_originals(pipeline, job.target_name, settings, cache_dir)
     sweep = SWEEPS[job.sweep]
     folder = lora_folder(runs_dir, job.target_name, sweep.run, job.seed)
-
-    def make() -> dict[str, np.ndarray]:
-        pipeline.load_lora_weights(folder, weight_name=WEIGHTS_NAME, adapter_name="judged")
-        try:
-            images = draw_guided(pipeline, originals, settings, job.sfcm_guidance, sweep.options)
-        finally:
-            pipeline.unload_lora_weights()
-        return judge.compare(originals.base_images, images, TARGETS[job.target_name])
-
-    code = file_digest(ROOT / "pipeline_spf_portrait.py", ROOT / "sfcm.py")
-    digests = [base_model_digest(), file_digest(folder / WEIGHTS_NAME), judge_digest(), code]
-    key = ["guided", job.target_name, sweep.options, job.sfcm_guidance, asdict(settings), digests]
-    return cached_arrays(cache_dir, key, make)
+    return evaluate_guided(pipeline, judge, originals, folder, job.sfcm_guidance, sweep.options, settings, cache_dir)
 
 
 def lora_folder(runs_dir: Path, target_name: str, run: str, seed: int) -> Path:
@@ -211,12 +167,19 @@ def table_of(target_name: str, rows: Sequence[Row]) -> str:
     return f'"{TARGETS[target_name].prompt}":\n\n' + markdown_table(["", *MEASURES.values()], lines)
 
 
-def plot_of(target_name: str, rows: Sequence[Row], sweeps: Sequence[str]) -> list[Series]:
+def plot_of(rows: Sequence[Row], sweeps: Sequence[str]) -> list[Series]:
     """A curve a sweep from s = 0 to 1, and the original model."""
-    series = [Series(ORIGINAL, (60, 60, 60), [series_point(rows[0])])]
+    resamples = resamples_of(rows)
+
+    def point(row: Row, bars: bool = False) -> Point:
+        both = [estimate(row, name, resamples) for name in ("response", "change_outside")]
+        ends = [(e.low, e.high) if bars and e.low is not None else None for e in both]
+        return Point(both[0].value, both[1].value, *ends)
+
+    series = [Series(ORIGINAL, (60, 60, 60), [point(rows[0], bars=True)])]
     for sweep in sweeps:
-        points = [series_point(row) for row in rows if row.run_name == sweep]
-        series.append(Series(SWEEPS[sweep].label, SWEEPS[sweep].color, points, joined=True))
+        points = [point(row) for row in rows if row.run_name == sweep]
+        series.append(Series(SWEEPS[sweep].label, SWEEPS[sweep].color, points, curve=True))
     return series
 
 
@@ -260,10 +223,9 @@ def main(input_args: list[str] | None = None) -> None:
     tables = evaluate(args, settings)
     text = "\n".join([explanation(args), *(table_of(name, rows) for name, rows in tables.items())])
     (args.output_dir / "table.md").write_text(text, encoding="utf-8")
-    panels = [
-        response_plane(f'"{TARGETS[name].prompt}"', plot_of(name, rows, args.sweeps)) for name, rows in tables.items()
-    ]
-    side_by_side(panels).save(args.output_dir / "sfcm_guidance.png", optimize=True)
+    panels = {f'"{TARGETS[name].prompt}"': plot_of(rows, args.sweeps) for name, rows in tables.items()}
+    picture = plane_picture(panels, "change outside", columns=len(panels))
+    picture.save(args.output_dir / "sfcm_guidance.png", optimize=True)
     results = {
         name: [{"label": row.label, "run": row.run_name, "measures": summarise(row)} for row in rows]
         for name, rows in tables.items()
