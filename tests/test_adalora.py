@@ -29,6 +29,7 @@ from test_train import (  # noqa: F401 (fixtures)
 from torch import nn
 
 import adalora
+import train_spf_portrait_lora as script
 import training_inputs as inputs_module
 from attention_processors import active_adapters
 from checkpoints import read_state
