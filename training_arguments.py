@@ -217,7 +217,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--composed_target_reuse",
         type=int,
-        default=1,
+        default=2,
         help="Steps that learn from each composed target, which costs more to make than to learn; 1 makes each anew.",
     )
     group.add_argument("--lambda_text", type=float, default=20.0, help="Weight of the text-consistent loss (paper).")
