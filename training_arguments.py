@@ -148,7 +148,8 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
         "--use_adalora",
         action="store_true",
         help="LoRA whose ranks move to the layers that need them (AdaLoRA): 1.5 times --rank, rounded up, at first, "
-        "and --rank on average at the end. For one stage alone: needs --stage2_steps 0.",
+        "and --rank on average at the end. For one stage alone: needs --stage2_steps 0 or another --preservation "
+        "than spf.",
     )
     group.add_argument(
         "--reference_lora",
@@ -550,8 +551,8 @@ def _check_adalora(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
         )
     if args.stage2_steps > 0:
         parser.error(
-            f"--use_adalora is for one stage alone, so it needs --stage2_steps 0, got {args.stage2_steps}: stage 2 "
-            "would start with the ranks that stage 1 has left"
+            "--use_adalora is for one stage alone, so it needs --stage2_steps 0 or another --preservation than spf, "
+            f"got {args.stage2_steps} and spf: stage 2 would start with the ranks that stage 1 has left"
         )
     if args.stage1_steps < adalora.MIN_STEPS:
         parser.error(

@@ -225,7 +225,8 @@ def stock_pipeline(world, kind=StableDiffusionPipeline):  # noqa: F811
 
 OPTIONS = {
     "cross-attention": {},
-    "convolutions, dropout, accumulated and recomputed": {
+    "convolutions, dropout, accumulated and recomputed, another way to preserve": {
+        "preservation": "dop",
         "lora_layers": "conv1,attn2.to_k,proj_in",
         "lora_dropout": 0.3,
         "gradient_accumulation_steps": 2,
