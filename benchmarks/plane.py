@@ -150,11 +150,13 @@ def plane_panel(title: str, pollution: str, series: Sequence[Series], size: tupl
         if len(middle) > 1:
             pen.line(middle, fill=line.color, width=2 * SCALE if line.curve else SCALE)
         for (x, y), point in zip(middle, line.points, strict=True):
+            pale = tuple((255 + channel) // 2 for channel in line.color)
             if point.response_ends is not None:
-                pen.line((*_xy(place_x, point.response_ends, y),), fill=line.color, width=SCALE)
+                first, last = (place_x(end) for end in point.response_ends)
+                pen.line((first, y, last, y), fill=pale, width=SCALE)
             if point.pollution_ends is not None:
                 first, last = (place_y(end) for end in point.pollution_ends)
-                pen.line((x, first, x, last), fill=line.color, width=SCALE)
+                pen.line((x, first, x, last), fill=pale, width=SCALE)
     for line in series:
         for point in line.points:
             x, y = place_x(point.response), place_y(point.pollution)
@@ -164,10 +166,6 @@ def plane_panel(title: str, pollution: str, series: Sequence[Series], size: tupl
                 pen.ellipse((x - ring, y - ring, x + ring, y + ring), outline="black", width=round(1.2 * SCALE))
             draw_marker(pen, x, y, radius, line, point.hollow)
     return panel.resize(size, Image.Resampling.LANCZOS)
-
-
-def _xy(place_x, ends: tuple[float, float], y: float) -> tuple[float, float, float, float]:
-    return place_x(ends[0]), y, place_x(ends[1]), y
 
 
 def legend(series: Sequence[Series], width: int, notes: Sequence[str] = ()) -> Image.Image:

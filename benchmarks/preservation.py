@@ -963,7 +963,7 @@ def explanation(args: argparse.Namespace) -> str:
     """What the table's numbers are, and the settings they were made with."""
     total = args.stage1_steps + args.stage2_steps
     quiet = ", ".join(f"{name}={value}" for name, value in QUIET.items())
-    text = f"""\
+    return f"""\
 Settings: {args.num_prompts} prompts (seed {args.prompt_seed}), {len(args.seeds)} training seed(s),
 {args.num_inference_steps} DDIM steps, guidance scale {args.guidance_scale:g}; {args.stage1_steps} +
 {args.stage2_steps} training steps, {total} for what has one stage; half a batch for what adds a row of its own to each
@@ -983,7 +983,6 @@ regions do. *On the front*: in how many of the resamples no row does, those with
 none left out. Ablations are not candidates. *Below the strength curve*: the least change outside at which the LoRA
 turned down still responds as much, minus the run's own. *Training*: mean wall time, {args.workers} at a time.
 """
-    return text if len(args.targets) == 1 else text + "*Overall* is the mean over the targets.\n"
 
 
 def training_seconds(args: argparse.Namespace, targets: Sequence[str], row: Row) -> float:
@@ -1030,7 +1029,7 @@ def write_results(args: argparse.Namespace, tables: dict[str, list[Row]]) -> Non
 
 def titled(tables: dict[str, list[Row]]) -> dict[str, tuple[str, list[Row]]]:
     """Title and rows of each section: the mean over targets first, if there are several."""
-    found = {OVERALL: ("Overall", overall_rows(tables))} if len(tables) > 1 else {}
+    found = {OVERALL: ("Mean over targets", overall_rows(tables))} if len(tables) > 1 else {}
     return found | {name: (f'"{TARGETS[name].prompt}"', rows) for name, rows in tables.items()}
 
 
@@ -1083,7 +1082,10 @@ def plane_series(rows: list[Row]) -> list[Series]:
         color, marker = run.style
         own = [row for row in rows if row.run_name == name and row.strength == 1.0]
         if name == "plain" and own:
-            curve = [replace(point(row), response_ends=None, pollution_ends=None) for row in curve_of(rows, name)]
+            bare = {"response_ends": None, "pollution_ends": None}
+            # Full strength has its ring from the point that is drawn over the curve's end.
+            curve = [replace(point(row), **bare) for row in curve_of(rows, name)]
+            curve[-1] = replace(curve[-1], on_front=False)
             series.append(Series(f"{run.label}, strength 0 to 1", color, curve, curve=True))
         if own:
             series.append(Series(run.label, color, [point(row) for row in own], marker=marker))
@@ -1176,8 +1178,8 @@ def check_counts(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
             parser.error(f"--{name} must be at least 1")
 
 
-def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(input_args: list[str] | None = None, description: str | None = __doc__) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--output_dir", type=Path, default=ROOT / "runs" / "preservation", help="LoRAs, caches, tables and pictures."
     )

@@ -9,8 +9,9 @@ import pytest
 from diffusers import StableDiffusionPipeline
 
 from benchmarks import call_cost, sfcm_guidance
-from benchmarks.preservation import ORIGINAL, WEIGHTS_NAME, DrawSettings, Originals, Row, draw
-from benchmarks.sfcm_guidance import SWEEPS, draw_guided, parse_args, plot_of, table_of
+from benchmarks.preservation import WEIGHTS_NAME, DrawSettings, draw, draw_guided
+from benchmarks.rows import ORIGINAL, Row
+from benchmarks.sfcm_guidance import SWEEPS, parse_args, plot_of, table_of
 from pipeline_spf_portrait import SPFPortraitPipeline
 from toy_portraits.judge import base_prompts
 from toy_portraits.recipe import BASE_MODEL, LORA
@@ -30,11 +31,10 @@ def pipeline():
 def test_without_guidance_the_full_prompts_are_drawn_each_from_its_noise(pipeline):
     prompts = base_prompts(TARGETS["striped_shirt"], SETTINGS.num_prompts, SETTINGS.prompt_seed)
     assert len({prompt.replaced_phrase for prompt in prompts}) > 1  # several calls, out of order
-    originals = Originals("striped_shirt", prompts, None, None)
-    images = draw_guided(pipeline, originals, SETTINGS, 0.0, {})
+    images = draw_guided(pipeline, prompts, SETTINGS, 0.0, {})["full_images"]
     expected = draw(StableDiffusionPipeline.from_pipe(pipeline), [prompt.full_prompt for prompt in prompts], SETTINGS)
     assert np.abs(images.astype(int) - expected).max() <= 1
-    guided = draw_guided(pipeline, originals, SETTINGS, 1.0, {})
+    guided = draw_guided(pipeline, prompts, SETTINGS, 1.0, {})["full_images"]
     base = draw(StableDiffusionPipeline.from_pipe(pipeline), [prompt.base_prompt for prompt in prompts], SETTINGS)
     assert np.abs(guided.astype(int) - base).mean() < 0.75 * np.abs(images.astype(int) - base).mean()
 
@@ -52,9 +52,10 @@ def test_table_and_plot_have_a_row_and_a_point_for_each_strength():
     table = table_of("red_hat", made_up_rows())
     assert '"a red hat"' in table and table.count("| plain LoRA, s = ") == table.count("| SPF-Portrait, s = ") == 2
     assert "| plain LoRA, s = 1 | 0.25 ± 0.00 |" in table
-    series = plot_of("red_hat", made_up_rows(), ["plain", "composed"])
+    series = plot_of(made_up_rows(), ["plain", "composed"])
     assert [len(line.points) for line in series] == [1, 2, 2]
-    assert [point[:2] for point in series[1].points] == [(0.5, 0.5), (0.25, 0.25)]
+    assert [(point.response, point.pollution) for point in series[1].points] == [(0.5, 0.5), (0.25, 0.25)]
+    assert series[0].points[0].response_ends is not None and series[1].points[0].response_ends is None
 
 
 def test_a_lora_that_is_missing_is_named_before_anything_is_drawn(tmp_path):
