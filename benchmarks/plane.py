@@ -91,14 +91,16 @@ class Series:
 
 
 def draw_marker(pen: ImageDraw.ImageDraw, x: float, y: float, radius: float, series: Series, hollow: bool) -> None:
-    fill, width = ("white" if hollow else series.color), round(1.6 * SCALE)
-    if series.marker == "circle":
-        pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill, outline=series.color, width=width)
-        return
-    count, turn, reach = MARKERS[series.marker], TURNS[series.marker], 1.25 * radius
-    angles = [turn + 2 * math.pi * k / count for k in range(count)]
-    corners = [(x + reach * math.cos(angle), y + reach * math.sin(angle)) for angle in angles]
-    pen.polygon(corners, fill=fill, outline=series.color, width=width)
+    """A filled marker, and its inside white again if it is hollow."""
+    fills = [(series.color, radius)] + ([("white", 0.55 * radius)] if hollow else [])
+    for fill, reach in fills:
+        if series.marker == "circle":
+            pen.ellipse((x - reach, y - reach, x + reach, y + reach), fill=fill)
+            continue
+        count, turn = MARKERS[series.marker], TURNS[series.marker]
+        angles = [turn + 2 * math.pi * k / count for k in range(count)]
+        # corners reach further than a circle of the same area
+        pen.polygon([(x + 1.25 * reach * math.cos(a), y + 1.25 * reach * math.sin(a)) for a in angles], fill=fill)
 
 
 def tick_step(span: float) -> float:

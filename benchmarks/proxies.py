@@ -316,9 +316,9 @@ Rank correlations of what a user can measure with what the probe of the toy worl
 preservation benchmark: each row and training seed is one LoRA. {args.num_prompts} prompts (seed {args.prompt_seed}),
 {args.num_inference_steps} DDIM steps, guidance scale {args.guidance_scale:g}. The sign is such that +1 means: what the
 measure finds better is better. Brackets are 95 % intervals from {RESAMPLES} resamples of the prompts; a resample is
-noisier than the prompts themselves, so that the value lies near the upper end. *Outside* and *inside*, for the measures,
-are those of the mean SFCM of the LoRAs, as in `evaluate_spf_portrait.py`; CLIP is the toy world's own. What needs
-portraits of base prompts alone is over the LoRAs drawn without guidance.
+noisier than the prompts themselves, so that the value lies near the upper end. *Outside* and *inside*, for the
+measures, are those of the mean SFCM of the LoRAs, as in `evaluate_spf_portrait.py`; CLIP is the toy world's own. What
+needs portraits of base prompts alone is over the LoRAs drawn without guidance.
 """
     return text + (f"\nNot computed:\n\n{left_out}" if left_out else "")
 
