@@ -923,7 +923,9 @@ def ablation_table(parent: str, differences: dict[str, dict]) -> str:
     return markdown_table(["", *HEADINGS.values()], lines)
 
 
-def section(title: str, rows: list[Row], seconds: dict[tuple[str, float, bool], float]) -> str:
+def section(
+    title: str, rows: list[Row], seconds: dict[tuple[str, float, bool], float], verdicts_found: dict[str, dict]
+) -> str:
     """All tables of one target, or of the mean over targets, as markdown."""
     parts = [f"## {title}\n\n", plane_table(rows, seconds)]
     if oracles := oracle_differences(rows):
@@ -937,8 +939,8 @@ def section(title: str, rows: list[Row], seconds: dict[tuple[str, float, bool], 
             f'Ablations of "{RUNS[parent].label}", difference to it at training seed(s) {", ".join(map(str, seeds))}'
         )
         parts += [f"\n{title}, paired by prompt:\n\n", ablation_table(parent, differences)]
-    if found := verdicts(rows):
-        parts += ["\nAgainst plain LoRA and the strength curves:\n\n", verdict_table(found)]
+    if verdicts_found:
+        parts += ["\nAgainst plain LoRA and the strength curves:\n\n", verdict_table(verdicts_found)]
     summaries = [(row.label, summarise(row)) for row in rows]
     full = [[label, *(cell(summary, m) for m in HEADINGS)] for label, summary in summaries]
     parts += ["\nAll measures:\n\n", markdown_table(["", *HEADINGS.values()], full)]
@@ -1010,7 +1012,7 @@ def write_results(args: argparse.Namespace, tables: dict[str, list[Row]]) -> Non
         oracles = [{k: v if isinstance(v, str) else asdict(v) for k, v in d.items()} for d in oracle_differences(rows)]
         results[name] = {"rows": entries, "verdicts": verdicts(rows), "oracles": oracles}
         results[name]["ablations"] = ablation_differences(rows)
-        sections.append("\n" + section(title, rows, seconds))
+        sections.append("\n" + section(title, rows, seconds, results[name]["verdicts"]))
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     document = {
         "settings": settings,

@@ -60,9 +60,11 @@ def test_error_bars_rings_and_values_below_zero_are_drawn():
 def test_the_legend_names_each_kind_once_below_the_panels():
     series = [Series(f"method {i}", (20 * i, 90, 120), [Point(0.1 * i, i)]) for i in range(11)]
     one = plane_picture({"first": series}, "pollution")
-    two = plane_picture({"first": series, "second": series}, "pollution", notes=("a note",))
+    two = plane_picture({"first": series, "second": series}, "pollution")
     assert one.width == PANEL[0] and two.width == 2 * PANEL[0]
-    # twice as many columns take less height, though there is a note
+    # more columns, so fewer rows, and the second panel's series are the same
     assert PANEL[1] < two.height < one.height
+    noted = plane_picture({"first": series, "second": series}, "pollution", notes=("a note",))
+    assert two.height < noted.height < two.height + 40
     third = plane_picture({"first": series, "second": series, "third": series}, "pollution", columns=2)
     assert third.height > 2 * PANEL[1]
