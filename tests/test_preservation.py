@@ -1,6 +1,7 @@
 """Tests of the benchmark: its statistics on made-up rows, its bookkeeping, and a LoRA judged with the toy model."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,7 +59,9 @@ from benchmarks.rows import (
 )
 from metrics import Estimate
 from toy_portraits.judge import MARGIN, PortraitJudge, base_prompts
+from toy_portraits.recipe import LORA
 from toy_portraits.world import LABELS, SIZE, TARGETS, render, sample_factors
+from training_arguments import parse_args as parse_training_args
 
 
 PROMPTS = 40
@@ -281,6 +284,19 @@ def test_every_run_starts_the_training_script_with_the_right_stages(tmp_path):
             assert "--stage1_steps 12 --stage2_steps 0" in command
     assert f"--sfcm_dir {tmp_path}/runs/red_hat/composed_mask-seed4-masks" in commands["composed_mask"]
     assert "--save_alignment" in commands["composed"] and "--train_batch_size 4" in commands["dop"]
+
+
+def test_every_runs_command_is_one_the_trainer_takes(tmp_path):
+    args = parse_args(["--output_dir", str(tmp_path)])
+    shutil.copytree(LORA, preservation.run_folder(args, "blonde_hair", "stage1", 4))
+    masks = preservation.mask_folder(args, "blonde_hair", 4)
+    masks.mkdir()
+    Image.new("L", (SIZE, SIZE)).save(masks / "00000.png")
+    for name in RUNS:
+        command = training_command(args, "blonde_hair", name, 4)
+        taken = parse_training_args([*command, "--output_dir", str(tmp_path / name)])
+        assert taken.stage2_steps == (args.stage2_steps if RUNS[name].continues else 0)
+    assert taken.stage2_objective == "paper"
 
 
 def test_what_is_needed_is_trained_first():
