@@ -318,7 +318,7 @@ def measure_toy(options: argparse.Namespace) -> None:
         if options.cycles and {PLAIN, MADE} <= set(names):
             plain, composed = alternate_cycles(runs[PLAIN], runs[MADE])
             reuse = runs[MADE].args.composed_target_reuse
-            print(f"\nMeasured over a cycle, the default --composed_target_reuse {reuse}: {composed / plain:.2f}")
+            print(f"\nMeasured over a cycle with the default, {reuse}: {composed / plain:.2f} of plain")
 
 
 def measure_stable_diffusion(options: argparse.Namespace) -> None:
@@ -347,7 +347,7 @@ def main(input_args: list[str] | None = None) -> None:
     parser.add_argument("--target", choices=("blonde_hair", "red_hat", "striped_shirt"), default="blonde_hair")
     parser.add_argument("--steps", type=int, default=20, help="Timed steps of each row, after one that is not.")
     parser.add_argument("--share_steps", type=int, default=5, help="Steps that the shares are medians of.")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="Of the table.")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="All, or some.")
     parser.add_argument("--cycles", action=argparse.BooleanOptionalAction, default=True, help="Measure a cycle, too.")
     parser.add_argument("--counted", action=argparse.BooleanOptionalAction, default=True, help="Count memory, too.")
     parser.add_argument("--stable_diffusion", type=Path, metavar="FOLDER", help="Time this model instead.")
