@@ -51,13 +51,22 @@ def trained_parameters(run: trainer.Run) -> list[torch.nn.Parameter]:
 
 
 def timed_step(run: trainer.Run, step: int, stage: int = 2) -> tuple[float, dict[str, float]]:
-    """Seconds and losses of a step; on a GPU until it has done all of it."""
+    """Seconds and losses of a step, by `now`."""
     parameters = trained_parameters(run)
-    start = time.perf_counter()
+    start = now()
     losses = trainer.train_step(run, stage, step, run.optimizer, parameters)
-    if run.device.type == "cuda":
+    return now() - start, losses
+
+
+def now() -> float:
+    """Seconds: the wall clock's, once a GPU has done all that it was given; without one, of this process's CPU time.
+
+    The latter does not count what other programs on the machine take.
+    """
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - start, losses
+        return time.perf_counter()
+    return time.process_time()
 
 
 def main(input_args: list[str] | None = None) -> None:

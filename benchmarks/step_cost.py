@@ -14,10 +14,10 @@ Source: [ours].
 from __future__ import annotations
 
 import argparse
+import shlex
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import train_spf_portrait_lora as trainer  # noqa: E402
-from benchmarks.cache_cost import make_stage1, prepare, timed_step, trained_parameters  # noqa: E402
+from benchmarks.cache_cost import make_stage1, now, prepare, timed_step, trained_parameters  # noqa: E402
 from benchmarks.estimate_memory import (  # noqa: E402
     LiveBytes,
     alignment_backward,
@@ -50,9 +50,10 @@ from training_arguments import uses_enhancement  # noqa: E402
 PLAIN, MADE, FOUND = "plain LoRA", "composed, targets made", "composed, targets found"
 REUSES = (1, 2, 3, 4)
 BATCH = int(FLAGS[FLAGS.index("--train_batch_size") + 1])
-# The paper's objective has a row with gradient of each of two kinds for every row of a batch.
-PAPER = ["--stage2_objective", "paper", "--train_batch_size", str(BATCH // 2)]
-UNCACHED = ["--no-cache_latents", "--no-cache_text_embeddings"]
+# What needs a run of its own. The paper's objective has a row with gradient of each of two kinds for every row of a
+# batch, so it has half of the batch.
+PAPER = f"--stage2_objective paper --train_batch_size {BATCH // 2}"
+UNCACHED, CHECKPOINTING = "--no-cache_latents --no-cache_text_embeddings", "--gradient_checkpointing"
 
 
 @dataclass(frozen=True)
@@ -60,75 +61,83 @@ class Row:
     """One kind of step.
 
     Attributes:
-        flags: of the trainer, beyond those that all rows share.
-        stage: of the step.
-        found: whether the composed targets are there before the step.
+        flags: of the run it is a step of; rows with the same flags share a run.
+        changes: other values of flags that nothing but the step asks for.
+        stage: of the step. A plain LoRA step is one of stage 1, here with stage 1's LoRA, switched off, beside it.
         of: the row that it is compared with.
     """
 
-    flags: list[str] = field(default_factory=list)
+    flags: str = ""
+    changes: dict[str, Any] = field(default_factory=dict)
     stage: int = 2
-    found: bool = False
     of: str = PLAIN
 
+    @property
+    def found(self) -> bool:
+        """Whether the composed targets are there before the step."""
+        return self.changes.get("composed_target_reuse", 1) > 1
 
+
+FINDS = {"composed_target_reuse": 2}
 ROWS = {
     PLAIN: Row(stage=1),
-    MADE: Row(),
-    FOUND: Row(["--composed_target_reuse", "2"], found=True),
-    "composed, targets made, teacher_base_weight 0": Row(["--teacher_base_weight", "0"]),
-    "composed, targets made, single_pass": Row(["--dual_path", "single_pass"]),
-    "plain LoRA, nothing cached": Row(UNCACHED, stage=1),
-    "composed, targets made, nothing cached": Row(UNCACHED, of="plain LoRA, nothing cached"),
-    "composed, targets found, nothing cached": Row(
-        [*UNCACHED, "--composed_target_reuse", "2"], found=True, of="plain LoRA, nothing cached"
+    MADE: Row(changes={"composed_target_reuse": 1}),
+    FOUND: Row(changes=FINDS),
+    "composed, targets made, teacher_base_weight 0": Row(
+        changes={"composed_target_reuse": 1, "teacher_base_weight": 0.0}
     ),
-    "plain LoRA, checkpointing": Row(["--gradient_checkpointing"], stage=1),
-    "composed, targets made, checkpointing": Row(["--gradient_checkpointing"], of="plain LoRA, checkpointing"),
-    "composed, targets found, checkpointing": Row(
-        ["--gradient_checkpointing", "--composed_target_reuse", "2"], found=True, of="plain LoRA, checkpointing"
-    ),
+    "composed, targets made, single_pass": Row(changes={"composed_target_reuse": 1, "dual_path": "single_pass"}),
     "paper": Row(PAPER),
-    "paper, single_pass": Row([*PAPER, "--dual_path", "single_pass"]),
-    "paper, without enhancement": Row([*PAPER, "--enhancement_loss", "none"]),
-    "paper, checkpointing": Row([*PAPER, "--gradient_checkpointing"], of="plain LoRA, checkpointing"),
+    "paper, single_pass": Row(PAPER, {"dual_path": "single_pass"}),
+    "paper, without enhancement": Row(PAPER, {"enhancement_loss": "none"}),
+    "plain LoRA, checkpointing": Row(CHECKPOINTING, stage=1, of="plain LoRA, checkpointing"),
+    "composed, targets made, checkpointing": Row(
+        CHECKPOINTING, {"composed_target_reuse": 1}, of="plain LoRA, checkpointing"
+    ),
+    "composed, targets found, checkpointing": Row(CHECKPOINTING, FINDS, of="plain LoRA, checkpointing"),
+    "paper, checkpointing": Row(f"{PAPER} {CHECKPOINTING}", of="plain LoRA, checkpointing"),
+    "plain LoRA, nothing cached": Row(UNCACHED, stage=1, of="plain LoRA, nothing cached"),
+    "composed, targets made, nothing cached": Row(
+        UNCACHED, {"composed_target_reuse": 1}, of="plain LoRA, nothing cached"
+    ),
+    "composed, targets found, nothing cached": Row(UNCACHED, FINDS, of="plain LoRA, nothing cached"),
 }
-# With random weights and one UNet for all rows.
-BIG_ROWS = (PLAIN, MADE, FOUND, "composed, targets made, teacher_base_weight 0", "composed, targets made, single_pass")
 
 
 # ------------------------------------------------------------------------------------------------------------- running
 
 
+def make_runs(names: Sequence[str], flags: Sequence[str], steps: int) -> dict[str, trainer.Run]:
+    """A run for each row; those with the same flags share models, LoRA and optimizer."""
+    prepared: dict[str, trainer.Run] = {}
+    runs = {}
+    for name in names:
+        row = ROWS[name]
+        if row.flags not in prepared:
+            prepared[row.flags] = prepare([*flags, *shlex.split(row.flags)], steps)
+        run = prepared[row.flags]
+        runs[name] = replace(run, args=argparse.Namespace(**{**vars(run.args), **row.changes}), targets={})
+    return runs
+
+
 def make_toy_runs(names: Sequence[str], target: str, steps: int, output_dir: Path) -> dict[str, trainer.Run]:
-    """A run for each row, all from one LoRA of stage 1."""
-    shared = [*training_flags(target), "--report_to", "none", "--num_validation_images", "0"]
-    shared += ["--num_alignment_images", str(BATCH), "--alignment_inference_steps", "2", "--sfcm_noise_samples", "1"]
+    """Runs of the toy base model, all from one LoRA of stage 1."""
+    flags = [*training_flags(target), "--report_to", "none", "--num_validation_images", "0"]
+    flags += ["--num_alignment_images", str(BATCH), "--alignment_inference_steps", "2", "--sfcm_noise_samples", "1"]
     earlier = make_stage1(target, output_dir / "earlier")
-    shared += ["--stage1_steps", "0", "--stage1_lora_path", str(earlier), "--stage2_steps", str(steps)]
-    return {
-        name: prepare([*shared, *ROWS[name].flags, "--output_dir", str(output_dir / "run")], steps, ROWS[name].stage)
-        for name in names
-    }
+    flags += ["--stage1_steps", "0", "--stage1_lora_path", str(earlier), "--stage2_steps", str(steps)]
+    return make_runs(names, [*flags, "--output_dir", str(output_dir / "run")], steps)
 
 
 def make_big_runs(model: Path, target: str, side: int, batch: int, steps: int, output_dir: Path) -> dict[str, Any]:
-    """Runs of Stable Diffusion 1.5's configuration, which share one UNet and its optimizer to fit into memory."""
+    """Runs of Stable Diffusion 1.5's configuration: all rows that share one."""
     flags = ["--pretrained_model_name_or_path", str(model), "--clip_model_name_or_path", str(model / "clip")]
     flags += ["--train_data_dir", str(ROOT / "toy_portraits" / target), "--max_train_samples", str(batch)]
     flags += ["--resolution", str(side), "--train_batch_size", str(batch), "--report_to", "none"]
     flags += ["--num_validation_images", "0", "--num_alignment_images", "1", "--alignment_inference_steps", "1"]
     flags += ["--sfcm_noise_samples", "1", "--output_dir", str(output_dir)]
-    run = prepare([*flags, "--stage1_steps", "1", "--stage2_steps", str(steps)], steps)
-    changes = {
-        FOUND: {"composed_target_reuse": 2},
-        "composed, targets made, teacher_base_weight 0": {"teacher_base_weight": 0.0},
-        "composed, targets made, single_pass": {"dual_path": "single_pass"},
-    }
-    return {
-        name: replace(run, args=argparse.Namespace(**{**vars(run.args), **changes.get(name, {})}), targets={})
-        for name in BIG_ROWS
-    }
+    names = [name for name, row in ROWS.items() if not row.flags]
+    return make_runs(names, [*flags, "--stage1_steps", "1", "--stage2_steps", str(steps)], steps)
 
 
 def make_targets(run: trainer.Run, step: int) -> None:
@@ -170,13 +179,11 @@ def timing(owner: Any, name: str, clock: dict[str, list[float]], label: str) -> 
     function = getattr(owner, name)
 
     def timed(*args: Any, **kwargs: Any) -> Any:
-        start = time.perf_counter()
+        start = now()
         try:
             return function(*args, **kwargs)
         finally:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            clock.setdefault(label, []).append(time.perf_counter() - start)
+            clock.setdefault(label, []).append(now() - start)
 
     with patch.object(owner, name, timed):
         yield
@@ -299,7 +306,7 @@ def print_shares(runs: dict[str, trainer.Run], names: Sequence[str], steps: int)
 def describe_machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} thread(s)"
+    return f"CPU time of {torch.get_num_threads()} thread(s)"
 
 
 def measure_toy(options: argparse.Namespace) -> None:
