@@ -160,14 +160,14 @@ def alternate(runs: dict[str, trainer.Run], steps: int) -> dict[str, list[float]
     return times
 
 
-def alternate_cycles(plain: trainer.Run, composed: trainer.Run) -> tuple[float, float]:
-    """Mean seconds of a plain and of a composed step over whole cycles of its targets, one of each in turn."""
-    steps, times = trainer.KEPT_TARGETS * composed.args.composed_target_reuse, ([], [])
-    composed.targets = {}
-    for step in range(steps):
-        times[0].append(timed_step(plain, step, 1)[0])
-        times[1].append(timed_step(composed, step)[0])
-    return statistics.mean(times[0]), statistics.mean(times[1])
+def alternate_cycle(run: trainer.Run) -> tuple[float, float]:
+    """Mean seconds of a plain and of a composed step over a whole cycle of the run's targets, one of each in turn."""
+    times: dict[int, list[float]] = {1: [], 2: []}
+    run.targets = {}
+    for step in range(trainer.KEPT_TARGETS * run.args.composed_target_reuse):
+        for stage, values in times.items():
+            values.append(timed_step(run, step, stage)[0])
+    return statistics.mean(times[1]), statistics.mean(times[2])
 
 
 # -------------------------------------------------------------------------------------------------------------- shares
@@ -322,9 +322,9 @@ def measure_toy(options: argparse.Namespace) -> None:
         if {PLAIN, MADE, FOUND} <= set(names):
             print_reuses(times)
         print_shares(runs, [name for name in (PLAIN, MADE, FOUND, "paper") if name in names], options.share_steps)
-        if options.cycles and {PLAIN, MADE} <= set(names):
-            plain, composed = alternate_cycles(runs[PLAIN], runs[MADE])
-            reuse = runs[MADE].args.composed_target_reuse
+        if options.cycles and PLAIN in names:
+            plain, composed = alternate_cycle(runs[PLAIN])
+            reuse = runs[PLAIN].args.composed_target_reuse
             print(f"\nMeasured over a cycle with the default, {reuse}: {composed / plain:.2f} of plain")
 
 
