@@ -730,27 +730,25 @@ def is_ablation(row: Row) -> bool:
 
 
 def verdicts(rows: list[Row], seed: int = 0) -> dict[str, dict]:
-    """Every way to train, at full strength, against the controls that were run.
+    """Every way to train, at full strength, against plain LoRA.
 
     Returns:
-        By label: ratios to plain LoRA at full strength, where it has what is compared, and the distance below each
-        control's strength curve.
+        By label: ratios to plain LoRA at full strength, where it has what is compared, and the distance below its
+        strength curve. Nothing if there is no plain LoRA.
     """
     plain = next((row for row in rows if row.key == ("plain", 1.0, False)), None)
-    curves = {name: curve_of(rows, name) for name in CONTROLS if any(row.run_name == name for row in rows)}
-    found = {}
+    found: dict[str, dict] = {}
+    if plain is None:
+        return found
+    curve = curve_of(rows, "plain")
     for row in rows:
         if row.strength != 1.0 or is_ablation(row) or row is plain:
             continue
-        verdict = {}
+        verdict = {"below_plain_curve": distance_below_curve(row, curve, np.random.default_rng(seed))}
         for measure in ("response", "excess", "base_change"):
-            if plain is not None and measure in row.measures:
+            if measure in row.measures:
                 of_plain = plain.measures[measure].mean()
                 verdict[f"{measure}_ratio"] = float(row.measures[measure].mean() / of_plain) if of_plain else np.nan
-        for control, curve in curves.items():
-            if row.guided or row.run_name != control:
-                below = distance_below_curve(row, curve, np.random.default_rng(seed))
-                verdict[f"below_{control}_curve"] = below
         found[row.label] = verdict
     return found
 
@@ -877,29 +875,14 @@ def verdict_table(found: dict[str, dict]) -> str:
     """The derived verdicts of one target as markdown."""
     lines = []
     for label, verdict in found.items():
-        line = [label]
-        line += [
-            number(verdict[k]) if k in verdict else "-"
-            for k in ("response_ratio", "excess_ratio", "base_change_ratio")
-        ]
-        for control in CONTROLS:
-            below = verdict.get(f"below_{control}_curve")
-            if below is None:
-                line += ["-"]
-                continue
-            per_seed = ", ".join(number(value) for value in below["per_seed"])
-            beyond = "; responds more than any strength" if below["beyond_the_curve"] else ""
-            errors = f"{below['standard_errors_below']:.1f} standard errors"
-            line += [f"{number(below['distance'], below['standard_error'])} ({errors}; seeds {per_seed}{beyond})"]
-        lines.append(line)
-    header = [
-        "",
-        "response / plain",
-        "excess / plain",
-        "base-prompt change / plain",
-        "below plain's strength curve",
-        "below stage 1's",
-    ]
+        ratios = [f"{name}_ratio" for name in ("response", "excess", "base_change")]
+        below = verdict["below_plain_curve"]
+        per_seed = ", ".join(number(value) for value in below["per_seed"])
+        beyond = "; responds more than any strength" if below["beyond_the_curve"] else ""
+        errors = f"{below['standard_errors_below']:.1f} standard errors"
+        distance = f"{number(below['distance'], below['standard_error'])} ({errors}; seeds {per_seed}{beyond})"
+        lines.append([label, *(number(verdict[k]) if k in verdict else "-" for k in ratios), distance])
+    header = ["", "response / plain", "excess / plain", "base-prompt change / plain", "below plain's strength curve"]
     return markdown_table(header, lines)
 
 
@@ -940,7 +923,7 @@ def section(
         )
         parts += [f"\n{title}, paired by prompt:\n\n", ablation_table(parent, differences)]
     if verdicts_found:
-        parts += ["\nAgainst plain LoRA and the strength curves:\n\n", verdict_table(verdicts_found)]
+        parts += ["\nAgainst plain LoRA and its strength curve:\n\n", verdict_table(verdicts_found)]
     summaries = [(row.label, summarise(row)) for row in rows]
     full = [[label, *(cell(summary, m) for m in HEADINGS)] for label, summary in summaries]
     parts += ["\nAll measures:\n\n", markdown_table(["", *HEADINGS.values()], full)]
