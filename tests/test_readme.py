@@ -144,6 +144,7 @@ def test_every_flag_named_in_the_prose_is_a_flag_of_the_trainer(actions):
     named = {flag for code in prose_code() for flag in re.findall(r"--\w[\w-]*", code)}
     assert len(named) > 40
     of_the_benchmark = {"--num_prompts", "--targets", "--seeds", "--runs", "--sweeps"}
+    of_the_benchmark |= {"--steps", "--share_steps", "--no-cycles"}
     taken = {flag for action in actions.values() for flag in action.option_strings}
     of_other_programs = {flag for heading in PROGRAMS for flag in table_of(heading)}
     assert named - taken - of_other_programs == {"--extra-index-url"} | of_the_benchmark
