@@ -850,7 +850,7 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.0%}"
 
 
-def plane_table(rows: list[Row], seconds: dict[tuple[str, float, bool], float]) -> str:
+def plane_table(rows: list[Row]) -> str:
     """The main table: every way to train and to draw, with its place in the plane."""
     lines = []
     found = places(rows)
@@ -858,10 +858,9 @@ def plane_table(rows: list[Row], seconds: dict[tuple[str, float, bool], float]) 
         if row.key in found:
             place, summary = found[row.key], summarise(row)
             means = [number(summary[m]["mean"]) if m in summary else "-" for m in PLANE_HEADINGS]
-            duration = f"{seconds[row.key]:.0f}" if row.key in seconds else "-"
             shares = [percent(place.usable_share), percent(place.share)]
             ends = [with_interval(place.response), with_interval(place.excess)]
-            lines.append([f"{row.label} {place.mark}".rstrip(), *ends, *means, *shares, duration])
+            lines.append([f"{row.label} {place.mark}".rstrip(), *ends, *means, *shares])
     header = [
         "",
         "response",
@@ -869,7 +868,6 @@ def plane_table(rows: list[Row], seconds: dict[tuple[str, float, bool], float]) 
         *PLANE_HEADINGS.values(),
         "on the front",
         "oracles too",
-        "training, s",
     ]
     return markdown_table(header, lines)
 
@@ -909,11 +907,9 @@ def ablation_table(parent: str, differences: dict[str, dict]) -> str:
     return markdown_table(["", *HEADINGS.values()], lines)
 
 
-def section(
-    title: str, rows: list[Row], seconds: dict[tuple[str, float, bool], float], verdicts_found: dict[str, dict]
-) -> str:
+def section(title: str, rows: list[Row], verdicts_found: dict[str, dict]) -> str:
     """All tables of one target, or of the mean over targets, as markdown."""
-    parts = [f"## {title}\n\n", plane_table(rows, seconds)]
+    parts = [f"## {title}\n\n", plane_table(rows)]
     if oracles := oracle_differences(rows):
         parts += [
             "\nDifference to what was trained with the true regions, paired by prompt:\n\n",
@@ -969,7 +965,7 @@ without one. Brackets are 95 % intervals from {RESAMPLES} resamples of the promp
 ★ no row has at least this response at no more excess pollution (the Pareto front); ☆ only rows that know the true
 regions do. *On the front*: in how many of the resamples no row does, those with true masks left out; *oracles too*:
 none left out. Ablations are not candidates. *Below the strength curve*: the least change outside at which the LoRA
-turned down still responds as much, minus the run's own. *Training*: mean wall time, {args.workers} at a time.
+turned down still responds as much, minus the run's own.
 """
 
 
@@ -998,7 +994,7 @@ def write_results(args: argparse.Namespace, tables: dict[str, list[Row]]) -> Non
         oracles = [{k: v if isinstance(v, str) else asdict(v) for k, v in d.items()} for d in oracle_differences(rows)]
         results[name] = {"rows": entries, "verdicts": verdicts(rows), "oracles": oracles}
         results[name]["ablations"] = ablation_differences(rows)
-        sections.append("\n" + section(title, rows, seconds, results[name]["verdicts"]))
+        sections.append("\n" + section(title, rows, results[name]["verdicts"]))
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     document = {
         "settings": settings,
