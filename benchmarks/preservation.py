@@ -72,7 +72,8 @@ UNWATCHED = ("--num_validation_images", "0", "--report_to", "none")
 STRENGTHS = (1.0, 0.75, 0.5, 0.25)
 PICTURED = 6  # prompts in the comparison pictures
 SFCM_GUIDANCE = 1.0
-QUIET = {"adapter_in_unconditional": False, "target_scale": 0.75}  # what the README recommends with it
+# What the README recommends with it for a LoRA that was not trained to keep out of the empty branch.
+QUIET = {"adapter_in_unconditional": False, "target_scale": 0.75}
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class Run:
             own, and is drawn without guidance alone.
         continues: whether it starts from stage 1's LoRA; otherwise it is one stage of as many steps as both.
         style: color and marker in the plane; None leaves it out.
+        quiet: whether it is drawn with `QUIET` under guidance.
     """
 
     label: str
@@ -95,6 +97,7 @@ class Run:
     parent: str | None = None
     continues: bool = True
     style: tuple[Color, str] | None = None
+    quiet: bool = True
 
 
 # Half a batch for what adds a row of its own to each training portrait's: all see as many rows with gradient.
@@ -129,9 +132,11 @@ WAYS = {
     "mask": Run(
         "masked loss, true masks", "--preservation mask", continues=False, style=((90, 90, 90), "diamond")
     ),
-    "composed": Run("SPF-Portrait, composed", f"{COMPOSED} --save_alignment", style=((30, 90, 200), "triangle")),
-    "composed_mask": Run("composed, true masks", COMPOSED, style=((150, 190, 240), "diamond")),
-    "paper": Run("SPF-Portrait, paper", PAPER, style=((30, 150, 90), "triangle")),
+    "composed": Run(
+        "SPF-Portrait, composed", f"{COMPOSED} --save_alignment", style=((30, 90, 200), "triangle"), quiet=False
+    ),
+    "composed_mask": Run("composed, true masks", COMPOSED, style=((150, 190, 240), "diamond"), quiet=False),
+    "paper": Run("SPF-Portrait, paper", PAPER, style=((30, 150, 90), "triangle"), quiet=False),
 }  # fmt: skip
 # What each changes in the flags of its parent.
 ABLATIONS = {
@@ -490,7 +495,14 @@ def evaluate_job(job: EvaluationJob, settings: DrawSettings, cache_dir: Path) ->
     originals = load_originals(pipeline, job.target_name, settings, cache_dir)
     if job.guided:
         return evaluate_guided(
-            guided_pipeline, judge, originals, job.lora_path, SFCM_GUIDANCE, QUIET, settings, cache_dir
+            guided_pipeline,
+            judge,
+            originals,
+            job.lora_path,
+            SFCM_GUIDANCE,
+            QUIET if RUNS[job.run_name].quiet else {},
+            settings,
+            cache_dir,
         )
     return evaluate_lora(pipeline, judge, originals, job.lora_path, job.strength, settings, cache_dir)
 
@@ -952,7 +964,8 @@ Settings: {args.num_prompts} prompts (seed {args.prompt_seed}), {len(args.seeds)
 {args.num_inference_steps} DDIM steps, guidance scale {args.guidance_scale:g}; {args.stage1_steps} +
 {args.stage2_steps} training steps, {total} for what has one stage; half a batch for what adds a row of its own to each
 portrait's. Every row draws the same prompts from the same noise, the LoRA active in both branches of the guidance;
-*guided* rows are the same LoRAs drawn with `sfcm_guidance={SFCM_GUIDANCE:g}, {quiet}`.
+*guided* rows are the same LoRAs drawn as the README recommends for each: SPF-Portrait's with
+`sfcm_guidance={SFCM_GUIDANCE:g}`, all others with `{quiet}` besides.
 
 Against the original model's portrait of the base prompt: *response* is the share of the full prompts' portraits that
 show the target, by the probe's classifier and by a pixel rule; *change outside* the mean absolute difference (0-255)
