@@ -158,7 +158,6 @@ ABLATIONS = {
         "c_no_base_rows": ("without base-prompt rows", "--base_prompt_share 0"),
         "c_uniform": ("timesteps drawn evenly", "--composed_timestep_power 0"),
         "c_reuse1": ("every target made anew", "--composed_target_reuse 1"),
-        "c_reuse4": ("every target met four times", "--composed_target_reuse 4"),
         "c_single_pass": ("both paths in a single pass", "--dual_path single_pass"),
         # the last of two flags counts
         "both": ("with the paper's losses too", f"--stage2_objective both {HALF_BATCH}"),
