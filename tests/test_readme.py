@@ -143,7 +143,7 @@ def test_every_choice_of_a_flag_is_named_in_its_row(actions, flag_rows):
 def test_every_flag_named_in_the_prose_is_a_flag_of_the_trainer(actions):
     named = {flag for code in prose_code() for flag in re.findall(r"--\w[\w-]*", code)}
     assert len(named) > 40
-    of_the_benchmark = {"--num_prompts", "--seeds", "--sweeps"}
+    of_the_benchmark = {"--num_prompts", "--seeds", "--sweeps", "--runs", "--ablation_targets"}
     of_the_benchmark |= {"--steps", "--share_steps", "--no-cycles"}
     taken = {flag for action in actions.values() for flag in action.option_strings}
     of_other_programs = {flag for heading in PROGRAMS for flag in table_of(heading)}
@@ -154,7 +154,7 @@ def test_the_benchmarks_commands_are_ones_it_takes():
     lines = [*prose_code(), *(line for block in blocks("bash") for line in block.splitlines())]
     program = re.compile(r"python benchmarks/(preservation|proxies)\.py")
     commands = [line for line in lines if program.match(line)]
-    assert len(commands) == 3
+    assert len(commands) == 4
     for command in commands:
         preservation.parse_args(shlex.split(program.sub("", command)))
 
