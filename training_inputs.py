@@ -11,7 +11,7 @@ import hashlib
 import inspect
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +167,7 @@ class Inputs:
         references: the earlier LoRAs that the new one is trained on top of.
         sfcm: of the alignment portraits, in their order, (1, H', W') in [0, 1], if --sfcm_dir gives them.
         unrelated_ids: (U, T) tokens of --unrelated_prompts.
+        mask_keys: of the masks' content, with --preservation mask.
     """
 
     rows: list[PortraitRow]
@@ -181,15 +182,16 @@ class Inputs:
     references: tuple[ReferenceLora, ...] = ()
     sfcm: list[torch.Tensor] | None = None
     unrelated_ids: torch.Tensor | None = None
+    mask_keys: tuple[str, ...] = ()
 
     @property
     def data_fingerprint(self) -> str:
-        """Of prompts and pictures in their order, to tell whether a checkpoint belongs to them."""
+        """Of prompts, pictures and masks in their order, to tell whether a checkpoint belongs to them."""
         prompts = [
             (pair.base_prompt, pair.full_prompt, *pair.base_phrases, *filter(None, [pair.free_phrases]))
             for pair in self.pairs[: len(self.rows)]
         ]
-        return fingerprint(*self.keys, *prompts)
+        return fingerprint(*self.keys, *self.mask_keys, *prompts)
 
 
 def check_inputs(args: argparse.Namespace) -> Inputs:
@@ -275,6 +277,7 @@ def check_inputs(args: argparse.Namespace) -> Inputs:
         references=references,
         sfcm=None if args.sfcm_dir is None else read_maps(Path(args.sfcm_dir), alignment_count(args, len(rows))),
         unrelated_ids=tokenize_unrelated(args.unrelated_prompts or [""], tokenizer),
+        mask_keys=tuple(content_key(replace(row, image=row.mask)) for row in rows if row.mask is not None),
     )
     if resume is not None and resume.state["data"] != inputs.data_fingerprint:
         raise ValueError(

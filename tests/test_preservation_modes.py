@@ -177,6 +177,18 @@ def test_it_goes_on_to_the_same_bits(world, tmp_path, way):  # noqa: F811
     assert difference(again, whole) == 0
 
 
+def test_a_run_does_not_go_on_with_other_masks(world, tmp_path, masked):  # noqa: F811
+    flags = {"preservation": "mask", "train_data_dir": masked, "checkpointing_steps": 2}
+    whole = train(world, tmp_path / "whole", **flags)
+    flags["resume_from_checkpoint"] = whole / "checkpoint-2"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert difference(train(world, tmp_path / "again", **flags), whole) == 0
+    with Image.open(masked / "mask_0.png") as mask:
+        Image.new("L", mask.size, 255).save(masked / "mask_0.png")
+    with pytest.raises(SystemExit, match="other prompts or pictures"):
+        train(world, tmp_path / "other", **flags)
+
+
 def test_masks_that_cannot_be_used(world, tmp_path, masked, capsys):  # noqa: F811
     def refusal(**flags) -> str:
         with pytest.raises(SystemExit) as stop:
