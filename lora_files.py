@@ -354,6 +354,7 @@ def save_kohya_lora(lora: Path, path: Path) -> None:
     }
     with _whole(path) as whole:
         whole.write_bytes(safetensors.torch.save(state, metadata))
+        sort_header(whole)
 
 
 def save_diffusers_lora(lora: Path, folder: Path) -> Path:
@@ -381,6 +382,7 @@ def save_diffusers_lora(lora: Path, folder: Path) -> Path:
     path = folder / LORA_WEIGHT_NAME_SAFE
     with _whole(path) as whole:
         StableDiffusionPipeline.save_lora_weights(whole.parent, **options)
+        sort_header(whole)
     return path
 
 
@@ -409,7 +411,34 @@ def diffusers_state(group: Mapping[str, LoraLayer]) -> tuple[dict[str, torch.Ten
         for name, layer in group.items()
         for key, tensor in (("lora_A", layer.down), ("lora_B", layer.up))
     }
-    return state, config.to_dict()
+    return state, adapter_metadata(config)
+
+
+def adapter_metadata(config: LoraConfig) -> dict[str, Any]:
+    """A LoRA's configuration as its file holds it, the same in each process: a set has no order of its own.
+
+    Source: [ours].
+    """
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
+
+
+def sort_header(path: Path) -> None:
+    """Rewrite a safetensors file with the metadata in order, which safetensors writes in an order of chance.
+
+    Equal runs have equal files then, byte for byte.
+
+    Args:
+        path: a whole `.safetensors` file.
+
+    Source: [ours]; the format as safetensors documents it: the header's length in 8 bytes, the header, the tensors.
+    """
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the tensors stay aligned
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
 
 
 def _most_common(values: Iterable[float]) -> float:

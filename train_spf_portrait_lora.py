@@ -32,7 +32,6 @@ from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import cast_training_params
 from peft.tuners.adalora import RankAllocator
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
@@ -74,7 +73,7 @@ from conditioning import (
 from data import bucketed_batch_indices, draw_latents, revisited_batch
 from hub import LORA_WEIGHTS
 from interruption import Interrupted, StopRequest, catch_stop_signals, leave_stop_signals
-from lora_files import LoraLayer, diffusers_state
+from lora_files import LoraLayer, adapter_metadata, diffusers_state, sort_header
 from losses import (
     ENHANCEMENT_LOSSES,
     compose_prediction,
@@ -99,7 +98,15 @@ from training_inputs import (
     print_dry_run,
     resume_record,
 )
-from training_models import load_adapter, load_clip, load_decoder, load_pipeline, lora_config, use_xformers
+from training_models import (
+    keep_in_float32,
+    load_adapter,
+    load_clip,
+    load_decoder,
+    load_pipeline,
+    lora_config,
+    use_xformers,
+)
 from training_sharing import make_repository, share
 
 
@@ -108,6 +115,8 @@ logger = get_logger(__name__)
 STAGE1_ADAPTER = "stage1"
 # Batches whose composed targets are kept at a time: latents, a few megabytes for Stable Diffusion.
 KEPT_TARGETS = 16
+# A scaler that starts at 2^16 and is halved each time has come down to 1 by then.
+MAX_SKIPPED_IN_A_ROW = 16
 
 
 # --------------------------------------------------------------------------------------------- models and portraits
@@ -147,6 +156,7 @@ class Run:
         allocator: of AdaLoRA's ranks, with --use_adalora.
         targets: composed targets (B, C, H, W) by the number of their batch, at most `KEPT_TARGETS`.
         stage, global_step: where the run is: in stage 1 or 2, after so many updates.
+        skipped_updates, skipped_in_a_row: updates that a gradient scaler left out, in all and since the last one made.
         saved_step: of the last checkpoint.
         repo_id: where the LoRA will be pushed, on the main process, if it will.
     """
@@ -175,6 +185,8 @@ class Run:
     stop: StopRequest = field(default_factory=StopRequest)
     stage: int = 1
     global_step: int = 0
+    skipped_updates: int = 0
+    skipped_in_a_row: int = 0
     saved_step: int | None = None
     repo_id: str | None = None
 
@@ -207,7 +219,7 @@ def prepare_run(args: argparse.Namespace, inputs: Inputs, accelerator: Accelerat
         unet.add_adapter(lora_config(args, unet))
     else:
         load_adapter(pipeline, earlier)
-    cast_training_params(unet, dtype=torch.float32)
+    keep_in_float32(unet, "default")
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
@@ -953,8 +965,8 @@ def check_finite(values: dict[str, float], global_step: int) -> None:
     for name, value in values.items():
         if not math.isfinite(value):
             raise FloatingPointError(
-                f"{name!r} is {value} at step {global_step}; nothing was updated, and what was saved "
-                "before is whole. A lower --learning_rate or --mixed_precision bf16 instead of fp16 usually helps."
+                f"{name!r} is {value} at step {global_step}, before its update. A lower --learning_rate or "
+                "--mixed_precision bf16 instead of fp16 usually helps"
             )
 
 
@@ -978,20 +990,39 @@ def train_step(
                         accelerator.backward(loss / accumulation)
                 for name, value in parts.items():
                     means[name] = means.get(name, 0.0) + value.detach() / accumulation
-    norm = accelerator.clip_grad_norm_(parameters, run.args.max_grad_norm)
+    # Of this stage's optimizer alone: accelerate's own clipping divides the gradients by a scaler's scale once for
+    # each optimizer that was ever prepared.
+    accelerator.unscale_gradients(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, run.args.max_grad_norm)
     # Read together: each reading waits until a GPU has done all that it was given.
     names = (*means, "gradient")
     values = accelerator.reduce(torch.stack([value.float() for value in (*means.values(), norm)]), "mean").tolist()
     values = dict(zip(names, values, strict=True))
     norm = values.pop("gradient")
-    # A scaler skips an update whose gradient is not finite by itself.
-    check_finite(values if accelerator.scaler is not None else values | {"gradient": norm}, global_step)
+    # A scaler leaves out an update whose gradient is not finite by itself, and tries again with a lower scale.
+    if accelerator.scaler is None or math.isfinite(norm):
+        check_finite(values | {"gradient": norm}, global_step)
     optimizer.step()
+    count_skipped(run, optimizer.step_was_skipped, values, global_step)
     if run.allocator is not None:
-        updated = not accelerator.optimizer_step_was_skipped
-        adalora.allocate_ranks(run.allocator, run.unet, global_step + 1, updated)
+        adalora.allocate_ranks(run.allocator, run.unet, global_step + 1, not optimizer.step_was_skipped)
     optimizer.zero_grad(set_to_none=True)
     return values
+
+
+def count_skipped(run: Run, skipped: bool, losses: dict[str, float], global_step: int) -> None:
+    """Count the updates that the gradient scaler left out; too many in a row are no matter of its scale."""
+    if not skipped:
+        run.skipped_in_a_row = 0
+        return
+    run.skipped_updates += 1
+    run.skipped_in_a_row += 1
+    if run.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+        raise FloatingPointError(
+            f"the gradient was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row, up to step {global_step}, and the "
+            f"losses are {', '.join(f'{name} {value:.3g}' for name, value in losses.items())}. A lower "
+            "--learning_rate or --mixed_precision bf16 instead of fp16 usually helps"
+        )
 
 
 # ------------------------------------------------------------------------------------------------- pictures and files
@@ -1096,7 +1127,7 @@ def save_lora(run: Run, folder: Path) -> None:
         state, metadata = diffusers_state(layers)
     else:
         state = get_peft_model_state_dict(run.unet, adapter_name="default")
-        metadata = run.unet.peft_config["default"].to_dict()
+        metadata = adapter_metadata(run.unet.peft_config["default"])
     with tempfile.TemporaryDirectory(dir=folder, prefix=f"{HIDDEN_PREFIX}lora-") as temporary:
         SPFPortraitPipeline.save_lora_weights(
             temporary,
@@ -1104,6 +1135,7 @@ def save_lora(run: Run, folder: Path) -> None:
             safe_serialization=True,
             unet_lora_adapter_metadata=metadata,
         )
+        sort_header(Path(temporary) / LORA_WEIGHTS)
         for file in Path(temporary).iterdir():
             os.replace(file, folder / file.name)
 
@@ -1194,6 +1226,7 @@ def add_teacher(run: Run, state: dict[str, torch.Tensor]) -> None:
     """Add stage 1's LoRA as a second, frozen adapter beside the one in training."""
     unet = run.unet
     unet.add_adapter(unet.peft_config["default"], STAGE1_ADAPTER)
+    keep_in_float32(unet, STAGE1_ADAPTER)
     set_peft_model_state_dict(unet, state, adapter_name=STAGE1_ADAPTER)
     unet.set_adapter("default")
     unet.eval()  # the new adapter's dropout is on when it is made
@@ -1211,8 +1244,9 @@ def bring_to_zero(unet: UNet2DConditionModel) -> None:
         if isinstance(layer, BaseTunerLayer):
             layer.lora_B["default"].weight.zero_()
             if layer.use_dora.get("default", False):
+                magnitude = layer.lora_magnitude_vector["default"].weight
                 norms = layer.get_base_layer().weight.float().flatten(1).norm(dim=1)
-                layer.lora_magnitude_vector["default"].weight.copy_(norms)
+                magnitude.copy_(norms.view_as(magnitude))  # that of a convolution has sides of 1 beside its outputs
 
 
 # ------------------------------------------------------------------------------------------------------------- loop
@@ -1320,7 +1354,8 @@ def train_stage(run: Run, steps: range, lr_scheduler_name: str, progress: tqdm) 
             run.alignment.sfcm = fill_sfcm_bank(run, run.alignment)
             run.targets = {}
         losses = train_step(run, run.stage, global_step, run.optimizer, parameters)
-        run.lr_scheduler.step()
+        if not run.optimizer.step_was_skipped:
+            run.lr_scheduler.step()
         run.global_step += 1
         progress.set_postfix({name: f"{value:.4f}" for name, value in losses.items()}, refresh=False)
         progress.update()
@@ -1448,6 +1483,9 @@ def main(input_args: Sequence[str] | None = None) -> None:
         train(args, inputs)
     except (InputError, CheckpointError) as error:
         raise SystemExit(f"train_spf_portrait_lora.py: error: {error}") from error
+    except FloatingPointError as error:
+        safe = what_is_safe(Path(args.output_dir))
+        raise SystemExit(f"train_spf_portrait_lora.py: error: {error}; {safe}") from error
     except OSError as error:  # of a picture, a cache or a log, on a disk that is full or gone
         safe = what_is_safe(Path(args.output_dir))
         raise SystemExit(f"train_spf_portrait_lora.py: error: {' '.join(str(error).split())}; {safe}") from error

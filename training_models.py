@@ -18,7 +18,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 import adalora
 from attention_processors import find_cross_attention_layers
 from checked_loading import load_tokenizer, naming_flag
-from lora_files import ReferenceLora, load_lora, merge_loras
+from lora_files import ReferenceLora, find_lora, load_lora, merge_loras, read_lora
 
 
 def load_pipeline(
@@ -85,11 +85,29 @@ def load_decoder(
     return decoder.to(device).eval()
 
 
+@torch.no_grad()
 def load_adapter(pipeline: StableDiffusionPipeline, path: str | Path) -> None:
-    """Load the LoRA in a file or folder as the one in training, with the rank, alpha and layers it has."""
+    """Load the LoRA in a file or folder as the one in training, with the rank, alpha, layers and numbers it has."""
+    unet = pipeline.unet
     load_lora(pipeline, str(path), "default")
-    for name, parameter in pipeline.unet.named_parameters():
+    keep_in_float32(unet, "default")
+    # PEFT has rounded it to the dtype of the layers it was added to.
+    for name, layer in read_lora(find_lora(str(path)))["unet"].items():
+        module = unet.get_submodule(name)
+        module.lora_A["default"].weight.copy_(layer.down)
+        module.lora_B["default"].weight.copy_(layer.up)
+        if layer.magnitude is not None:
+            magnitude = module.lora_magnitude_vector["default"].weight
+            magnitude.copy_(layer.magnitude.view_as(magnitude))
+    for name, parameter in unet.named_parameters():
         parameter.requires_grad_(".lora_" in name)
+
+
+def keep_in_float32(unet: UNet2DConditionModel, adapter_name: str) -> None:
+    """Bring an adapter to float32, which PEFT gives the dtype of the layers it is added to."""
+    for name, parameter in unet.named_parameters():
+        if ".lora_" in name and f".{adapter_name}" in name:
+            parameter.data = parameter.data.float()
 
 
 def use_xformers(unet: UNet2DConditionModel) -> None:
