@@ -488,11 +488,11 @@ def bucketed_batch_indices(step: int, batch_size: int, buckets: Sequence[int], s
     if len(set(buckets)) == 1:
         return batch_indices(step, batch_size, count, seed)
     cycle, position = divmod(step, count)
-    turns = [buckets[i] for i in _epoch_order(cycle, count, _derive_seed(seed, "turns of buckets"))]
+    turns = [buckets[i] for i in _epoch_order(cycle, count, derive_seed(seed, "turns of buckets"))]
     bucket = turns[position]
     samples = [i for i in range(count) if buckets[i] == bucket]
     batch = cycle * len(samples) + turns[:position].count(bucket)
-    chosen = batch_indices(batch, batch_size, len(samples), _derive_seed(seed, f"bucket {bucket}"))
+    chosen = batch_indices(batch, batch_size, len(samples), derive_seed(seed, f"bucket {bucket}"))
     return [samples[i] for i in chosen]
 
 
@@ -516,7 +516,7 @@ def revisited_batch(step: int, kept: int, visits: int, seed: int) -> int:
     cycle, place = divmod(step, kept * visits)
     visit, place = divmod(place, kept)
     if visit > 0:
-        place = _epoch_order(cycle * visits + visit, kept, _derive_seed(seed, "revisited batches"))[place]
+        place = _epoch_order(cycle * visits + visit, kept, derive_seed(seed, "revisited batches"))[place]
     return cycle * kept + place
 
 
@@ -524,7 +524,7 @@ def draw_latents(
     pipeline: StableDiffusionPipeline,
     prompts: Sequence[str],
     *,
-    seed: int,
+    seeds: Sequence[int],
     num_inference_steps: int,
     guidance_scale: float,
     height: int,
@@ -536,8 +536,7 @@ def draw_latents(
     Args:
         pipeline: a Stable Diffusion pipeline.
         prompts: at least one.
-        seed: seed of the first portrait; the i-th has `seed + i`, drawn on the CPU, so that neither the batch size
-            nor the device changes a portrait's noise.
+        seeds: of each portrait's noise, drawn on the CPU, so that neither the batch size nor the device changes it.
         num_inference_steps: steps of the pipeline's scheduler.
         guidance_scale: scale of classifier-free guidance.
         height: in pixels.
@@ -552,7 +551,7 @@ def draw_latents(
     latents = []
     for start in range(0, len(prompts), batch_size):
         chunk = list(prompts[start : start + batch_size])
-        generators = [torch.Generator("cpu").manual_seed(seed + start + i) for i in range(len(chunk))]
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + batch_size]]
         output = pipeline(
             chunk,
             height=height,
@@ -572,7 +571,8 @@ def _epoch_order(epoch: int, count: int, seed: int) -> tuple[int, ...]:
     return tuple(random.Random(f"{seed} {epoch}").sample(range(count), count))
 
 
-def _derive_seed(seed: int, purpose: str) -> int:
+def derive_seed(seed: int, purpose: str) -> int:
+    """A seed of 64 bits that has nothing in common with those of other seeds or purposes. Source: [ours]."""
     return random.Random(f"{seed} {purpose}").getrandbits(64)
 
 

@@ -55,6 +55,7 @@ try:
     )
     from .sfcm import (
         SFCM_MODES,
+        epsilon_scale,
         free_regions,
         guidance_map,
         noise_difference,
@@ -76,7 +77,7 @@ except ImportError:
     tokenize_prompt_pair = _prompts.tokenize_prompt_pair
     SFCM_MODES, noise_difference, phrase_distances = _sfcm.SFCM_MODES, _sfcm.noise_difference, _sfcm.phrase_distances
     free_regions, guidance_map = _sfcm.free_regions, _sfcm.guidance_map
-    phrase_attention_maps = _sfcm.phrase_attention_maps
+    epsilon_scale, phrase_attention_maps = _sfcm.epsilon_scale, _sfcm.phrase_attention_maps
 
 Target = str | tuple[str, str]
 
@@ -219,6 +220,7 @@ class _Observer:
         base_embeds: (B, T, E) of the base prompts by the original text encoder, then, where what the target's words
             change under the adapters is asked for, (B, T, E) by the text encoder with its adapters.
         branch_size: rows of the conditional branch; its first B are the response.
+        to_epsilon: of a timestep, what makes a difference of predictions one of predicted noise.
         store: of `capture_cross_attention`, recording, where attention is wanted.
         guide: changes the response's predictions on their way out.
         differences, attention: of each call.
@@ -228,6 +230,7 @@ class _Observer:
 
     base_embeds: list[Tensor]
     branch_size: int
+    to_epsilon: Callable[[Tensor], Tensor]
     store: CrossAttentionStore | None = None
     guide: _Guide | None = None
     differences: list[Tensor] = field(default_factory=list)
@@ -270,7 +273,7 @@ class _Observer:
         model_pred, extra = output[0][: -self.extra], output[0][-self.extra :]
         response = model_pred[-self.branch_size :][: self.count]
         reference, start = extra[: self.count], extra[-self.count :]
-        difference = noise_difference(response, start)
+        difference = noise_difference(response, start, self.to_epsilon(args[1]))
         attention = None if self.store is None else self._take_attention(len(model_pred))
         self.differences.append(difference)
         if attention is not None:
@@ -705,7 +708,7 @@ class SPFPortraitPipeline(StableDiffusionPipeline):
 
                 stack.callback(unet.register_forward_pre_hook(prompts_of_both, with_kwargs=True).remove)
             if observed:
-                observer = _Observer([original_embeds], branch_size)
+                observer = _Observer([original_embeds], branch_size, self._to_epsilon)
                 if pairs and SFCM_MODES[sfcm_mode].target_only:
                     observer.base_embeds.append(encode(prompt)[0])
                 if sfcm_guidance > 0:
@@ -882,6 +885,13 @@ class SPFPortraitPipeline(StableDiffusionPipeline):
             clip_skip=arguments["clip_skip"],
         )
         return embeds, negative_embeds if guided else None
+
+    def _to_epsilon(self, timestep: Tensor) -> Tensor:
+        """What makes a difference of two predictions at a timestep one of predicted noise."""
+        # A scheduler that knows no prediction type takes the prediction for noise.
+        prediction_type = self.scheduler.config.get("prediction_type", "epsilon")
+        alphas_cumprod = None if prediction_type == "epsilon" else self.scheduler.alphas_cumprod
+        return epsilon_scale(alphas_cumprod, timestep, prediction_type)
 
     def _twin_noise(self, count: int, dtype: torch.dtype, arguments: dict[str, Any]) -> dict[str, Any]:
         """Latents and generators of a run of both halves, with equal noise in them, drawn as the stock call would."""

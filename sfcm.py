@@ -61,19 +61,54 @@ def blur(maps: torch.Tensor, kernel_size: int = 3) -> torch.Tensor:
     return F.avg_pool2d(F.pad(maps, (margin,) * 4, mode="replicate"), kernel_size, stride=1)
 
 
-def noise_difference(response_pred: torch.Tensor, reference_pred: torch.Tensor) -> torch.Tensor:
-    """Mean absolute difference of the two paths' predictions.
+def epsilon_scale(
+    alphas_cumprod: torch.Tensor | None, timesteps: torch.Tensor, prediction_type: str
+) -> torch.Tensor:
+    """What a difference of two predictions is multiplied by to become one of predicted noise.
+
+    Two predictions are of the same noisy latents, so a model that predicts noise and the same one expressed as
+    velocity or as clean latents differ by this factor alone.
+
+    Args:
+        alphas_cumprod: (number of training timesteps,); not looked at for "epsilon".
+        timesteps: (B,), or of any other shape; a sampler's may lie between two integers.
+        prediction_type: "epsilon", "v_prediction" or "sample".
+
+    Returns:
+        The shape of `timesteps`, float32: 1; `sqrt(alpha_bar)`; `sqrt(alpha_bar / (1 - alpha_bar))`.
+
+    Raises:
+        ValueError: an unknown prediction type.
+
+    Source: [ours].
+    """
+    if prediction_type == "epsilon":
+        return torch.ones_like(timesteps, dtype=torch.float32)
+    alpha_bar = alphas_cumprod.to(timesteps.device)[timesteps.round().long()].float()
+    if prediction_type == "v_prediction":
+        return alpha_bar.sqrt()
+    if prediction_type == "sample":
+        return (alpha_bar / (1 - alpha_bar)).sqrt()
+    raise ValueError(f"prediction_type must be 'epsilon', 'v_prediction' or 'sample', got {prediction_type!r}")
+
+
+def noise_difference(
+    response_pred: torch.Tensor, reference_pred: torch.Tensor, scale: torch.Tensor | float = 1.0
+) -> torch.Tensor:
+    """Mean absolute difference of the two paths' predicted noise.
 
     Args:
         response_pred: (B, C, H, W) prediction with the adapter and the full prompt.
         reference_pred: (B, C, H, W) prediction of the original model with the base prompt.
+        scale: (B,), or one for all, from `epsilon_scale`, where the predictions are not of noise.
 
     Returns:
         (B, 1, H, W) float32, not normalised.
 
     Source: [paper].
     """
-    return (response_pred.float() - reference_pred.float()).abs().mean(1, keepdim=True)
+    difference = (response_pred.float() - reference_pred.float()).abs().mean(1, keepdim=True)
+    return difference * torch.as_tensor(scale, device=difference.device).view(-1, 1, 1, 1)
 
 
 def phrase_attention_maps(

@@ -70,7 +70,7 @@ from conditioning import (
     encode_prompts,
     make_prompt_table,
 )
-from data import bucketed_batch_indices, draw_latents, revisited_batch
+from data import bucketed_batch_indices, derive_seed, draw_latents, revisited_batch
 from hub import LORA_WEIGHTS
 from interruption import Interrupted, StopRequest, catch_stop_signals, leave_stop_signals
 from lora_files import LoraLayer, adapter_metadata, diffusers_state, sort_header
@@ -87,7 +87,7 @@ from losses import (
 from optimizers import make_optimizer
 from pictures import picture_grid
 from pipeline_spf_portrait import SPFPortraitPipeline, overlay_heat_map
-from sfcm import SFCM_MODES, free_regions, noise_difference, phrase_attention_maps
+from sfcm import SFCM_MODES, epsilon_scale, free_regions, noise_difference, phrase_attention_maps
 from training_arguments import WITH_KEPT_ROWS, has_sfcm_bank, parse_args, uses_enhancement
 from training_inputs import (
     Inputs,
@@ -115,6 +115,8 @@ logger = get_logger(__name__)
 STAGE1_ADAPTER = "stage1"
 # Batches whose composed targets are kept at a time: latents, a few megabytes for Stable Diffusion.
 KEPT_TARGETS = 16
+# Stable Diffusion's own schedule ends at a ratio of 214.
+MAX_NOISE_TO_SIGNAL = 256.0
 # A scaler that starts at 2^16 and is halved each time has come down to 1 by then.
 MAX_SKIPPED_IN_A_ROW = 16
 
@@ -384,7 +386,7 @@ def draw_one_size(run: Run, pair_index: Sequence[int], first: int, size: tuple[i
     drawn = draw_latents(
         run.pipeline,
         [run.inputs.pairs[pair_index[i]].base_prompt for i in own],
-        seed=args.seed + 1_000_000 + first + start,
+        seeds=[derive_seed(args.seed, f"alignment portrait {first + i}") for i in own],
         num_inference_steps=args.alignment_inference_steps,
         guidance_scale=args.alignment_guidance_scale,
         height=size[0],
@@ -464,7 +466,7 @@ def averaged_sfcm(run: Run, portraits: Portraits, members: Sequence[int]) -> tor
     latents = torch.stack([portraits.latents[i] for i in members])
     low, high = args.sfcm_timesteps
     # Each portrait has its own generator, so that the size of a batch does not change its map.
-    generators = [torch.Generator().manual_seed(args.seed + 2_000_000 + i) for i in members]
+    generators = [torch.Generator().manual_seed(derive_seed(args.seed, f"map {i}")) for i in members]
     difference, probs, resolutions = 0, [], []
     for sample in range(args.sfcm_noise_samples):
         noise = torch.stack([torch.randn(latents.shape[1:], generator=own) for own in generators]).to(run.device)
@@ -482,7 +484,7 @@ def averaged_sfcm(run: Run, portraits: Portraits, members: Sequence[int]) -> tor
         start_pred = paths.reference_pred
         if SFCM_MODES[args.sfcm_mode].target_only:
             start_pred = run.unet(noisy_latents, timesteps, reference_embeds, return_dict=False)[0]
-        difference = difference + noise_difference(paths.response_pred, start_pred)
+        difference = difference + noise_difference(paths.response_pred, start_pred, to_epsilon(run, timesteps))
         probs += features.attention_probs.values()
         resolutions += features.resolutions.values()
     return make_sfcm(run, rows, difference, probs, resolutions)
@@ -551,6 +553,7 @@ def draw_batch(
     unchanged_share: float = 0.0,
     timestep_power: float = 0.0,
     noise_offset: float = 0.0,
+    bucket: int | None = None,
 ) -> Batch:
     """Draw a batch as a pure function of seed, step and stream, cut into the processes' shares.
 
@@ -561,13 +564,14 @@ def draw_batch(
         unchanged_share: share of BASE and EMPTY rows, in [0, 1).
         timestep_power: timesteps are drawn with density (noise/signal)^power; 0 is uniform.
         noise_offset: standard deviation of an offset that all noise of one channel shares.
+        bucket: of the drawn portraits take those of this size alone.
     """
     args, accelerator = run.args, run.accelerator
     size = args.train_batch_size * accelerator.num_processes
     own = slice(
         accelerator.process_index * args.train_batch_size, (accelerator.process_index + 1) * args.train_batch_size
     )
-    index, latents, pixels = take_portraits(run, portraits, micro_step, size, own, stream)
+    index, latents, pixels = take_portraits(run, portraits, micro_step, size, own, stream, bucket)
     generator = torch.Generator().manual_seed((args.seed * 1_000_003 + micro_step) * 4 + stream)
     # Stratified, so that a batch has its share of each kind however small the share is.
     place = (torch.randperm(size, generator=generator) + torch.rand(size, generator=generator)) / size
@@ -591,11 +595,14 @@ def send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def take_portraits(
-    run: Run, portraits: Portraits, micro_step: int, size: int, own: slice, stream: int
+    run: Run, portraits: Portraits, micro_step: int, size: int, own: slice, stream: int, bucket: int | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """This process's portraits of a batch: places (B,), latents (B, C, H, W), and pixels where they are read now."""
     if portraits is not run.training:
-        index = bucketed_batch_indices(micro_step, size, portraits.buckets, run.args.seed + stream)[own]
+        members = [i for i, other in enumerate(portraits.buckets) if bucket in (None, other)]
+        buckets = [portraits.buckets[i] for i in members]
+        places = bucketed_batch_indices(micro_step, size, buckets, run.args.seed + stream)[own]
+        index = [members[i] for i in places]
         return torch.tensor(index), torch.stack([portraits.latents[i] for i in index]), None
     samples = run.training_set.samples(micro_step)
     index = [sample.index + len(portraits.buckets) * sample.flip for sample in samples]
@@ -606,16 +613,21 @@ def take_portraits(
 
 
 def timestep_density(alphas_cumprod: torch.Tensor, power: float) -> torch.Tensor:
-    """Weights of the timesteps, (noise/signal)^power of the variances.
+    """Weights of the timesteps, (noise/signal)^power of the variances, the ratio at most `MAX_NOISE_TO_SIGNAL`.
 
     Where a head is, and how large, is decided at high timesteps, where errors of the predicted noise are small numbers
-    and move the portrait most.
+    and move the portrait most. A schedule that ends in pure noise has no signal there, and without a bound its last
+    timesteps would be nearly all that is drawn.
 
     Source: [ours].
     """
-    density = ((1 - alphas_cumprod) / alphas_cumprod) ** power
-    # A schedule that ends in pure noise has no signal at its last timestep.
-    return torch.where(density.isfinite(), density, density[density.isfinite()].max())
+    return ((1 - alphas_cumprod) / alphas_cumprod).clamp(max=MAX_NOISE_TO_SIGNAL) ** power
+
+
+def to_epsilon(run: Run, timesteps: torch.Tensor) -> torch.Tensor:
+    """Factors (B,) that make a difference of two predictions one of predicted noise, whatever the UNet predicts."""
+    scheduler = run.noise_scheduler
+    return epsilon_scale(scheduler.alphas_cumprod, timesteps, scheduler.config.prediction_type)
 
 
 # ----------------------------------------------------------------------------------------------------------- losses
@@ -705,7 +717,9 @@ def kept_rows(run: Run, batch: Batch, micro_step: int) -> KeptRows:
     contrastive adapter training, arXiv 2404.07554.
     """
     if run.args.preservation == "prior":
-        drawn = draw_batch(run, run.alignment, micro_step, stream=1)
+        # One forward has one size.
+        bucket = run.training.buckets[int(batch.index[0]) % len(run.training.buckets)]
+        drawn = draw_batch(run, run.alignment, micro_step, stream=1, bucket=bucket)
         embeds, _ = prompt_embeds(run, drawn.rows)
         return KeptRows(drawn.noisy_latents, drawn.timesteps, embeds, diffusion_target(run.noise_scheduler, drawn))
     if run.args.preservation == "dop":
@@ -758,7 +772,7 @@ def alignment_terms(run: Run, micro_step: int) -> Iterator[dict[str, torch.Tenso
             reference, response = reference.at_resolution(resolution), response.at_resolution(resolution)
         resolutions = list(reference.resolutions.values())
         unchanged = send((batch.kinds != FULL).float(), run.device)
-        base_error = diffusion_loss(paths.response_pred, paths.reference_pred)
+        base_error = diffusion_loss(paths.response_pred, paths.reference_pred) * to_epsilon(run, batch.timesteps) ** 2
         yield {
             "text_consistent": text_consistent_loss(
                 list(response.attention_probs.values()),
@@ -794,7 +808,8 @@ def composed_terms(run: Run, micro_step: int) -> Iterator[dict[str, torch.Tensor
     response_embeds = encode_prompts(run.table, run.table.response_rows[batch.rows], run.pipeline.text_encoder)
     target = composed_target(run, batch, number, response_embeds)
     response_pred = run.response_unet(batch.noisy_latents, batch.timesteps, response_embeds, return_dict=False)[0]
-    yield {"composed": diffusion_loss(response_pred, target).mean()}
+    losses = diffusion_loss(response_pred, target) * to_epsilon(run, batch.timesteps) ** 2
+    yield {"composed": losses.mean()}
 
 
 def composed_batch(args: argparse.Namespace, micro_step: int) -> int:
@@ -885,7 +900,7 @@ def alignment_sfcm(
         sfcm = torch.stack([run.alignment.sfcm[i] for i in batch.index.tolist()])
     else:
         features = reference.at_resolution(phrase_map_resolution(reference.resolutions))
-        difference = noise_difference(response_pred, reference_pred)
+        difference = noise_difference(response_pred, reference_pred, to_epsilon(run, batch.timesteps))
         probs, resolutions = list(features.attention_probs.values()), list(features.resolutions.values())
         sfcm = make_sfcm(run, batch.pairs, difference, probs, resolutions)
     return sfcm * send(batch.kinds == FULL, run.device)[:, None, None, None]

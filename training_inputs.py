@@ -259,6 +259,13 @@ def check_inputs(args: argparse.Namespace) -> Inputs:
     buckets = [nearest_bucket(upright_size(row), sizes) for row in rows]
     if args.preservation == "prior" or (args.stage2_steps and args.alignment_source != "data"):
         drawn, drawn_buckets = alignment_pairs(args, pairs, buckets)
+        missing = sorted(set(buckets) - set(drawn_buckets))
+        if args.preservation == "prior" and missing:
+            height, width = sizes[missing[0]]
+            raise ValueError(
+                f"--num_alignment_images {args.num_alignment_images} draws no portrait of {width}x{height} pixels; "
+                "--preservation prior needs one of each size that the training portraits have"
+            )
         pairs, buckets = pairs + drawn, buckets + drawn_buckets
         try:
             tokens += [tokenize_prompt_pair(pair, tokenizer) for pair in drawn]
@@ -444,11 +451,13 @@ def alignment_pairs(
         M pairs and their buckets, those of one bucket together.
     """
     rng = np.random.default_rng(args.seed)
-    different = dict(reversed(list(zip(pairs, buckets))))
-    names = list(dict.fromkeys(pairs))
-    order = np.concatenate([rng.permutation(len(names)) for _ in range(0, args.num_alignment_images, len(names))])
+    # The same prompts in two sizes are drawn in both.
+    different = list(dict.fromkeys(zip(pairs, buckets)))
+    order = np.concatenate(
+        [rng.permutation(len(different)) for _ in range(0, args.num_alignment_images, len(different))]
+    )
     drawn = [
-        (thin_out(names[i], args.alignment_phrase_dropout, rng), different[names[i]])
+        (thin_out(different[i][0], args.alignment_phrase_dropout, rng), different[i][1])
         for i in order[: args.num_alignment_images]
     ]
     drawn.sort(key=lambda pair_and_bucket: pair_and_bucket[1])

@@ -104,6 +104,29 @@ def test_prior_keeps_the_noise_of_the_original_models_portraits(world, tmp_path,
     assert torch.equal(kept[0].embeds, base)
 
 
+BUCKETS = {"resolution": None, "aspect_ratio_buckets": "16,16;24,16", "preservation": "prior"}
+
+
+def test_prior_keeps_portraits_of_the_size_of_the_batch(world, tmp_path, monkeypatch):  # noqa: F811
+    kept, batches = watch(monkeypatch, "kept_rows"), watch(monkeypatch, "draw_batch")
+    train(world, tmp_path / "output", **BUCKETS, num_alignment_images=6, stage1_steps=6)
+    assert [rows.noisy_latents.shape for rows in kept] == [batch.latents.shape for batch in batches[::2]]
+    assert len({rows.noisy_latents.shape for rows in kept}) == 2, "one size alone shows nothing"
+
+
+def test_prior_needs_a_portrait_of_each_size(world, tmp_path):  # noqa: F811
+    with pytest.raises(SystemExit, match="--num_alignment_images 1 draws no portrait of 16x(16|24) pixels"):
+        train(world, tmp_path / "output", **BUCKETS, num_alignment_images=1)
+    assert not (tmp_path / "output").exists()
+
+
+def test_equal_prompts_are_drawn_in_each_size(world, tmp_path, monkeypatch):  # noqa: F811
+    data = write_data(tmp_path / "data", [{**row, "base_prompt": "a man, a green hat"} for row in ROWS])
+    runs = watch_runs(monkeypatch)
+    train(world, tmp_path / "output", **BUCKETS, train_data_dir=data, num_alignment_images=2)
+    assert len(set(runs[0].alignment.buckets)) == 2
+
+
 def test_dop_asks_for_the_base_prompt(world, tmp_path, monkeypatch):  # noqa: F811
     batches, kept, runs = watch(monkeypatch, "draw_batch"), watch(monkeypatch, "kept_rows"), watch_runs(monkeypatch)
     train(world, tmp_path / "output", preservation="dop", stage1_steps=1, stage2_steps=0)

@@ -828,6 +828,27 @@ def drawn_timesteps(portraits, power: float) -> torch.Tensor:
     return torch.cat([batch.timesteps for batch in batches])
 
 
+def test_neighbouring_seeds_share_no_noise(world, tmp_path, monkeypatch):
+    """Of the portraits that are drawn for the alignment, and of their maps."""
+    generators, seeds = [], torch.Generator.manual_seed
+
+    class Watched(torch.Generator):
+        def manual_seed(self, seed):
+            generators.append(seed)
+            return seeds(self, seed)
+
+    used = []
+    for seed in (101, 102, 103):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "Generator", Watched)
+            train(world, tmp_path / str(seed), seed=seed, stage1_steps=1, stage2_steps=2, num_alignment_images=4)
+        used.append(set(generators))
+        generators.clear()
+    assert all(len(own) >= 4 + 4 + 3 for own in used)
+    assert not used[0] & used[1] and not used[0] & used[2] and not used[1] & used[2]
+
+
 def test_timesteps_cover_the_whole_range_evenly(portraits):
     timesteps = drawn_timesteps(portraits, 0.0)
     assert timesteps.min() < 10 and timesteps.max() in range(990, 1000)
@@ -836,7 +857,7 @@ def test_timesteps_cover_the_whole_range_evenly(portraits):
 
 def test_timesteps_are_drawn_with_the_given_density(portraits):
     alphas_cumprod = DDPMScheduler().alphas_cumprod
-    density = ((1 - alphas_cumprod) / alphas_cumprod) ** 0.5
+    density = ((1 - alphas_cumprod) / alphas_cumprod).clamp(max=script.MAX_NOISE_TO_SIGNAL) ** 0.5
     torch.testing.assert_close(script.timestep_density(alphas_cumprod, 0.5), density)
     expected = 1600 * density.unflatten(0, (4, 250)).sum(1) / density.sum()
     counts = torch.histc(drawn_timesteps(portraits, 0.5).float(), 4, 0, 1000)
@@ -845,7 +866,8 @@ def test_timesteps_are_drawn_with_the_given_density(portraits):
 
 def test_a_schedule_that_ends_in_pure_noise_has_a_finite_density():
     alphas_cumprod = torch.tensor([0.9, 0.5, 0.1, 0.0])
-    torch.testing.assert_close(script.timestep_density(alphas_cumprod, 1.0), torch.tensor([1 / 9, 1.0, 9.0, 9.0]))
+    density = torch.tensor([1 / 9, 1.0, 9.0, script.MAX_NOISE_TO_SIGNAL])
+    torch.testing.assert_close(script.timestep_density(alphas_cumprod, 1.0), density)
     assert torch.equal(script.timestep_density(alphas_cumprod, 0.0), torch.ones(4))
 
 
