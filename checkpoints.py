@@ -12,13 +12,15 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 
 
 logger = logging.getLogger(__name__)
@@ -26,10 +28,11 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 STATE_TENSORS, STATE_VALUES = "training_state.safetensors", "training_state.json"
 HIDDEN_PREFIX = ".checkpoint-"
+LOCK = ".lock"
 
 
 class CheckpointError(OSError):
-    """A checkpoint could not be written; the message is one line that says what is safe."""
+    """An output folder could not be written into; the message is one line that says what is safe."""
 
 
 # -------------------------------------------------------------------------------------------------- nested states
@@ -132,7 +135,7 @@ def save_checkpoint(
         # Never the one just written: a run that went on from an earlier one has others ahead of it.
         others = [folder for folder in find_checkpoints(output_dir) if folder != place]
         for folder in others[: max(0, len(others) + 1 - total_limit)]:
-            _remove(folder)
+            _clean(folder, _remove)
     return place
 
 
@@ -169,11 +172,20 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(hidden)
 
 
+def _clean(folder: Path, remove: Callable[[Path], None]) -> None:
+    """Delete what is not needed any more; that it cannot be is no reason to end a run that has saved its work."""
+    try:
+        remove(folder)
+    except OSError as error:
+        logger.warning("%s could not be deleted: %s", folder, " ".join(str(error).split()))
+
+
 def _sync(path: Path) -> None:
     """Bring a file or a folder's entries to the disk itself."""
     if path.is_dir() and os.name == "nt":  # Windows cannot open a folder
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    # Windows syncs only what may be written, and Linux opens a folder only to be read.
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:
@@ -186,6 +198,37 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Keep other runs out of an output folder; what was made for that alone is gone on exit.
+
+    Args:
+        folder: made if it is not there.
+
+    Raises:
+        CheckpointError: another run is in it.
+
+    Source: [ours].
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise CheckpointError(f"--output_dir {folder}: another run is writing into it; give another folder") from error
+    try:
+        yield
+    finally:
+        if os.name != "nt":  # there an open file cannot be deleted, and `release` does it
+            path.unlink()
+        lock.release()
+        for path in made:
+            if not any(path.iterdir()):
+                path.rmdir()
 
 
 # ------------------------------------------------------------------------------------------------------- reading
@@ -247,8 +290,8 @@ def latest_checkpoint(output_dir: Path) -> Path | None:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """The state in a checkpoint that was checked, its tensors on the CPU. Source: [ours]."""
-    with safe_open(folder / STATE_TENSORS, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    # Read and not mapped: Windows deletes no file that is, and the checkpoint may be pruned while the run goes on.
+    tensors = load((folder / STATE_TENSORS).read_bytes())
     return unpack_state(json.loads((folder / STATE_VALUES).read_text(encoding="utf-8")), tensors)
 
 
@@ -261,4 +304,4 @@ def what_is_safe(output_dir: Path) -> str:
 def remove_leftovers(output_dir: Path) -> None:
     """Delete the hidden folders of a run that was killed while it wrote or deleted a checkpoint. Source: [ours]."""
     for folder in output_dir.glob(f"{HIDDEN_PREFIX}*"):
-        shutil.rmtree(folder)
+        _clean(folder, shutil.rmtree)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from caches import TensorCache, fingerprint, module_fingerprint
+from console import phase_bar
 from prompts import PromptPair, PromptTokens, phrase_mask
 from sfcm import phrase_distances
 
@@ -89,6 +90,7 @@ def make_prompt_table(
     *,
     encode: bool = True,
     cache: TensorCache | None = None,
+    shown: bool = True,
 ) -> PromptTable:
     """Encode every prompt once and lay out token positions.
 
@@ -101,6 +103,7 @@ def make_prompt_table(
         clip_tokenizer: its tokenizer.
         encode: False leaves the prompts to `encode_prompts` in each step.
         cache: where text embeddings are looked up and kept; None computes them.
+        shown: whether a bar shows it.
 
     Source: [paper] phrases, PAD and distances; [ours] the rows that ask for no change, and phrases that may change.
     """
@@ -114,7 +117,7 @@ def make_prompt_table(
     )
     unique = {ids: row for row, ids in enumerate(dict.fromkeys(reference + response))}
     all_ids = torch.tensor(list(unique), device=device)
-    embeds = _encode_once(text_encoder, all_ids, cache) if encode else None
+    embeds = _encode_once(text_encoder, all_ids, cache, shown) if encode else None
 
     length = len(empty_ids)
     # Set against itself, every token of a prompt between BOS and its padding matches.
@@ -150,12 +153,16 @@ def make_prompt_table(
     )
 
 
-def _encode_once(text_encoder: CLIPTextModel, ids: torch.Tensor, cache: TensorCache | None) -> torch.Tensor:
+def _encode_once(
+    text_encoder: CLIPTextModel, ids: torch.Tensor, cache: TensorCache | None, shown: bool
+) -> torch.Tensor:
     """Text embeddings (U, T, E) of the prompts `ids` (U, T), from the cache as far as it has them."""
 
     def compute(missing: Sequence[int]) -> Iterator[torch.Tensor]:
-        for chunk in ids[list(missing)].split(32):
-            yield from text_encoder(chunk)[0]
+        with phase_bar("prompts", len(missing), "prompt", shown) as bar:
+            for chunk in ids[list(missing)].split(32):
+                yield from text_encoder(chunk)[0]
+                bar.update(len(chunk))
 
     if cache is None:
         return torch.stack(list(compute(range(len(ids)))))

@@ -16,7 +16,7 @@ import random
 import re
 import struct
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
@@ -530,6 +530,7 @@ def draw_latents(
     height: int,
     width: int,
     batch_size: int,
+    advance: Callable[[int], object] = lambda count: None,
 ) -> torch.Tensor:
     """Draw one portrait per prompt and keep its latents; whether an adapter is active is the caller's choice.
 
@@ -542,6 +543,7 @@ def draw_latents(
         height: in pixels.
         width: in pixels.
         batch_size: portraits drawn at once.
+        advance: told how many were drawn, each time some are.
 
     Returns:
         (len(prompts), C, H, W) float32 on the CPU, scaled as the UNet takes them, without gradient.
@@ -562,6 +564,7 @@ def draw_latents(
             output_type="latent",
         )
         latents.append(output.images.float().cpu())
+        advance(len(chunk))
     return torch.cat(latents)
 
 

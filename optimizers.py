@@ -1,11 +1,17 @@
-"""The optimizers a LoRA can be trained with; those that are not torch's come from packages of their own."""
+"""The optimizers a LoRA can be trained with; those that are not torch's come from packages of their own.
+
+Each is imported where it is made: the names are asked for while flags are read.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 OPTIMIZERS = ("adamw", "prodigy")
@@ -62,4 +68,6 @@ def make_optimizer(
 
         # As its authors advise for diffusion models: bias correction, and no estimate of the rate in the warm-up.
         return Prodigy(parameters, **options, use_bias_correction=True, safeguard_warmup=True)
-    return torch.optim.AdamW(parameters, **options)
+    from torch.optim import AdamW
+
+    return AdamW(parameters, **options)

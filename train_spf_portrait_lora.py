@@ -24,6 +24,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from console import import_libraries, phase_bar, without_warning
+from training_arguments import WITH_KEPT_ROWS, has_sfcm_bank, parse_args, uses_enhancement
+
+
+if __name__ == "__main__":
+    # Flags are read before the libraries are imported, which takes seconds: --help and a wrong flag answer at once.
+    ARGS = parse_args()
+    import_libraries()
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -39,6 +48,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import CLIPImageProcessorPil, CLIPModel
 
 import adalora
@@ -56,6 +66,7 @@ from checkpoints import (
     HIDDEN_PREFIX,
     CheckpointError,
     find_checkpoints,
+    lock_folder,
     remove_leftovers,
     save_checkpoint,
     what_is_safe,
@@ -71,7 +82,7 @@ from conditioning import (
     make_prompt_table,
 )
 from data import bucketed_batch_indices, derive_seed, draw_latents, revisited_batch
-from hub import LORA_WEIGHTS
+from hub import CARD, LORA_WEIGHTS
 from interruption import Interrupted, StopRequest, catch_stop_signals, leave_stop_signals
 from lora_files import LoraLayer, adapter_metadata, diffusers_state, sort_header
 from losses import (
@@ -88,7 +99,6 @@ from optimizers import make_optimizer
 from pictures import picture_grid
 from pipeline_spf_portrait import SPFPortraitPipeline, overlay_heat_map
 from sfcm import SFCM_MODES, epsilon_scale, free_regions, noise_difference, phrase_attention_maps
-from training_arguments import WITH_KEPT_ROWS, has_sfcm_bank, parse_args, uses_enhancement
 from training_inputs import (
     Inputs,
     Sample,
@@ -238,6 +248,7 @@ def prepare_run(args: argparse.Namespace, inputs: Inputs, accelerator: Accelerat
         clip_tokenizer,
         encode=args.cache_text_embeddings,
         cache=TensorCache(cache),
+        shown=accelerator.is_local_main_process,
     )
     training_set = make_training_set(args, inputs, accelerator)
     count = len(inputs.rows)
@@ -332,8 +343,11 @@ def encode_training_portraits(run: Run, cache: TensorCache) -> list[torch.Tensor
     ]
 
     def compute(missing: Sequence[int]) -> Iterator[torch.Tensor]:
-        for pixels in read_pixels(run, [samples[i] for i in missing], training_set.pixels):
-            yield encode_pixels(vae, pixels[None])[0]
+        pictures = read_pixels(run, [samples[i] for i in missing], training_set.pixels)
+        with phase_bar("latents", len(missing), "portrait", run.accelerator.is_local_main_process) as bar:
+            for pixels in pictures:
+                yield encode_pixels(vae, pixels[None])[0]
+                bar.update()
 
     return [latents.to(run.device) for latents in cache.get_or_compute(keys, compute)]
 
@@ -370,13 +384,21 @@ def draw_alignment_portraits(run: Run) -> Portraits:
     """Portraits of the original model from base prompts, shared between the processes, each from a seed of its own."""
     inputs, count = run.inputs, len(run.inputs.rows)
     pair_index, buckets, latents = list(range(count, len(inputs.pairs))), inputs.buckets[count:], []
-    with active_adapters(run.unet, None), resident(run):
-        for first, stop in runs_of_equal(buckets):
-            latents += draw_one_size(run, pair_index[first:stop], first, inputs.sizes[buckets[first]])
+    accelerator, sizes = run.accelerator, runs_of_equal(buckets)
+    own = sum(-(-(stop - first) // accelerator.num_processes) for first, stop in sizes)
+    with (
+        phase_bar("alignment portraits", own, "portrait", accelerator.is_local_main_process) as bar,
+        active_adapters(run.unet, None),
+        resident(run),
+    ):
+        for first, stop in sizes:
+            latents += draw_one_size(run, pair_index[first:stop], first, inputs.sizes[buckets[first]], bar)
     return Portraits(latents, torch.tensor(pair_index, device=run.device), buckets)
 
 
-def draw_one_size(run: Run, pair_index: Sequence[int], first: int, size: tuple[int, int]) -> list[torch.Tensor]:
+def draw_one_size(
+    run: Run, pair_index: Sequence[int], first: int, size: tuple[int, int], bar: tqdm
+) -> list[torch.Tensor]:
     """Latents of one (H, W) in pixels for the base prompts of these pairs; `first` counts the seeds."""
     args, accelerator = run.args, run.accelerator
     share = -(-len(pair_index) // accelerator.num_processes)
@@ -392,6 +414,7 @@ def draw_one_size(run: Run, pair_index: Sequence[int], first: int, size: tuple[i
         height=size[0],
         width=size[1],
         batch_size=2 * args.train_batch_size,
+        advance=bar.update,
     )
     return list(accelerator.gather(drawn.to(run.device))[: len(pair_index)])
 
@@ -452,11 +475,13 @@ def fill_sfcm_bank(run: Run, portraits: Portraits) -> list[torch.Tensor]:
     Source: [ours].
     """
     size, maps = 2 * run.args.train_batch_size, {}
-    for bucket in sorted(set(portraits.buckets)):
-        members = [i for i, own in enumerate(portraits.buckets) if own == bucket]
-        for start in range(0, len(members), size):
-            chunk = members[start : start + size]
-            maps |= zip(chunk, averaged_sfcm(run, portraits, chunk), strict=True)
+    with phase_bar("maps", len(portraits.buckets), "map", run.accelerator.is_local_main_process) as bar:
+        for bucket in sorted(set(portraits.buckets)):
+            members = [i for i, own in enumerate(portraits.buckets) if own == bucket]
+            for start in range(0, len(members), size):
+                chunk = members[start : start + size]
+                maps |= zip(chunk, averaged_sfcm(run, portraits, chunk), strict=True)
+                bar.update(len(chunk))
     return [maps[i] for i in range(len(portraits.buckets))]
 
 
@@ -939,8 +964,12 @@ def decode_for_clip(run: Run, latents: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def embed_training_portraits(run: Run) -> torch.Tensor:
     """CLIP image embeddings (M, E') of each of `training_samples`."""
-    pictures = read_pixels(run, training_samples(run), run.training_set.pixels)
-    return torch.cat([embed_pixels(run.clip, run.clip_processor, pixels[None].to(run.device)) for pixels in pictures])
+    samples, embeds = training_samples(run), []
+    with phase_bar("image embeddings", len(samples), "portrait", run.accelerator.is_local_main_process) as bar:
+        for pixels in read_pixels(run, samples, run.training_set.pixels):
+            embeds.append(embed_pixels(run.clip, run.clip_processor, pixels[None].to(run.device)))
+            bar.update()
+    return torch.cat(embeds)
 
 
 def step_terms(
@@ -1060,7 +1089,12 @@ def draw_validation(run: Run) -> None:
     }
     rows = []
     # accelerate's UNet answers in float32; autocast brings that to the dtype of the other models.
-    with resident(run), active_adapters(run.unet, "default"), accelerator.autocast():
+    with (
+        phase_bar("validation pictures", args.num_validation_images, "row") as bar,
+        resident(run),
+        active_adapters(run.unet, "default"),
+        accelerator.autocast(),
+    ):
         for seed in range(args.num_validation_images):
             base = run.pipeline(**shared, compare=True, generator=torch.Generator().manual_seed(args.seed + seed))
             full = run.pipeline(
@@ -1073,6 +1107,7 @@ def draw_validation(run: Run) -> None:
             )
             overlay = overlay_heat_map(full.images[0], full.sfcm[0, 0])
             rows.append([base.reference_images[0], base.images[0], full.images[0], overlay])
+            bar.update()
     headers = ("original, base prompt", "adapted, base prompt", f"adapted, {pair.target_text}", "SFCM")
     grid = picture_grid(rows, headers)
     path = Path(args.output_dir) / validation_picture(run.global_step)
@@ -1208,7 +1243,7 @@ def start_stage2(run: Run) -> None:
     args = run.args
     if args.stage1_steps > 0:
         save_result(run, Path(args.output_dir) / "stage1")
-    logger.info("Preparing %s alignment portraits and their maps", args.alignment_source)
+    logger.info("Stage 2: preparing %s alignment portraits and their maps", args.alignment_source)
     with run.stop.at_once():
         run.alignment = prepare_alignment(run)
         draw_alignment(run)
@@ -1240,7 +1275,8 @@ def to_device(value: Any, device: torch.device) -> Any:
 def add_teacher(run: Run, state: dict[str, torch.Tensor]) -> None:
     """Add stage 1's LoRA as a second, frozen adapter beside the one in training."""
     unet = run.unet
-    unet.add_adapter(unet.peft_config["default"], STAGE1_ADAPTER)
+    with without_warning("Already found a `peft_config` attribute"):  # a second adapter is what is meant
+        unet.add_adapter(unet.peft_config["default"], STAGE1_ADAPTER)
     keep_in_float32(unet, STAGE1_ADAPTER)
     set_peft_model_state_dict(unet, state, adapter_name=STAGE1_ADAPTER)
     unet.set_adapter("default")
@@ -1309,9 +1345,21 @@ def train(args: argparse.Namespace, inputs: Inputs) -> None:
         now = resume_record(args, inputs.references, batch_size, accelerator.mixed_precision)
         check_record(inputs.resume.folder, inputs.resume.state["record"], now)
 
+    with keep_folder(args, accelerator), logging_redirect_tqdm():
+        train_in_folder(args, inputs, accelerator)
+
+
+def keep_folder(args: argparse.Namespace, accelerator: Accelerator) -> AbstractContextManager[None]:
+    """Inside, no other run writes into --output_dir."""
+    return lock_folder(Path(args.output_dir)) if accelerator.is_main_process else nullcontext()
+
+
+def train_in_folder(args: argparse.Namespace, inputs: Inputs, accelerator: Accelerator) -> None:
+    """Both stages, in a folder that is this run's alone."""
     repo_id = None
     if args.push_to_hub and accelerator.is_main_process:
         repo_id = make_repository(args)
+    logger.info("Loading %s", args.pretrained_model_name_or_path)
     run = prepare_run(args, inputs, accelerator)
     run.repo_id = repo_id
     run.response_unet = accelerator.prepare(run.unet)
@@ -1353,6 +1401,7 @@ def train_stages(run: Run) -> None:
         if args.stage2_steps > 0:
             if run.stage == 1:
                 start_stage2(run)
+                progress.unpause()  # its clock counts steps alone
             train_stage(run, range(args.stage1_steps, run.total_steps), args.stage2_lr_scheduler, progress)
 
 
@@ -1368,11 +1417,12 @@ def train_stage(run: Run, steps: range, lr_scheduler_name: str, progress: tqdm) 
         if run.stage == 2 and args.sfcm_refresh_steps and done and done % args.sfcm_refresh_steps == 0:
             run.alignment.sfcm = fill_sfcm_bank(run, run.alignment)
             run.targets = {}
+            progress.unpause()
         losses = train_step(run, run.stage, global_step, run.optimizer, parameters)
         if not run.optimizer.step_was_skipped:
             run.lr_scheduler.step()
         run.global_step += 1
-        progress.set_postfix({name: f"{value:.4f}" for name, value in losses.items()}, refresh=False)
+        progress.set_postfix({name: f"{value:.3g}" for name, value in losses.items()}, refresh=False)
         progress.update()
         accelerator.log({f"loss/{name}": value for name, value in losses.items()}, step=run.global_step)
         if args.checkpointing_steps and run.global_step % args.checkpointing_steps == 0:
@@ -1382,6 +1432,7 @@ def train_stage(run: Run, steps: range, lr_scheduler_name: str, progress: tqdm) 
         if args.validation_steps and run.global_step % args.validation_steps == 0 and not last:
             with run.stop.at_once():
                 draw_validation(run)
+            progress.unpause()
 
 
 def start_reading(run: Run, stop: int) -> None:
@@ -1464,7 +1515,8 @@ def finish(run: Run) -> None:
     run.response_unet = run.unet
     accelerator.free_memory()
     accelerator.end_training()
-    logger.info("The LoRA is %s", output_dir / LORA_WEIGHTS)
+    if run.skipped_updates:
+        logger.warning("The gradient scaler left out %d updates that were not finite", run.skipped_updates)
     if accelerator.is_main_process:
         pictures = [validation_picture(run.global_step)] if run.args.num_validation_images else []
         share(
@@ -1476,6 +1528,28 @@ def finish(run: Run) -> None:
             run.unet.peft_config["default"].use_dora,
             run.inputs.references,
         )
+    say_what_is_there(run)
+
+
+def say_what_is_there(run: Run) -> None:
+    """The last lines: what lies where, and how to draw with it."""
+    args, folder, pair = run.args, Path(run.args.output_dir), run.inputs.validation_pair
+    targets = list(pair.target_argument)
+    logger.info("The LoRA: %s", folder / LORA_WEIGHTS)
+    if args.num_validation_images:
+        logger.info("Pictures: %s, the last one of them", folder / validation_picture(run.global_step))
+    if args.report_to != "none":
+        logger.info("Losses: %s", folder / args.logging_dir)
+    logger.info("Model card: %s", folder / CARD)
+    logger.info(
+        "Draw: pipe = DiffusionPipeline.from_pretrained(%r, custom_pipeline=%r, trust_remote_code=True); "
+        "pipe.load_lora_weights(%r); pipe(%r, target_prompt=%r, compare=True)",
+        args.pretrained_model_name_or_path,
+        str(Path(__file__).with_name("pipeline_spf_portrait.py")),
+        args.output_dir,
+        pair.base_prompt,
+        targets[0] if len(targets) == 1 else targets,
+    )
 
 
 def tracker_config(args: argparse.Namespace) -> dict[str, bool | int | float | str]:
@@ -1488,8 +1562,12 @@ def tracker_config(args: argparse.Namespace) -> dict[str, bool | int | float | s
 
 
 def main(input_args: Sequence[str] | None = None) -> None:
+    """The program, from its command line."""
+    run_program(parse_args(input_args))
+
+
+def run_program(args: argparse.Namespace) -> None:
     """Check everything first, so that a mistake in the input ends at once with one line."""
-    args = parse_args(input_args)
     try:
         inputs = check_inputs(args)
     except (ValueError, OSError) as error:
@@ -1507,4 +1585,4 @@ def main(input_args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(ARGS)

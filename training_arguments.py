@@ -1,33 +1,39 @@
 """The flags of the training script, in groups, and the checks that need nothing but their values.
 
+No library is imported here: a wrong flag is answered at once.
 Source: [ours].
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType
-from diffusers.optimization import SchedulerType
-from diffusers.utils import is_xformers_available
-
-import adalora
-from attention_processors import DUAL_PATH_MODES
-from data import INTERPOLATION_MODES
-from lora_files import DORA_ON_TOP
-from losses import ENHANCEMENT_LOSSES
+from console import FlagFormatter
 from optimizers import OPTIMIZERS, check_optimizer
-from sfcm import SFCM_MODES
 
 
+# Names of what other modules and libraries have; a test compares them.
+DUAL_PATH_MODES = ("two_pass", "single_pass")
+INTERPOLATION_MODES = ("lanczos", "bicubic", "bilinear", "box", "hamming", "nearest")
+ENHANCEMENT_LOSSES = ("difference", "direct")
+SFCM_MODES = (
+    "averaged_target", "averaged", "averaged_noise", "averaged_product", "averaged_target_hard", "attention", "noise",
+    "paper", "none",
+)  # fmt: skip
+SCHEDULERS = (
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+)  # fmt: skip
+TRACKERS = (
+    "all", "aim", "tensorboard", "wandb", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab", "trackio",
+)  # fmt: skip
+ADALORA_MIN_STEPS = 8
 # Ways to keep the portrait, and those that add a row that keeps a prediction to each training portrait's.
 PRESERVATIONS = ("spf", "none", "prior", "dop", "cat", "mask")
 WITH_KEPT_ROWS = ("prior", "dop", "cat")
-SCHEDULERS = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
 CARD_TAG = "\n- spf-portrait\n"  # as the metadata of a model card has it
 POLYNOMIAL_END = 1e-7  # of the learning rate, in diffusers
 # Where losses can go that keeps no command line, and with it what was given as a flag.
@@ -40,6 +46,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
         prog="train_spf_portrait_lora.py",
         description="Teach Stable Diffusion a portrait attribute as a LoRA, without moving anything else.",
         usage="%(prog)s [flags; --help lists them]",
+        formatter_class=FlagFormatter,
     )
 
     group = parser.add_argument_group("model")
@@ -109,7 +116,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
         help="Mirror pictures by chance. A caption that says left or right is then wrong every second time.",
     )
     group.add_argument(
-        "--image_interpolation_mode", choices=tuple(INTERPOLATION_MODES), default="lanczos", help="How to resize."
+        "--image_interpolation_mode", choices=INTERPOLATION_MODES, default="lanczos", help="How to resize."
     )
     group.add_argument("--repeats", type=int, default=1, help="How often each portrait comes in an epoch.")
     group.add_argument(
@@ -254,9 +261,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
         default=0.6,
         help="Share of the alignment rows, in [0, 1), that ask for no change: 2/3 base prompt, 1/3 empty prompt.",
     )
-    group.add_argument(
-        "--sfcm_mode", choices=tuple(SFCM_MODES), default="averaged_target", help="How the map is made."
-    )
+    group.add_argument("--sfcm_mode", choices=SFCM_MODES, default="averaged_target", help="How the map is made.")
     group.add_argument("--sfcm_gamma", type=float, default=2.0, help="Exponent of the map in the composition.")
     group.add_argument(
         "--sfcm_noise_samples", type=int, default=4, help="Noise samples a portrait's map is averaged over."
@@ -335,10 +340,10 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--noise_offset", type=float, default=0.0, help="Offset of the diffusion loss's noise a channel; 0.1 is usual."
     )
-    group.add_argument("--adam_beta1", type=float, default=0.9)
-    group.add_argument("--adam_beta2", type=float, default=0.999)
-    group.add_argument("--adam_weight_decay", type=float, default=1e-2)
-    group.add_argument("--adam_epsilon", type=float, default=1e-8)
+    group.add_argument("--adam_beta1", type=float, default=0.9, help="Decay of the gradient's running mean.")
+    group.add_argument("--adam_beta2", type=float, default=0.999, help="Decay of the squared gradient's running mean.")
+    group.add_argument("--adam_weight_decay", type=float, default=1e-2, help="Weight decay.")
+    group.add_argument("--adam_epsilon", type=float, default=1e-8, help="Added to the denominator of the update.")
     group.add_argument("--max_grad_norm", type=float, default=1.0, help="Largest norm of the gradient.")
     group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="accelerate's setting if not given.")
     group.add_argument("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and newer.")
@@ -363,7 +368,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--logging_dir", default="logs", help="Folder of the tracker's logs, inside --output_dir.")
     group.add_argument(
         "--report_to",
-        choices=[*(tracker.value for tracker in LoggerType), "none"],
+        choices=(*TRACKERS, "none"),
         default="tensorboard",
         help="Where losses and pictures are shown while training.",
     )
@@ -519,15 +524,13 @@ def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         check_optimizer(args.optimizer, args.use_8bit_adam)
     except ValueError as error:
         parser.error(str(error))
-    if args.enable_xformers_memory_efficient_attention and not is_xformers_available():
+    if args.enable_xformers_memory_efficient_attention and importlib.util.find_spec("xformers") is None:
         parser.error("--enable_xformers_memory_efficient_attention needs the package xformers: pip install xformers")
     if args.hub_token is not None and args.report_to not in PRIVATE_TRACKERS:
         parser.error(
             f"--hub_token would be kept by --report_to {args.report_to} with the command line: "
             "log in with `hf auth login` instead"
         )
-    if args.report_to not in ("all", "none", *(tracker.value for tracker in get_available_trackers())):
-        parser.error(f"--report_to {args.report_to} needs the tracker's own package, which is not installed")
     if not args.push_to_hub:
         for name in ("hub_model_id", "hub_token", "hub_private_repo"):
             if getattr(args, name):
@@ -536,6 +539,16 @@ def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         parser.error("--free_phrases has an empty phrase")
     if args.aspect_ratio_buckets is not None and not args.aspect_ratio_buckets.strip():
         parser.error("--aspect_ratio_buckets is empty")
+    _check_tracker(parser, args.report_to)
+
+
+def _check_tracker(parser: argparse.ArgumentParser, name: str) -> None:
+    """End the program where a tracker's package is not installed."""
+    # Asked last, for accelerate knows the packages, and takes seconds to be imported.
+    from accelerate.tracking import get_available_trackers
+
+    if name not in ("all", "none", *(tracker.value for tracker in get_available_trackers())):
+        parser.error(f"--report_to {name} needs the tracker's own package, which is not installed")
 
 
 def _check_adalora(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -554,9 +567,9 @@ def _check_adalora(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
             "--use_adalora is for one stage alone, so it needs --stage2_steps 0 or another --preservation than spf, "
             f"got {args.stage2_steps} and spf: stage 2 would start with the ranks that stage 1 has left"
         )
-    if args.stage1_steps < adalora.MIN_STEPS:
+    if args.stage1_steps < ADALORA_MIN_STEPS:
         parser.error(
-            f"--use_adalora needs --stage1_steps of at least {adalora.MIN_STEPS}, for its warm-up, its allocation of "
+            f"--use_adalora needs --stage1_steps of at least {ADALORA_MIN_STEPS}, for its warm-up, its allocation of "
             f"ranks and its final part, got {args.stage1_steps}"
         )
 
@@ -580,8 +593,6 @@ def _check_references(parser: argparse.ArgumentParser, args: argparse.Namespace)
     for scale in scales or ():
         if not math.isfinite(scale):
             parser.error(f"--reference_lora_scale must be finite, got {scale}")
-    if args.use_dora:
-        parser.error(f"--use_dora does not go with --reference_lora: {DORA_ON_TOP}")
     if args.reference_target_prompt is None:
         return
     if not all(text.strip() for text in args.reference_target_prompt):
@@ -597,4 +608,7 @@ def uses_enhancement(args: argparse.Namespace) -> bool:
 
 def has_sfcm_bank(args: argparse.Namespace) -> bool:
     """Whether each alignment portrait has one map, instead of one anew in each step."""
+    # Asked of flags that were read, when all is imported anyway.
+    from sfcm import SFCM_MODES
+
     return SFCM_MODES[args.sfcm_mode].averaged or args.sfcm_dir is not None

@@ -44,6 +44,7 @@ from data import (
     preprocess_mask,
     upright_size,
 )
+from hub import LORA_WEIGHTS
 from lora_files import DORA_ON_TOP, ReferenceLora, check_lora_fits, find_lora, find_on_hub, is_dora, read_lora
 from prompts import (
     PromptPair,
@@ -394,6 +395,8 @@ def find_references(args: argparse.Namespace) -> tuple[ReferenceLora, ...]:
         InputError: one is not there, or twice.
     """
     references: list[ReferenceLora] = []
+    if args.use_dora and args.reference_lora is not None:
+        raise ValueError(f"--use_dora does not go with --reference_lora: {DORA_ON_TOP}")
     for name, scale in zip(args.reference_lora or (), args.reference_lora_scale or (), strict=True):
         with naming_flag("reference_lora", name):
             path = find_lora(name, args.cache_dir)
@@ -644,6 +647,7 @@ def find_resume(args: argparse.Namespace, references: Sequence[ReferenceLora]) -
     """
     asked, output_dir = args.resume_from_checkpoint, Path(args.output_dir)
     if asked is None:
+        check_unused(args)
         earlier = find_checkpoints(output_dir)
         if earlier and not args.dry_run:
             raise ValueError(
@@ -654,6 +658,7 @@ def find_resume(args: argparse.Namespace, references: Sequence[ReferenceLora]) -
     if asked == "latest":
         folder = latest_checkpoint(output_dir)
         if folder is None:
+            check_unused(args)
             logger.warning("There is no whole checkpoint in %s: the run starts anew", output_dir)
             return None
     else:
@@ -670,6 +675,20 @@ def find_resume(args: argparse.Namespace, references: Sequence[ReferenceLora]) -
     now = resume_record(args, references, record["global_batch_size"], record["mixed_precision"])
     check_record(folder, record, now)
     return Resume(folder, state)
+
+
+def check_unused(args: argparse.Namespace) -> None:
+    """A run that starts anew must not write over the LoRA of another.
+
+    Raises:
+        ValueError: there is one.
+    """
+    lora = Path(args.output_dir) / LORA_WEIGHTS
+    if lora.is_file() and not args.dry_run and not find_checkpoints(lora.parent):
+        raise ValueError(
+            f"--output_dir {args.output_dir} holds the {LORA_WEIGHTS} of an earlier run, which this one would write "
+            "over: give another folder"
+        )
 
 
 def check_record(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -107,7 +107,8 @@ def keep_in_float32(unet: UNet2DConditionModel, adapter_name: str) -> None:
     """Bring an adapter to float32, which PEFT gives the dtype of the layers it is added to."""
     for name, parameter in unet.named_parameters():
         if ".lora_" in name and f".{adapter_name}" in name:
-            parameter.data = parameter.data.float()
+            # A copy: what was loaded may be a view into its file, which a checkpoint has to let go of.
+            parameter.data = parameter.data.to(torch.float32, copy=True)
 
 
 def use_xformers(unet: UNet2DConditionModel) -> None:

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import stat
 import struct
 import subprocess
 import sys
@@ -420,6 +421,52 @@ def test_everything_is_on_the_disk_before_it_is_in_place(tmp_path, monkeypatch):
     (hidden,) = {str(Path(path).parent) for path in before} - {str(tmp_path)}
     assert set(before) == {f"{hidden}/{name}" for name in (LORA, MANIFEST, STATE_TENSORS, STATE_VALUES)} | {hidden}
     assert before[-2:] == [f"{hidden}/{MANIFEST}", hidden] and after == [str(tmp_path)]
+
+
+# ------------------------------------------------------------------------------------------- what Windows does not do
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there the system itself checks this")
+def test_files_are_synced_by_handles_that_may_write(tmp_path, monkeypatch):
+    import fcntl
+
+    modes, fsync = {}, os.fsync
+
+    def watched_fsync(descriptor):
+        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        modes.setdefault(is_folder, set()).add(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE)
+        fsync(descriptor)
+
+    monkeypatch.setattr(checkpoints.os, "fsync", watched_fsync)
+    save(tmp_path, 1)
+    assert modes == {False: {os.O_RDWR}, True: {os.O_RDONLY}}
+
+
+def test_a_state_that_was_read_holds_no_file(tmp_path):
+    """Windows deletes no file that is mapped into memory."""
+    if not Path("/proc/self/maps").is_file():
+        pytest.skip("needs /proc to tell what is mapped")
+    folder = save_checkpoint(tmp_path, 1, {"weight": torch.ones(100_000)}, write_lora)
+    state = read_state(folder)
+    assert str(folder) not in Path("/proc/self/maps").read_text() and state["weight"].sum() == 100_000
+
+
+def test_what_cannot_be_deleted_is_said_and_nothing_is_lost(tmp_path, monkeypatch, caplog):
+    def refuse(folder, **kwargs):
+        raise PermissionError(13, "The process cannot access the file because it is being used", str(folder))
+
+    save(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.shutil, "rmtree", refuse)
+        folder = save_checkpoint(tmp_path, 2, {"value": 2}, write_lora, total_limit=1)
+        assert "checkpoint-1 could not be deleted" in caplog.text
+        caplog.clear()
+        remove_leftovers(tmp_path)
+        assert "checkpoint-removed-checkpoint-1" in caplog.text
+    check_checkpoint(folder)
+    assert find_checkpoints(tmp_path) == [folder]
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["checkpoint-2"]
 
 
 # ---------------------------------------------------------------------------------------------- a write that fails

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -159,6 +160,21 @@ def test_a_convolutions_dora_starts_stage_2_as_the_original_model(world, tmp_pat
     monkeypatch.setattr(script, "start_stage2", compare)
     train(world, tmp_path / "output", use_dora=True, lora_layers="attn2.to_k,resnets.0.conv1")
     assert differences[0] < 1e-5 and runs
+
+
+def test_a_run_that_goes_on_holds_no_file_of_its_checkpoint(world, whole_bf16_run, tmp_path, monkeypatch):  # noqa: F811
+    """Windows could not prune it; in float32 nothing is converted, and so nothing copied, by itself."""
+    copy_checkpoint(whole_bf16_run("composed"), 1, tmp_path / "output")
+    maps, step = [], script.train_step
+
+    def watched(run, *args):
+        maps.append(Path("/proc/self/maps").read_text())
+        return step(run, *args)
+
+    monkeypatch.setattr(script, "train_step", watched)
+    flags = {**STEPS, "mixed_precision": "bf16", "resume_from_checkpoint": "latest"}
+    train(world, tmp_path / "output", **flags)
+    assert maps and not any("checkpoint-1" in text for text in maps)
 
 
 # --------------------------------------------------------------------------------------------- losses under a scaler

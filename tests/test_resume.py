@@ -279,6 +279,38 @@ def test_latest_after_the_end_writes_the_same_lora(world, whole_run, tmp_path): 
     assert contents(again) == contents(whole_run())
 
 
+@pytest.mark.parametrize("resume", [None, "latest"])
+def test_a_finished_lora_is_not_written_over(world, tmp_path, resume):  # noqa: F811
+    """Also where no checkpoint tells of the run that made it."""
+    output = train(world, tmp_path / "output", stage1_steps=1, stage2_steps=0)
+    before = contents(output)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(SystemExit, match=f"--output_dir {output} holds the {WEIGHTS} of an earlier run"):
+        train(world, output, stage1_steps=1, stage2_steps=0, seed=5, resume_from_checkpoint=resume)
+    assert contents(output) == before
+
+
+def test_two_runs_are_kept_out_of_one_folder(world, tmp_path, monkeypatch):  # noqa: F811
+    output, step, refused = tmp_path / "new" / "output", script.train_step, []
+
+    def meanwhile(*args):
+        command = [sys.executable, SCRIPT, *make_flags(world, output)]
+        refused.append(subprocess.run(command, capture_output=True, text=True, timeout=120))
+        return step(*args)
+
+    monkeypatch.setattr(script, "train_step", meanwhile)
+    train(world, output, stage1_steps=1, stage2_steps=0)
+    assert refused[0].returncode == 1
+    assert f"--output_dir {output}: another run is writing into it" in refused[0].stderr.splitlines()[-1]
+    assert not [name for name in files(output) if "lock" in name]
+
+
+def test_a_run_that_ends_early_leaves_no_folder_that_it_made_for_nothing(world, tmp_path):  # noqa: F811
+    with pytest.raises(SystemExit, match="'diffusion' is"):
+        train(world, tmp_path / "new" / "output", learning_rate=1e30, stage1_steps=4)
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_damaged_checkpoint_costs_its_steps_alone(world, whole_run, tmp_path, caplog):  # noqa: F811
     again = Path(shutil.copytree(whole_run(), tmp_path / "output"))
     for step in (4, 5):

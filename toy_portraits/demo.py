@@ -9,6 +9,7 @@ Source: [ours].
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from hub import LORA_WEIGHTS
 from pictures import picture_grid
 from pipeline_spf_portrait import SPFPortraitPipeline, overlay_heat_map
 from toy_portraits.recipe import BASE_MODEL, HERE, training_flags
@@ -32,10 +34,13 @@ BASE_PROMPTS = {
 
 def train(target: str, output_dir: Path, stage1_steps: int, stage2_steps: int, seed: int) -> None:
     """Launch the training script as a user does; its own errors end this program too."""
+    # Run again the demo starts anew, over what it left itself; the training script writes over no LoRA.
+    (output_dir / LORA_WEIGHTS).unlink(missing_ok=True)
+    shutil.rmtree(output_dir / "logs", ignore_errors=True)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(HERE.parent / "train_spf_portrait_lora.py")]
     command += training_flags(target) + ["--output_dir", str(output_dir), "--seed", str(seed)]
-    # Run again it starts anew, so it leaves nothing to go on from.
+    # Nothing is left to go on from, for the same reason.
     command += ["--stage1_steps", str(stage1_steps), "--stage2_steps", str(stage2_steps), "--checkpointing_steps", "0"]
     subprocess.run(command, check=True)
 
