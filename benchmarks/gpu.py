@@ -1,8 +1,8 @@
 """Does everything work on a GPU, and what does it cost? `python benchmarks/gpu.py`, at most 8 minutes on one card.
 
-Rows of `ROWS` run one after another, each section of them in a process of its own, and end up in tables. A row fails
-when what it measures lies outside of its tolerance, when it raises, or when it takes longer than it may; the others
-still run, and the exit status is then 1. What a row does stands in `benchmarks/gpu_rows.py`.
+The rows of `ROWS` run in processes of their own and end up in tables. A row fails when what it measures lies outside
+of its tolerance, when it raises, or when it takes longer than it may; the others still run, and the exit status is
+then 1. What a row does stands in `benchmarks/gpu_rows.py`.
 
 `--device cpu` runs all that a CPU can, on the toy base model alone. Nothing is asked from a network.
 
@@ -25,7 +25,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -53,18 +54,20 @@ class Model:
         side: of its portraits, in pixels.
         presets: GB of the cards whose presets in the README are measured with it.
         device: where.
+        steps: size of the portraits, as they are or tiny, and precision of the steps that are timed.
     """
 
     writer: str
     side: int
-    presets: tuple[int, ...] = ()
+    presets: tuple[int, ...]
     device: str = "cuda"
+    steps: tuple[tuple[str, str], ...] = (("full", "bf16"), ("full", "fp16"), ("tiny", "fp16"))
 
 
 # Another model is a line here.
 MODELS = {
     "Stable Diffusion 1.5": Model("write_stable_diffusion_15", side=512, presets=(8, 12, 16, 24)),
-    "toy": Model("copy_toy", side=64, presets=(8, 24), device="cpu"),
+    "toy": Model("copy_toy", side=64, presets=(8, 24), device="cpu", steps=(("full", "bf16"),)),
 }
 
 
@@ -107,11 +110,12 @@ ROWS = [
     ),
     Row("training/composed/8-bit AdamW", own("eight_bits")),
     Row("training/composed/xformers", own("xformers"), device="cuda"),
-    *(Row(f"resume/{precision}", own("resume"), (precision,), limit=90) for precision in ("float32", *HALVES)),
+    *(Row(f"resume/{precision}", own("resume"), (precision,), limit=90) for precision in HALVES),
     *(Row(f"pipeline/{precision}", own("pipeline"), (precision,)) for precision in ("float32", *HALVES)),
     Row("pipeline/fp16/model offload", own("pipeline"), ("fp16", "offload"), device="cuda"),
     Row("pipeline/fp16/sequential offload", own("pipeline"), ("fp16", "sequential"), device="cuda"),
     Row("pipeline/fp16/torch.compile", own("pipeline"), ("fp16", "compile"), limit=150),
+    *(Row(f"models/{name}", own("weights"), (name,), 120, model.device) for name, model in MODELS.items()),
     *(
         Row(f"memory/{name}/{card} GB", own("preset"), (name, card), limit=120, device=model.device)
         for name, model in MODELS.items()
@@ -120,8 +124,7 @@ ROWS = [
     *(
         Row(f"steps/{name}/{size}/{precision}/{step}", own("step"), (name, size, precision, step), 90, model.device)
         for name, model in MODELS.items()
-        for size, precisions in (("full", HALVES), ("tiny", ("fp16",)))
-        for precision in precisions
+        for size, precision in model.steps
         for step in STEPS
     ),
 ]
@@ -132,14 +135,16 @@ SECTIONS = {
     "runs that nothing stopped.",
     "pipeline": "The pipeline on the toy against float32 on the CPU: differences of pixels and of maps in [0, 1], "
     "largest and mean. `halves` compares `compare` with two separate calls of the same kind.",
+    "models": "Base models in the configuration of the published ones, with random weights.",
     "memory": "A whole small training with each preset of the README, on so much memory as its card has, less 1 GB "
     "for CUDA's context.",
     "steps": "A step of 8 rows with gradient; medians. `host ms` is the time until Python has told the GPU all it is "
     "to do. Where the GPU is slower, the queue between them fills up and the host waits, so its own pace is what the "
     "tiny rows show (portraits of 64x64).",
 }
-# Sections that share a process: importing the libraries takes seconds.
-PROCESSES = (("training", "resume"), ("pipeline",), ("memory", "steps"))
+# Sections that share a process, for importing the libraries takes seconds; the processes of the first phase run side
+# by side, for they time nothing, and that of the second alone.
+PHASES = ((("training", "resume"), ("pipeline",), ("models",)), (("memory", "steps"),))
 
 
 @dataclass
@@ -182,7 +187,7 @@ class Bench:
     """What rows share.
 
     Attributes:
-        folder: for models and runs; it outlives the process.
+        folder: for models and runs; other processes have the same one.
         steps: of each stage of a training, and timed ones.
         kept: what a row leaves for the next ones of its process.
     """
@@ -203,7 +208,7 @@ def work(task: dict[str, Any]) -> None:
     """
     faulthandler.dump_traceback_later(START, exit=True)
     folder, rows = Path(task["folder"]), [Row(**{**row, "arguments": tuple(row["arguments"])}) for row in task["rows"]]
-    bench = Bench(task["device"], folder, task["steps"])
+    bench = Bench(task["device"], folder.parent, task["steps"])
     functions = [pkgutil.resolve_name(row.function) for row in rows]
     if bench.device == "cuda":
         import torch
@@ -244,13 +249,14 @@ def run_rows(rows: Sequence[Row], device: str, steps: int, deadline: float, fold
         device: "cuda" or "cpu".
         steps: of each stage, and timed ones.
         deadline: the time, in seconds since the epoch, at which no row runs any more.
-        folder: of what rows write.
+        folder: of the process; what rows write lies in its parent.
     """
+    folder.mkdir()
     outcomes = [Outcome(row.name, f"{NOT_HERE}: {row.device} only") for row in rows if row.device not in ("", device)]
     left = [row for row in rows if row.device in ("", device)]
     while left and time.time() < deadline:
         task = {"rows": list(map(asdict, left)), "device": device, "steps": steps, "deadline": deadline}
-        reason, started = start_process({**task, "folder": str(folder)}, folder)
+        code, reason, started = run_process({**task, "folder": str(folder)}, folder)
         done = list(takewhile(lambda row: outcome_file(folder, row).is_file(), left))
         outcomes += [Outcome(**json.loads(outcome_file(folder, row).read_text(encoding="utf-8"))) for row in done]
         left = left[len(done) :]
@@ -258,16 +264,32 @@ def run_rows(rows: Sequence[Row], device: str, steps: int, deadline: float, fold
         ended = left[:1] if started else left
         outcomes += [Outcome(row.name, f"{FAILED}: {reason}") for row in ended]
         left = left[len(ended) :]
+        if code != 0 and not ended:
+            outcomes[-1] = replace(outcomes[-1], verdict=f"{FAILED}: all was done, then {reason}")
     outcomes += [Outcome(row.name, f"{FAILED}: no time was left for it") for row in left]
     order = [row.name for row in rows]
     return sorted(outcomes, key=lambda outcome: order.index(outcome.name))
 
 
-def start_process(task: dict[str, Any], folder: Path) -> tuple[str, bool]:
+def run_side_by_side(
+    processes: Sequence[Sequence[str]], options: argparse.Namespace, deadline: float, folder: Path
+) -> list[Outcome]:
+    """The outcomes of the chosen rows of some sections; a CPU has no room for more than one process."""
+    groups = [[row for row in options.rows if row.section in sections] for sections in processes]
+    with ThreadPoolExecutor(1 if options.device == "cpu" else len(groups)) as pool:
+        futures = [
+            pool.submit(run_rows, rows, options.device, options.steps, deadline, folder / f"process-{rows[0].section}")
+            for rows in groups
+            if rows
+        ]
+        return [outcome for future in futures for outcome in future.result()]
+
+
+def run_process(task: dict[str, Any], folder: Path) -> tuple[int, str, bool]:
     """Run a task in a process of its own.
 
     Returns:
-        Why it ended, and whether it had come to its first row.
+        Its exit status, why it ended, and whether it had come to its first row.
     """
     file, log = folder / "task.json", folder / "log.txt"
     file.write_text(json.dumps(task), encoding="utf-8")
@@ -282,7 +304,7 @@ def start_process(task: dict[str, Any], folder: Path) -> tuple[str, bool]:
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     if code != 0:
         print("\n".join(lines[-40:]), file=sys.stderr, flush=True)
-    return reason_of(lines, code), (folder / "started").exists()
+    return code, reason_of(lines, code), (folder / "started").exists()
 
 
 def reason_of(lines: Sequence[str], code: int) -> str:
@@ -378,9 +400,8 @@ def main(input_args: Sequence[str] | None = None) -> int:
     command = shlex.join(["python", "benchmarks/gpu.py", *(sys.argv[1:] if input_args is None else input_args)])
     outcomes, start = [], time.time()
     with tempfile.TemporaryDirectory() as folder:
-        for sections in PROCESSES:
-            rows = [row for row in options.rows if row.section in sections]
-            outcomes += run_rows(rows, options.device, options.steps, start + 60 * options.minutes, Path(folder))
+        for processes in PHASES:
+            outcomes += run_side_by_side(processes, options, start + 60 * options.minutes, Path(folder))
             text = report(outcomes, options.device, command, time.time() - start)
             if options.output is not None:
                 options.output.write_text(text, encoding="utf-8")

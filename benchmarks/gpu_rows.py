@@ -107,8 +107,8 @@ def run_toy(bench: Bench, name: str, precision: str, flags: str) -> Path:
     arguments += ["--stage1_steps", str(bench.steps), "--stage2_steps", str(bench.steps), "--output_dir", str(output)]
     losses, step = [], trainer.train_step
 
-    def watched(*args: Any) -> dict[str, float]:
-        losses.append(step(*args))
+    def watched(*args: Any, **kwargs: Any) -> dict[str, float]:
+        losses.append(step(*args, **kwargs))
         return losses[-1]
 
     with precision_of(bench, precision), patch.object(trainer, "train_step", watched):
@@ -145,13 +145,10 @@ def compare_updates(output: Path, other: Path, objective: str, tolerance: float,
     return Result({"norm": f"{ratio:.4f}", "cosine": f"{cosine:.4f}", "last losses": last}, faults)
 
 
-# Of the norm and the cosine, by precision.
-TOLERANCES = {
-    "float32": (0.0, 1.0),
-    "tf32": (0.05, 0.9),
-    "bf16": (0.05, 0.9),
-    "fp16": (0.05, 0.9),
-}
+# How far the norm may be from float32's, and the least cosine. fp16 and TF32 keep 11 bits of a number and bf16 8. A
+# composed target differs little from the prediction (losses of 1e-4), so bf16 rounds much of the gradient away: on a
+# CPU its cosine was 0.92, and fp16's 0.998.
+TOLERANCES = {"float32": (0.0, 1.0), "tf32": (0.05, 0.98), "bf16": (0.1, 0.8), "fp16": (0.05, 0.98)}
 
 
 def training(bench: Bench, objective: str, precision: str) -> Result:
@@ -210,7 +207,7 @@ def largest_difference(one: Path, other: Path) -> float:
 
 PROMPT, WANTED = "a woman, a green jacket, a purple background", "blonde hair"
 # Largest mean difference of pixels from float32, and of the halves of `compare` from two calls of the same kind.
-PIXELS = {"float32": 0.001, "bf16": 0.03, "fp16": 0.01}
+PIXELS = {"float32": 0.001, "bf16": 0.01, "fp16": 0.002}
 
 
 def load_toy(dtype: torch.dtype) -> SPFPortraitPipeline:
@@ -316,10 +313,16 @@ def model_folder(bench: Bench, name: str) -> Path:
     if not folder.is_dir():
         unfinished = folder.with_name("unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.parent.mkdir(exist_ok=True)
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
         globals()[MODELS[name].writer](unfinished)
         unfinished.rename(folder)
     return folder
+
+
+def weights(bench: Bench, name: str) -> Result:
+    """Write a model's weights, and say how large they are."""
+    size = sum(path.stat().st_size for path in model_folder(bench, name).rglob("*") if path.is_file())
+    return Result({"GB": f"{size / 1e9:.2f}"})
 
 
 def model_flags(bench: Bench, name: str, precision: str) -> list[str]:
