@@ -373,6 +373,30 @@ def run(args: argparse.Namespace) -> Path:
     models = [ORIGINAL, *loras]
     folders = picture_folders(args, models)
     draw_all(pipeline, pairs, models, folders, args)
+    document = measure_all(args, pairs, names, models, folders, judges, probe)
+    write_report(args, pairs, names, folders, document)
+    print(document["verdict"])
+    return args.output_dir / PAGE
+
+
+def measure_all(
+    args: argparse.Namespace, pairs: Sequence[PromptPair], names: Sequence[str], models: Sequence[LoraSource],
+    folders: Sequence[Path], judges: Judges, probe: PortraitJudge | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure what was drawn, and keep tables of all that is measured so far: an end before the last LoRA loses that
+    one alone.
+
+    Args:
+        args: the flags.
+        pairs: the prompts.
+        names: of all portraits.
+        models: the original model and the LoRAs.
+        folders: theirs.
+        judges, probe: what measures.
+
+    Returns:
+        The document of all.
+    """
     if args.region != "masks":
         save_regions(folders, names, args, probe)
     judged, lines = [], []
@@ -384,13 +408,10 @@ def run(args: argparse.Namespace) -> Path:
         values = {name: numbers.reshape(len(pairs), args.num_seeds) for name, numbers in found.items()}
         judged.append(Judged(model.name, "" if model is ORIGINAL else str(model.path), model.role, values, whole))
         lines += [{"lora": model.name, "portrait": n, **{m: found[m][i] for m in found}} for i, n in enumerate(names)]
-        # Tables of all that is measured so far, so that an end before the last LoRA loses that one alone.
         document = summarise(judged, judges.missing, args.num_resamples, args.seed)
         write_csv(args.output_dir / TABLES[0], document)
         write_lines(args.output_dir / TABLES[1], lines)
-    write_report(args, pairs, names, folders, document)
-    print(document["verdict"])
-    return args.output_dir / PAGE
+    return document
 
 
 def counted(parts: Iterable[Compared], bar: tqdm) -> Iterator[Compared]:

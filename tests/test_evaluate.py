@@ -5,10 +5,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import safetensors.torch
+import test_evaluation
 import torch
 from hub_server import HubServer
 from PIL import Image
@@ -16,9 +18,11 @@ from safetensors import safe_open
 from test_evaluation import check_page, read_page
 
 import evaluate_spf_portrait as script
+from evaluation_models import load_judges
 from lora_files import save_kohya_lora
 from metrics import pixel_change
 from pipeline_spf_portrait import SPFPortraitPipeline
+from prompts import make_prompt_pair
 from report import PICTURE_HEADERS
 from toy_portraits.recipe import BASE_MODEL, LORA
 
@@ -26,6 +30,7 @@ from toy_portraits.recipe import BASE_MODEL, LORA
 ROOT = Path(__file__).resolve().parents[1]
 LORA_FILE = LORA / "pytorch_lora_weights.safetensors"
 PROMPTS = ["a woman, a green jacket, a purple background", "a man, a white jacket"]
+models = test_evaluation.models
 SHORT = ["--num_inference_steps", 2, "--num_resamples", 50, "--device", "cpu"]
 
 
@@ -258,6 +263,82 @@ def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch):
     found = {name: getattr(args, name) for name in paths} | {"lora": args.lora[0]}
     assert {name: str(value) for name, value in found.items()} == dict.fromkeys(paths, "/home/someone/it")
     assert args.target_prompt == ["~/it"]
+
+
+def test_portraits_are_measured_alike_one_by_one_and_all_at_once(report, models):
+    given = {"clip_model_name_or_path": BASE_MODEL / "clip", "dino_model_name_or_path": models / "dino"}
+    given |= {"segmenter_model_name_or_path": models / "segmenter", "face_model_name": None}
+    judges = load_judges(SimpleNamespace(**{k: v and str(v) for k, v in given.items()}), "cpu", ask_network=False)
+    names = [f"p{prompt:03d}-s{seed}" for prompt in range(2) for seed in (5, 6)]
+    pairs = [make_prompt_pair(prompt, ["blonde hair"]) for prompt in PROMPTS for _ in (5, 6)]
+    region = np.random.default_rng(0).random((4, 64, 64))
+    original, adapted = (
+        script.open_portraits(report / "pictures" / name, names) for name in ("00-original_model", "01-blonde_hair")
+    )
+
+    def part(chosen):
+        before, after = (script.Portraits(own.base[chosen], own.full[chosen]) for own in (original, adapted))
+        return script.Compared(before, after, region[chosen], pairs[chosen])
+
+    whole, of_set = script.measure([part(slice(4))], judges)
+    single, of_singles = script.measure((part(slice(i, i + 1)) for i in range(4)), judges)
+    assert set(single) == set(whole) and {"ssim", "seg_cons", "dino", "clip_i", "change_outside"} <= set(whole)
+    for name, values in whole.items():
+        # A label at the border of two may fall to either.
+        tolerance = 2 / 64**2 if name == "seg_cons" else 1e-5
+        assert values.shape == (4,) and np.abs(single[name] - values).max() < tolerance, name
+    assert of_singles.keys() == of_set.keys() and of_singles == pytest.approx(of_set, rel=1e-4)
+
+
+PEAK = """
+import resource, sys
+
+import evaluate_spf_portrait as script
+from evaluation_inputs import find_loras, read_prompts
+
+args = script.parse_args(sys.argv[1:])
+pairs, models = read_prompts(args), [script.ORIGINAL, *find_loras(args)]
+names, folders = script.file_names(args, len(pairs)), script.picture_folders(args, models)
+judges = script.load_judges(args, "cpu")
+document = script.measure_all(args, pairs, names, models, folders, judges, None)
+script.write_report(args, pairs, names, folders, document)
+print(*document["loras"][0]["measures"])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def peak_of_measuring(folder, count, models):
+    """MiB of a process that measures so many pictures of 512 pixels of the original model and of a LoRA, and what it
+    measured; all of noise, since what there is to see costs no memory."""
+    rng = np.random.default_rng(0)
+    for model in ("00-original_model", "01-blonde_hair"):
+        (folder / "pictures" / model).mkdir(parents=True)
+        for seed in range(count):
+            for kind in ("base", "full"):
+                noise = Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).resize((512, 512))
+                noise.save(folder / "pictures" / model / f"p000-s{seed}-{kind}.png")
+            np.save(folder / "pictures" / model / f"p000-s{seed}-sfcm.npy", rng.random((64, 64), dtype=np.float32))
+    given = {
+        "pretrained_model_name_or_path": BASE_MODEL, "lora": LORA, "base_prompts": "a man", "target_prompt": "a hat",
+        "clip_model_name_or_path": BASE_MODEL / "clip", "dino_model_name_or_path": models / "dino",
+        "segmenter_model_name_or_path": models / "segmenter", "num_seeds": count, "num_pictures": 2,
+        "output_dir": folder,
+    }  # fmt: skip
+    flags = [f"--{name}={value}" for name, value in given.items()]
+    done = subprocess.run([sys.executable, "-c", PEAK, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *_, measured, peak = done.stdout.splitlines()
+    return int(peak), measured.split()
+
+
+@pytest.mark.slow
+def test_the_memory_of_measuring_does_not_grow_with_the_number_of_portraits(tmp_path, models):
+    few, measured = peak_of_measuring(tmp_path / "8", 8, models)
+    many, _ = peak_of_measuring(tmp_path / "32", 32, models)
+    print(f"peak: {few} MiB with 8 portraits, {many} MiB with 32")
+    assert {"change_outside", "ssim", "clip_t_inside", "direction", "leak", "dino", "seg_cons"} <= set(measured)
+    # The libraries alone take some 550; a single portrait in float64 is 6, and torchmetrics' SSIM took 1300 for each.
+    assert many < few + 48 and many < 1024
 
 
 TOY = ("--toy", "blonde_hair")
