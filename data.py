@@ -590,12 +590,31 @@ def _read_folder(folder: Path) -> tuple[list[str], list[dict[str, Any]]]:
             f"--train_data_dir {folder} {state}; it needs images and a {METADATA}, one JSON object a line with "
             "'file_name', 'base_prompt' and 'target_prompt'."
         )
+    return read_json_lines(path, str(path))
+
+
+def read_json_lines(path: Path, name: str) -> tuple[list[str], list[dict[str, Any]]]:
+    """The objects of a file of JSON lines, with or without a byte order mark.
+
+    Args:
+        path: the file, in UTF-8; empty lines are passed over.
+        name: what sources and errors call it.
+
+    Returns:
+        The source of each object, such as "data/metadata.jsonl, line 3", and the objects.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: a line is no JSON object with columns.
+
+    Source: [ours].
+    """
     sources, records = [], []
     # Lines of bytes: those of a text also end at separators that a JSON string may hold.
     for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
         if not line.strip():
             continue
-        source = f"{path}, line {number}"
+        source = f"{name}, line {number}"
         try:
             record = json.loads(line.decode("utf-8"))
         except ValueError as error:  # broken JSON or broken UTF-8

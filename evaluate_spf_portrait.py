@@ -9,47 +9,68 @@ Source: [ours].
 
 from __future__ import annotations
 
+from evaluation_arguments import REGIONS, parse_args
+
+
+if __name__ == "__main__":
+    # Flags are read before the libraries are imported, which takes seconds: --help and a wrong flag answer at once.
+    ARGS = parse_args()
+
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tqdm import tqdm
 
 from checked_loading import InputError, choose_device, load_pipeline, naming
-from evaluation_inputs import LoraSource, find_loras, picture_name, read_masks, read_prompts
-from evaluation_models import Judges, frechet_distance, inception_distance, load_judges
+from evaluation_inputs import ORIGINAL_MODEL, LoraSource, find_loras, picture_name, read_masks, read_prompts
+from evaluation_models import Judges, add_pictures, frechet_distance, load_judges
 from evaluation_summary import Judged, summarise
 from lora_files import load_lora
-from metrics import cosine, direction_similarity, label_agreement, nearer_to, only_inside, pixel_change
+from metrics import MEASURES, cosine, direction_similarity, label_agreement, nearer_to, only_inside, pixel_change, ssim
 from pictures import overlay_heat_map
 from pipeline_spf_portrait import SPFPortraitPipeline
 from prompts import PromptPair, make_prompt_pair
 from report import PictureRow, response_plot, write_csv, write_html, write_json, write_lines
 from toy_portraits.judge import PortraitJudge, base_prompts, target_region
-from toy_portraits.recipe import BASE_MODEL
 from toy_portraits.world import TARGETS
 
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-ORIGINAL = LoraSource("original model", Path(), "original")
-REGIONS = {
-    "sfcm": "The target's region is the mean SFCM of all LoRAs, so that none is judged by a map of its own making.",
-    "masks": "The target's region is that of --region_masks.",
-    "probe": "The target's region is where the probe reads its labels in the original or any LoRA's portrait.",
-}
+ORIGINAL = LoraSource(ORIGINAL_MODEL, Path(), "original")
+AT_A_TIME = 4  # portraits in memory while they are measured
+TABLES, PAGE, NUMBERS = ("metrics.csv", "portraits.csv"), "report.html", "metrics.json"
 
 
 @dataclass(frozen=True)
 class Portraits:
-    """What a model drew, B = prompts times seeds: `base` and `full` (B, H, W, 3) uint8."""
+    """What a model drew, n portraits of all: `base` and `full` (n, H, W, 3) uint8."""
 
     base: np.ndarray
     full: np.ndarray
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A model's portraits beside the original model's, n of all, and what measuring them takes besides.
+
+    Attributes:
+        original, adapted: the portraits.
+        region: (n, H, W) in [0, 1], where the target may change them.
+        pairs: n, the prompt of each.
+    """
+
+    original: Portraits
+    adapted: Portraits
+    region: np.ndarray
+    pairs: Sequence[PromptPair]
 
 
 # ------------------------------------------------------------------------------------------------------------- drawing
@@ -57,7 +78,7 @@ class Portraits:
 
 def draw(
     pipeline: SPFPortraitPipeline, pairs: Sequence[PromptPair], args: argparse.Namespace, with_map: bool
-) -> tuple[Portraits, np.ndarray | None]:
+) -> Iterator[tuple[list[str], Portraits, np.ndarray | None]]:
     """Draw every prompt with every seed, with the base prompt alone and with the target.
 
     Args:
@@ -66,13 +87,13 @@ def draw(
         args: seeds and sampler; the noise of a seed is the same for every model and prompt.
         with_map: whether to return the SFCMs.
 
-    Returns:
-        The portraits, all seeds of a prompt together, and (B, h, w) maps in [0, 1].
+    Yields:
+        Names of at most `batch_size` portraits, the portraits, and their (n, h, w) maps in [0, 1]; all seeds of a
+        prompt come together.
     """
-    base, full, maps = [], [], []
     seeds = range(args.seed, args.seed + args.num_seeds)
     size = {} if args.resolution is None else {"height": args.resolution, "width": args.resolution}
-    for pair in pairs:
+    for prompt, pair in enumerate(pairs):
         for start in range(0, args.num_seeds, args.batch_size):
             chosen = seeds[start : start + args.batch_size]
 
@@ -91,11 +112,10 @@ def draw(
             if with_map:
                 options |= {"return_sfcm": True, "free_phrases": list(pair.free_phrases)}
             output = call(prompt=pair.base_prompt, **options)
-            full.append(output.images)
-            maps += [output.sfcm[:, 0].numpy()] if with_map else []
-            base.append(call(prompt=pair.base_prompt).images)
-    pictures = (np.rint(np.concatenate(parts) * 255).astype(np.uint8) for parts in (base, full))
-    return Portraits(*pictures), np.concatenate(maps) if with_map else None
+            base = call(prompt=pair.base_prompt).images
+            pictures = (np.rint(part * 255).astype(np.uint8) for part in (base, output.images))
+            maps = output.sfcm[:, 0].numpy() if with_map else None
+            yield [picture_name(prompt, seed) for seed in chosen], Portraits(*pictures), maps
 
 
 def file_names(args: argparse.Namespace, count: int) -> list[str]:
@@ -104,16 +124,10 @@ def file_names(args: argparse.Namespace, count: int) -> list[str]:
     return [picture_name(prompt, seed) for prompt in range(count) for seed in seeds]
 
 
-def picture_folder(args: argparse.Namespace, lora: LoraSource) -> Path:
-    return args.output_dir / "pictures" / "".join(c if c.isalnum() or c in "-_." else "_" for c in lora.name)
-
-
-def save_portraits(folder: Path, names: Sequence[str], portraits: Portraits) -> None:
-    """As PNG, so that what is measured later is what was drawn; one LoRA's portraits at a time are in memory."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for kind, pictures in (("base", portraits.base), ("full", portraits.full)):
-        for name, picture in zip(names, pictures, strict=True):
-            Image.fromarray(picture).save(folder / f"{name}-{kind}.png")
+def picture_folders(args: argparse.Namespace, models: Sequence[LoraSource]) -> list[Path]:
+    """A folder for each model. Its number tells apart what is alike where signs that no folder takes are left out."""
+    names = ("".join(c if c.isalnum() or c in "-_." else "_" for c in model.name)[:60] for model in models)
+    return [args.output_dir / "pictures" / f"{i:02d}-{name}" for i, name in enumerate(names)]
 
 
 def open_portraits(folder: Path, names: Sequence[str]) -> Portraits:
@@ -123,22 +137,35 @@ def open_portraits(folder: Path, names: Sequence[str]) -> Portraits:
     return Portraits(read("base"), read("full"))
 
 
+def open_maps(folder: Path, names: Sequence[str]) -> np.ndarray:
+    """(n, h, w), the SFCMs of a LoRA's portraits."""
+    return np.stack([np.load(folder / f"{name}-sfcm.npy") for name in names])
+
+
 def draw_all(
-    pipeline: SPFPortraitPipeline, pairs: Sequence[PromptPair], loras: Sequence[LoraSource], args: argparse.Namespace
-) -> list[np.ndarray]:
-    """Draw with the original model and each LoRA, into the folder of pictures; the LoRAs' maps, (B, h, w) each."""
-    names, maps = file_names(args, len(pairs)), []
-    for lora in (ORIGINAL, *loras):
-        print(f"drawing: {lora.name}", flush=True)
-        if lora is ORIGINAL:
-            portraits, _ = draw(pipeline, pairs, args, with_map=False)
-        else:
-            use_lora(pipeline, lora, args.lora_scale)
-            portraits, own_maps = draw(pipeline, pairs, args, with_map=True)
+    pipeline: SPFPortraitPipeline, pairs: Sequence[PromptPair], models: Sequence[LoraSource],
+    folders: Sequence[Path], args: argparse.Namespace,
+) -> None:  # fmt: skip
+    """Draw with each model into its folder: what is measured later is what was drawn, and none of it is in memory."""
+    for number, (model, folder) in enumerate(zip(models, folders, strict=True), start=1):
+        print(f"drawing {number} of {len(models)}: {model.name}", flush=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        if model is not ORIGINAL:
+            use_lora(pipeline, model, args.lora_scale)
+        with tqdm(total=len(pairs) * args.num_seeds, desc="drawing", unit="portrait") as bar:
+            for names, portraits, maps in draw(pipeline, pairs, args, with_map=model is not ORIGINAL):
+                save_drawn(folder, names, portraits, maps)
+                bar.update(len(names))
+        if model is not ORIGINAL:
             pipeline.unload_lora_weights()
-            maps.append(own_maps)
-        save_portraits(picture_folder(args, lora), names, portraits)
-    return maps
+
+
+def save_drawn(folder: Path, names: Sequence[str], portraits: Portraits, maps: np.ndarray | None) -> None:
+    for i, name in enumerate(names):
+        Image.fromarray(portraits.base[i]).save(folder / f"{name}-base.png")
+        Image.fromarray(portraits.full[i]).save(folder / f"{name}-full.png")
+        if maps is not None:
+            np.save(folder / f"{name}-sfcm.npy", maps[i])
 
 
 def use_lora(pipeline: SPFPortraitPipeline, lora: LoraSource, scale: float) -> None:
@@ -150,81 +177,139 @@ def use_lora(pipeline: SPFPortraitPipeline, lora: LoraSource, scale: float) -> N
 # ----------------------------------------------------------------------------------------------------------- measuring
 
 
-def find_region(
-    original: Portraits, adapted: Iterable[Portraits], maps: Sequence[np.ndarray], args: argparse.Namespace,
-    names: Sequence[str], probe: PortraitJudge | None,
-) -> np.ndarray:  # fmt: skip
-    """Where the target may change each portrait, the same for all LoRAs: (B, H, W) in [0, 1]."""
-    size = original.base.shape[1:3]
+def parts_of(names: Sequence[str]) -> Iterator[Sequence[str]]:
+    return (names[start : start + AT_A_TIME] for start in range(0, len(names), AT_A_TIME))
+
+
+def save_regions(
+    folders: Sequence[Path], names: Sequence[str], args: argparse.Namespace, probe: PortraitJudge | None
+) -> None:
+    """Write where the target may change each portrait, the same for all LoRAs, beside the original model's portraits.
+
+    Args:
+        folders: of the original model and each LoRA.
+        names: of the portraits.
+        args: `region`, which is not "masks", and `toy`.
+        probe: for the region "probe".
+    """
+    for some in parts_of(names):
+        if args.region == "probe":
+            before = probe.read(open_portraits(folders[0], some).base).labels
+            after = (probe.read(open_portraits(folder, some).full).labels for folder in folders[1:])
+            regions = np.any([target_region(before, own, TARGETS[args.toy]) for own in after], axis=0)
+        else:
+            regions = np.mean([open_maps(folder, some) for folder in folders[1:]], axis=0)
+        for name, region in zip(some, regions, strict=True):
+            np.save(folders[0] / f"{name}-region.npy", region)
+
+
+def open_regions(folder: Path, names: Sequence[str], size: tuple[int, int], args: argparse.Namespace) -> np.ndarray:
+    """(n, H, W) in [0, 1]: masks, or what `save_regions` wrote, in the portraits' size."""
     if args.region == "masks":
         return read_masks(args.region_masks, names, size)
-    if args.region == "probe":
-        before = probe.read(original.base).labels
-        regions = [target_region(before, probe.read(own.full).labels, TARGETS[args.toy]) for own in adapted]
-        return np.any(regions, axis=0).astype(np.float64)
-    mean = torch.from_numpy(np.mean(maps, axis=0))[:, None].double()
-    return F.interpolate(mean, size, mode="bilinear", align_corners=False)[:, 0].numpy()
+    found = np.stack([np.load(folder / f"{name}-region.npy") for name in names])
+    regions = torch.from_numpy(found)[:, None].double()
+    return F.interpolate(regions, size, mode="bilinear", align_corners=False)[:, 0].numpy()
+
+
+def open_compared(
+    original: Path, adapted: Path, names: Sequence[str], pairs: Sequence[PromptPair], args: argparse.Namespace
+) -> Iterator[Compared]:
+    """All portraits of a model from its folder, a few at a time.
+
+    Args:
+        original, adapted: folders.
+        names: of all portraits, in the order of `pairs` with the seeds of each together.
+        pairs: the prompts.
+        args: the flags.
+    """
+    of_name = dict(zip(names, (pair for pair in pairs for _ in range(args.num_seeds)), strict=True))
+    for some in parts_of(names):
+        before = open_portraits(original, some)
+        region = open_regions(original, some, before.base.shape[1:3], args)
+        yield Compared(before, open_portraits(adapted, some), region, [of_name[name] for name in some])
 
 
 def measure(
-    original: Portraits, adapted: Portraits, region: np.ndarray, pairs: Sequence[PromptPair], judges: Judges,
-    args: argparse.Namespace, probe: PortraitJudge | None,
+    parts: Iterable[Compared], judges: Judges, neutral_prompt: str | None = None, probe: PortraitJudge | None = None,
+    toy: str | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:  # fmt: skip
-    """All measures of one model.
+    """All measures of one model; of its portraits, one part at a time is in memory.
+
+    Args:
+        parts: all B portraits.
+        judges: what measures them.
+        neutral_prompt: what the leak is measured against; None is the base prompt.
+        probe: of the toy world, for the truth.
+        toy: its target.
 
     Returns:
         Measures of each portrait, (B,), and those of the whole set.
     """
-    before, after = original.base, adapted.full
+    found, embeds = [], []
+    inception = None if judges.inception is None else judges.inception()
+    for part in parts:
+        before, after = part.original.base, part.adapted.full
+        own = measure_pixels(part, judges)
+        if judges.clip is not None:
+            own |= measure_with_clip(part, judges, neutral_prompt)
+        if judges.dino is not None:
+            embeds.append((judges.dino.images(before), judges.dino.images(after)))
+            own["dino"] = cosine(*embeds[-1])
+        if inception is not None:
+            add_pictures(inception, before, after)
+        if probe is not None:
+            truth = probe.compare(before, after, TARGETS[toy])
+            own |= {f"truth_{name}": truth[name] for name in ("kept", "change_outside", "response")}
+            own["truth_leak"] = probe.response(part.adapted.base, TARGETS[toy])["response"]
+        found.append(own)
+    values, whole = {name: np.concatenate([own[name] for own in found]) for name in found[0]}, {}
+    several = len(values["change"]) > 1
+    if embeds and judges.torchmetrics:
+        whole["fd_dino"] = frechet_distance(*map(np.concatenate, zip(*embeds))) if several else float("nan")
+    if inception is not None:
+        whole["fid"] = float(inception.compute()) if several else float("nan")
+    return values, whole
+
+
+def measure_pixels(part: Compared, judges: Judges) -> dict[str, np.ndarray]:
+    """What is measured from pixels, labels and faces, (n,) each."""
+    before, after = part.original.base, part.adapted.full
     found = {
         "change": pixel_change(before, after),
-        "change_outside": pixel_change(before, after, 1 - region),
-        "base_change": pixel_change(before, adapted.base),
+        "change_outside": pixel_change(before, after, 1 - part.region),
+        "base_change": pixel_change(before, part.adapted.base),
+        "ssim": ssim(before, after),
     }
-    found |= {name: compare(before, after) for name, compare in judges.pairwise.items()}
-    whole = {}
-    if judges.clip is not None:
-        found |= measure_with_clip(original, adapted, region, pairs, judges, args)
-    if judges.dino is not None:
-        embeds = judges.dino.images(before), judges.dino.images(after)
-        found["dino"] = cosine(*embeds)
-        if judges.torchmetrics:
-            whole["fd_dino"] = frechet_distance(*embeds) if len(before) > 1 else float("nan")
-    if judges.inception is not None:
-        whole["fid"] = inception_distance(judges.inception, before, after) if len(before) > 1 else float("nan")
+    if judges.lpips is not None:
+        found["lpips"] = judges.lpips(before, after)
     if judges.segmenter is not None:
         found["seg_cons"] = label_agreement(judges.segmenter.labels(before), judges.segmenter.labels(after))
     if judges.face is not None:
         found["identity"] = cosine(judges.face.images(before), judges.face.images(after))
-    if probe is not None:
-        truth = probe.compare(before, after, TARGETS[args.toy])
-        found |= {f"truth_{name}": truth[name] for name in ("kept", "change_outside", "response")}
-        found["truth_leak"] = probe.response(adapted.base, TARGETS[args.toy])["response"]
-    return found, whole
+    return found
 
 
-def measure_with_clip(
-    original: Portraits, adapted: Portraits, region: np.ndarray, pairs: Sequence[PromptPair], judges: Judges,
-    args: argparse.Namespace,
-) -> dict[str, np.ndarray]:  # fmt: skip
-    """CLIP's measures, (B,) each."""
-    clip, before = judges.clip, judges.clip.images(original.base)
-    after, inside = clip.images(adapted.full), clip.images(only_inside(original.base, adapted.full, region))
+def measure_with_clip(part: Compared, judges: Judges, neutral_prompt: str | None) -> dict[str, np.ndarray]:
+    """CLIP's measures, (n,) each."""
+    clip, before = judges.clip, judges.clip.images(part.original.base)
+    after = clip.images(part.adapted.full)
+    inside = clip.images(only_inside(part.original.base, part.adapted.full, part.region))
     targets, base, full = (
-        np.repeat(clip.texts([getattr(pair, name) for pair in pairs]), args.num_seeds, axis=0)
+        clip.texts([getattr(pair, name) for pair in part.pairs])
         for name in ("target_text", "base_prompt", "full_prompt")
     )
     # A neutral text says nothing of the portrait, so neither does what is held against it.
-    if args.neutral_prompt is None:
+    if neutral_prompt is None:
         asked, neutral = full, base
     else:
-        asked, neutral = targets, np.repeat(clip.texts([args.neutral_prompt]), len(targets), axis=0)
+        asked, neutral = targets, clip.texts([neutral_prompt] * len(targets))
     return {
         "clip_i": cosine(before, after),
         "clip_t": cosine(after, targets),
         "clip_t_inside": cosine(inside, targets),
         "direction": direction_similarity(before, inside, base, full),
-        "leak": nearer_to(clip.images(adapted.base), asked, neutral),
+        "leak": nearer_to(clip.images(part.adapted.base), asked, neutral),
     }
 
 
@@ -232,17 +317,38 @@ def measure_with_clip(
 
 
 def picture_rows(
-    args: argparse.Namespace, pairs: Sequence[PromptPair], original: Portraits, adapted: Portraits, maps: np.ndarray
+    args: argparse.Namespace, pairs: Sequence[PromptPair], names: Sequence[str], original: Path, adapted: Path
 ) -> list[PictureRow]:
     """The first seeds of as many prompts as possible, --num_pictures rows."""
-    order = sorted(range(len(maps)), key=lambda i: (i % args.num_seeds, i))[: args.num_pictures]
+    order = sorted(range(len(names)), key=lambda i: (i % args.num_seeds, i))[: args.num_pictures]
     rows = []
     for i in sorted(order):
-        pair, seed = pairs[i // args.num_seeds], args.seed + i % args.num_seeds
-        shown = [Image.fromarray(pictures[i]) for pictures in (original.base, adapted.base, adapted.full)]
-        shown.append(overlay_heat_map(shown[-1], maps[i]))
-        rows.append(PictureRow(f"{picture_name(i // args.num_seeds, seed)}: {pair.full_prompt}", shown))
+        before, after = (open_portraits(folder, names[i : i + 1]) for folder in (original, adapted))
+        shown = [Image.fromarray(pictures[0]) for pictures in (before.base, after.base, after.full)]
+        shown.append(overlay_heat_map(shown[-1], open_maps(adapted, names[i : i + 1])[0]))
+        rows.append(PictureRow(f"{names[i]}: {pairs[i // args.num_seeds].full_prompt}", shown))
     return rows
+
+
+def prepare_folder(folder: Path) -> None:
+    """The output folder, without what an evaluation that did not come to measuring drew into it.
+
+    Raises:
+        InputError: it cannot be made, or holds measures, which were hours of work and are of other portraits.
+    """
+    with naming(f"--output_dir {folder}"):
+        for name in (*TABLES, NUMBERS, PAGE):
+            if (folder / name).exists():
+                raise ValueError(f"holds {name} of an earlier evaluation: give another folder, or delete this one")
+        folder.mkdir(parents=True, exist_ok=True)
+        for picture in (folder / "pictures").glob("[0-9][0-9]*-*/p[0-9]*-s[0-9]*-*.*"):
+            picture.unlink()
+
+
+def say_missing(missing: dict[str, str]) -> None:
+    """A line for each reason why something is not measured."""
+    for reason, measures in groupby(sorted(missing, key=lambda name: missing[name]), key=lambda name: missing[name]):
+        print(f"not measured: {', '.join(MEASURES[name].label for name in measures)}: {reason}", flush=True)
 
 
 def run(args: argparse.Namespace) -> Path:
@@ -250,33 +356,76 @@ def run(args: argparse.Namespace) -> Path:
     pairs, loras = toy_prompts(args) if args.toy_prompts else read_prompts(args), find_loras(args)
     device, names = choose_device(args.device), file_names(args, len(pairs))
     if args.region == "masks":
-        read_masks(args.region_masks, names, (64, 64))
-    with naming(f"--output_dir {args.output_dir}"):
-        args.output_dir.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            read_masks(args.region_masks, [name], (64, 64))
+    prepare_folder(args.output_dir)
     flag = "pretrained_model_name_or_path"
-    pipeline = load_pipeline(SPFPortraitPipeline, getattr(args, flag), DTYPES[args.dtype], flag)
+    pipeline = load_pipeline(SPFPortraitPipeline, getattr(args, flag), getattr(torch, args.dtype), flag)
     pipeline.to(device).set_progress_bar_config(disable=True)
     pipeline.safety_checker = None
     for lora in loras:
         use_lora(pipeline, lora, args.lora_scale)
         pipeline.unload_lora_weights()
-    judges, probe = load_judges(args, device), PortraitJudge.from_pretrained() if args.toy else None
+    judges = load_judges(args, device, ask_network=args.toy is None)
+    say_missing(judges.missing)
+    probe = PortraitJudge.from_pretrained() if args.toy else None
 
-    maps = draw_all(pipeline, pairs, loras, args)
-    original = open_portraits(picture_folder(args, ORIGINAL), names)
-    adapted = (open_portraits(picture_folder(args, lora), names) for lora in loras)
-    region = find_region(original, adapted, maps, args, names, probe)
-    judged, lines, rows = [], [], {}
-    for lora in (ORIGINAL, *loras):
-        print(f"measuring: {lora.name}", flush=True)
-        own = open_portraits(picture_folder(args, lora), names)
-        found, found_whole = measure(original, own, region, pairs, judges, args, probe)
+    models = [ORIGINAL, *loras]
+    folders = picture_folders(args, models)
+    draw_all(pipeline, pairs, models, folders, args)
+    document = measure_all(args, pairs, names, models, folders, judges, probe)
+    write_report(args, pairs, names, folders, document)
+    print(document["verdict"])
+    return args.output_dir / PAGE
+
+
+def measure_all(
+    args: argparse.Namespace, pairs: Sequence[PromptPair], names: Sequence[str], models: Sequence[LoraSource],
+    folders: Sequence[Path], judges: Judges, probe: PortraitJudge | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure what was drawn, and keep tables of all that is measured so far: an end before the last LoRA loses that
+    one alone.
+
+    Args:
+        args: the flags.
+        pairs: the prompts.
+        names: of all portraits.
+        models: the original model and the LoRAs.
+        folders: theirs.
+        judges, probe: what measures.
+
+    Returns:
+        The document of all.
+    """
+    if args.region != "masks":
+        save_regions(folders, names, args, probe)
+    judged, lines = [], []
+    for model, folder in zip(models, folders, strict=True):
+        print(f"measuring {len(judged) + 1} of {len(models)}: {model.name}", flush=True)
+        with tqdm(total=len(names), desc="measuring", unit="portrait") as bar:
+            parts = counted(open_compared(folders[0], folder, names, pairs, args), bar)
+            found, whole = measure(parts, judges, args.neutral_prompt, probe, args.toy)
         values = {name: numbers.reshape(len(pairs), args.num_seeds) for name, numbers in found.items()}
-        judged.append(Judged(lora.name, "" if lora is ORIGINAL else str(lora.path), lora.role, values, found_whole))
-        lines += [{"lora": lora.name, "portrait": n, **{m: found[m][i] for m in found}} for i, n in enumerate(names)]
-        if lora is not ORIGINAL:
-            rows[lora.name] = picture_rows(args, pairs, original, own, maps[len(rows)])
-    document = summarise(judged, judges.missing, args.num_resamples, args.seed)
+        judged.append(Judged(model.name, "" if model is ORIGINAL else str(model.path), model.role, values, whole))
+        lines += [{"lora": model.name, "portrait": n, **{m: found[m][i] for m in found}} for i, n in enumerate(names)]
+        document = summarise(judged, judges.missing, args.num_resamples, args.seed)
+        write_csv(args.output_dir / TABLES[0], document)
+        write_lines(args.output_dir / TABLES[1], lines)
+    return document
+
+
+def counted(parts: Iterable[Compared], bar: tqdm) -> Iterator[Compared]:
+    """The parts, each counted when the next one is asked for."""
+    for part in parts:
+        yield part
+        bar.update(len(part.pairs))
+
+
+def write_report(
+    args: argparse.Namespace, pairs: Sequence[PromptPair], names: Sequence[str], folders: Sequence[Path],
+    document: dict[str, Any],
+) -> None:  # fmt: skip
+    """The page, its plot and metrics.json, of a document that has all LoRAs."""
     document["region"] = REGIONS[args.region]
     document["prompts"] = [
         {"prompt": f"p{i:03d}", "base": pair.base_prompt, "target": pair.target_text, "full": pair.full_prompt}
@@ -285,15 +434,17 @@ def run(args: argparse.Namespace) -> Path:
     document["seeds"] = list(range(args.seed, args.seed + args.num_seeds))
     settings = {name: value for name, value in vars(args).items() if name != "toy_prompts"}
     document["settings"] = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
+    for entry, folder in zip(document["loras"], folders, strict=True):
+        entry["pictures"] = folder.relative_to(args.output_dir).as_posix()
     plot = response_plot(document)
     if plot is not None:
         plot.save(args.output_dir / "response.png")
-    write_json(args.output_dir / "metrics.json", document)
-    write_csv(args.output_dir / "metrics.csv", document)
-    write_lines(args.output_dir / "portraits.csv", lines)
-    write_html(args.output_dir / "report.html", document, rows, plot)
-    print(document["verdict"])
-    return args.output_dir / "report.html"
+    write_json(args.output_dir / NUMBERS, document)
+    rows = (
+        (entry["name"], picture_rows(args, pairs, names, folders[0], folder))
+        for entry, folder in zip(document["loras"][1:], folders[1:], strict=True)
+    )
+    write_html(args.output_dir / PAGE, document, rows, plot)
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -306,75 +457,8 @@ def toy_prompts(args: argparse.Namespace) -> list[PromptPair]:
     return list(dict.fromkeys(make_prompt_pair(p.base_prompt, [target]) for p, target in zip(drawn, targets)))
 
 
-def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--pretrained_model_name_or_path", help="Stable Diffusion 1.x or 2.x: a folder or a Hub id.")
-    add("--lora", action="append", help="A file, a folder, or a Hub id, diffusers' or kohya's; may be repeated.")
-    add("--lora_scale", type=float, default=1.0, help="Strength of every LoRA.")
-    add("--checkpoints", type=Path, help="Output folder of a training: its checkpoints and its final LoRA.")
-    add("--reference_lora", help="The LoRA whose pollution counts as 1: a plain one of the same data and steps.")
-    add("--base_prompts", action="extend", nargs="+", help="Prompts without the target; may be repeated.")
-    add("--prompts_file", type=Path, help="JSON lines with base_prompt and target_prompt, as the training data has.")
-    add("--target_prompt", nargs="+", help="The target, or several at once, of prompts that name none.")
-    add("--max_prompts", type=int, help="Use the first so many prompts; all if not set.")
-    add("--num_seeds", type=int, default=4, help="Portraits of each prompt.")
-    add("--seed", type=int, default=0, help="The first seed of the noise, and the seed of the resampling.")
-    add("--num_inference_steps", type=int, default=25, help="Denoising steps.")
-    add("--guidance_scale", type=float, default=5.0, help="Guidance scale.")
-    add("--resolution", type=int, help="Side of the portraits in pixels; the model's own if not set.")
-    add("--batch_size", type=int, default=4, help="Portraits drawn at a time.")
-    add("--region", choices=list(REGIONS), help="Where the target may change a portrait.")
-    add("--region_masks", type=Path, help="Folder with a mask for each portrait, p000-s0.png and so on.")
-    add("--neutral_prompt", help="Text that the leak is measured against; the base prompt if not set.")
-    add("--clip_model_name_or_path", help="CLIP model that judges.")
-    add("--dino_model_name_or_path", help="DINOv2 model that judges.")
-    add("--segmenter_model_name_or_path", help="SegFormer for face parsing.")
-    add("--face_model_name", help="insightface's model for faces, such as buffalo_l; non-commercial weights.")
-    add("--num_resamples", type=int, default=1000, help="Resamples of the prompts for the intervals.")
-    add("--num_pictures", type=int, default=6, help="Rows of pictures of each LoRA in the report.")
-    add("--device", help="Such as cuda:1 or cpu; the best there is if not set.")
-    add("--dtype", choices=list(DTYPES), default="float32", help="Of the weights that draw.")
-    add("--toy", choices=list(TARGETS), help="Evaluate LoRAs of the toy world, with the truth beside the measures.")
-    add("--output_dir", type=Path, required=True, help="Where report.html, the tables and the pictures go.")
-    args = parser.parse_args(input_args)
-    args.toy_prompts = args.toy is not None and not (args.base_prompts or args.prompts_file)
-    if args.toy is not None:
-        args.pretrained_model_name_or_path = args.pretrained_model_name_or_path or str(BASE_MODEL)
-        args.clip_model_name_or_path = args.clip_model_name_or_path or str(BASE_MODEL / "clip")
-        args.target_prompt = args.target_prompt or [TARGETS[args.toy].prompt]
-    check_args(parser, args)
-    if args.region is None:
-        args.region = "masks" if args.region_masks else "probe" if args.toy else "sfcm"
-    return args
-
-
-def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Flags that do not go together, or have no sense."""
-    if args.pretrained_model_name_or_path is None:
-        parser.error("--pretrained_model_name_or_path is missing; --toy has its own")
-    if not (args.lora or args.checkpoints or args.reference_lora):
-        parser.error("nothing to evaluate: give --lora, --checkpoints or --reference_lora")
-    if args.base_prompts and args.prompts_file:
-        parser.error("give --base_prompts or --prompts_file, not both")
-    if not (args.base_prompts or args.prompts_file or args.toy):
-        parser.error("no prompts: give --base_prompts or --prompts_file")
-    if args.base_prompts and not args.target_prompt:
-        parser.error("--base_prompts needs --target_prompt")
-    if (args.region == "masks") != (args.region_masks is not None) and args.region is not None:
-        parser.error("--region masks and --region_masks belong together")
-    if args.region == "probe" and args.toy is None:
-        parser.error("--region probe needs --toy")
-    if args.toy is not None and args.resolution is not None:
-        parser.error("--toy has portraits of 64 pixels: leave --resolution out")
-    for name in ("num_seeds", "num_inference_steps", "batch_size", "num_resamples", "num_pictures", "max_prompts"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} must be at least 1, not {value}")
-
-
-def main(input_args: list[str] | None = None) -> None:
-    args = parse_args(input_args)
+def evaluate(args: argparse.Namespace) -> None:
+    """Run the program; a mistake in what it is given ends it with one line."""
     diffusers.utils.logging.disable_progress_bar()
     try:
         print(run(args))
@@ -382,5 +466,9 @@ def main(input_args: list[str] | None = None) -> None:
         raise SystemExit(f"evaluate_spf_portrait.py: error: {' '.join(str(error).split())}") from error
 
 
+def main(input_args: list[str] | None = None) -> None:
+    evaluate(parse_args(input_args))
+
+
 if __name__ == "__main__":
-    main()
+    evaluate(ARGS)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import argparse
 import filecmp
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +18,12 @@ from PIL import Image, UnidentifiedImageError
 
 from checked_loading import InputError, naming, naming_flag
 from checkpoints import find_checkpoints
-from data import read_phrases, read_target
+from data import read_json_lines, read_phrases, read_target
 from lora_files import find_lora, read_lora
 from prompts import PromptPair, has_phrase, make_prompt_pair
 
 
+ORIGINAL_MODEL = "original model"  # how the report calls it, and so no LoRA
 REFERENCE, EVALUATED, CHECKPOINT = "reference", "lora", "checkpoint"
 
 
@@ -67,18 +68,17 @@ def read_prompts(args: argparse.Namespace) -> list[PromptPair]:
 
 
 def _read_prompts_file(path: Path, target_prompt: Sequence[str] | None) -> Iterable[PromptPair]:
-    with naming(f"--prompts_file {path}"):
-        lines = path.read_text(encoding="utf-8").splitlines()
-    records = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    name = f"--prompts_file {path}"
+    try:
+        sources, records = read_json_lines(path, name)
+    except OSError as error:
+        raise InputError(f"{name}: {error}") from error
+    except ValueError as error:
+        raise InputError(str(error)) from error
     if not records:
-        raise InputError(f"--prompts_file {path}: holds no prompts")
-    for number, line in records:
-        where = f"--prompts_file {path}, line {number}"
-        with naming(where):
-            record = json.loads(line)
-            if not isinstance(record, dict):
-                raise ValueError(f"is no JSON object but {line!r}")
-        yield _pair(record, target_prompt, where)
+        raise InputError(f"{name}: holds no prompts")
+    for source, record in zip(sources, records, strict=True):
+        yield _pair(record, target_prompt, source)
 
 
 def _pair(record: dict, target_prompt: Sequence[str] | None, where: str) -> PromptPair:
@@ -99,8 +99,8 @@ def _pair(record: dict, target_prompt: Sequence[str] | None, where: str) -> Prom
             if has_phrase(base_prompt, words):
                 raise ValueError(f"the target {words!r} is in the base prompt {base_prompt!r} already")
         phrases, free = (
-            None if record.get(name) is None else read_phrases(record[name], repr(name))
-            for name in ("base_phrases", "free_phrases")
+            None if record.get(name) in left_out else read_phrases(record[name], repr(name))
+            for name, left_out in (("base_phrases", (None,)), ("free_phrases", (None, [])))
         )
         pair = make_prompt_pair(base_prompt, target, full_prompt, phrases, free or ())
         # The map's regions are those of the prompt that the pipeline composes.
@@ -120,7 +120,7 @@ def find_loras(args: argparse.Namespace) -> list[LoraSource]:
         args: `reference_lora` (text or None), `lora` (texts or None), `checkpoints` (folder or None).
 
     Returns:
-        The reference first, if there is one; a file that is named twice is there once.
+        The reference first, if there is one, each with a name of its own; a file that is named twice is there once.
 
     Raises:
         InputError: one that is not there, is no LoRA, or a folder without checkpoints.
@@ -144,9 +144,13 @@ def find_loras(args: argparse.Namespace) -> list[LoraSource]:
         # A run's checkpoints stay together, whatever else names them.
         if lora.role == EVALUATED and any(lora.path.samefile(other.path) for other in loras):
             continue
-        taken = sum(other.name == lora.name or other.name.startswith(f"{lora.name} (") for other in loras)
-        loras.append(replace(lora, name=f"{lora.name} ({taken + 1})") if taken else lora)
+        loras.append(replace(lora, name=_free_name(lora.name, {ORIGINAL_MODEL, *(other.name for other in loras)})))
     return loras
+
+
+def _free_name(name: str, taken: set[str]) -> str:
+    """The name, with the first number behind it that makes it one of its own."""
+    return next(free for free in chain([name], (f"{name} ({i})" for i in count(2))) if free not in taken)
 
 
 def _name_of(source: str) -> str:

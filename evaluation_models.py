@@ -1,7 +1,8 @@
 """The models that judge portraits in an evaluation, from the libraries that have them.
 
 A model that the user names has to load. One that is only a default, or a package that is not installed, is left out:
-its measures are then "not computed", with the reason.
+its measures are then "not computed", with the reason. What is on this machine is taken from there; for anything else
+the network is asked once, without a library's retries.
 
 Legend: B portraits, H/W picture size in pixels, E size of an embedding. Pictures are (B, H, W, 3) uint8.
 Source: [ours].
@@ -10,15 +11,20 @@ Source: [ours].
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
+import socket
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from transformers import (
     BitImageProcessorPil,
     CLIPImageProcessorPil,
@@ -29,17 +35,13 @@ from transformers import (
 )
 
 from checked_loading import InputError, load_tokenizer, naming_flag
+from metrics import JUDGES
 
 
-CLIP, DINO, SEGMENTER = "openai/clip-vit-large-patch14", "facebook/dinov2-base", "jonathandinu/face-parsing"
 BATCH = 16  # pictures judged at a time
-# Which measures need which model.
-MEASURES_OF = {
-    "clip": ("clip_i", "clip_t", "clip_t_inside", "direction", "leak"),
-    "dino": ("dino", "fd_dino"),
-    "segmenter": ("seg_cons",),
-    "face": ("identity",),
-}
+TIMEOUT = 5  # seconds that the network has to answer
+# What torch keeps of the weights that LPIPS and FID ask for.
+TORCH_WEIGHTS = {"lpips": "alexnet-owt-7be5be79.pth", "fid": "weights-inception-2015-12-05-6726825d.pth"}
 
 
 class Clip:
@@ -59,9 +61,11 @@ class Clip:
 
     @torch.no_grad()
     def texts(self, texts: list[str]) -> np.ndarray:
-        """(B, E) float32; a text that is longer than CLIP's is cut off."""
-        tokens = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
-        return self.model.get_text_features(**tokens.to(self.model.device)).pooler_output.float().cpu().numpy()
+        """(B, E) float32; a text that is longer than CLIP's is cut off, and one that comes again is read once."""
+        distinct = list(dict.fromkeys(texts))
+        tokens = self.tokenizer(distinct, padding="max_length", truncation=True, return_tensors="pt")
+        embeds = self.model.get_text_features(**tokens.to(self.model.device)).pooler_output.float().cpu().numpy()
+        return embeds[[distinct.index(text) for text in texts]]
 
 
 class Dino:
@@ -134,7 +138,7 @@ class Judges:
 
     Attributes:
         clip, dino, segmenter, face: the models, or None.
-        pairwise: by measure, a function of original and adapted pictures that returns (B,) numbers.
+        lpips: a function of original and adapted pictures that returns (B,) numbers, or None.
         inception: makes a Fréchet distance of Inception features, or None.
         torchmetrics: whether that package is installed.
         missing: by measure.
@@ -144,19 +148,20 @@ class Judges:
     dino: Dino | None = None
     segmenter: FaceParser | None = None
     face: Faces | None = None
-    pairwise: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = field(default_factory=dict)
+    lpips: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
     inception: Callable[[], Any] | None = None
     torchmetrics: bool = True
     missing: dict[str, str] = field(default_factory=dict)
 
 
-def load_judges(args: argparse.Namespace, device: str) -> Judges:
+def load_judges(args: argparse.Namespace, device: str, ask_network: bool = True) -> Judges:
     """Load the models of the flags, or their defaults where those can be had.
 
     Args:
         args: `clip_model_name_or_path`, `dino_model_name_or_path`, `segmenter_model_name_or_path`, `face_model_name`;
             None is the default, and for faces none.
         device: where they judge.
+        ask_network: whether a default that is not on this machine is looked for elsewhere. A model that is named is.
 
     Returns:
         The judges.
@@ -166,69 +171,122 @@ def load_judges(args: argparse.Namespace, device: str) -> Judges:
 
     Source: [ours].
     """
-    judges = Judges()
-    judges.clip = _load("clip", "clip_model_name_or_path", args.clip_model_name_or_path, CLIP, Clip, judges, device)
-    judges.dino = _load("dino", "dino_model_name_or_path", args.dino_model_name_or_path, DINO, Dino, judges, device)
-    judges.segmenter = _load(
-        "segmenter", "segmenter_model_name_or_path", args.segmenter_model_name_or_path, SEGMENTER, FaceParser, judges,
-        device,
-    )  # fmt: skip
+    judges, hub = Judges(), _Hub(None if ask_network else "not on this machine, and the network is not asked for it")
+    judges.clip = _load("clip", Clip, args.clip_model_name_or_path, judges, device, hub)
+    judges.dino = _load("dino", Dino, args.dino_model_name_or_path, judges, device, hub)
+    judges.segmenter = _load("segmenter", FaceParser, args.segmenter_model_name_or_path, judges, device, hub)
     if args.face_model_name is None:
         judges.missing["identity"] = "--face_model_name is not given (insightface; its weights are non-commercial)"
     else:
-        judges.face = _load("face", "face_model_name", args.face_model_name, "", Faces, judges, device)
-    _load_torchmetrics(judges, device)
+        judges.face = _load_faces(args.face_model_name, device)
+    _load_torchmetrics(judges, device, ask_network)
     return judges
 
 
-def _load(kind: str, flag: str, named: str | None, default: str, load: Callable, judges: Judges, device: str) -> Any:
+class _Hub:
+    """Asks the Hub whether it has a model, once; the libraries would try for each of its files, six times.
+
+    Args:
+        silence: why the Hub is not asked; None until it is out of reach.
+    """
+
+    def __init__(self, silence: str | None) -> None:
+        self.silence = silence
+
+    def find(self, name: str) -> None:
+        """An OSError or ValueError if the model cannot be had there."""
+        if self.silence is not None:
+            raise OSError(self.silence)
+        try:
+            get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=TIMEOUT)
+        except HfHubHTTPError as error:
+            raise OSError(f"not on this machine, and not given out by the Hub: {error}") from error
+        except (HTTPError, OSError) as error:
+            self.silence = f"not on this machine, and the Hub does not answer: {error or type(error).__name__}"
+            raise OSError(self.silence) from error
+
+
+def _load(kind: str, load: Callable, named: str | None, judges: Judges, device: str, hub: _Hub) -> Any:
     """The model that a flag names, or its default; None, and reasons, where the default cannot be loaded."""
+    flag = f"{kind}_model_name_or_path"
     if named is not None:
         with naming_flag(flag, named):
-            try:
-                return load(named, device)
-            except ImportError as error:
-                raise InputError(f"--{flag} {named}: {error}") from error
+            return _from_here_or_the_hub(load, named, device, _Hub(None))
+    default = JUDGES[kind].default
     try:
-        return load(default, device)
+        return _from_here_or_the_hub(load, default, device, hub)
     except (OSError, ValueError) as error:
         first = " ".join(str(error).split()).split(". ")[0]
-        judges.missing |= dict.fromkeys(MEASURES_OF[kind], f"{default} cannot be loaded ({first}); see --{flag}")
+        reason = f"{default} cannot be loaded ({first}); see --{flag}"
+        judges.missing |= dict.fromkeys(JUDGES[kind].measures, reason)
         return None
 
 
-def _load_torchmetrics(judges: Judges, device: str) -> None:
-    """SSIM, LPIPS and the Fréchet distances, as far as torchmetrics and what it asks for are installed."""
-    try:
-        functional = importlib.import_module("torchmetrics.functional.image")
-    except ModuleNotFoundError:
-        names = ("ssim", "lpips", "fid", "fd_dino")
-        judges.missing |= {name: "torchmetrics is not installed (requirements-eval.txt)" for name in names}
+def _from_here_or_the_hub(load: Callable, name: str, device: str, hub: _Hub) -> Any:
+    """From a folder, or the Hub's cache as a folder, about which no library asks the Hub; else from there."""
+    if Path(name).exists():
+        return load(name, device)
+    cached = try_to_load_from_cache(name, "config.json")
+    if isinstance(cached, str):
+        # A download that broke off leaves a part there.
+        with suppress(OSError, ValueError):
+            return load(str(Path(cached).parent), device)
+    hub.find(name)
+    return load(name, device)
+
+
+def _load_faces(name: str, device: str) -> Faces:
+    with naming_flag("face_model_name", name):
+        try:
+            return Faces(name, device)
+        except ImportError as error:
+            raise InputError(f"--face_model_name {name}: {error}") from error
+
+
+def _load_torchmetrics(judges: Judges, device: str, ask_network: bool) -> None:
+    """LPIPS and the Fréchet distances, as far as torchmetrics and what it asks for are installed."""
+    if importlib.util.find_spec("torchmetrics") is None:
+        reason = "torchmetrics is not installed (requirements-eval.txt)"
+        judges.missing |= dict.fromkeys(("lpips", "fid", "fd_dino"), reason)
         judges.torchmetrics = False
         return
-    judges.pairwise["ssim"] = partial(_ssim, functional.structural_similarity_index_measure)
-    # Both look for packages of their own and download weights, so only making them tells.
+    lpips = _unless_missing("lpips", _make_lpips, judges, device, ask_network)
+    judges.lpips = None if lpips is None else partial(_lpips, lpips)
+    inception = _unless_missing("fid", _make_inception, judges, device, ask_network)
+    judges.inception = None if inception is None else inception.clone
+
+
+def _make_lpips() -> torch.nn.Module:
+    module = importlib.import_module("torchmetrics.image.lpip")
+    return module.LearnedPerceptualImagePatchSimilarity("alex", normalize=True, reduction="mean")
+
+
+def _make_inception() -> torch.nn.Module:
+    return importlib.import_module("torchmetrics.image.fid").FrechetInceptionDistance(2048)
+
+
+def _unless_missing(measure: str, make: Callable, judges: Judges, device: str, ask_network: bool) -> Any:
+    """What makes a measure; None, and the reason, where it cannot be had.
+
+    Only making it tells: it looks for packages of its own, and downloads weights with a library that would wait for
+    an answer as long as the system does.
+    """
+    weights, former = TORCH_WEIGHTS[measure], socket.getdefaulttimeout()
+    if not (ask_network or (Path(torch.hub.get_dir()) / "checkpoints" / weights).is_file()):
+        judges.missing[measure] = f"{weights} is not on this machine, and the network is not asked for it"
+        return None
+    socket.setdefaulttimeout(TIMEOUT)
     try:
-        lpips = importlib.import_module("torchmetrics.image.lpip").LearnedPerceptualImagePatchSimilarity
-        judges.pairwise["lpips"] = partial(_lpips, lpips("alex", normalize=True, reduction="mean").to(device))
+        return make().to(device)
     except (ImportError, OSError) as error:
-        judges.missing["lpips"] = " ".join(str(error).split())
-    try:
-        inception = importlib.import_module("torchmetrics.image.fid").FrechetInceptionDistance
-        judges.inception = partial(inception(2048).to(device).clone)
-    except (ImportError, OSError) as error:
-        judges.missing["fid"] = " ".join(str(error).split())
+        judges.missing[measure] = " ".join(str(error).split())
+        return None
+    finally:
+        socket.setdefaulttimeout(former)
 
 
 def _channels_first(pictures: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2)
-
-
-def _ssim(measure: Callable, original: np.ndarray, adapted: np.ndarray) -> np.ndarray:
-    # In double, since variances are differences of large numbers here.
-    pictures = (_channels_first(adapted).double(), _channels_first(original).double())
-    # torchmetrics drops the batch's dimension of a single picture.
-    return measure(*pictures, data_range=255.0, reduction="none").reshape(-1).numpy()
 
 
 def _lpips(measure: torch.nn.Module, original: np.ndarray, adapted: np.ndarray) -> np.ndarray:
@@ -249,10 +307,8 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
     return float(distance.compute())
 
 
-def inception_distance(make: Callable[[], Any], first: np.ndarray, second: np.ndarray) -> float:
-    """Fréchet distance of the Inception features of two sets of pictures, of at least 2 each."""
-    distance = make()
+def add_pictures(distance: Any, first: np.ndarray, second: np.ndarray) -> None:
+    """Count pictures of both sets into a Fréchet distance of `Judges.inception`."""
     for pictures, real in ((first, True), (second, False)):
         for start in range(0, len(pictures), BATCH):
             distance.update(_channels_first(pictures[start : start + BATCH]).to(distance.device), real=real)
-    return float(distance.compute())

@@ -76,6 +76,20 @@ MEASURES = {
     "truth_response": Measure("target there", "truth", "higher", "Share of portraits in which the probe reads it."),
     "truth_leak": Measure("target there unasked", "truth", "lower", "The same with the base prompt alone."),
 }  # fmt: skip
+@dataclass(frozen=True)
+class Judge:
+    """A model that measures ask: the one that is taken where none is named, and the measures that need it."""
+
+    default: str | None
+    measures: tuple[str, ...]
+
+
+JUDGES = {
+    "clip": Judge("openai/clip-vit-large-patch14", ("clip_i", "clip_t", "clip_t_inside", "direction", "leak")),
+    "dino": Judge("facebook/dinov2-base", ("dino", "fd_dino")),
+    "segmenter": Judge("jonathandinu/face-parsing", ("seg_cons",)),
+    "face": Judge(None, ("identity",)),
+}
 # Which measure stands for which truth where that is known: their order over LoRAs should be the same, or reversed.
 PROXIES = {
     "change_outside": "truth_kept",
@@ -115,6 +129,46 @@ def pixel_change(original: np.ndarray, adapted: np.ndarray, weight: np.ndarray |
         return difference.mean((1, 2))
     total = weight.sum((1, 2), dtype=np.float64)
     return np.divide((difference * weight).sum((1, 2)), total, out=np.full(len(total), np.nan), where=total > 0)
+
+
+def ssim(original: np.ndarray, adapted: np.ndarray) -> np.ndarray:
+    """Structural similarity of portraits, one after another: a whole set in double would not fit into memory.
+
+    Args:
+        original, adapted: (B, H, W, 3) in 0-255, H and W at least 6.
+
+    Returns:
+        (B,), at most 1.
+
+    Source: Wang et al., "Image Quality Assessment", IEEE Transactions on Image Processing 13(4), 2004; the mean over
+        the whole picture, mirrored at its edges, and all channels.
+    """
+    return np.array([_ssim_of(*pair) for pair in zip(original, adapted, strict=True)])
+
+
+def _ssim_of(first: np.ndarray, second: np.ndarray) -> float:
+    # In double, since variances are differences of large numbers here.
+    first, second = first.astype(np.float64), second.astype(np.float64)
+    steady = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    mean_first, mean_second = _windowed_mean(first), _windowed_mean(second)
+    square_first, square_second, product = mean_first**2, mean_second**2, mean_first * mean_second
+    variances = _windowed_mean(first**2) - square_first + _windowed_mean(second**2) - square_second
+    covariance = _windowed_mean(first * second) - product
+    luminance = (2 * product + steady[0]) / (square_first + square_second + steady[0])
+    return float((luminance * (2 * covariance + steady[1]) / (variances + steady[1])).mean())
+
+
+def _windowed_mean(values: np.ndarray) -> np.ndarray:
+    """The mean around each pixel of (H, W, 3), weighted by a Gaussian of 11 pixels and a deviation of 1.5."""
+    weights = np.exp(-((np.arange(-5, 6) / 1.5) ** 2) / 2)
+    weights /= weights.sum()
+    for axis in (0, 1):
+        length, edges = values.shape[axis], [(0, 0)] * 3
+        edges[axis] = (5, 5)
+        padded = np.pad(values, edges, mode="reflect")
+        parts = (np.take(padded, range(start, start + length), axis) for start in range(11))
+        values = sum(weight * part for weight, part in zip(weights, parts))
+    return values
 
 
 def only_inside(original: np.ndarray, adapted: np.ndarray, region: np.ndarray) -> np.ndarray:

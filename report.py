@@ -2,7 +2,8 @@
 
 Everything is written from one document, so that page and tables cannot disagree:
 
-    loras: a list of {name, source, role, flags, measures: {measure: {value, low, high}}}, the original model first
+    loras: a list of {name, source, role, flags, measures: {measure: {value, low, high}}, pictures: their folder}, the
+        original model first
     measures: {measure: {label, group, direction, about}}, in the order of the tables
     not_computed: {measure: reason}
     verdict: one line; keep: the checkpoint to keep, or None
@@ -17,10 +18,10 @@ import base64
 import csv
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def without_nan(value: Any) -> Any:
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Write the document. Source: [ours]."""
-    path.write_text(json.dumps(without_nan(document), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    _write_whole(path, json.dumps(without_nan(document), indent=2, allow_nan=False) + "\n")
 
 
 def write_csv(path: Path, document: Mapping[str, Any]) -> None:
@@ -112,10 +113,18 @@ def write_csv(path: Path, document: Mapping[str, Any]) -> None:
 
 def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """Write lines of equal columns as CSV; None and NaN are empty. Source: [ours]."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(lines[0]))
-        writer.writeheader()
-        writer.writerows(without_nan(list(lines)))
+    file = StringIO()
+    writer = csv.DictWriter(file, list(lines[0]))
+    writer.writeheader()
+    writer.writerows(without_nan(list(lines)))
+    _write_whole(path, file.getvalue())
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file, or leave what there was: never a part of it."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8", newline="")
+    part.replace(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------- plot
@@ -227,7 +236,7 @@ def _around(x: float, y: float, radius: float) -> tuple[float, float, float, flo
 def write_html(
     path: Path,
     document: Mapping[str, Any],
-    pictures: Mapping[str, Sequence[PictureRow]],
+    pictures: Iterable[tuple[str, Sequence[PictureRow]]],
     plot: Image.Image | None,
 ) -> None:
     """Write the report as one page without scripts that loads nothing from anywhere.
@@ -235,7 +244,7 @@ def write_html(
     Args:
         path: the file.
         document: as above.
-        pictures: by LoRA, some rows.
+        pictures: of each LoRA its name and some rows; only those of one are looked at at a time.
         plot: of `response_plot`.
 
     Source: [ours].
@@ -258,15 +267,15 @@ def write_html(
         names = [name for name, measure in document["measures"].items() if measure["group"] == group]
         parts += [_group(document, heading, names)] if names else []
     parts += [_correlations(document), _missing(document), "<h2>Pictures</h2>"]
-    for i, (name, rows) in enumerate(pictures.items()):
+    for i, (name, rows) in enumerate(pictures):
         is_open = " open" if i < 3 else ""
         parts.append(f"<details{is_open}><summary>{escape(name)}</summary>{_pictures(rows)}</details>")
     parts += [_prompts(document), _settings(settings)]
     body = "\n".join(part for part in parts if part)
-    path.write_text(
+    _write_whole(
+        path,
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>Is my LoRA clean?</title>\n'
         f"<style>{CSS}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n",
-        encoding="utf-8",
     )
 
 

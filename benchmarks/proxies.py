@@ -42,7 +42,7 @@ from benchmarks.preservation import (  # noqa: E402
     parse_args,
 )
 from benchmarks.rows import markdown_table, with_interval  # noqa: E402
-from evaluate_spf_portrait import Portraits, measure  # noqa: E402
+from evaluate_spf_portrait import Compared, Portraits, measure  # noqa: E402
 from evaluation_models import Judges, load_judges  # noqa: E402
 from metrics import MEASURES, Estimate, interval, mean_of, pixel_change, resample_prompts, resampled_means  # noqa: E402
 from prompts import make_prompt_pair  # noqa: E402
@@ -76,7 +76,7 @@ def _judges() -> Judges:
     """What judges here: the toy CLIP, and whatever of the defaults can be had."""
     names = ("dino_model_name_or_path", "segmenter_model_name_or_path", "face_model_name")
     clip = {"clip_model_name_or_path": str(BASE_MODEL / "clip")}
-    judges = load_judges(argparse.Namespace(**clip, **dict.fromkeys(names)), "cpu")
+    judges = load_judges(argparse.Namespace(**clip, **dict.fromkeys(names)), "cpu", ask_network=False)
     judges.inception = None  # a number of the whole set
     return judges
 
@@ -105,10 +105,9 @@ def measure_job(
 
     def make() -> dict[str, np.ndarray]:
         pairs = [make_prompt_pair(p.base_prompt, [target_of(p)]) for p in originals.prompts]
-        own = argparse.Namespace(num_seeds=1, neutral_prompt=None)
         before = Portraits(originals.base_images, originals.full_images)
         after = Portraits(base_images, found["full_images"])
-        return measure(before, after, region, pairs, _judges(), own, None)[0]
+        return measure([Compared(before, after, region, pairs)], _judges())[0]
 
     digest = hashlib.sha256(found["full_images"].tobytes() + base_images.tobytes() + region.tobytes()).hexdigest()
     code = file_digest(*(ROOT / f"{name}.py" for name in ("evaluate_spf_portrait", "evaluation_models", "metrics")))

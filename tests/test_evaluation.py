@@ -3,7 +3,11 @@
 import argparse
 import csv
 import json
+import os
 import re
+import shutil
+import socket
+import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,6 +16,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hub_server import HubServer
 from PIL import Image
 from transformers import (
     BitImageProcessorPil,
@@ -24,8 +29,9 @@ from transformers import (
 
 import evaluation_models
 from checked_loading import InputError
+from data import load_rows
 from evaluation_inputs import find_loras, picture_name, read_masks, read_prompts
-from evaluation_models import Faces, frechet_distance, inception_distance, load_judges
+from evaluation_models import Faces, add_pictures, frechet_distance, load_judges
 from evaluation_summary import Judged, correlate, summarise
 from lora_files import save_kohya_lora
 from report import PictureRow, format_number, response_plot, without_nan, write_csv, write_html, write_json
@@ -68,6 +74,31 @@ def test_the_training_data_are_prompts(tmp_path):
     assert pairs[2].base_phrases == ("a man",)
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda text: b"\xef\xbb\xbf" + text.encode(),
+        lambda text: text.replace("\n", "\r\n").encode(),
+        lambda text: b"\xef\xbb\xbf" + text.replace("\n", "\r\n\r\n").encode(),
+    ],
+    ids=["mark", "windows", "both"],
+)
+def test_a_prompts_file_is_read_as_the_trainer_reads_its_metadata(tmp_path, form):
+    lines = [
+        {"file_name": "a.png", "base_prompt": "a man, a \u2028hat\x85", "target_prompt": "a tie", "free_phrases": []},
+        {"file_name": "b.png", "base_prompt": BASE, "target_prompt": "a tie", "free_phrases": ["a woman"]},
+    ]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    path = tmp_path / "metadata.jsonl"
+    path.write_bytes(form(text))
+    for name in "ab":
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{name}.png")
+    trained = load_rows(train_data_dir=tmp_path)
+    judged = read_prompts(flags(prompts_file=path))
+    assert [p.base_prompt for p in judged] == [row.base_prompt for row in trained] == [x["base_prompt"] for x in lines]
+    assert [p.free_phrases for p in judged] == [row.free_phrases for row in trained] == [(), ("a woman",)]
+
+
 def test_a_full_prompt_that_the_pipeline_composes_in_another_way_is_said_so(tmp_path, capsys):
     path = tmp_path / "prompts.jsonl"
     line = {"base_prompt": "a woman in a coat", "target_prompt": "blonde", "full_prompt": "a blonde woman in a coat"}
@@ -81,8 +112,8 @@ def test_a_full_prompt_that_the_pipeline_composes_in_another_way_is_said_so(tmp_
     [
         ("", "--prompts_file .*: holds no prompts"),
         ("\n \n", "holds no prompts"),
-        ("{", "line 1: "),
-        ("[1]", "line 1: is no JSON object but '\\[1\\]'"),
+        ("{", "line 1 is not JSON: "),
+        ("[1]", r"line 1 must be a JSON object with columns, got \[1\]"),
         ('\n{"target_prompt": "a hat"}', "line 2: 'base_prompt' must be a text, got None"),
         ('{"base_prompt": "a man"}', "line 1: the base prompt 'a man' has no target: give --target_prompt"),
         ('{"base_prompt": "a man", "target_prompt": 3}', "'target_prompt' must be a text"),
@@ -134,6 +165,23 @@ def test_loras_have_names_and_the_reference_comes_first(tmp_path):
     ]  # fmt: skip
     assert [lora.path for lora in found] == [LORA_FILE, kohya, other / "x.safetensors"]
     assert [lora.name for lora in find_loras(flags(lora=[str(LORA_FILE)]))] == ["blonde_hair"]
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        (["original model"], ["original model (2)"]),
+        (["a (2)", "a", "b/a"], ["a (2)", "a", "a (3)"]),
+        (["a", "b/a", "a (2)", "c/a"], ["a", "a (2)", "a (2) (2)", "a (3)"]),
+    ],
+)
+def test_no_lora_has_the_name_of_another_or_of_the_original_model(tmp_path, given, names):
+    for name in given:
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        folder.joinpath(LORA_FILE.name).write_bytes(LORA_FILE.read_bytes())
+    found = find_loras(flags(lora=[str(tmp_path / name) for name in given]))
+    assert [lora.name for lora in found] == names
 
 
 def test_checkpoints_are_in_the_order_of_their_steps_and_the_final_lora_last(run_folder):
@@ -248,36 +296,93 @@ def test_models_that_are_named_judge_as_the_library_does(models, portraits):
 def test_a_model_that_is_named_and_not_there_is_an_error(tmp_path):
     for flag in ("clip_model_name_or_path", "dino_model_name_or_path", "segmenter_model_name_or_path"):
         with pytest.raises(InputError, match=f"--{flag} {tmp_path}: ") as found:
-            load_judges(named(**{flag: str(tmp_path)}), "cpu")
+            load_judges(named(**{flag: str(tmp_path)}), "cpu", ask_network=False)
         assert "\n" not in str(found.value)
     with pytest.raises(InputError, match="--face_model_name buffalo_l: No module named 'insightface'"):
         load_judges(named(clip_model_name_or_path=str(BASE_MODEL / "clip"), face_model_name="buffalo_l"), "cpu")
 
 
 def test_what_is_only_a_default_and_not_there_is_not_computed(monkeypatch):
-    for package in ("torchmetrics", "torchmetrics.functional.image"):
-        monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
     judges = load_judges(named(), "cpu")
-    assert (judges.clip, judges.dino, judges.segmenter, judges.face) == (None,) * 4 and not judges.pairwise
+    assert (judges.clip, judges.dino, judges.segmenter, judges.face) == (None,) * 4
+    assert judges.lpips is None and judges.inception is None
     needed = {"clip_i", "clip_t", "clip_t_inside", "direction", "leak", "dino", "fd_dino", "seg_cons", "identity"}
-    assert needed <= set(judges.missing)
-    assert judges.missing["dino"].startswith("facebook/dinov2-base cannot be loaded")
+    assert needed <= set(judges.missing) and "ssim" not in judges.missing
+    assert judges.missing["dino"].startswith("facebook/dinov2-base cannot be loaded (not on this machine, and the Hub")
     assert judges.missing["dino"].endswith("see --dino_model_name_or_path")
     assert "non-commercial" in judges.missing["identity"]
-    assert judges.missing["ssim"] == "torchmetrics is not installed (requirements-eval.txt)"
+    assert judges.missing["lpips"] == "torchmetrics is not installed (requirements-eval.txt)"
 
 
-def test_torchmetrics_brings_what_needs_no_torchvision(portraits):
+def test_what_torch_would_download_is_not_asked_for_where_the_network_is_not(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    judges = load_judges(named(), "cpu", ask_network=False)
+    for name in ("lpips", "fid"):
+        assert judges.missing[name].endswith("is not on this machine, and the network is not asked for it")
+    (tmp_path / "checkpoints").mkdir()
+    for weights in evaluation_models.TORCH_WEIGHTS.values():
+        (tmp_path / "checkpoints" / weights).touch()
+    judges = load_judges(named(), "cpu", ask_network=False)
+    assert "torchvision" in judges.missing["lpips"] and "fidelity" in judges.missing["fid"]
+
+
+ASKS = """
+import json, sys, time
+sys.path.insert(0, sys.argv[1])
+import argparse
+from evaluation_models import load_judges
+names = ("clip_model_name_or_path", "dino_model_name_or_path", "segmenter_model_name_or_path", "face_model_name")
+for ask in (False, True):
+    start = time.monotonic()
+    judges = load_judges(argparse.Namespace(**dict.fromkeys(names)), "cpu", ask)
+    print(json.dumps([time.monotonic() - start, judges.missing]))
+"""
+
+
+def judges_elsewhere(endpoint, home):
+    """Seconds and missing measures of a process that knows this Hub: first without asking it, then asking."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    variables = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    done = subprocess.run(
+        [sys.executable, "-c", ASKS, str(BASE_MODEL.parents[1])], env=kept | variables, capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Retrying" not in done.stderr and "Traceback" not in done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()[-2:]]
+
+
+def test_each_default_that_a_hub_does_not_have_costs_it_one_question(tmp_path):
+    with HubServer("user", "token") as hub:
+        (_, unasked), (_, asked) = judges_elsewhere(hub.url, tmp_path)
+    assert [request.path for request in hub.requests if request.method == "HEAD"] == [
+        f"/{name}/resolve/main/config.json"
+        for name in ("openai/clip-vit-large-patch14", "facebook/dinov2-base", "jonathandinu/face-parsing")
+    ]
+    assert "(not on this machine, and not given out by the Hub: 401 Client Error)" in asked["dino"]
+    assert "(not on this machine, and the network is not asked for it)" in unasked["seg_cons"]
+
+
+def test_a_hub_that_does_not_answer_is_waited_for_once_and_not_asked_for_what_is_here(tmp_path, models):
+    """Who connects to this place is let in and hears nothing, as behind many a firewall."""
+    cached = tmp_path / "hub" / "models--facebook--dinov2-base"
+    shutil.copytree(models / "dino", cached / "snapshots" / "abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        (without, _), (seconds, missing) = judges_elsewhere(f"http://127.0.0.1:{silent.getsockname()[1]}", tmp_path)
+    assert without < evaluation_models.TIMEOUT <= seconds < 2 * evaluation_models.TIMEOUT
+    assert "dino" not in missing
+    for name in ("clip_i", "seg_cons"):
+        assert "the Hub does not answer" in missing[name] and "\n" not in missing[name]
+
+
+def test_torchmetrics_brings_what_needs_no_torchvision():
     pytest.importorskip("torchmetrics")
     judges = load_judges(named(), "cpu")
-    ssim = judges.pairwise["ssim"]
-    assert ssim(portraits[:3], portraits[:3]) == pytest.approx([1] * 3)
-    assert ssim(portraits[:1], portraits[1:2]).shape == (1,) and ssim(portraits[:1], portraits[1:2])[0] < 0.9
-    # Flat pictures: no variance, so only luminance counts, (2 a b + c) / (a^2 + b^2 + c) with c = (0.01 * 255)^2.
-    dark, light = (np.full((1, 16, 16, 3), value, dtype=np.uint8) for value in (50, 100))
-    constant = (0.01 * 255) ** 2
-    assert ssim(dark, light) == pytest.approx([(2 * 5000 + constant) / (2500 + 10000 + constant)], rel=1e-3)
     assert "torchvision" in judges.missing["lpips"] and "fidelity" in judges.missing["fid"]
+    assert judges.torchmetrics and "dinov2-base" in judges.missing["fd_dino"]
 
 
 def test_the_frechet_distance_of_sets_with_one_spread_is_the_squared_distance_of_their_means():
@@ -301,9 +406,11 @@ class MeanColor(torch.nn.Module):
 def test_inceptions_distance_is_of_all_pictures(portraits):
     fid = pytest.importorskip("torchmetrics.image.fid").FrechetInceptionDistance
     darker = (portraits // 2).astype(np.uint8)
-    found = inception_distance(lambda: fid(feature=MeanColor()), portraits, darker)
+    distance = fid(feature=MeanColor())
+    for start in range(0, len(portraits), 7):
+        add_pictures(distance, portraits[start : start + 7], darker[start : start + 7])
     features = (pictures.astype(np.float64).mean((1, 2)) for pictures in (portraits, darker))
-    assert found == pytest.approx(frechet_distance(*features), rel=1e-6)
+    assert float(distance.compute()) == pytest.approx(frechet_distance(*features), rel=1e-6)
 
 
 def test_lpips_and_fid_are_used_where_their_packages_are(monkeypatch, portraits):
@@ -328,10 +435,12 @@ def test_lpips_and_fid_are_used_where_their_packages_are(monkeypatch, portraits)
     judges = load_judges(named(), "cpu")
     assert not {"lpips", "fid"} & set(judges.missing)
     dark, light = (np.full((2, 8, 8, 3), value, dtype=np.uint8) for value in (0, 51))
-    assert judges.pairwise["lpips"](dark, light) == pytest.approx([0.2, 0.2])
+    assert judges.lpips(dark, light) == pytest.approx([0.2, 0.2])
     # Each call begins anew.
     for _ in range(2):
-        assert inception_distance(judges.inception, dark, light) == pytest.approx(3 * 51**2, rel=1e-3)
+        distance = judges.inception()
+        add_pictures(distance, dark, light)
+        assert float(distance.compute()) == pytest.approx(3 * 51**2, rel=1e-3)
 
 
 def test_the_largest_face_of_a_picture_counts(monkeypatch):
@@ -359,8 +468,8 @@ def test_the_largest_face_of_a_picture_counts(monkeypatch):
     found = Faces("buffalo_l", "cpu").images(pictures)
     assert np.isnan(found[0]).all() and found[1].tolist() == [0, 1]
     assert np.isnan(Faces("buffalo_l", "cpu").images(pictures[:1])).all()
-    judges = evaluation_models.Judges()
-    judges.face = evaluation_models._load("face", "face_model_name", "buffalo_l", "", Faces, judges, "cpu")
+    clip = {"clip_model_name_or_path": str(BASE_MODEL / "clip")}
+    judges = load_judges(named(**clip, face_model_name="buffalo_l"), "cpu", ask_network=False)
     assert isinstance(judges.face, Faces)
 
 
@@ -519,7 +628,7 @@ def document():
 
 def test_the_page_holds_the_numbers_of_the_tables_and_loads_nothing(tmp_path, document):
     picture = Image.new("RGB", (64, 64), "red")
-    rows = {"plain": [PictureRow("p000-s0: <b>a man</b>", [picture] * 4)]}
+    rows = [("plain", [PictureRow("p000-s0: <b>a man</b>", [picture] * 4)])]
     document["loras"][1]["measures"]["identity"] = {"value": float("nan"), "low": None, "high": None}
     document["measures"]["identity"] = document["measures"]["dino"]
     write_json(tmp_path / "metrics.json", document)
@@ -543,7 +652,7 @@ def test_the_page_holds_the_numbers_of_the_tables_and_loads_nothing(tmp_path, do
 
 def test_large_pictures_are_made_small_in_the_page(tmp_path, document):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (512, 512, 3), dtype=np.uint8))
-    write_html(tmp_path / "report.html", document, {"plain": [PictureRow("", [noise] * 4)]}, None)
+    write_html(tmp_path / "report.html", document, [("plain", [PictureRow("", [noise] * 4)])], None)
     page = read_page(tmp_path / "report.html")
     assert all(address.startswith("data:image/jpeg") for address in page.addresses) and len(page.addresses) == 4
     assert (tmp_path / "report.html").stat().st_size < 4 * 80_000

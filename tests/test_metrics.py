@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from metrics import (
     Changes,
@@ -22,6 +24,7 @@ from metrics import (
     pollution_samples,
     resample_prompts,
     resampled_means,
+    ssim,
 )
 
 
@@ -202,3 +205,29 @@ def test_the_knee_of_equals_is_the_first_and_that_of_a_line_is_none():
 def test_the_knee_of_checkpoints_that_do_not_pollute_is_the_one_that_responds_most():
     assert knee([0, 0, 0], [0.3, 0.9, 0.5], (0, 0)) == 1
     assert knee([0.1, 0.5], [0.2, 0.2], (0, 0.2)) is None
+
+
+# ---------------------------------------------------------------------------------------------------------------- SSIM
+
+
+def test_ssim_of_flat_pictures_is_that_of_their_luminance():
+    # No variance, so only luminance counts: (2 a b + c) / (a^2 + b^2 + c) with c = (0.01 * 255)^2.
+    dark, light = (np.full((1, 16, 16, 3), value, dtype=np.uint8) for value in (50, 100))
+    constant = (0.01 * 255) ** 2
+    assert ssim(dark, light) == pytest.approx([(2 * 5000 + constant) / (2500 + 10000 + constant)], rel=1e-9)
+    assert ssim(dark, dark) == pytest.approx([1], abs=1e-12)
+
+
+@pytest.mark.parametrize("size", [(6, 6), (64, 48)])
+def test_ssim_is_that_of_torchmetrics_for_the_whole_set(size):
+    functional = pytest.importorskip("torchmetrics.functional.image")
+    rng = np.random.default_rng(0)
+    first = rng.integers(0, 256, (5, *size, 3), dtype=np.uint8)
+    # Alike, unlike, smooth, inverted and black.
+    second = first.copy()
+    second[1] = rng.integers(0, 256, (*size, 3))
+    second[2] = np.asarray(Image.fromarray(first[2]).reduce(2).resize(size[::-1]))
+    second[3], second[4] = 255 - first[3], 0
+    pictures = (torch.from_numpy(part).permute(0, 3, 1, 2).double() for part in (second, first))
+    expected = functional.structural_similarity_index_measure(*pictures, data_range=255.0, reduction="none")
+    assert np.abs(ssim(first, second) - expected.numpy()).max() < 1e-12
