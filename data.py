@@ -550,16 +550,20 @@ def draw_latents(
 
     Source: [ours] the alignment source `generated`.
     """
-    latents = []
+    scale, latents = pipeline.vae_scale_factor, []
+    shape = (pipeline.unet.config.in_channels, height // scale, width // scale)
     for start in range(0, len(prompts), batch_size):
         chunk = list(prompts[start : start + batch_size])
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + batch_size]]
+        # In half precision some versions of torch draw other and much coarser noise.
+        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
         output = pipeline(
             chunk,
             height=height,
             width=width,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            latents=noise.to(pipeline.unet.device, pipeline.unet.dtype),
             generator=generators,
             output_type="latent",
         )

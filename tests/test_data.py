@@ -1,5 +1,6 @@
 """Tests of `data.py`: real image files, a real saved dataset, a real (tiny, random) Stable Diffusion pipeline."""
 
+import copy
 import io
 import itertools
 import json
@@ -918,6 +919,21 @@ def test_each_portrait_has_its_own_seed(pipeline):
     assert min(differences) > 0.1
     torch.testing.assert_close(draw(pipeline, prompts=["a"], seeds=[6])[0], latents[1], atol=1e-5, rtol=0)
     assert (draw(pipeline, prompts=["b", "a", "a"])[0] - latents[0]).abs().max() > 1e-4
+
+
+def test_half_precision_starts_from_the_same_noise(pipeline, monkeypatch):
+    """Rounded, and not drawn in another way."""
+    call, started = type(pipeline).__call__, []
+
+    def watched(self, *args, **kwargs):
+        started.append(kwargs["latents"])
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(pipeline), "__call__", watched)
+    draw(pipeline, prompts=["a", "b"])
+    draw(copy.deepcopy(pipeline).to(torch.bfloat16), prompts=["a", "b"])
+    noise = torch.stack([torch.randn(4, 8, 12, generator=torch.Generator().manual_seed(seed)) for seed in (5, 6)])
+    assert torch.equal(started[0], noise) and torch.equal(started[1], noise.bfloat16())
 
 
 def test_latents_are_what_the_pipeline_decodes(pipeline):

@@ -165,7 +165,7 @@ def test_a_reference_is_a_file_a_folder_or_neither(world, earlier, tmp_path):  #
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
 
     def find(name, scale):
-        flags = {"reference_lora": [name], "reference_lora_scale": [scale], "cache_dir": None}
+        flags = {"reference_lora": [name], "reference_lora_scale": [scale], "cache_dir": None, "use_dora": False}
         return inputs_module.find_references(argparse.Namespace(**flags))
 
     assert find(str(folder), 0.5) == (ReferenceLora(str(folder), file, None, digest, 0.5),)

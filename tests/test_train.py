@@ -33,6 +33,7 @@ import train_spf_portrait_lora as script
 import training_arguments as script_arguments
 import training_inputs as inputs_module
 from conditioning import BASE, EMPTY, FULL
+from data import derive_seed
 from prompts import make_prompt_pair
 
 
@@ -411,7 +412,7 @@ def test_alignment_portraits_are_the_original_models_own(world, trained, tmp_pat
             width=16,
             num_inference_steps=2,
             guidance_scale=5.0,
-            generator=torch.Generator().manual_seed(1_000_000 + i),
+            generator=torch.Generator().manual_seed(derive_seed(0, f"alignment portrait {i}")),
             output_type="latent",
         ).images[0]
         torch.testing.assert_close(alignments[0].latents[i], expected, rtol=1e-3, atol=1e-3)
@@ -428,6 +429,7 @@ def test_processes_share_the_alignment_portraits(world, tmp_path, monkeypatch, p
         accelerator = SimpleNamespace(
             num_processes=processes,
             process_index=index,
+            is_local_main_process=False,
             device=torch.device("cpu"),
             gather=lambda latents: shares.append(latents) or latents,
         )

@@ -1,6 +1,6 @@
 """Tests of the trainer's options that are not the method: models, data, caches, LoRA, optimisation, precision."""
 
-import sys
+import importlib.util
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -208,6 +208,7 @@ def test_drawn_portraits_of_several_sizes_are_shared(world, tmp_path, striped, m
         accelerator = SimpleNamespace(
             num_processes=2,
             process_index=index,
+            is_local_main_process=False,
             device=torch.device("cpu"),
             gather=lambda latents, index=index: shares.setdefault(index, []).append(latents) or latents,
         )
@@ -484,7 +485,8 @@ def test_xformers_in_self_attention(world, tmp_path, monkeypatch, trained):  # n
 
     package = SimpleNamespace(ops=SimpleNamespace(memory_efficient_attention=attend))
     monkeypatch.setattr(attention_processor, "xformers", package, raising=False)
-    monkeypatch.setattr(sys.modules["training_arguments"], "is_xformers_available", lambda: True)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "xformers" or find_spec(name))
     runs = watch_runs(monkeypatch)
     flags = {"enable_xformers_memory_efficient_attention": True, "stage2_objective": "both", **SMOOTH}
     output = train(world, tmp_path / "output", num_validation_images=1, **flags)
@@ -551,6 +553,7 @@ def test_engines_that_shard_are_refused(world, tmp_path, monkeypatch, engine):  
 
 def test_a_readme_of_ones_own_is_not_overwritten(world, tmp_path, capsys):  # noqa: F811
     output = train(world, tmp_path / "output", stage1_steps=1, stage2_steps=0)
+    (output / WEIGHTS).unlink()
     train(world, output, stage1_steps=1, stage2_steps=0)
     (output / "README.md").write_text("# SPF-Portrait, my notes", encoding="utf-8")
     with pytest.raises(SystemExit):
