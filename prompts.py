@@ -32,7 +32,9 @@ _WORD = re.compile(r"[\w'\u2019-]+")
 _PIECE = re.compile(r"[\w-]+|[^\w\s]")
 # "(blue:1.2)", "((blue))" and "<lora:name:0.8>" as A1111 reads them; "(16:9)" is a ratio.
 _WEIGHTS = re.compile(
-    r"<(?:lora|lyco|hypernet):[^<>]*>|[(\[][^()\[\]]*[^()\[\]\d\s]\s*:\s*-?\d*\.?\d+\s*[)\]]|\(\([^()]*\)\)|\[\[[^\[\]]*\]\]",
+    r"<(?:lora|lyco|hypernet):[^<>]*>"
+    r"|[(\[][^()\[\]]*[^()\[\]\d\s]\s*:\s*-?(?:\d+(?:\.\d*)?|\.\d+)\s*[)\]]"
+    r"|\(\([^()]*\)\)|\[\[[^\[\]]*\]\]",
     re.IGNORECASE,
 )
 # Longer joiners come first, else "in front of" would leave "front" behind. "Black and white" is one colour.
@@ -200,6 +202,12 @@ def suggest_replacement(base_phrases: Sequence[str], target: str) -> tuple[str, 
         if len(split_phrases(phrase)) == 1 and _noun(phrase) == noun and not said <= {*_words(phrase)}:
             return phrase, target
     return None
+
+
+def suggest_replacements(pair: PromptPair) -> list[tuple[str, str]]:
+    """`suggest_replacement` for each target of a pair that is added. Source: [ours]."""
+    added = [target.text for target in pair.target_prompts if target.replaces is None]
+    return [found for text in added if (found := suggest_replacement(pair.base_phrases, text)) is not None]
 
 
 def has_phrase(text: str, phrase: str) -> bool:
