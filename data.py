@@ -2,7 +2,8 @@
 
 A folder holds images and a `metadata.jsonl`, one JSON object a line: `file_name`, `base_prompt`, `target_prompt` and,
 if wanted, `full_prompt`, `base_phrases` and `free_phrases` (lists), and `mask_file_name`. A target prompt is a string,
-added to the base prompt, or a list of such strings and of [replaced phrase, target] pairs.
+added to the base prompt, or a list of such strings and of [replaced phrase, target] pairs. A `metadata.csv` with these
+columns does as well, lists as JSON spells them; or, with one target for all, a caption beside each image.
 
 Legend: C channels, H/W size in pixels, of latents where it says so. Paper: arXiv 2504.00396.
 """
@@ -10,32 +11,45 @@ Legend: C channels, H/W size in pixels, of latents where it says so. Paper: arXi
 from __future__ import annotations
 
 import codecs
+import csv
+import difflib
 import hashlib
 import json
+import logging
+import os
 import random
 import re
 import struct
+import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
-from io import BytesIO
-from pathlib import Path
+from io import BytesIO, StringIO
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import datasets
+import huggingface_hub
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
+logger = logging.getLogger(__name__)
+
 Target = str | tuple[str, str]  # an addition, or (replaced phrase, target)
 
 METADATA = "metadata.jsonl"
+METADATA_CSV = "metadata.csv"
+CAPTION_EXTENSION = ".txt"
+# What counts as a picture in a folder; HEIC too, so that it is refused by name and not passed over.
+PICTURES = frozenset(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .avif .jp2 .heic .heif".split())
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb
 INTERPOLATION_MODES: dict[str, Image.Resampling] = {
     "lanczos": Image.Resampling.LANCZOS,
@@ -45,7 +59,20 @@ INTERPOLATION_MODES: dict[str, Image.Resampling] = {
     "hamming": Image.Resampling.HAMMING,
     "nearest": Image.Resampling.NEAREST,
 }
-_SIDEWAYS = (5, 6, 7, 8)  # the values of EXIF's orientation that swap width and height
+# The values of EXIF's orientation, and how each is made upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS = (5, 6, 7, 8)  # those that swap width and height
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_ORIENTATIONS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # texts of a PNG that can say it
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 # What Pillow's plugins let out for a damaged file, and its refusal of an absurd size.
 _UNREADABLE_IMAGE = (
     Image.DecompressionBombError,
@@ -75,6 +102,8 @@ class PortraitRow:
         base_phrases: the phrases of the base prompt that are to be preserved, if the set gives them.
         free_phrases: those of its phrases that may change along with the target.
         mask: a picture that is bright where the target is, if the set gives it; like `image`.
+        caption: the caption that the base prompt is to be made of, which may say the target; None for a row that has a
+            base prompt.
     """
 
     source: str
@@ -85,6 +114,7 @@ class PortraitRow:
     base_phrases: tuple[str, ...] | None = None
     free_phrases: tuple[str, ...] = ()
     mask: Path | Image.Image | None = None
+    caption: str | None = None
 
 
 def load_rows(
@@ -95,6 +125,8 @@ def load_rows(
     cache_dir: str | Path | None = None,
     image_column: str = "image",
     base_prompt_column: str = "base_prompt",
+    caption_column: str | None = None,
+    caption_extension: str = CAPTION_EXTENSION,
     target_prompt_column: str = "target_prompt",
     full_prompt_column: str = "full_prompt",
     base_phrases_column: str = "base_phrases",
@@ -108,13 +140,16 @@ def load_rows(
     """Read and check the training set. No image is decoded here, see `check_images`.
 
     Args:
-        train_data_dir: a folder with images and a `metadata.jsonl`. Either this or `dataset_name`.
+        train_data_dir: a folder with images and a `metadata.jsonl`, a `metadata.csv`, or captions beside the images.
+            Either this or `dataset_name`.
         dataset_name: a dataset of the Hub, a local folder that `datasets.load_dataset` reads, or one that
             `save_to_disk` wrote; its "train" split is taken.
         dataset_config_name: configuration of that dataset.
         cache_dir: where `datasets` keeps its downloads.
         image_column: column of images, for `dataset_name`; a folder's is always `file_name`.
         base_prompt_column: column of base prompts.
+        caption_column: column of captions that may say the target, instead.
+        caption_extension: ending of the captions beside the images; such captions may say the target, too.
         target_prompt_column: column of target prompts; may be absent if `target_prompt` is given.
         full_prompt_column: column of full prompts; a row may leave it out.
         base_phrases_column: column of lists of phrases; a row may leave it out.
@@ -127,11 +162,12 @@ def load_rows(
         seed: seed of that choice.
 
     Returns:
-        At least one row.
+        At least one row. That of a caption has the caption as its base prompt, with the target still in it. Images of
+        the folder that are in no row, and columns that may be misspelled, are warned of.
 
     Raises:
         ValueError: an option or a row is wrong; the message names the flag, or the file and line.
-        FileNotFoundError: the folder, its `metadata.jsonl`, an image or the dataset does not exist.
+        FileNotFoundError: the folder, its prompts, an image or the dataset does not exist.
 
     Source: [ours].
     """
@@ -148,13 +184,21 @@ def load_rows(
 
     if train_data_dir is not None:
         folder = Path(train_data_dir)
-        origin = str(folder / METADATA)
-        sources, table = _read_folder(folder)
+        lists = (target_prompt_column, base_phrases_column, free_phrases_column)
+        origin, sources, table = _read_folder(folder, caption_extension, lists)
+        if origin == folder:
+            if target_prompt is None or caption_column is not None:
+                raise ValueError(
+                    f"--train_data_dir {folder} has captions beside its images, which need --target_prompt and no "
+                    "--caption_column."
+                )
+            caption_column = _BESIDE
         columns = sorted({column for record in table for column in record})
     else:
         origin = f"dataset {dataset_name!r}"
         images = {"image_column": image_column} | ({"mask_column": mask_column} if with_masks else {})
         table = _read_dataset(dataset_name, dataset_config_name, cache_dir, images)
+        places = _places_of_files(dataset_name, cache_dir)
         sources = [f"{origin}, row {i}" for i in range(len(table))]
         columns = table.column_names
     chosen = range(len(table))
@@ -162,6 +206,7 @@ def load_rows(
         raise ValueError(f"{origin} has no rows.")
     if max_train_samples is not None and max_train_samples < len(chosen):
         chosen = sorted(random.Random(seed).sample(chosen, max_train_samples))
+    text_column = base_prompt_column if caption_column is None else caption_column
     optional = {
         "full_prompt": full_prompt_column,
         "base_phrases": base_phrases_column,
@@ -171,6 +216,8 @@ def load_rows(
         # A row may leave these out, but a name that was given by hand is in no row only if it is misspelled.
         if column != name and column not in columns:
             raise ValueError(f"{origin}: --{name}_column {column!r} is no column; it has {columns}.")
+    files = ("file_name", "mask_file_name") if train_data_dir is not None else (image_column, mask_column)
+    _warn_of_columns(origin, columns, (*files, text_column, target_prompt_column, *optional.values()))
 
     rows = []
     for i in chosen:
@@ -178,14 +225,16 @@ def load_rows(
         if train_data_dir is not None:
             image = _find_image(folder, _required(record, "file_name", source), source)
         else:
-            image = _stored_image(record[image_column], f"{source}: column {image_column!r}")
+            image = _stored_image(record[image_column], f"{source}: column {image_column!r}", places)
         mask = None
         if with_masks and train_data_dir is not None:
             mask = _find_image(folder, _required(record, "mask_file_name", source), source, "mask_file_name")
         elif with_masks:
-            mask = _stored_image(record[mask_column], f"{source}: column {mask_column!r}")
-        base_prompt = _required(record, base_prompt_column, source, "--base_prompt_column")
-        _check_text(base_prompt, f"{source}: column {base_prompt_column!r}")
+            mask = _stored_image(record[mask_column], f"{source}: column {mask_column!r}", places)
+        flag = "--base_prompt_column" if caption_column is None else "--caption_column"
+        base_prompt = _required(record, text_column, source, flag)
+        _check_text(base_prompt, f"{source}: column {text_column!r}")
+        caption = None if caption_column is None else base_prompt
         target = _choose_target(record, target_prompt_column, target_prompt, source)
         full_prompt = record.get(full_prompt_column)
         if full_prompt is not None:
@@ -196,9 +245,8 @@ def load_rows(
         free_phrases = record.get(free_phrases_column)
         if free_phrases not in (None, []):  # that none may change can be said either way
             free_phrases = read_phrases(free_phrases, f"{source}: column {free_phrases_column!r}")
-        rows.append(
-            PortraitRow(source, image, base_prompt, target, full_prompt, base_phrases, free_phrases or (), mask)
-        )
+        free = free_phrases or ()
+        rows.append(PortraitRow(source, image, base_prompt, target, full_prompt, base_phrases, free, mask, caption))
     return rows
 
 
@@ -228,11 +276,16 @@ def load_image(row: PortraitRow, max_pixels: int = MAX_PIXELS) -> Image.Image:
         # Pillow would clip these to 255, which is a white image for most.
         raise ValueError(f"{where} has the mode {image.mode!r}; save it with 8 bits a channel.")
     try:
-        image = ImageOps.exif_transpose(image)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        with _metadata_aside():
+            image.load()
+            orientation = image.getexif().get(ExifTags.Base.Orientation)
+            # Pillow's own turning writes the whole EXIF back, and fails at what else is in there.
+            if orientation in _UPRIGHT:
+                image = image.transpose(_UPRIGHT[orientation])
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
     except _UNREADABLE_IMAGE as error:
         raise ValueError(f"{where} cannot be decoded: {error}") from error
 
@@ -296,11 +349,12 @@ def upright_size(row: PortraitRow) -> tuple[int, int]:
     where = _name_image(row)
     image = _open_image(row.image, where) if isinstance(row.image, Path) else row.image
     try:
-        if image.format == "TIFF":
-            # Pillow turns a TIFF while it decodes it; until then its size may be the turned one or not.
-            image.load()
-        width, height = image.size
-        sideways = image.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS
+        with _metadata_aside():
+            if image.format == "TIFF":
+                # Pillow turns a TIFF while it decodes it; until then its size may be the turned one or not.
+                image.load()
+            width, height = image.size
+            sideways = image.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS
     except _UNREADABLE_IMAGE as error:
         raise ValueError(f"{where} cannot be decoded: {error}") from error
     return (height, width) if sideways else (width, height)
@@ -583,18 +637,39 @@ def derive_seed(seed: int, purpose: str) -> int:
     return random.Random(f"{seed} {purpose}").getrandbits(64)
 
 
-def _read_folder(folder: Path) -> tuple[list[str], list[dict[str, Any]]]:
-    """The rows of the folder's metadata file, and the source of each."""
+_BESIDE = "caption"  # how the column of captions beside the images is called
+
+
+def _read_folder(
+    folder: Path, caption_extension: str, lists: Sequence[str]
+) -> tuple[Path, list[str], list[dict[str, Any]]]:
+    """What a folder's prompts were read from (the folder itself: captions), the source of each row, and the rows."""
     if not folder.is_dir():
         raise FileNotFoundError(f"--train_data_dir {folder} is not a folder.")
-    path = folder / METADATA
-    if not path.is_file():
+    pictures = list(_find_pictures(folder))
+    captioned = [picture for picture in pictures if picture.with_suffix(caption_extension).is_file()]
+    files = [folder / name for name in (METADATA, METADATA_CSV) if (folder / name).is_file()]
+    if len(files) == 2:
+        raise ValueError(f"--train_data_dir {folder} has a {METADATA} and a {METADATA_CSV}: keep the one that counts.")
+    if not files and not captioned:
         state = f"has no {METADATA}" if any(folder.iterdir()) else "is empty"
         raise FileNotFoundError(
             f"--train_data_dir {folder} {state}; it needs images and a {METADATA}, one JSON object a line with "
-            "'file_name', 'base_prompt' and 'target_prompt'."
+            f"'file_name', 'base_prompt' and 'target_prompt', or a {METADATA_CSV} with these columns, or a caption "
+            f"beside each image, a.png and a{caption_extension} (--caption_extension). Folders that `datasets` reads "
+            "in another form are for --dataset_name."
         )
-    return read_json_lines(path, str(path))
+    if not files:
+        return folder, *_read_captions(folder, pictures, captioned, caption_extension)
+    if captioned and caption_extension != CAPTION_EXTENSION:
+        raise ValueError(f"--caption_extension {caption_extension}: {files[0]} gives the prompts; keep one of both.")
+    if captioned:
+        logger.warning("%s gives the prompts; the captions beside the images are not read", files[0])
+    sources, records = (
+        _read_csv(files[0], lists) if files[0].name == METADATA_CSV else read_json_lines(files[0], str(files[0]))
+    )
+    _warn_of_pictures(folder, pictures, files[0], records)
+    return files[0], sources, records
 
 
 def read_json_lines(path: Path, name: str) -> tuple[list[str], list[dict[str, Any]]]:
@@ -630,6 +705,102 @@ def read_json_lines(path: Path, name: str) -> tuple[list[str], list[dict[str, An
     return sources, records
 
 
+def _read_csv(path: Path, lists: Sequence[str]) -> tuple[list[str], list[dict[str, Any]]]:
+    """The same of a table whose first line names the columns; `lists` are those that may hold lists, as JSON."""
+    sources, records, header, before = [], [], None, 0
+    reader = csv.reader(StringIO(_read_text(path), newline=""), strict=True)
+    try:
+        for cells in reader:
+            source, before = f"{path}, line {before + 1}", reader.line_num
+            if not any(cells):
+                continue
+            if header is None:
+                header = [name.strip() for name in cells]
+                if len({*header}) < len(header):
+                    raise ValueError(f"{source} names a column twice: {header}.")
+                continue
+            if len(cells) != len(header):
+                raise ValueError(
+                    f"{source} has {len(cells)} cells for the {len(header)} columns {header}; a text with commas "
+                    'stands in quotes, "a man, a hat".'
+                )
+            sources.append(source)
+            records.append({name: cell for name, cell in zip(header, cells) if cell.strip()})
+            for name in {*lists} & {*records[-1]}:
+                if records[-1][name].lstrip().startswith("["):
+                    records[-1][name] = _read_list(records[-1][name], f"{source}: column {name!r}")
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
+    return sources, records
+
+
+def _read_list(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where} is no list as JSON spells it: {error}") from error
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
+
+
+def _read_captions(
+    folder: Path, pictures: Sequence[Path], captioned: Sequence[Path], extension: str
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """The same of captions beside the images: one text a file, whose lines are one caption."""
+    without = sorted(str(picture.relative_to(folder)) for picture in {*pictures} - {*captioned})
+    if without:
+        raise FileNotFoundError(
+            f"--train_data_dir {folder}: {len(without)} of {len(pictures)} images have no caption beside them that "
+            f"ends in {extension} (--caption_extension): {_some(without)}."
+        )
+    sources, records = [], []
+    for picture in pictures:
+        path = picture.with_suffix(extension)
+        text = " ".join(_read_text(path).split())
+        _check_text(text, str(path))
+        sources.append(str(path))
+        records.append({"file_name": str(picture.relative_to(folder)), _BESIDE: text})
+    return sources, records
+
+
+def _find_pictures(folder: Path) -> Iterator[Path]:
+    """The images of a folder and of those in it, in the order of their names; hidden ones are none."""
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts)
+        if path.suffix.lower() in PICTURES and not hidden and path.is_file():
+            yield path
+
+
+def _warn_of_pictures(folder: Path, pictures: Iterable[Path], origin: Path, records: Iterable[Mapping]) -> None:
+    """Warn of images that no row names, as a mask or otherwise."""
+
+    def plain(name: Any) -> str:
+        parts = PurePosixPath(folder.resolve(), str(name).replace("\\", "/")).parts
+        return unicodedata.normalize("NFC", "/".join(parts))
+
+    named = {plain(record.get(column)) for record in records for column in ("file_name", "mask_file_name")}
+    unused = [name for name in (str(path.relative_to(folder)) for path in pictures) if plain(name) not in named]
+    if unused:
+        logger.warning("%d images of %s are in no row of %s: %s", len(unused), folder, origin.name, _some(unused))
+
+
+def _warn_of_columns(origin: str, columns: Iterable[str], known: Iterable[str]) -> None:
+    """Warn of a column that is not read, where its name is nearly that of one that would be."""
+    columns = {*columns}
+    for column in sorted(columns - {*known}):
+        for meant in difflib.get_close_matches(column, {*known} - columns, n=1, cutoff=0.8):
+            logger.warning("%s: the column %r is not read; is %r meant?", origin, column, meant)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
 def _is_saved_to_disk(dataset_name: str) -> bool:
     return any((Path(dataset_name) / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
@@ -639,6 +810,8 @@ def _read_dataset(
 ) -> datasets.Dataset:
     """The train split, with images as they are stored: encoded. Of each column of images, the flag that names it."""
     try:
+        if Path(dataset_name).is_file():
+            raise ValueError("it is a file; give the folder that it lies in")
         if _is_saved_to_disk(dataset_name):
             dataset = datasets.load_from_disk(dataset_name)
         else:
@@ -663,10 +836,25 @@ def _read_dataset(
     return dataset.with_format(None)
 
 
-def _stored_image(value: Mapping[str, Any] | None, where: str) -> Path | Image.Image:
-    if value is None:
+def _places_of_files(dataset_name: str, cache_dir: str | Path | None) -> list[Path]:
+    """Where files may lie that a data set's rows name: in itself, or in what was downloaded of it."""
+    downloads = datasets.config.DOWNLOADED_DATASETS_PATH if cache_dir is None else Path(cache_dir) / "downloads"
+    own = Path(dataset_name)
+    if not own.is_dir():
+        own = Path(huggingface_hub.constants.HF_HUB_CACHE) / f"datasets--{dataset_name.replace('/', '--')}"
+    return [own.resolve(), Path(downloads).resolve()]
+
+
+def _stored_image(value: Mapping[str, Any] | None, where: str, places: Sequence[Path]) -> Path | Image.Image:
+    if value is None or (value["bytes"] is None and value["path"] is None):
         raise ValueError(f"{where} is empty.")
-    return Path(value["path"]) if value["bytes"] is None else _open_image(BytesIO(value["bytes"]), where)
+    if value["bytes"] is not None:
+        return _open_image(BytesIO(value["bytes"]), where)
+    path = Path(value["path"])
+    # A row of a data set from elsewhere may name any file of this machine.
+    if not any(path.resolve().is_relative_to(place) for place in places):
+        raise ValueError(f"{where} names {value['path']!r}, which is no file in the data set's folder.")
+    return path
 
 
 def _name_image(row: PortraitRow) -> str:
@@ -674,40 +862,87 @@ def _name_image(row: PortraitRow) -> str:
     return f"{row.source}: the image {row.image}" if isinstance(row.image, Path) else f"{row.source}: the image"
 
 
+@contextmanager
+def _metadata_aside() -> Iterator[None]:
+    """What is wrong with the texts beside the pixels is nobody's concern here; an absurd size is."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
 def _open_image(file: Path | BytesIO, where: str) -> Image.Image:
     """Read an image's header."""
+    start = b""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with nullcontext(file) if isinstance(file, BytesIO) else file.open("rb") as stream:
+            start = stream.read(12)
+            if start.startswith(_PNG):
+                file = BytesIO(_without_texts(start + stream.read()))
+        with _metadata_aside():
             return Image.open(file)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{where} does not exist.") from error
+    except UnidentifiedImageError as error:
+        if start[4:8] == b"ftyp" and start[8:] in _HEIC_BRANDS:
+            raise ValueError(f"{where} is a HEIC picture, which is not read; save it as JPEG or PNG.") from error
+        raise ValueError(f"{where} cannot be read: it is no picture of a known format.") from error
     except _UNREADABLE_IMAGE as error:
         raise ValueError(f"{where} cannot be read: {error}") from error
+
+
+def _without_texts(png: bytes) -> bytes:
+    """A PNG without the texts that other programs keep in it, for Pillow refuses a picture for long ones."""
+    parts, start = [png[:8]], 8
+    while start < len(png):
+        end = start + 12 + int.from_bytes(png[start : start + 4], "big")
+        text = png[start + 4 : start + 8] in (b"tEXt", b"zTXt", b"iTXt")
+        if not text or png.startswith(_PNG_ORIENTATIONS, start + 8):
+            parts.append(png[start:end])
+        start = end
+    return b"".join(parts)
 
 
 def _find_image(folder: Path, file_name: Any, source: str, column: str = "file_name") -> Path:
     """A row's image file, which must lie in the folder itself."""
     _check_text(file_name, f"{source}: column {column!r}")
-    relative = Path(file_name)
-    if relative.anchor or ".." in relative.parts:
+    root, relative = folder.resolve(), Path(file_name)
+    if relative.is_absolute():
+        if not relative.is_relative_to(root) and not relative.is_relative_to(folder.absolute()):
+            raise ValueError(f"{source}: the {column} {file_name!r} is not in the folder {folder}.")
+        relative = relative.relative_to(root if relative.is_relative_to(root) else folder.absolute())
+    if relative.anchor or ".." in str(relative).replace("\\", "/").split("/"):
         raise ValueError(f"{source}: the {column} {file_name!r} leads out of the folder.")
+    path = _find_spelling(folder, str(relative))
     try:
-        resolved = (folder / relative).resolve(strict=True)
+        resolved = path.resolve(strict=True)
     except (OSError, RuntimeError, ValueError) as error:  # also a loop of links, a name too long, a NUL in the name
         raise FileNotFoundError(f"{source}: there is no image {folder / relative}.") from error
-    if not resolved.is_relative_to(folder.resolve()):
+    if not resolved.is_relative_to(root):
         raise ValueError(
             f"{source}: the {column} {file_name!r} is a link that leads out of the folder, to {resolved}."
         )
     if not resolved.is_file():
-        raise ValueError(f"{source}: the image {folder / relative} is not a file.")
-    return folder / relative
+        raise ValueError(f"{source}: the image {path} is not a file.")
+    return path
+
+
+def _find_spelling(folder: Path, name: str) -> Path:
+    """A file by its name as another system spells it: "\\" between folders, accents as one character or as two."""
+    path = folder
+    if os.path.exists(folder / name):
+        return folder / name
+    for part in PurePosixPath(name.replace("\\", "/")).parts:
+        forms = [part, *(unicodedata.normalize(form, part) for form in ("NFC", "NFD"))]
+        path = next((path / form for form in forms if os.path.exists(path / form)), path / part)
+    return path
 
 
 def _required(record: Mapping[str, Any], column: str, source: str, flag: str | None = None) -> Any:
     if column not in record:
         advice = "" if flag is None else f"; see {flag}"
+        inside = [name for name, value in record.items() if isinstance(value, Mapping) and column in value]
+        advice += f"; it lies inside of {inside[0]!r}, and has to be a column of its own" if inside else ""
         raise ValueError(f"{source}: no column {column!r}{advice}. It has {list(record)}.")
     return record[column]
 

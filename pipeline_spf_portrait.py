@@ -9,13 +9,14 @@ Paper: arXiv 2504.00396.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from numbers import Real
 from typing import Any
 
@@ -47,10 +48,12 @@ try:
     from .pictures import captioned_pictures, overlay_heat_map
     from .prompts import (
         PromptPair,
+        find_weights,
         locate_phrases,
         make_prompt_pair,
         phrase_mask,
         split_phrases,
+        suggest_replacements,
         tokenize_prompt_pair,
     )
     from .sfcm import (
@@ -74,10 +77,13 @@ except ImportError:
     captioned_pictures, overlay_heat_map = _pictures.captioned_pictures, _pictures.overlay_heat_map
     PromptPair, make_prompt_pair, phrase_mask = _prompts.PromptPair, _prompts.make_prompt_pair, _prompts.phrase_mask
     locate_phrases, split_phrases = _prompts.locate_phrases, _prompts.split_phrases
-    tokenize_prompt_pair = _prompts.tokenize_prompt_pair
+    tokenize_prompt_pair, find_weights = _prompts.tokenize_prompt_pair, _prompts.find_weights
+    suggest_replacements = _prompts.suggest_replacements
     SFCM_MODES, noise_difference, phrase_distances = _sfcm.SFCM_MODES, _sfcm.noise_difference, _sfcm.phrase_distances
     free_regions, guidance_map = _sfcm.free_regions, _sfcm.guidance_map
     epsilon_scale, phrase_attention_maps = _sfcm.epsilon_scale, _sfcm.phrase_attention_maps
+
+logger = logging.getLogger(__name__)
 
 Target = str | tuple[str, str]
 
@@ -127,8 +133,8 @@ class SPFPortraitPipelineOutput(StableDiffusionPipelineOutput):
         sfcm_per_step: (B, N, H, W), the same of each call of the UNet.
         phrases: per image its base phrases; P is the longest's count.
         phrase_maps: (B, P, H, W), where the original model looks at them; zeros where an image has fewer phrases.
-        phrase_distances: (B, P) float32 on the CPU, `1 - cos` of phrase and target, in [0, 2]; zeros likewise. None
-            without a target.
+        phrase_distances: (B, P) float32 on the CPU, `1 - cos` of phrase and target, in [0, 2]; zeros likewise, and
+            where a phrase was cut off. None without a target.
         targets: per image its K targets.
         target_maps: (B, K, H, W), where the portrait's own attention looks at the targets' words.
     """
@@ -310,6 +316,36 @@ def _is_number(value: Any) -> bool:
 def _check_prompts(prompts: Any) -> None:
     if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) for text in prompts):
         raise ValueError(f"`prompt` has to be a string or a list of strings but is {prompts!r}.")
+
+
+def _check_generator(generator: Any) -> None:
+    generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
+    if not all(isinstance(own, torch.Generator) for own in generators):
+        raise ValueError(
+            f"`generator` has to be a torch.Generator or a list of them but is {generator!r}; for a seed give "
+            "torch.Generator().manual_seed(seed)."
+        )
+
+
+@lru_cache(maxsize=1024)
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def _warn_of_weights(prompts: Any) -> None:
+    """Say of weights and LoRAs that are written into a prompt that they are read as words."""
+    for text in [prompts] if isinstance(prompts, str) else prompts if isinstance(prompts, list) else []:
+        weights = find_weights(text)
+        if weights is not None:
+            _warn_once(f"{weights!r} in a prompt is read as words: neither weights nor <lora:...> mean anything here.")
+
+
+def _warn_of_contradictions(pair: PromptPair) -> None:
+    for phrase, target in suggest_replacements(pair):
+        _warn_once(
+            f"{phrase!r} in the prompt may contradict the target {target!r}, which then hardly shows: "
+            f"target_prompt=({phrase!r}, {target!r}) puts the target in its place."
+        )
 
 
 def _check_rows(arguments: dict[str, Any], count: int) -> None:
@@ -629,9 +665,11 @@ class SPFPortraitPipeline(StableDiffusionPipeline):
             "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs, **kwargs,
         }
         # fmt: on
+        _check_generator(generator)
         observed = bool(return_sfcm) or sfcm_guidance > 0
         own_rows = compare or observed or not adapter_in_unconditional
         if target_prompt is None and target_scale is None and not own_rows:
+            _warn_of_weights(prompt)
             return super().__call__(prompt, **stock_arguments)
         self._check_stock_inputs(prompt, stock_arguments)
         one_prompt = isinstance(prompt, str)
@@ -655,6 +693,9 @@ class SPFPortraitPipeline(StableDiffusionPipeline):
                 for text, own, own_free in zip(base_prompts, protected, free, strict=True)
             ]
             prompts = [pair.full_prompt for pair in pairs]
+            for pair in pairs:
+                _warn_of_contradictions(pair)
+        _warn_of_weights(prompts)
         phrases = None
         if pairs:
             phrases = self._locate_target_phrases(pairs, num_images_per_prompt, observed)
@@ -760,12 +801,14 @@ class SPFPortraitPipeline(StableDiffusionPipeline):
 
         Raises:
             ValueError: latents, or an output without maps and references.
-            IndexError: there is no such image.
+            IndexError: there is no such image; the message says how many there are.
 
         Source: [ours].
         """
         if not isinstance(output, SPFPortraitPipelineOutput):
             raise ValueError("Nothing to show beside the image: call with `return_sfcm=True` or `compare=True`.")
+        if not 0 <= index < len(output.images):
+            raise IndexError(f"There is no image {index}: the output has {len(output.images)}, counted from 0.")
         portrait, targets = _pil_image(output.images, index), (output.targets or {index: ()})[index]
         reference = portrait if output.reference_images is None else _pil_image(output.reference_images, index)
         shown = [] if output.reference_images is None else [("original model", reference)]
@@ -913,7 +956,7 @@ class SPFPortraitPipeline(StableDiffusionPipeline):
         width = max(map(len, texts))
         free = [torch.tensor([phrase in pair.free_phrases for phrase in pair.base_phrases]) for pair in pairs]
         # Only maps ask for the distances, and a call without maps may come without a text encoder on the device.
-        distances = self._phrase_distances(pairs) if observed else [torch.zeros(len(row)) for row in texts]
+        distances = self._phrase_distances(pairs, positions) if observed else [torch.zeros(len(row)) for row in texts]
         return self._phrase_rows(
             texts,
             [tuple(target.text for target in pair.target_prompts) for pair in pairs],
@@ -966,11 +1009,21 @@ class SPFPortraitPipeline(StableDiffusionPipeline):
             distances=repeat(distances),
         )
 
-    def _phrase_distances(self, pairs: Sequence[PromptPair]) -> list[Tensor]:
-        """Per prompt the (P,) float32 distances of its phrases to the target, by the original text encoder."""
-        texts = [text for pair in pairs for text in (*pair.base_phrases, pair.target_text)]
+    def _phrase_distances(
+        self, pairs: Sequence[PromptPair], positions: Sequence[Sequence[Sequence[int]]]
+    ) -> list[Tensor]:
+        """Per prompt the (P,) float32 distances of its phrases to the target, by the original text encoder.
+
+        A phrase that was cut off stands for nothing, as the target itself would: a prompt may name many of them.
+        """
+        rows = [
+            [*(text if tokens else pair.target_text for text, tokens in zip(pair.base_phrases, row)), pair.target_text]
+            for pair, row in zip(pairs, positions, strict=True)
+        ]
+        texts = list(dict.fromkeys(text for row in rows for text in row))
         inputs = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
         with self._original_text_encoder():
             embeds = self.text_encoder(inputs.input_ids.to(self._execution_device)).pooler_output.float().cpu()
-        groups = embeds.split([len(pair.base_phrases) + 1 for pair in pairs])
-        return [phrase_distances(group[None, :-1], group[None, -1])[0] for group in groups]
+        embed_of = dict(zip(texts, embeds, strict=True))
+        groups = [torch.stack([embed_of[text] for text in row])[None] for row in rows]
+        return [phrase_distances(group[:, :-1], group[:, -1])[0] for group in groups]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,6 +41,14 @@ POLYNOMIAL_END = 1e-7  # of the learning rate, in diffusers
 PRIVATE_TRACKERS = ("tensorboard", "none")
 
 
+# A shell leaves the ~ of --output_dir=~/lora as it is.
+PATHS = (
+    "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "tiny_vae_model_name_or_path",
+    "clip_model_name_or_path", "train_data_dir", "dataset_name", "cache_dir", "reference_lora", "stage1_lora_path",
+    "sfcm_dir", "resume_from_checkpoint", "output_dir", "logging_dir",
+)  # fmt: skip
+
+
 def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     """Read and check the flags; a value that cannot work ends the program with a line that names it."""
     parser = argparse.ArgumentParser(
@@ -69,7 +78,9 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     )
 
     group = parser.add_argument_group("data")
-    group.add_argument("--train_data_dir", help="Folder with pictures and metadata.jsonl.")
+    group.add_argument(
+        "--train_data_dir", help="Folder with pictures and metadata.jsonl or metadata.csv, or a caption beside each."
+    )
     group.add_argument("--dataset_name", help="A `datasets` id or path, instead of --train_data_dir.")
     group.add_argument("--dataset_config_name", help="Configuration of the data set.")
     group.add_argument(
@@ -77,6 +88,14 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument("--image_column", default="image", help="Column of the pictures, with --dataset_name.")
     group.add_argument("--base_prompt_column", default="base_prompt", help="Column of the base prompts.")
+    group.add_argument(
+        "--caption_column", help="Column of captions instead, out of which the target is taken where they say it."
+    )
+    group.add_argument(
+        "--caption_extension",
+        default=".txt",
+        help="Ending of the captions beside the pictures, a.png and a.txt, out of which the target is taken likewise.",
+    )
     group.add_argument("--target_prompt_column", default="target_prompt", help="Column of the target prompts.")
     group.add_argument(
         "--full_prompt_column", default="full_prompt", help="Optional column of the full prompts, for replacements."
@@ -401,6 +420,8 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     )
 
     args = parser.parse_args(input_args)
+    for name in PATHS:
+        setattr(args, name, _in_home(getattr(args, name)))
     _fold_stages(parser, args)
     _check_flags(parser, args)
     if args.lora_alpha is None:
@@ -435,6 +456,13 @@ def _scale_of_each(args: argparse.Namespace) -> list[float] | None:
     scales = args.reference_lora_scale
     scales = scales if isinstance(scales, list) else [scales]
     return scales * len(args.reference_lora) if len(scales) == 1 else scales
+
+
+def _in_home(path: str | list[str] | None) -> str | list[str] | None:
+    """A path, or several, with the home folder in the place of ~."""
+    if isinstance(path, list):
+        return [os.path.expanduser(one) for one in path]
+    return None if path is None else os.path.expanduser(path)
 
 
 def _split_names(text: str) -> list[str]:
@@ -535,6 +563,12 @@ def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         for name in ("hub_model_id", "hub_token", "hub_private_repo"):
             if getattr(args, name):
                 parser.error(f"--{name} needs --push_to_hub")
+    if args.caption_column is not None and args.base_prompt_column != parser.get_default("base_prompt_column"):
+        parser.error("--caption_column takes the place of --base_prompt_column: give one of them")
+    if not (args.caption_extension.startswith(".") and args.caption_extension.strip(". ")):
+        parser.error(f"--caption_extension must be an ending such as .txt, got {args.caption_extension!r}")
+    if args.caption_extension != parser.get_default("caption_extension") and args.train_data_dir is None:
+        parser.error("--caption_extension is for the captions of --train_data_dir")
     if not all(phrase.strip() for phrase in args.free_phrases or ()):
         parser.error("--free_phrases has an empty phrase")
     if args.aspect_ratio_buckets is not None and not args.aspect_ratio_buckets.strip():

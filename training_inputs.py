@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import inspect
+import json
 import logging
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,8 +53,13 @@ from prompts import (
     PromptTokens,
     TargetPrompt,
     compose_full_prompt,
+    find_weights,
     has_phrase,
+    keep_phrases,
     make_prompt_pair,
+    suggest_replacement,
+    suggest_replacements,
+    take_out,
     tokenize_prompt_pair,
 )
 
@@ -64,6 +71,7 @@ logger = logging.getLogger(__name__)
 FREE_ON_RESUME = frozenset(
     """
     train_data_dir dataset_name dataset_config_name cache_dir image_column base_prompt_column target_prompt_column
+    caption_column caption_extension
     full_prompt_column base_phrases_column free_phrases_column free_phrases target_prompt max_train_samples
     dataloader_num_workers cache_latents cache_text_embeddings train_batch_size gradient_checkpointing allow_tf32
     stage2_steps output_dir logging_dir report_to checkpointing_steps checkpoints_total_limit resume_from_checkpoint
@@ -235,6 +243,8 @@ def check_inputs(args: argparse.Namespace) -> Inputs:
         cache_dir=args.cache_dir,
         image_column=args.image_column,
         base_prompt_column=args.base_prompt_column,
+        caption_column=args.caption_column,
+        caption_extension=args.caption_extension,
         target_prompt_column=args.target_prompt_column,
         full_prompt_column=args.full_prompt_column,
         base_phrases_column=args.base_phrases_column,
@@ -245,6 +255,7 @@ def check_inputs(args: argparse.Namespace) -> Inputs:
         max_train_samples=args.max_train_samples,
         seed=args.seed,
     )
+    rows = [row if row.caption is None else base_row(row) for row in rows]
     pairs, tokens = [], []
     for row in rows:
         try:
@@ -256,6 +267,7 @@ def check_inputs(args: argparse.Namespace) -> Inputs:
     for phrase in args.free_phrases or ():
         if not any(has_phrase(row.base_prompt, phrase) for row in rows):
             raise ValueError(f"--free_phrases: {phrase!r} is a phrase of no base prompt")
+    _warn_of_words(rows, pairs)
     check_images(rows)
     buckets = [nearest_bucket(upright_size(row), sizes) for row in rows]
     if args.preservation == "prior" or (args.stage2_steps and args.alignment_source != "data"):
@@ -438,6 +450,44 @@ def check_lora_layers(layers: Sequence[str], unet_config: dict) -> None:
 # ------------------------------------------------------------------------------------------------------ prompts
 
 
+def base_row(row: PortraitRow) -> PortraitRow:
+    """A caption's row with its base prompt: the caption without the targets that are added [ours].
+
+    Raises:
+        ValueError: nothing else is in the caption; the message begins with the row's source.
+    """
+    targets = [row.target_prompt] if isinstance(row.target_prompt, str) else row.target_prompt
+    base_prompt = row.caption
+    for target in targets:
+        base_prompt = take_out(base_prompt, target) if isinstance(target, str) else base_prompt
+    if not base_prompt:
+        raise ValueError(f"{row.source}: the caption {row.caption!r} says nothing but the target")
+    return replace(row, base_prompt=base_prompt)
+
+
+def _warn_of_words(rows: Sequence[PortraitRow], pairs: Sequence[PromptPair]) -> None:
+    """Say once what prompts cannot mean here, and which of their phrases may contradict the target."""
+    weights = [(row, found) for row, pair in zip(rows, pairs) if (found := find_weights(pair.full_prompt)) is not None]
+    if weights:
+        logger.warning(
+            "%s: %r is read as words (%d of %d rows): neither weights nor <lora:...> mean anything here",
+            weights[0][0].source,
+            weights[0][1],
+            len(weights),
+            len(rows),
+        )
+    for (phrase, target), count in Counter(found for pair in pairs for found in suggest_replacements(pair)).items():
+        logger.warning(
+            "%d of %d rows: %r may contradict the target %r; the target_prompt %s puts the "
+            "target in its place",
+            count,
+            len(rows),
+            phrase,
+            target,
+            json.dumps([[phrase, target]], ensure_ascii=False),
+        )
+
+
 def _phrases_in(base_prompt: str, phrases: Iterable[str] | None) -> list[str]:
     """Those of the phrases that stand in a base prompt."""
     return [phrase for phrase in phrases or () if has_phrase(base_prompt, phrase)]
@@ -476,7 +526,7 @@ def ask_for_reference_targets(pairs: Sequence[PromptPair], texts: Sequence[str],
     Args:
         pairs: M pairs of the portraits to be drawn.
         texts: the earlier LoRAs' targets; each is asked for in the base prompts of half of the pairs, in a choice of
-            its own. It takes the place of a phrase with the same last word ("brown hair"), or else is added.
+            its own. It takes the place of a phrase about the same noun ("brown hair"), or else is added.
         seed: seed of the choice.
 
     Returns:
@@ -491,7 +541,7 @@ def ask_for_reference_targets(pairs: Sequence[PromptPair], texts: Sequence[str],
         for target in dict.fromkeys(target.text for pair in pairs for target in pair.target_prompts):
             if has_phrase(target, text) or has_phrase(text, target):
                 raise ValueError(f"--reference_target_prompt {text!r} overlaps with the new target {target!r}")
-            if _last_word(target) == _last_word(text):
+            if suggest_replacement([target], text) is not None:
                 logger.warning("--reference_target_prompt %r may contradict the new target %r", text, target)
         for i in rng.permutation(len(pairs))[: (len(pairs) + 1) // 2]:
             pairs[i] = ask_for(pairs[i], text)
@@ -499,18 +549,14 @@ def ask_for_reference_targets(pairs: Sequence[PromptPair], texts: Sequence[str],
 
 
 def ask_for(pair: PromptPair, text: str) -> PromptPair:
-    """The pair with a text asked for in its base prompt, in the place of a phrase with the same last word or added."""
+    """The pair with a text asked for in its base prompt, in the place of a phrase about the same noun or added."""
     if has_phrase(pair.base_prompt, text):
         return pair
-    rival = next((phrase for phrase in pair.base_phrases if _last_word(phrase) == _last_word(text)), None)
+    rival, _ = suggest_replacement(pair.base_phrases, text) or (None, None)
     base_prompt = compose_full_prompt(pair.base_prompt, [TargetPrompt(text, rival)])
     phrases = [*(phrase for phrase in pair.base_phrases if phrase != rival), text]
     free = [phrase for phrase in pair.free_phrases if phrase != rival]
     return make_prompt_pair(base_prompt, pair.target_prompts, base_phrases=phrases, free_phrases=free)
-
-
-def _last_word(phrase: str) -> str:
-    return phrase.lower().split()[-1]
 
 
 def thin_out(pair: PromptPair, dropout: float, rng: np.random.Generator) -> PromptPair:
@@ -520,14 +566,7 @@ def thin_out(pair: PromptPair, dropout: float, rng: np.random.Generator) -> Prom
         return pair
     protected = [i for i, phrase in enumerate(pair.base_phrases) if phrase not in pair.free_phrases]
     keep[protected[rng.integers(len(protected))]] |= not keep[protected].any()
-    kept = [phrase for phrase, stays in zip(pair.base_phrases, keep) if stays]
-    free = [phrase for phrase in kept if phrase in pair.free_phrases]
-    replaced = [target.replaces for target in pair.target_prompts if target.replaces is not None]
-    # A free phrase may be a part of another one, and is then there with it.
-    inside = {phrase for phrase in free for other in kept if other != phrase and has_phrase(other, phrase)}
-    words = [*(phrase for phrase in kept if phrase not in inside), *replaced]
-    words.sort(key=lambda phrase: pair.base_prompt.lower().find(phrase.lower()))
-    return make_prompt_pair(", ".join(words), pair.target_prompts, base_phrases=kept, free_phrases=free)
+    return keep_phrases(pair, keep)
 
 
 def tokenize_unrelated(prompts: Sequence[str], tokenizer: CLIPTokenizer) -> torch.Tensor:
@@ -596,19 +635,33 @@ def print_dry_run(inputs: Inputs, distances: torch.Tensor) -> None:
         print(f"earlier LoRA   {reference.name}  (scale {reference.scale:g})")
     seen = set()
     for row, pair, tokens, row_distances in zip(inputs.rows, inputs.pairs, inputs.tokens, distances.tolist()):
-        if pair in seen:
+        if (pair, row.caption) in seen:
             continue
-        seen.add(pair)
-        print(f"{row.source}\n  base prompt  {pair.base_prompt}\n  full prompt  {pair.full_prompt}")
-        print(f"  target       {pair.target_text}  (tokens {_ranges(tokens.target_positions)} of the full prompt)")
+        seen.add((pair, row.caption))
+        print(row.source)
+        if row.caption is not None:
+            taken = "" if row.caption == pair.base_prompt else "  (the target is taken out)"
+            print(f"  caption      {_one_line(row.caption)}{taken}")
+        print(f"  base prompt  {_one_line(pair.base_prompt)}\n  full prompt  {_one_line(pair.full_prompt)}")
+        target = _one_line(pair.target_text)
+        print(f"  target       {target}  (tokens {_ranges(tokens.target_positions)} of the full prompt)")
+        rivals = dict(suggest_replacements(pair))
         for phrase, positions, distance in zip(pair.base_phrases, tokens.phrase_positions, row_distances):
             kind = "free phrase" if phrase in pair.free_phrases else "phrase"
-            print(f"  {kind:11}  {phrase}  (tokens {_ranges(positions)}, CLIP distance {distance:.3f})")
+            rival = f"; may contradict the target {rivals[phrase]!r}" if phrase in rivals else ""
+            where = f"tokens {_ranges(positions)}, CLIP distance {distance:.3f}{rival}"
+            print(f"  {kind:11}  {_one_line(phrase)}  ({where})")
     if len(inputs.sizes) > 1:
         own = inputs.buckets[: len(inputs.rows)]
         for bucket, (height, width) in enumerate(inputs.sizes):
             print(f"{own.count(bucket)} portraits of {width}x{height} pixels")
-    print(f"{len(inputs.rows)} portraits, {len(seen)} different pairs of prompts. Nothing was trained (--dry_run).")
+    different = len({pair for pair, _ in seen})
+    print(f"{len(inputs.rows)} portraits, {different} different pairs of prompts. Nothing was trained (--dry_run).")
+
+
+def _one_line(text: str) -> str:
+    """A text whose line breaks, which are spaces to the text encoder, do not break a table."""
+    return " ".join(text.split())
 
 
 def _ranges(positions: Sequence[int]) -> str:

@@ -6,6 +6,8 @@ import itertools
 import json
 import os
 import random
+import struct
+import unicodedata
 import warnings
 import zlib
 from collections import Counter
@@ -13,10 +15,11 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from data import (
@@ -77,6 +80,13 @@ def refusal(kind: type[Exception], **arguments) -> str:
 
 def row_of(image: Path | Image.Image) -> PortraitRow:
     return PortraitRow("somewhere, line 7", image, "a woman", "a hat")
+
+
+def warned(caplog) -> list[str]:
+    """What `data.py` has warned of since the last call."""
+    messages = [record.getMessage() for record in caplog.records if record.name == "data"]
+    caplog.clear()
+    return messages
 
 
 # --------------------------------------------------------------------------------------------------------- a folder
@@ -198,7 +208,7 @@ def test_a_target_that_contradicts_the_flag(tmp_path):
         (changed(file_name=7), "column 'file_name' must be a text"),
         (changed(file_name="../0.png"), r"file_name '../0.png' leads out of the folder"),
         (changed(file_name="a/../../0.png"), "leads out of the folder"),
-        (changed(file_name=os.path.abspath("0.png")), "leads out of the folder"),
+        (changed(file_name=os.path.abspath("0.png")), "0.png' is not in the folder"),
         (changed(file_name="."), "is not a file"),
     ],
 )
@@ -230,6 +240,170 @@ def test_links_may_not_lead_out_of_the_folder(tmp_path):
     (folder / "loop.png").symlink_to(folder / "loop.png")
     write_folder(folder, [changed(file_name="loop.png")])
     assert "there is no image" in refusal(FileNotFoundError, train_data_dir=folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("sub/a.png", "sub\\a.png"),
+        ("sub/a.png", "{folder}/sub/a.png"),
+        (unicodedata.normalize("NFD", "zoë/é.png"), unicodedata.normalize("NFC", "zoë/é.png")),
+        (unicodedata.normalize("NFC", "zoë/é.png"), unicodedata.normalize("NFD", "zoë\\é.png")),
+        ("a\\b.png", "a\\b.png"),
+    ],
+)
+def test_a_name_as_other_systems_write_it(tmp_path, name, written, caplog):
+    write_image(tmp_path / name)
+    write_folder(tmp_path, [changed(file_name=written.format(folder=tmp_path))], images=0)
+    (row,) = load_rows(train_data_dir=tmp_path)
+    assert row.image == tmp_path / name and upright_size(row) == (6, 4)
+    assert warned(caplog) == []
+
+
+@pytest.mark.parametrize("written", ["..\\a.png", "sub\\..\\..\\a.png", "{folder}/../a.png", "{folder}x/a.png"])
+def test_no_spelling_leads_out_of_the_folder(tmp_path, written):
+    folder = write_folder(tmp_path / "set", [changed(file_name=written.format(folder=tmp_path / "set"))])
+    write_image(tmp_path / "a.png")
+    message = refusal(ValueError, train_data_dir=folder)
+    assert "leads out of the folder" in message or "is not in the folder" in message
+
+
+def test_a_relative_folder_takes_absolute_names(tmp_path, monkeypatch):
+    folder = write_folder(tmp_path / "set", [changed(file_name=str(tmp_path / "set" / "0.png"))])
+    monkeypatch.chdir(tmp_path)
+    (row,) = load_rows(train_data_dir="set")
+    assert row.image == Path("set", "0.png") and folder.is_dir()
+
+
+def test_what_a_row_does_not_use_is_warned_of(tmp_path, caplog):
+    folder = write_folder(tmp_path / "set", [changed(free_phrase=["a green jacket"], note="mine")], images=3)
+    write_image(folder / "more" / "4.jpg")
+    for hidden in (".thumbs/5.png", "__MACOSX/6.png", "._0.png"):
+        write_image(folder / hidden)
+    load_rows(train_data_dir=folder)
+    unused, misspelled = warned(caplog)
+    assert unused == f"3 images of {folder} are in no row of metadata.jsonl: 1.png, 2.png, more/4.jpg"
+    assert misspelled == (
+        f"{folder}/metadata.jsonl: the column 'free_phrase' is not read; is 'free_phrases' meant?"
+    )
+    masked = write_folder(tmp_path / "masked", [changed(mask_file_name="1.png")], images=2)
+    load_rows(train_data_dir=masked)
+    load_rows(train_data_dir=write_folder(tmp_path / "two", [ROW, changed(file_name="1.png")], 2), max_train_samples=1)
+    assert warned(caplog) == []
+
+
+def write_csv(folder: Path, text: str, images: int = 1) -> Path:
+    write_folder(folder, [], images)
+    (folder / "metadata.jsonl").unlink()
+    (folder / "metadata.csv").write_bytes(text.encode())
+    return folder
+
+
+def test_a_table_of_prompts(tmp_path):
+    text = (
+        "\ufefffile_name,base_prompt,target_prompt,base_phrases,full_prompt\r\n"
+        '0.png,"a woman, a ""green"" jacket",blonde hair,,\r\n\r\n'
+        '1.png,"a woman,\r\na hat","[[""a hat"", ""a tie""]]","[""a woman"", ""a hat""]","a woman, a tie"\r\n'
+    )
+    folder = write_csv(tmp_path, text, images=2)
+    first, second = load_rows(train_data_dir=folder)
+    assert first == PortraitRow(
+        f"{folder}/metadata.csv, line 2", folder / "0.png", 'a woman, a "green" jacket', "blonde hair"
+    )
+    assert second.source == f"{folder}/metadata.csv, line 4" and second.target_prompt == [("a hat", "a tie")]
+    assert second.base_phrases == ("a woman", "a hat") and second.full_prompt == "a woman, a tie"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file_name,base_prompt\n0.png,a man, a hat\n", "metadata.csv, line 2 has 3 cells for the 2 columns.*quotes"),
+        ("file_name,base_prompt\n0.png\n", "metadata.csv, line 2 has 1 cells for the 2 columns"),
+        ("file_name;base_prompt\n0.png;a woman\n", r"no column 'file_name'. It has \['file_name;base_prompt'\]"),
+        ("file_name,file_name\n0.png,0.png\n", "line 1 names a column twice"),
+        ("file_name,base_prompt,base_phrases\n0.png,a hat,[a hat]\n", "line 2: column 'base_phrases' is no list"),
+        ("file_name,base_prompt,base_phrases\n0.png,a hat,a hat\n", "column 'base_phrases' must be a list of phrases"),
+        ('file_name,base_prompt\n0.png,"a woman\n', "metadata.csv, line 2: unexpected end of data"),
+        ("file_name,base_prompt\n0.png,\n", "line 2: no column 'base_prompt'; see --base_prompt_column"),
+        ("file_name,base_prompt\n", "has no rows"),
+    ],
+)
+def test_a_wrong_table_is_named(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message) as error:
+        load_rows(train_data_dir=write_csv(tmp_path, text), target_prompt="blonde hair")
+    assert "\n" not in str(error.value)
+
+
+def test_a_table_in_another_encoding(tmp_path):
+    folder = write_csv(tmp_path, "")
+    (folder / "metadata.csv").write_bytes("file_name,base_prompt".encode("utf-16"))
+    assert "metadata.csv is not UTF-8" in refusal(ValueError, train_data_dir=folder)
+
+
+def test_two_tables_are_one_too_many(tmp_path):
+    folder = write_folder(tmp_path, [ROW])
+    (folder / "metadata.csv").write_text("file_name,base_prompt\n")
+    assert "has a metadata.jsonl and a metadata.csv: keep the one" in refusal(ValueError, train_data_dir=folder)
+
+
+def write_captions(folder: Path, captions: dict[str, bytes]) -> Path:
+    """Pictures by name, each with its caption beside it in a .txt file."""
+    for name, text in captions.items():
+        write_image(folder / name).with_suffix(".txt").write_bytes(text)
+    return folder
+
+
+def test_captions_beside_the_images(tmp_path):
+    captions = {"b.png": b"\xef\xbb\xbfa man,\r\na hat\r\n", "a.jpg": b"a woman, blonde hair", "sub/c.PNG": b"a boy"}
+    folder = write_captions(tmp_path, captions)
+    (folder / "notes.txt").write_text("belongs to no picture")
+    assert load_rows(train_data_dir=folder, target_prompt="blonde hair") == [
+        PortraitRow(str(folder / name).replace(end, ".txt"), folder / name, text, "blonde hair", caption=text)
+        for name, end, text in [
+            ("a.jpg", ".jpg", "a woman, blonde hair"),
+            ("b.png", ".png", "a man, a hat"),
+            ("sub/c.PNG", ".PNG", "a boy"),
+        ]
+    ]
+    (folder / "a.txt").rename(folder / "a.caption")
+    for name in ("b.png", "sub/c.PNG"):
+        (folder / name).unlink()
+    (row,) = load_rows(train_data_dir=folder, target_prompt="blonde hair", caption_extension=".caption")
+    assert row.source == str(folder / "a.caption")
+
+
+def test_captions_that_cannot_be_used(tmp_path):
+    folder = write_captions(tmp_path, {"a.png": b"a man", "b.png": b"a boy"})
+    assert "need --target_prompt" in refusal(ValueError, train_data_dir=folder)
+    arguments = {"train_data_dir": folder, "target_prompt": "blonde hair"}
+    assert "no --caption_column" in refusal(ValueError, caption_column="text", **arguments)
+    (folder / "b.txt").write_bytes(b" \n")
+    assert f"{folder / 'b.txt'} must be a text that is not empty" in refusal(ValueError, **arguments)
+    (folder / "b.txt").unlink()
+    message = refusal(FileNotFoundError, **arguments)
+    assert "1 of 2 images have no caption beside them that ends in .txt (--caption_extension): b.png" in message
+    (folder / "b.txt").write_bytes("für".encode("latin-1"))
+    assert f"{folder / 'b.txt'} is not UTF-8" in refusal(ValueError, **arguments)
+
+
+def test_a_metadata_file_comes_before_captions(tmp_path, caplog):
+    folder = write_folder(tmp_path, [ROW])
+    write_captions(folder, {"0.png": b"a man"})
+    (row,) = load_rows(train_data_dir=folder)
+    assert row.base_prompt == ROW["base_prompt"] and row.caption is None
+    (message,) = warned(caplog)
+    assert message == f"{folder}/metadata.jsonl gives the prompts; the captions beside the images are not read"
+    (folder / "0.cap").write_text("a man")
+    message = refusal(ValueError, train_data_dir=folder, caption_extension=".cap")
+    assert f"--caption_extension .cap: {folder}/metadata.jsonl gives the prompts" in message
+
+
+def test_a_column_of_captions(tmp_path):
+    folder = write_folder(tmp_path, [changed(base_prompt=None, text="a woman, blonde hair, a hat")])
+    (row,) = load_rows(train_data_dir=folder, caption_column="text")
+    assert row.base_prompt == row.caption == "a woman, blonde hair, a hat" and row.target_prompt == "blonde hair"
+    message = refusal(ValueError, train_data_dir=folder, caption_column="caption")
+    assert "no column 'caption'; see --caption_column. It has" in message
 
 
 def test_the_folder_itself_may_be_a_link(tmp_path):
@@ -370,6 +544,46 @@ def test_a_dataset_that_is_not_there(tmp_path):
     assert "cannot be read" in message and "'other'" in message
 
 
+def save_paths(folder: Path, paths: list[str]) -> Path:
+    """A parquet file whose rows name their pictures by path."""
+    rows = {"image": [{"path": path, "bytes": None} for path in paths], "base_prompt": ["a woman"] * len(paths)}
+    features = datasets.Features({"image": datasets.Image(), "base_prompt": datasets.Value("string")})
+    folder.mkdir(exist_ok=True)
+    # `to_parquet` would put the pictures' bytes into the file.
+    pq.write_table(datasets.Dataset.from_dict(rows, features).data.table, folder / "data.parquet")
+    return folder
+
+
+def test_a_dataset_names_files_of_its_own_alone(tmp_path):
+    secret = write_image(tmp_path / "secret.png")
+    folder = tmp_path / "set"
+    write_image(folder / "pictures" / "a.png")
+    arguments = {"dataset_name": str(folder), "target_prompt": "blonde hair", "cache_dir": tmp_path / "cache"}
+    inside = str(folder / "pictures" / "a.png")
+    save_paths(folder, [inside])
+    (row,) = load_rows(**arguments)
+    assert row.image == Path(inside)
+    (folder / "link").symlink_to(secret)
+    for path in (str(secret), f"{folder}/../secret.png", str(folder / "link"), "/etc/passwd", "secret.png"):
+        save_paths(folder, [inside, path])
+        message = refusal(ValueError, **arguments)
+        assert f"dataset {str(folder)!r}, row 1: column 'image' names {path!r}, which is no file in" in message
+
+
+def test_a_file_of_a_dataset_is_no_dataset(tmp_path):
+    file = save_paths(tmp_path / "set", ["a.png"]) / "data.parquet"
+    assert "it is a file; give the folder that it lies in" in refusal(ValueError, dataset_name=str(file))
+
+
+def test_a_caption_inside_another_column(tmp_path):
+    image = {"bytes": encode(Image.new("RGB", (6, 4))), "path": None}
+    features = datasets.Features({"image": datasets.Image(), "json": {"base_prompt": datasets.Value("string")}})
+    rows = {"image": [image], "json": [{"base_prompt": "a woman"}]}
+    datasets.Dataset.from_dict(rows, features).save_to_disk(tmp_path / "set")
+    message = refusal(ValueError, dataset_name=str(tmp_path / "set"), target_prompt="blonde hair")
+    assert "no column 'base_prompt'; see --base_prompt_column; it lies inside of 'json'" in message
+
+
 @pytest.mark.parametrize("cut", [20, -200])
 def test_a_broken_image_of_a_dataset(tmp_path, cut):
     noisy = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
@@ -416,6 +630,76 @@ def test_what_is_transparent_lies_on_white(tmp_path):
         warnings.simplefilter("error")
         image.convert("P").save(tmp_path / "1.png", transparency=bytes([0] * 200 + [255] * 56))
         load_image(row_of(tmp_path / "1.png"))
+
+
+def odd_exif(orientation: int) -> bytes:
+    """EXIF with a value in it that Pillow cannot write."""
+    entries = struct.pack("<HHIHH", 0x112, 3, 1, orientation, 0) + struct.pack("<HHII", 0x103, 4, 1, 70_000)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + struct.pack("<I", 0)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_odd_tag_does_not_matter(tmp_path, kind, orientation):
+    stored = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 32, 3), np.uint8))
+    path = tmp_path / f"a.{kind.lower()}"
+    stored.save(path, kind, exif=odd_exif(orientation))
+    plain = tmp_path / f"b.{kind.lower()}"
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    stored.save(plain, kind, exif=exif)
+    row = row_of(path)
+    image = load_image(row)
+    assert image.size == upright_size(row) == ((32, 16) if orientation < 5 else (16, 32))
+    assert np.array_equal(image, load_image(row_of(plain)))
+
+
+def test_broken_exif_is_nobodys_concern(tmp_path):
+    exif = bytearray(odd_exif(6))
+    exif[14:16] = struct.pack("<H", 40)  # more entries than there are
+    path = tmp_path / "a.jpg"
+    Image.new("RGB", (6, 4), "red").save(path, exif=bytes(exif))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert load_image(row_of(path)).size == upright_size(row_of(path)) == (4, 6)
+
+
+@pytest.mark.parametrize("after_pixels", [False, True])
+def test_long_texts_of_a_png_are_passed_over(tmp_path, after_pixels):
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("parameters", "x" * 2_000_000, zip=True)
+    texts.add_itxt("workflow", "x" * 2_000_000, zip=True)
+    content = encode(Image.new("RGB", (6, 4), "red"), pnginfo=texts)
+    if after_pixels:
+        header, start = 8 + 25, content.index(b"IDAT") - 4
+        end = start + 12 + int.from_bytes(content[start : start + 4], "big")
+        content = content[:header] + content[start:end] + content[header:start] + content[end:]
+    (tmp_path / "a.png").write_bytes(content)
+    row = row_of(tmp_path / "a.png")
+    assert upright_size(row) == (6, 4) and load_image(row).getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("keyword", ["XML:com.adobe.xmp", "Raw profile type exif"])
+def test_the_orientation_in_a_text_of_a_png_counts(tmp_path, keyword):
+    texts = PngImagePlugin.PngInfo()
+    if keyword.startswith("XML"):
+        texts.add_itxt(keyword, '<rdf:Description tiff:Orientation="6"/>')
+    else:
+        exif = Image.Exif()
+        exif[0x112] = 6
+        hexadecimal = exif.tobytes().hex()
+        texts.add_text(keyword, f"\nexif\n{len(hexadecimal) // 2:8}\n{hexadecimal}", zip=True)
+    (tmp_path / "a.png").write_bytes(encode(Image.new("RGB", (6, 4)), pnginfo=texts))
+    row = row_of(tmp_path / "a.png")
+    assert load_image(row).size == upright_size(row) == (4, 6)
+
+
+@pytest.mark.parametrize("name", ["a.heic", "a.jpg"])
+def test_heic_is_refused_by_name(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 100)
+    with pytest.raises(ValueError, match="a.* is a HEIC picture, which is not read; save it as JPEG or PNG"):
+        load_image(row_of(path))
 
 
 def test_a_decoded_image_of_ones_own():

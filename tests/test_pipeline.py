@@ -862,8 +862,9 @@ def test_visualize_of_less(world):
         world.ours.visualize(draw(world.ours, BASE))
     with pytest.raises(ValueError, match="latent"):
         world.ours.visualize(draw(world.ours, BASE, compare=True, output_type="latent"))
-    with pytest.raises(IndexError):
-        world.ours.visualize(maps, 1)
+    for index in (1, -1):
+        with pytest.raises(IndexError, match=f"no image {index}: the output has 1"):
+            world.ours.visualize(maps, index)
 
 
 # ----------------------------------------------------------------------------------------------------------- errors
@@ -910,6 +911,8 @@ def test_visualize_of_less(world):
         ({"target_prompt": [("a hat", "a scarf")]}, "'a hat' is not in the base prompt"),
         ({"target_prompt": "a woman"}, "already a phrase"),
         ({"target_prompt": "with very red hair " * 20}, "does not fit"),
+        ({"target_prompt": TARGET, "prompt": "a hat, " * 3000}, "base prompt has 21000 characters, more than"),
+        ({"return_sfcm": True, "prompt": "a hat, " * 3000}, "prompt has 21000 characters, more than"),
         ({"target_prompt": TARGET, "base_phrases": "a woman"}, "base_phrases"),
         ({"target_prompt": TARGET, "base_phrases": ["a dog"]}, "'a dog' is not in the base prompt"),
         ({"target_prompt": TARGET, "prompt": [BASE, OTHER], "base_phrases": ["a woman", "a man"]}, "2 prompts"),
@@ -930,6 +933,44 @@ def test_wrong_arguments_are_told_before_the_first_step(world, arguments, messag
     finally:
         alarm.remove()
     assert state(world.ours) == before
+
+
+@pytest.mark.parametrize("generator", [0, [torch.Generator(), 1]])
+@pytest.mark.parametrize("arguments", [{}, {"target_prompt": TARGET, "compare": True}])
+def test_a_seed_is_no_generator(world, generator, arguments):
+    with pytest.raises(ValueError, match=r"^`generator` has to be a torch.Generator.*manual_seed\(seed\)"):
+        world.ours(BASE, generator=generator, num_inference_steps=1, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "arguments", "words"),
+    [
+        ("a man, (a coat:1.2)", {}, ["'(a coat:1.2)' in a prompt is read as words"]),
+        ("a man, <lora:a:1>", {"target_prompt": TARGET}, ["'<lora:a:1>' in a prompt is read as words"]),
+        ("a man", {"target_prompt": "((a tie))"}, ["'((a tie))' in a prompt is read as words"]),
+        ("a man, black hair", {"target_prompt": TARGET}, ["'black hair' in the prompt may contradict", repr(TARGET)]),
+        ("a man, green hair", {"target_prompt": ("green hair", TARGET)}, None),
+        ("a man, a hat", {"target_prompt": TARGET}, None),
+    ],
+)
+def test_what_a_prompt_cannot_mean_is_said_once(world, caplog, prompt, arguments, words):
+    for _ in range(2):
+        draw(world.ours, prompt, num_inference_steps=1, **arguments)
+    messages = [record.getMessage() for record in caplog.records if record.name == "pipeline_spf_portrait"]
+    assert len(messages) == (0 if words is None else 1)
+    assert all(word in message for message in messages for word in words)
+
+
+def test_phrases_that_were_cut_off_are_not_encoded(world):
+    prompt = ", ".join(f"{i} hats" for i in range(300))
+    encoded = []
+    hook = world.ours.text_encoder.register_forward_pre_hook(
+        lambda _, args, kwargs: encoded.append(len(args[0] if args else kwargs["input_ids"])), with_kwargs=True
+    )
+    output = draw(world.ours, prompt, target_prompt=[("0 hats", TARGET)], return_sfcm=True, num_inference_steps=1)
+    hook.remove()
+    assert output.phrase_distances.shape == (1, 299) and max(encoded) < 40
+    assert (output.phrase_distances[0, 40:].abs() < 1e-6).all() and (output.phrase_distances[0, :5] > 1e-6).all()
 
 
 @pytest.mark.parametrize(
