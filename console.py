@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +28,12 @@ class FlagFormatter(argparse.HelpFormatter):
         if any(action.default is nothing for nothing in (None, False, argparse.SUPPRESS)):
             return action.help
         default = " ".join(map(str, action.default)) if isinstance(action.default, tuple | list) else action.default
-        return f"{action.help} [{str(default).replace('%', '%%')}]"
+        return f"{action.help} (default: {str(default).replace('%', '%%')})"
+
+
+def in_home(path: str) -> str:
+    """A path of a flag with ~ for the home folder, as the shell has it."""
+    return os.path.expanduser(path)
 
 
 def import_libraries() -> None:

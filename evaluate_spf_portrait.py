@@ -9,12 +9,14 @@ Source: [ours].
 
 from __future__ import annotations
 
+from console import import_libraries, phase_bar
 from evaluation_arguments import REGIONS, parse_args
 
 
 if __name__ == "__main__":
     # Flags are read before the libraries are imported, which takes seconds: --help and a wrong flag answer at once.
     ARGS = parse_args()
+    import_libraries()
 
 import argparse
 from collections.abc import Iterable, Iterator, Sequence
@@ -152,7 +154,7 @@ def draw_all(
         folder.mkdir(parents=True, exist_ok=True)
         if model is not ORIGINAL:
             use_lora(pipeline, model, args.lora_scale)
-        with tqdm(total=len(pairs) * args.num_seeds, desc="drawing", unit="portrait") as bar:
+        with phase_bar("drawing", len(pairs) * args.num_seeds, "portrait") as bar:
             for names, portraits, maps in draw(pipeline, pairs, args, with_map=model is not ORIGINAL):
                 save_drawn(folder, names, portraits, maps)
                 bar.update(len(names))
@@ -402,7 +404,7 @@ def measure_all(
     judged, lines = [], []
     for model, folder in zip(models, folders, strict=True):
         print(f"measuring {len(judged) + 1} of {len(models)}: {model.name}", flush=True)
-        with tqdm(total=len(names), desc="measuring", unit="portrait") as bar:
+        with phase_bar("measuring", len(names), "portrait") as bar:
             parts = counted(open_compared(folders[0], folder, names, pairs, args), bar)
             found, whole = measure(parts, judges, args.neutral_prompt, probe, args.toy)
         values = {name: numbers.reshape(len(pairs), args.num_seeds) for name, numbers in found.items()}

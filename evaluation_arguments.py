@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from console import FlagFormatter, in_home
 from metrics import JUDGES
 from toy_portraits.recipe import BASE_MODEL
 from toy_portraits.world import TARGETS
@@ -24,21 +24,8 @@ REGIONS = {
 }
 
 
-class _HelpWithDefaults(argparse.HelpFormatter):
-    """Names the default of each flag that has one."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        given = action.default not in (None, argparse.SUPPRESS)
-        return f"{action.help} (default: %(default)s)" if given else action.help
-
-
-def _home(text: str) -> str:
-    """What a flag names, with ~ for the home folder as the shell has it."""
-    return os.path.expanduser(text)
-
-
 def _path(text: str) -> Path:
-    return Path(_home(text))
+    return Path(in_home(text))
 
 
 def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
@@ -55,13 +42,13 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="evaluate_spf_portrait.py",
         description="Is my LoRA clean? What it moves besides its target, against the original model's own portraits.",
-        formatter_class=_HelpWithDefaults,
+        formatter_class=FlagFormatter,
     )
     add = parser.add_argument
-    add("--pretrained_model_name_or_path", type=_home, help="Stable Diffusion 1.x or 2.x: a folder or a Hub id.")
+    add("--pretrained_model_name_or_path", type=in_home, help="Stable Diffusion 1.x or 2.x: a folder or a Hub id.")
     add(
         "--lora",
-        type=_home,
+        type=in_home,
         action="append",
         help="A file, a folder, or a Hub id, diffusers' or kohya's; may be repeated.",
     )
@@ -69,7 +56,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     add("--checkpoints", type=_path, help="Output folder of a training: its checkpoints and its final LoRA.")
     add(
         "--reference_lora",
-        type=_home,
+        type=in_home,
         help="The LoRA whose pollution counts as 1: a plain one of the same data and steps.",
     )
     add("--base_prompts", action="extend", nargs="+", help="Prompts without the target; may be repeated.")
@@ -91,7 +78,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     add("--neutral_prompt", help="Text that the leak is measured against; the base prompt if not set.")
     for kind, about in (("clip", "CLIP"), ("dino", "DINOv2"), ("segmenter", "SegFormer for face parsing")):
         default = JUDGES[kind].default + (", or the toy world's," if kind == "clip" else "")
-        add(f"--{kind}_model_name_or_path", type=_home, help=f"{about}; {default} if not set.")
+        add(f"--{kind}_model_name_or_path", type=in_home, help=f"{about}; {default} if not set.")
     add("--face_model_name", help="insightface's model for faces, such as buffalo_l; non-commercial weights.")
     add("--num_resamples", type=int, default=1000, help="Resamples of the prompts for the intervals.")
     add("--num_pictures", type=int, default=6, help="Rows of pictures of each LoRA in the report.")

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from checked_loading import InputError, naming, naming_flag
 from checkpoints import find_checkpoints
-from data import read_json_lines, read_phrases, read_target
+from data import PortraitRow, load_image, read_json_lines, read_phrases, read_target
 from lora_files import find_lora, read_lora
 from prompts import PromptPair, has_phrase, make_prompt_pair
 
@@ -204,11 +204,11 @@ def read_masks(folder: Path, names: Sequence[str], size: tuple[int, int]) -> np.
     for name in names:
         path = folder / f"{name}.png"
         try:
-            with Image.open(path) as picture:
-                grey = picture.convert("L").resize((size[1], size[0]), Image.Resampling.BILINEAR)
+            picture = load_image(PortraitRow(f"--region_masks {folder}", path, "", ""))
         except FileNotFoundError as error:
             raise InputError(f"--region_masks {folder}: {path.name} is missing") from error
-        except (UnidentifiedImageError, OSError) as error:
-            raise InputError(f"--region_masks {folder}: {path.name} is no picture that can be read") from error
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        grey = picture.convert("L").resize((size[1], size[0]), Image.Resampling.BILINEAR)
         masks.append(np.asarray(grey, dtype=np.float64) / 255)
     return np.stack(masks)

@@ -9,11 +9,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from console import FlagFormatter
+from console import FlagFormatter, in_home
 from optimizers import OPTIMIZERS, check_optimizer
 
 
@@ -461,8 +460,8 @@ def _scale_of_each(args: argparse.Namespace) -> list[float] | None:
 def _in_home(path: str | list[str] | None) -> str | list[str] | None:
     """A path, or several, with the home folder in the place of ~."""
     if isinstance(path, list):
-        return [os.path.expanduser(one) for one in path]
-    return None if path is None else os.path.expanduser(path)
+        return [in_home(one) for one in path]
+    return None if path is None else in_home(path)
 
 
 def _split_names(text: str) -> list[str]:

@@ -233,7 +233,7 @@ def test_a_mask_that_is_missing_or_no_picture_is_named(tmp_path):
     with pytest.raises(InputError, match="p000-s0.png is missing"):
         read_masks(tmp_path, ["p000-s0"], (4, 4))
     (tmp_path / "p000-s0.png").write_text("no picture")
-    with pytest.raises(InputError, match="p000-s0.png is no picture"):
+    with pytest.raises(InputError, match="p000-s0.png cannot be read"):
         read_masks(tmp_path, ["p000-s0"], (4, 4))
 
 

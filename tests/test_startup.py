@@ -16,8 +16,8 @@ import sfcm
 import training_arguments
 
 
-PROGRAMS = ("train_spf_portrait_lora.py",)
-HEAVY = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "gradio", "numpy")
+PROGRAMS = ("train_spf_portrait_lora.py", "evaluate_spf_portrait.py")
+HEAVY = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "gradio")
 # Runs a program as Python would, and says which libraries it had imported when it ended.
 WATCHED = """
 import runpy, sys
@@ -45,8 +45,8 @@ def test_help_and_a_wrong_flag_import_nothing(program):
 
 def test_help_shows_defaults_and_none_where_there_is_none():
     words = " ".join(run(PROGRAMS[0], "--help").stdout.split())
-    assert "Rank of the LoRA. [16]" in words and "Timesteps of those samples. [600 950]" in words
-    assert "anew every so many steps; 0 is never. [0]" in words
+    assert "Rank of the LoRA. (default: 16)" in words and "Timesteps of those samples. (default: 600 950)" in words
+    assert "anew every so many steps; 0 is never. (default: 0)" in words
     assert "the rank if not given. --lora_target" in words and "Less memory, more time. --learning_rate" in words
 
 
