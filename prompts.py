@@ -37,7 +37,8 @@ _JOINERS = re.compile(
     rf"[,;:!?()\[\]]+|\.(?=\s|$)|(?<![\w-])(?:{_PREPOSITIONS}|(?<!\ba )(?<!\ban )(?<!\bthe )(?:{_VERBS}))(?![\w-])",
     re.IGNORECASE,
 )
-_NO_PHRASE = {"", "a", "an", "the", "she", "he", "it", "they", "there", "her", "his", "their", "its"}
+_ARTICLES = {"a", "an", "the"}
+_NO_PHRASE = {"", *_ARTICLES, "she", "he", "it", "they", "there", "her", "his", "their", "its"}
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,33 @@ def infer_replacement(base_prompt: str, target_prompt: str, full_prompt: str) ->
     Source: [ours].
     """
     return _infer_targets(base_prompt, [target_prompt], full_prompt)[0]
+
+
+def suggest_replacement(base_phrases: Sequence[str], target: str) -> tuple[str, str] | None:
+    """A base phrase that may contradict the target, since both are about the same noun: "black hair", "blonde hair".
+
+    Added beside such a phrase, a target seldom shows; put in its place, it does. It is a proposal, for no list of words
+    tells that "black hair" and "long hair" can both be true.
+
+    Args:
+        base_phrases: phrases that are not replaced already, such as `PromptPair.base_phrases`.
+        target: the text that is added; of several phrases ("a red hat with a feather") the first is what it is about.
+
+    Returns:
+        (base phrase, target): of the phrases with the target's last word, in any case and with or without a plural s,
+        the first. None if there is none. A phrase that says the target already is none ("a red hat" for "a hat"), nor
+        is one of several parts ("a woman with a hat"), whose last word is not what it is about.
+
+    Source: [ours].
+    """
+    parts = split_phrases(target)
+    if not parts or not _words(parts[0]):
+        return None
+    noun, said = _noun(parts[0]), {*_words(target)} - _ARTICLES
+    for phrase in base_phrases:
+        if len(split_phrases(phrase)) == 1 and _noun(phrase) == noun and not said <= {*_words(phrase)}:
+            return phrase, target
+    return None
 
 
 def has_phrase(text: str, phrase: str) -> bool:
@@ -356,6 +384,12 @@ def phrase_mask(positions: Sequence[Sequence[int]], length: int) -> list[list[fl
 
 def _words(text: str) -> list[str]:
     return [word.lower() for word in _WORD.findall(text)]
+
+
+def _noun(phrase: str) -> str | None:
+    """The last word without a plural s, which "glass" and "glasses" do not share: these are two things."""
+    words = _words(phrase)
+    return re.sub(r"(?<=[^s])s$", "", words[-1]) if words else None
 
 
 def _align(first: Sequence[str | int | None], second: Sequence[str | int | None]) -> list[tuple[int, int]]:

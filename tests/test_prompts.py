@@ -16,6 +16,7 @@ from prompts import (
     make_prompt_pair,
     phrase_mask,
     split_phrases,
+    suggest_replacement,
     tokenize_prompt_pair,
 )
 
@@ -474,3 +475,28 @@ def test_a_free_phrase_that_is_replaced_is_dropped_with_it():
 def test_free_phrases_that_cannot_be(free_phrases, message):
     with pytest.raises(ValueError, match=message):
         make_prompt_pair(BASE, "red hair", free_phrases=free_phrases)
+
+
+@pytest.mark.parametrize(
+    ("base_phrases", "target", "phrase"),
+    [
+        (["a woman", "black hair", "a green jacket"], "blonde hair", "black hair"),
+        (["a woman", "Black HAIR."], "blonde hair", "Black HAIR."),
+        (["grey hair", "black hair"], "blonde hair", "grey hair"),
+        (["a hat"], "a red hat", "a hat"),
+        (["a blue hat"], "red hats", "a blue hat"),
+        (["brown eyes"], "one blue eye", "brown eyes"),
+        (["a blue hat"], "wearing a red hat with a feather", "a blue hat"),
+        (["a feather"], "a red hat with a feather", None),
+        (["a woman", "a green jacket"], "blonde hair", None),
+        (["a woman with a hat"], "a red hat", None),
+        (["a red hat"], "a hat", None),
+        (["a T-shirt"], "a striped shirt", None),
+        (["a hat rack", "a hatter"], "a red hat", None),
+        (["a wine glass"], "round glasses", None),
+        (["\U0001f642", "a man"], "\U0001f642", None),
+        ([], "blonde hair", None),
+    ],
+)
+def test_a_phrase_about_the_targets_noun_is_proposed_for_replacement(base_phrases, target, phrase):
+    assert suggest_replacement(base_phrases, target) == (None if phrase is None else (phrase, target))
