@@ -165,10 +165,10 @@ def infer_replacement(base_prompt: str, target_prompt: str, full_prompt: str) ->
 
 
 def suggest_replacement(base_phrases: Sequence[str], target: str) -> tuple[str, str] | None:
-    """A base phrase that may contradict the target, since both are about the same noun: "black hair", "blonde hair".
+    """A base phrase that may contradict the target, as both are about one noun: "black hair", "blonde hair".
 
-    Added beside such a phrase, a target seldom shows; put in its place, it does. It is a proposal, for no list of words
-    tells that "black hair" and "long hair" can both be true.
+    Added beside such a phrase, a target seldom shows; put in its place, it does. It is a proposal: words
+    do not tell that "black hair" and "long hair" can both be true.
 
     Args:
         base_phrases: phrases that are not replaced already, such as `PromptPair.base_phrases`.
