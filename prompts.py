@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import TYPE_CHECKING
@@ -23,7 +25,16 @@ logger = logging.getLogger(__name__)
 
 Span = tuple[int, int]  # [start, end) in characters
 
+# What a prompt may be long, and its phrases together: several times what the 77 tokens of a text encoder hold.
+MAX_CHARACTERS = 4000
+
 _WORD = re.compile(r"[\w'\u2019-]+")
+_PIECE = re.compile(r"[\w-]+|[^\w\s]")
+# "(blue:1.2)", "((blue))" and "<lora:name:0.8>" as A1111 reads them; "(16:9)" is a ratio.
+_WEIGHTS = re.compile(
+    r"<(?:lora|lyco|hypernet):[^<>]*>|[(\[][^()\[\]]*[^()\[\]\d\s]\s*:\s*-?\d*\.?\d+\s*[)\]]|\(\([^()]*\)\)|\[\[[^\[\]]*\]\]",
+    re.IGNORECASE,
+)
 # Longer joiners come first, else "in front of" would leave "front" behind. "Black and white" is one colour.
 _PREPOSITIONS = (
     "in front of|next to|close to|made of|out of|on top of|"
@@ -193,7 +204,35 @@ def suggest_replacement(base_phrases: Sequence[str], target: str) -> tuple[str, 
 
 def has_phrase(text: str, phrase: str) -> bool:
     """Whether a phrase stands in a text, as whole words and in any case. Source: [ours]."""
-    return bool(_occurrences(text, phrase))
+    return bool(_occurrences(text, [phrase])[_pieces(phrase)])
+
+
+def find_weights(text: str) -> str | None:
+    """What other programs read as a weight or as a LoRA, "(a blue jacket:1.2)" or "<lora:name:0.8>"; None without it.
+
+    Here it is read as words. Source: [ours].
+    """
+    found = _WEIGHTS.search(text)
+    return None if found is None else found.group()
+
+
+def take_out(caption: str, target: str) -> str:
+    """A caption without the target: what it says between two commas is left out where it is the target.
+
+    Args:
+        caption: "a woman, blonde hair, a brown jacket".
+        target: "blonde hair"; case, a leading article and punctuation do not count.
+
+    Returns:
+        "a woman, a brown jacket"; the caption itself if it does not say the target, and "" if it says nothing else.
+
+    Source: [ours].
+    """
+    parts = caption.split(",")
+    wanted = {_bare(part) for part in target.split(",")} - {()}
+    if not wanted or not wanted <= {_bare(part) for part in parts}:
+        return caption
+    return ",".join(part for part in parts if _bare(part) not in wanted).strip().rstrip(",")
 
 
 def make_prompt_pair(
@@ -219,9 +258,9 @@ def make_prompt_pair(
         The pair. Phrases that overlap a replaced one are dropped: their region is where the target goes.
 
     Raises:
-        ValueError: a text is empty; a target is the base prompt, one of its phrases or what it replaces; a base, free
-            or replaced phrase is not in the base prompt; a target is not in the full prompt; nothing is left to
-            preserve.
+        ValueError: a text is empty, or longer than `MAX_CHARACTERS`; a target is the base prompt, one of its phrases
+            or what it replaces; a base, free or replaced phrase is not in the base prompt; a target is not in the
+            full prompt; nothing is left to preserve.
 
     Source: [paper] the prompts; [ours] the checks, and phrases that are free to change.
     """
@@ -232,6 +271,11 @@ def make_prompt_pair(
         raise ValueError(f"The base prompt is empty: {base_prompt!r}.")
     if not texts or not all(text.strip() for text in texts):
         raise ValueError(f"A target prompt is empty: {target_prompt!r}.")
+    _check_length("base prompt", [base_prompt])
+    _check_length("full prompt", [full_prompt or ""])
+    _check_length("target prompt", texts)
+    _check_length("list of base phrases", base_phrases or ())
+    _check_length("list of free phrases", free_phrases)
 
     phrases = split_phrases(base_prompt) if base_phrases is None else [phrase.strip() for phrase in base_phrases]
     free = [phrase.strip() for phrase in free_phrases]
@@ -240,12 +284,13 @@ def make_prompt_pair(
     for phrase in free:
         if _words(phrase) in map(_words, texts):
             raise ValueError(f"The free phrase {phrase!r} is the target prompt itself.")
-    known = [_words(phrase) for phrase in phrases]
-    phrases += [phrase for phrase in free if _words(phrase) not in known]
+    known = {tuple(_words(phrase)) for phrase in phrases}
+    phrases += [phrase for phrase in free if tuple(_words(phrase)) not in known]
+    said = known | {tuple(_words(phrase)) for phrase in [*free, *split_phrases(base_prompt)]}
     for text in texts:
         if _words(text) == _words(base_prompt):
             raise ValueError(f"The target prompt {text!r} is the base prompt itself.")
-        if _words(text) in [_words(phrase) for phrase in [*phrases, *split_phrases(base_prompt)]]:
+        if tuple(_words(text)) in said:
             raise ValueError(f"The target prompt {text!r} is already a phrase of the base prompt {base_prompt!r}.")
 
     inferred = [TargetPrompt(text) for text in texts]
@@ -260,10 +305,10 @@ def make_prompt_pair(
             raise ValueError(f"The target prompt {target.text!r} replaces itself.")
 
     replaced_spans = _locate(base_prompt, replaced)
-    phrase_spans = _locate(base_prompt, phrases, share=True)
-    kept = tuple(phrase for phrase, span in zip(phrases, phrase_spans) if not _overlaps(span, replaced_spans))
-    freed = [_words(phrase) for phrase in free]
-    kept_free = tuple(phrase for phrase in kept if _words(phrase) in freed)
+    kept_spans = _locate_kept(base_prompt, phrases, replaced_spans)
+    kept = tuple(phrase for phrase, span in zip(phrases, kept_spans) if span is not None)
+    freed = {tuple(_words(phrase)) for phrase in free}
+    kept_free = tuple(phrase for phrase in kept if tuple(_words(phrase)) in freed)
     if len(kept) == len(kept_free):
         raise ValueError(
             f"Nothing of the base prompt {base_prompt!r} is left to preserve; replaced: {replaced}, free: {free}."
@@ -271,6 +316,37 @@ def make_prompt_pair(
     if full_prompt is None:
         full_prompt = compose_full_prompt(base_prompt, target_prompts)
     return PromptPair(base_prompt, target_prompts, full_prompt, kept, kept_free)
+
+
+def keep_phrases(pair: PromptPair, stays: Sequence[bool]) -> PromptPair:
+    """The pair of a prompt of some phrases alone.
+
+    Args:
+        pair: the pair.
+        stays: for each base phrase whether it stays; what a target replaces does anyway.
+
+    Returns:
+        The phrases that stay, in the base prompt's order. One inside another (a free phrase may be) comes with it.
+
+    Raises:
+        ValueError: nothing of what stays is to be preserved.
+
+    Source: [ours].
+    """
+    replaced = [target.replaces for target in pair.target_prompts if target.replaces is not None]
+    replaced_spans = _locate(pair.base_prompt, replaced)
+    spans = _locate(pair.base_prompt, pair.base_phrases, taken=replaced_spans, share=True)
+    kept = [phrase for phrase, keep in zip(pair.base_phrases, stays, strict=True) if keep]
+    kept_spans = [span for span, keep in zip(spans, stays) if keep]
+    words, end = [], 0
+    # Of those that begin together the longest comes first, and what ends within what came before is there with it.
+    placed = zip([*kept_spans, *replaced_spans], [*kept, *replaced])
+    for span, phrase in sorted(placed, key=lambda item: (item[0][0], -item[0][1])):
+        if span[1] > end:
+            words.append(phrase)
+            end = span[1]
+    free = [phrase for phrase in kept if phrase in pair.free_phrases]
+    return make_prompt_pair(", ".join(words), pair.target_prompts, base_phrases=kept, free_phrases=free)
 
 
 def tokenize_prompt_pair(pair: PromptPair, tokenizer: PreTrainedTokenizerBase) -> PromptTokens:
@@ -358,11 +434,14 @@ def locate_phrases(
         Per phrase its positions in the token sequence; empty if it was cut off.
 
     Raises:
-        ValueError: a phrase is not in the prompt, or the tokenizer has no offsets.
+        ValueError: a phrase is not in the prompt, a text is longer than `MAX_CHARACTERS`, or the tokenizer has no
+            offsets.
 
     Source: [ours].
     """
     _check_offsets(tokenizer)
+    _check_length("prompt", [prompt])
+    _check_length("list of phrases", phrases)
     _, offsets, _ = _encode(prompt, tokenizer)
     return tuple(_positions(offsets, [span]) for span in _locate(prompt, phrases, share=True))
 
@@ -408,14 +487,55 @@ def _align(first: Sequence[str | int | None], second: Sequence[str | int | None]
     return [*((i, i) for i in range(start)), *middle, *((first_end + i, second_end + i) for i in range(end))]
 
 
+def _bare(text: str) -> tuple[str, ...]:
+    """The words of a phrase without a leading article."""
+    words = _words(text)
+    return tuple(words[1:] if words and words[0] in _ARTICLES else words)
+
+
+def _check_length(name: str, texts: Iterable[str]) -> None:
+    count = sum(map(len, texts))
+    if count > MAX_CHARACTERS:
+        raise ValueError(f"The {name} has {count} characters, more than {MAX_CHARACTERS}; shorten it.")
+
+
 def _overlaps(span: Span, others: Sequence[Span]) -> bool:
     return any(span[0] < end and start < span[1] for start, end in others)
 
 
-def _occurrences(text: str, phrase: str) -> list[Span]:
-    """Where a phrase stands in a text as whole words; "shirt" is not in "T-shirt"."""
-    pattern = r"\s+".join(map(re.escape, phrase.split()))
-    return [match.span() for match in re.finditer(rf"(?<![\w-]){pattern}(?![\w-])", text, re.IGNORECASE) if pattern]
+class _Taken:
+    """The characters of a text that are taken, so that it takes no search to tell whether a span is free."""
+
+    def __init__(self, text: str, spans: Iterable[Span] = ()) -> None:
+        self._marks = bytearray(len(text))
+        for span in spans:
+            self.add(span)
+
+    def add(self, span: Span) -> None:
+        self._marks[span[0] : span[1]] = b"\1" * (span[1] - span[0])
+
+    def overlaps(self, span: Span) -> bool:
+        return self._marks.find(1, *span) >= 0
+
+
+def _pieces(text: str) -> tuple[str, ...]:
+    """Words and marks as they are compared: "T-shirt" is one, so that "shirt" is not in it."""
+    return tuple(piece.casefold() for piece in _PIECE.findall(text))
+
+
+def _occurrences(text: str, phrases: Iterable[str]) -> dict[tuple[str, ...], list[Span]]:
+    """Where phrases stand in a text as whole words, by their `_pieces`; one walk over the text for each length."""
+    found: dict[tuple[str, ...], list[Span]] = {_pieces(phrase): [] for phrase in phrases}
+    first_pieces = defaultdict(set)
+    for pieces in filter(None, found):
+        first_pieces[len(pieces)].add(pieces[0])
+    spans = [match.span() for match in _PIECE.finditer(text)]
+    words = [text[start:end].casefold() for start, end in spans]
+    for length, firsts in first_pieces.items():
+        for i in range(len(words) - length + 1):
+            if words[i] in firsts and (pieces := tuple(words[i : i + length])) in found:
+                found[pieces].append((spans[i][0], spans[i + length - 1][1]))
+    return found
 
 
 def _by_length(phrases: Sequence[str]) -> list[int]:
@@ -425,28 +545,52 @@ def _by_length(phrases: Sequence[str]) -> list[int]:
 
 def _locate(text: str, phrases: Sequence[str], taken: Sequence[Span] = (), share: bool = False) -> list[Span]:
     """One span per phrase, each the first that is not taken. With `share`, phrases may overlap if they must."""
-    taken, spans = list(taken), {}
+    marks, spans = _Taken(text, taken), {}
+    found = _occurrences(text, phrases)
+    left = {pieces: iter(places) for pieces, places in found.items()}
     for i in _by_length(phrases):
-        found = _occurrences(text, phrases[i])
-        free = [span for span in found if not _overlaps(span, taken)]
-        if not (free or (share and found)):
+        pieces = _pieces(phrases[i])
+        span = next((place for place in left[pieces] if not marks.overlaps(place)), None)
+        if span is None and share and found[pieces]:
+            span = found[pieces][0]
+        if span is None:
             raise ValueError(f"The phrase {phrases[i]!r} is not in the base prompt {text!r} (or is taken already).")
-        spans[i] = (free or found)[0]
-        taken.append(spans[i])
+        spans[i] = span
+        marks.add(span)
     return [spans[i] for i in range(len(phrases))]
+
+
+def _locate_kept(text: str, phrases: Sequence[str], replaced: Sequence[Span]) -> list[Span | None]:
+    """The span of each phrase, None for those that are replaced.
+
+    A phrase that stands twice may be named once: then the copy that nothing replaces is meant.
+    """
+    spans: list[Span | None] = list(_locate(text, phrases, share=True))
+    gone, marks = _Taken(text, replaced), _Taken(text, [*replaced, *spans])
+    found = _occurrences(text, phrases)
+    left = {pieces: iter(places) for pieces, places in found.items()}
+    for i, phrase in enumerate(phrases):
+        if gone.overlaps(spans[i]):
+            spans[i] = next((place for place in left[_pieces(phrase)] if not marks.overlaps(place)), None)
+            if spans[i] is not None:
+                marks.add(spans[i])
+    return spans
 
 
 def _locate_targets(base_prompt: str, texts: Sequence[str], full_prompt: str) -> list[Span]:
     """The span of each target in the full prompt: where most of its words are new, and the last of equals."""
     words = list(_WORD.finditer(full_prompt))
     known = {full for _, full in _align(_words(base_prompt), _words(full_prompt))}
-    new_spans = [word.span() for i, word in enumerate(words) if i not in known]
+    new = [word.span() for i, word in enumerate(words) if i not in known]
+    starts, ends = [start for start, _ in new], [end for _, end in new]
+    found, marks = _occurrences(full_prompt, texts), _Taken(full_prompt)
     spans: dict[int, Span] = {}
     for i in _by_length(texts):
-        free = [span for span in _occurrences(full_prompt, texts[i]) if not _overlaps(span, list(spans.values()))]
+        free = [span for span in found[_pieces(texts[i])] if not marks.overlaps(span)]
         if not free:
             raise ValueError(f"The target prompt {texts[i]!r} is not in the full prompt {full_prompt!r}.")
-        spans[i] = max(free, key=lambda span: (sum(_overlaps(new, [span]) for new in new_spans), span))
+        spans[i] = max(free, key=lambda span: (bisect_left(starts, span[1]) - bisect_right(ends, span[0]), span))
+        marks.add(spans[i])
     return [spans[i] for i in range(len(texts))]
 
 

@@ -51,7 +51,9 @@ from prompts import (
     TargetPrompt,
     compose_full_prompt,
     has_phrase,
+    keep_phrases,
     make_prompt_pair,
+    suggest_replacement,
     tokenize_prompt_pair,
 )
 
@@ -468,7 +470,7 @@ def ask_for_reference_targets(pairs: Sequence[PromptPair], texts: Sequence[str],
     Args:
         pairs: M pairs of the portraits to be drawn.
         texts: the earlier LoRAs' targets; each is asked for in the base prompts of half of the pairs, in a choice of
-            its own. It takes the place of a phrase with the same last word ("brown hair"), or else is added.
+            its own. It takes the place of a phrase about the same noun ("brown hair"), or else is added.
         seed: seed of the choice.
 
     Returns:
@@ -483,7 +485,7 @@ def ask_for_reference_targets(pairs: Sequence[PromptPair], texts: Sequence[str],
         for target in dict.fromkeys(target.text for pair in pairs for target in pair.target_prompts):
             if has_phrase(target, text) or has_phrase(text, target):
                 raise ValueError(f"--reference_target_prompt {text!r} overlaps with the new target {target!r}")
-            if _last_word(target) == _last_word(text):
+            if suggest_replacement([target], text) is not None:
                 logger.warning("--reference_target_prompt %r may contradict the new target %r", text, target)
         for i in rng.permutation(len(pairs))[: (len(pairs) + 1) // 2]:
             pairs[i] = ask_for(pairs[i], text)
@@ -491,18 +493,14 @@ def ask_for_reference_targets(pairs: Sequence[PromptPair], texts: Sequence[str],
 
 
 def ask_for(pair: PromptPair, text: str) -> PromptPair:
-    """The pair with a text asked for in its base prompt, in the place of a phrase with the same last word or added."""
+    """The pair with a text asked for in its base prompt, in the place of a phrase about the same noun or added."""
     if has_phrase(pair.base_prompt, text):
         return pair
-    rival = next((phrase for phrase in pair.base_phrases if _last_word(phrase) == _last_word(text)), None)
+    rival, _ = suggest_replacement(pair.base_phrases, text) or (None, None)
     base_prompt = compose_full_prompt(pair.base_prompt, [TargetPrompt(text, rival)])
     phrases = [*(phrase for phrase in pair.base_phrases if phrase != rival), text]
     free = [phrase for phrase in pair.free_phrases if phrase != rival]
     return make_prompt_pair(base_prompt, pair.target_prompts, base_phrases=phrases, free_phrases=free)
-
-
-def _last_word(phrase: str) -> str:
-    return phrase.lower().split()[-1]
 
 
 def thin_out(pair: PromptPair, dropout: float, rng: np.random.Generator) -> PromptPair:
@@ -512,14 +510,7 @@ def thin_out(pair: PromptPair, dropout: float, rng: np.random.Generator) -> Prom
         return pair
     protected = [i for i, phrase in enumerate(pair.base_phrases) if phrase not in pair.free_phrases]
     keep[protected[rng.integers(len(protected))]] |= not keep[protected].any()
-    kept = [phrase for phrase, stays in zip(pair.base_phrases, keep) if stays]
-    free = [phrase for phrase in kept if phrase in pair.free_phrases]
-    replaced = [target.replaces for target in pair.target_prompts if target.replaces is not None]
-    # A free phrase may be a part of another one, and is then there with it.
-    inside = {phrase for phrase in free for other in kept if other != phrase and has_phrase(other, phrase)}
-    words = [*(phrase for phrase in kept if phrase not in inside), *replaced]
-    words.sort(key=lambda phrase: pair.base_prompt.lower().find(phrase.lower()))
-    return make_prompt_pair(", ".join(words), pair.target_prompts, base_phrases=kept, free_phrases=free)
+    return keep_phrases(pair, keep)
 
 
 def tokenize_unrelated(prompts: Sequence[str], tokenizer: CLIPTokenizer) -> torch.Tensor:

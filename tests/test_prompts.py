@@ -9,14 +9,19 @@ import pytest
 from transformers import CLIPTokenizer
 
 from prompts import (
+    MAX_CHARACTERS,
     PromptPair,
     TargetPrompt,
     compose_full_prompt,
+    find_weights,
     infer_replacement,
+    keep_phrases,
+    locate_phrases,
     make_prompt_pair,
     phrase_mask,
     split_phrases,
     suggest_replacement,
+    take_out,
     tokenize_prompt_pair,
 )
 
@@ -500,3 +505,99 @@ def test_free_phrases_that_cannot_be(free_phrases, message):
 )
 def test_a_phrase_about_the_targets_noun_is_proposed_for_replacement(base_phrases, target, phrase):
     assert suggest_replacement(base_phrases, target) == (None if phrase is None else (phrase, target))
+
+
+@pytest.mark.parametrize(
+    ("phrases", "kept"),
+    [
+        (None, ("a man", "a hat")),
+        (["a man", "a hat"], ("a man", "a hat")),
+        (["a hat"], ("a hat",)),
+        (["a hat", "a man", "a hat"], ("a man", "a hat")),
+    ],
+)
+def test_the_copy_of_a_replaced_phrase_stays_protected(phrases, kept, make_tokenizer):
+    pair = make_prompt_pair("a hat, a man, a hat", [("a hat", "a red coat")], base_phrases=phrases)
+    assert pair.base_phrases == kept
+    tokenizer = make_tokenizer()
+    tokens = tokenize_prompt_pair(pair, tokenizer)
+    places = dict(zip(kept, tokens.phrase_positions))
+    assert min(places["a hat"]) > max(locate_phrases(pair.base_prompt, ["a man"], tokenizer)[0])
+    assert spell(tokenizer, tokens.full_input_ids, tokens.target_positions) == "a red coat"
+
+
+def test_a_copy_within_another_phrase_is_not_taken_for_a_phrase_of_its_own():
+    pair = make_prompt_pair("a man, a hat, a hat in a box", [("a hat in a box", "a crown")])
+    assert pair.base_phrases == ("a man", "a hat")
+
+
+@pytest.mark.parametrize(
+    ("stays", "prompt", "phrases"),
+    [
+        ([True, False, False], "a hat, a man", ("a man",)),
+        ([False, False, True], "a hat, a hat", ("a hat",)),
+        ([True, False, True], "a hat, a man, a hat", ("a man", "a hat")),
+    ],
+)
+def test_a_prompt_of_fewer_phrases_keeps_their_order_and_every_copy(stays, prompt, phrases):
+    pair = make_prompt_pair("a hat, a man, a wall, a hat", [("a hat", "a red coat")])
+    assert pair.base_phrases == ("a man", "a wall", "a hat")
+    shorter = keep_phrases(pair, stays)
+    assert (shorter.base_prompt, shorter.base_phrases) == (prompt, phrases)
+    assert shorter.full_prompt == prompt.replace("a hat", "a red coat", 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ({"base_prompt": "a hat, " * 600}, "base prompt"),
+        ({"target_prompt": "red " * 1001}, "target prompt"),
+        ({"target_prompt": ["red hair"] * 501}, "target prompt"),
+        ({"full_prompt": "a woman, red hair" + " " * MAX_CHARACTERS}, "full prompt"),
+        ({"base_phrases": ["a woman"] * 600}, "list of base phrases"),
+        ({"free_phrases": ["a woman"] * 600}, "list of free phrases"),
+    ],
+)
+def test_a_text_far_beyond_the_text_encoder_is_refused(arguments, name):
+    with pytest.raises(ValueError, match=f"^The {name} has [0-9]+ characters, more than {MAX_CHARACTERS}; shorten it"):
+        make_prompt_pair(**{"base_prompt": BASE, "target_prompt": "red hair"} | arguments)
+
+
+def test_the_longest_prompt_of_equal_phrases_is_read(make_tokenizer):
+    count = MAX_CHARACTERS // len("a hat, ")
+    prompt = ", ".join(["a hat"] * count)
+    assert make_prompt_pair(prompt, "red hair").base_phrases == ("a hat",) * count
+    with pytest.raises(ValueError, match="^The prompt has"):
+        locate_phrases(f"{prompt}, {prompt}", ["a hat"], make_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("a man, (a blue jacket:1.2), a wall", "(a blue jacket:1.2)"),
+        ("a man, [a hat : .5]", "[a hat : .5]"),
+        ("a man, ((a pink background))", "((a pink background))"),
+        ("a man, <lora:foo:0.8>", "<lora:foo:0.8>"),
+        ("a man (smiling), 16:9, (16:9), at 7:30, a <hat>", None),
+    ],
+)
+def test_weights_of_other_programs_are_found(text, found):
+    assert find_weights(text) == found
+
+
+@pytest.mark.parametrize(
+    ("caption", "target", "base_prompt"),
+    [
+        ("a woman, blonde hair, a brown jacket", "blonde hair", "a woman, a brown jacket"),
+        ("Blonde Hair, a woman.", "blonde hair", "a woman."),
+        ("a woman, a brown jacket, blonde hair.", "blonde hair", "a woman, a brown jacket"),
+        ("a woman, red hat, a wall, the red hat", "a red hat", "a woman, a wall"),
+        ("a woman, blonde hair, a tie, blue eyes", "blonde hair, blue eyes", "a woman, a tie"),
+        ("a woman, blue eyes", "blonde hair, blue eyes", "a woman, blue eyes"),
+        ("a woman with blonde hair, long blonde hair", "blonde hair", "a woman with blonde hair, long blonde hair"),
+        ("a woman, , a hat", "\U0001f642", "a woman, , a hat"),
+        ("blonde hair", "blonde hair", ""),
+    ],
+)
+def test_the_target_is_taken_out_of_a_caption_as_a_whole_phrase_alone(caption, target, base_prompt):
+    assert take_out(caption, target) == base_prompt
