@@ -182,7 +182,7 @@ def find_lora(source: str, cache_dir: str | None = None) -> Path:
         return path / names[0]
     if place is None:
         raise ValueError("no such file or folder")
-    with _asking_hub(place[1]):
+    with _asking_hub(place[1], "no file or folder of this machine, nor found on the Hub"):
         return Path(hf_hub_download(*place, cache_dir=cache_dir))
 
 
@@ -226,7 +226,7 @@ def download_public_lora(source: str, folder: Path, max_bytes: int) -> Path:
     place = _parse_id(clean_source(source))
     if place is None:
         raise ValueError(f"not a public LoRA of the Hub, as user/name or user/name/file{_SUFFIX}")
-    with _asking_hub(place[1]):
+    with _asking_hub(place[1], "not found among the public LoRAs of the Hub"):
         found = get_hf_file_metadata(hf_hub_url(*place), token=False)
         if found.size is None or found.size > max_bytes:
             size = "of unknown size" if found.size is None else f"{found.size / 1e6:.1f} MB"
@@ -236,14 +236,13 @@ def download_public_lora(source: str, folder: Path, max_bytes: int) -> Path:
 
 
 @contextmanager
-def _asking_hub(file: str) -> Iterator[None]:
+def _asking_hub(file: str, otherwise: str) -> Iterator[None]:
     try:
         yield
     except RemoteEntryNotFoundError as error:
         raise ValueError(f"no {file} there; name the file, as in user/name/file{_SUFFIX}") from error
     except (HTTPError, OSError) as error:
-        line = " ".join(str(error).split())
-        raise ValueError(f"no file or folder of this machine, nor found on the Hub: {line}") from error
+        raise ValueError(f"{otherwise}: {' '.join(str(error).split())}") from error
 
 
 @contextmanager
