@@ -206,16 +206,17 @@ def check_lengths(texts: Mapping[str, str], tokenizer: PreTrainedTokenizerBase) 
 
 def propose_replacement(
     prompt: str, target: str, replaces: str, proposed: str, tokenizer: PreTrainedTokenizerBase
-) -> tuple[str, str]:
-    """What the field *Replaces* holds after the prompt or the target was changed.
+) -> tuple[str | None, str]:
+    """What goes into the field *Replaces* after the prompt or the target was changed.
 
     Args:
         prompt, target, replaces: the fields.
-        proposed: what was put into the field last.
+        proposed: what was proposed last.
         tokenizer: of the text encoder.
 
     Returns:
-        The field, and what is proposed now, which is in the field unless the user has put something else there.
+        What goes into the field, None if it stays as it is, and what is proposed now. It stays if the proposal is the
+        former one, whether or not the user wanted that, and if the user wrote something else.
 
     Source: [ours].
     """
@@ -225,7 +226,7 @@ def propose_replacement(
     except ValueError:  # said when it is drawn
         found = None
     proposal = "" if found is None else found[0]
-    return proposal if proposal != proposed and replaces in ("", proposed) else replaces, proposal
+    return proposal if proposal != proposed and replaces in ("", proposed) else None, proposal
 
 
 def draw(
@@ -313,11 +314,14 @@ def build_demo(slot: LoraSlot, prompt: str = PROMPT[0], target: str = PROMPT[1])
 
     Source: [ours].
     """
-    pipeline = slot.pipeline
-    tokenizer = pipeline.tokenizer
+    pipeline, tokenizer = slot.pipeline, slot.pipeline.tokenizer
     lora_info = "File, folder, or user/name of the Hub"
     if slot.named is not None:
         lora_info = ", ".join([*slot.named, "or a public user/name of the Hub"])
+
+    def propose(prompt: str, target: str, replaces: str, proposed: str) -> tuple[Any, str]:
+        field, proposal = propose_replacement(prompt, target, replaces, proposed, tokenizer)
+        return gr.skip() if field is None else field, proposal
 
     def draw_page(
         prompt: str,
@@ -426,8 +430,8 @@ def build_demo(slot: LoraSlot, prompt: str = PROMPT[0], target: str = PROMPT[1])
         )  # fmt: skip
         proposed = gr.State(proposal)
         gr.on(
-            [prompt_box.input, target_box.input],
-            lambda *fields: propose_replacement(*fields, tokenizer),
+            [prompt_box.change, target_box.change],
+            propose,
             [prompt_box, target_box, replaces_box, proposed],
             [replaces_box, proposed],
             api_visibility="private",

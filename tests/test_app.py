@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from hub_server import HubServer
 from PIL import Image
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import expect, sync_playwright
 
 import app
 from app import LoraSlot, build_demo, check_lengths, draw, parse_args, phrase_table, propose_replacement
@@ -356,10 +356,10 @@ def test_a_phrase_about_the_targets_noun_is_proposed_until_the_user_decides(pipe
     assert change("a man, red hair", TARGET, "black hair", "black hair") == ("red hair", "red hair")
     assert change("a man, a hat", TARGET, "red hair", "red hair") == ("", "")
     # What the user wrote or took away stays.
-    assert change(PROMPT, TARGET, "a man", "") == ("a man", "black hair")
-    assert change(f"{PROMPT}, a wall", TARGET, "", "black hair") == ("", "black hair")
-    assert change("", "", "", "") == ("", "")
-    assert change("a hat, " * 3000, TARGET, "", "") == ("", "")
+    assert change(PROMPT, TARGET, "a man", "") == (None, "black hair")
+    assert change(f"{PROMPT}, a wall", TARGET, "", "black hair") == (None, "black hair")
+    assert change("", "", "", "") == (None, "")
+    assert change("a hat, " * 3000, TARGET, "", "") == (None, "")
 
 
 # ---------------------------------------------------------------------------------------------- the page in a browser
@@ -428,6 +428,12 @@ class Page:
     def fill(self, label, text):
         self.page.get_by_role("textbox", name=re.compile(f"^{label}")).fill(text)
 
+    def fill_prompt(self):
+        """The prompt has black hair and the target blonde, so that a replacement is proposed."""
+        self.fill("Prompt", PROMPT)
+        self.fill("Target", TARGET)
+        expect(self.page.get_by_role("textbox", name="Replaces")).to_have_value("black hair")
+
     def set_number(self, label, value):
         self.page.get_by_label(f"number input for {label}").fill(str(value))
 
@@ -463,14 +469,14 @@ def page(browser, server):
 
 
 def direct(pipeline, seed, prompt=PROMPT, **options):
-    arguments = {"target_scale": 1.0, "num_inference_steps": 25, "guidance_scale": 5.0, **options}
+    arguments = {"target_scale": 1.0, "num_inference_steps": 25, "guidance_scale": 5.0, "replaces": "black hair"}
+    arguments |= options
     return draw(pipeline, prompt, TARGET, seed=seed, **arguments)
 
 
 @pytest.mark.slow
 def test_the_page_draws_what_the_pipeline_draws(page, pipeline):
-    page.fill("Prompt", PROMPT)
-    page.fill("Target", TARGET)
+    page.fill_prompt()
     found, expected = page.draw(1), direct(pipeline, 1)
     assert difference(found["original"], expected.reference_images[0]) <= 1
     assert difference(found["adapted"], expected.images[0]) <= 1
@@ -496,27 +502,34 @@ def test_the_page_draws_what_the_pipeline_draws(page, pipeline):
 
 @pytest.mark.slow
 def test_errors_are_shown_and_the_page_goes_on(page, pipeline):
-    page.fill("Prompt", PROMPT)
-    page.fill("Target", TARGET)
+    page.fill_prompt()
     page.fill("Replaces", "a <i>hat</i>")
     page.button.click()
     assert "'a <i>hat</i>' is not in the base prompt" in page.error()
-    page.fill("Replaces", "")
+    page.fill("Replaces", "black hair")
     page.fill("Target", "a white jacket")
     page.button.click()
     assert page.error() == f"The target prompt 'a white jacket' is already a phrase of the base prompt '{PROMPT}'."
-    page.fill("Target", TARGET)
+    page.fill_prompt()
     page.fill("LoRA", "/nowhere/at/all")
     page.button.click()
     assert page.error() == "/nowhere/at/all: no such file or folder"
-    page.fill("LoRA", str(LORA))
-    assert difference(page.draw(4)["adapted"], direct(pipeline, 4).images[0]) <= 1
+    page.fill("LoRA", f'"{LORA}"')
+    page.fill("Prompt", "a hat, " * 20)
+    page.button.click()
+    assert page.error() == "Prompt: 60 tokens are more than the 30 that the text encoder takes."
+    prompt = "a man, a white jacket, (a hat:1.2)"
+    page.fill("Prompt", prompt)
+    expect(page.page.get_by_role("textbox", name="Replaces")).to_have_value("")
+    found = page.draw(4)["adapted"]
+    assert difference(found, direct(pipeline, 4, prompt, replaces="").images[0]) <= 1
+    assert "Weights are not read here: (a hat:1.2) is drawn" in page.page.locator("#status").inner_text()
 
 
 @pytest.mark.slow
 def test_loras_are_exchanged_by_path(page, bare_pipeline, tmp_path):
     path = write_weaker_lora(tmp_path / "weaker.safetensors", 0.5)
-    page.fill("Prompt", PROMPT)
+    page.fill_prompt()
     page.fill("LoRA", str(path))
     weaker = page.draw(5)["adapted"]
     page.fill("LoRA", "")
