@@ -578,7 +578,12 @@ def load_lora(
     Source: [ours].
     """
     active = pipeline.get_active_adapters()
-    with tempfile.TemporaryDirectory() as folder, _naming(source), _quiet_libraries():
+    # On Windows a file cannot be removed while its weights are mapped.
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        _naming(source),
+        _quiet_libraries(),
+    ):
         path = path or find_lora(source)
         lora = read_lora(path)
         expected = sum(len(group) for group in lora.values())

@@ -1,5 +1,6 @@
 """LoRA files: loaded whole or refused in one line, and read and written in both formats."""
 
+import argparse
 import copy
 import json
 import re
@@ -17,7 +18,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_hub import ATTENTION, CLOSE, FULL, adapted_unet, draw, save_adapter, save_lora
 
+import app
+import evaluate_spf_portrait
+import export_spf_portrait_lora
+import train_spf_portrait_lora
 from checked_loading import load_pipeline
+from evaluation_inputs import find_loras
 from hub import KOHYA_WEIGHTS, LORA_WEIGHTS
 from lora_files import (
     clean_source,
@@ -30,7 +36,7 @@ from lora_files import (
     save_kohya_lora,
 )
 from pipeline_spf_portrait import SPFPortraitPipeline
-from toy_portraits.recipe import BASE_MODEL, LORA
+from toy_portraits.recipe import BASE_MODEL, HERE, LORA
 
 
 world = test_hub.world
@@ -163,6 +169,10 @@ def spoil(part, value):
 
 
 LAYER = r"unet\.down_blocks\S*attn2\S*to_q"
+TRAINING = [
+    "--pretrained_model_name_or_path", BASE_MODEL, "--clip_model_name_or_path", BASE_MODEL / "clip",
+    "--train_data_dir", HERE / "blonde_hair", "--resolution", 64, "--output_dir", "out",
+]  # fmt: skip
 NAN, ALPHA = float("nan"), r"alpha is not a number \("
 # How a file of numbers that are none is made, and what every reader of it says.
 NO_NUMBERS = {
@@ -201,6 +211,30 @@ def test_a_lora_of_no_numbers_is_refused_with_file_and_layer(pipeline, tmp_path,
             read()
         assert "\n" not in str(raised.value), reader
     assert not pipeline.get_list_adapters() and not (tmp_path / "out").exists()
+
+
+PROGRAMS = {
+    "page": (app, ["--lora"], []),
+    "kohya": (export_spf_portrait_lora, ["--lora"], ["--output_kohya", "out/k.safetensors"]),
+    "diffusers": (export_spf_portrait_lora, ["--lora"], ["--output_diffusers", "out/d"]),
+    "merged": (export_spf_portrait_lora, ["--base_model", BASE_MODEL, "--lora"], ["--output_merged", "out/m"]),
+    "evaluation": (evaluate_spf_portrait, ["--toy", "blonde_hair", "--output_dir", "out", "--lora"], []),
+    "reference": (train_spf_portrait_lora, [*TRAINING, "--reference_lora"], []),
+    "stage1": (train_spf_portrait_lora, [*TRAINING, "--stage1_steps", 0, "--stage1_lora_path"], []),
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_program_refuses_it_in_one_line(tmp_path, monkeypatch, program):
+    path = write_lora(tmp_path / "x.safetensors", spoil(".to_q.lora_B", NAN))
+    module, before, after = PROGRAMS[program]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        module.main([str(flag) for flag in (*before, path, *after)])
+    assert re.search(rf"error: .*{path}: its weights are not numbers \(NaN\) in layer {LAYER}$", stop.value.code)
+    assert "\n" not in stop.value.code
+    written = {file.suffix for file in tmp_path.rglob("*") if file.is_file()}
+    assert written == {".safetensors"} and not list(tmp_path.glob("out/*.*"))
 
 
 def test_a_sum_that_is_no_number_names_the_loras(pipeline, tmp_path):
@@ -300,6 +334,12 @@ def test_what_is_copied_along_with_a_name_is_taken_off(pipeline, tmp_path, monke
     load_lora(pipeline, f'"{path}"', "quoted")
     with pytest.raises(ValueError, match='^"/nowhere": no such file or folder$'):
         load_lora(pipeline, '"/nowhere"', "new")
+
+
+def test_an_evaluation_calls_a_lora_by_what_it_is(tmp_path):
+    path = shutil.copy(LORA_FILE, tmp_path / "x.safetensors")
+    (found,) = find_loras(argparse.Namespace(reference_lora=None, lora=[f"'{path}'"], checkpoints=None))
+    assert (found.name, found.path) == ("x", path)
 
 
 @pytest.mark.parametrize(
