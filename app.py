@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from console import FlagFormatter, import_libraries
 from toy_portraits.recipe import BASE_MODEL, LORA
 
 
@@ -28,7 +29,7 @@ MAX_LORA_MB = 500
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=FlagFormatter)
     parser.add_argument(
         "--base_model",
         type=os.path.expanduser,
@@ -46,7 +47,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--host",
         default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),
-        help="Address to listen on, 0.0.0.0 for all; %(default)s if not set.",
+        help="Address to listen on, 0.0.0.0 for all.",
     )
     parser.add_argument("--port", type=int, help="Port; the first free one from 7860 if not set.")
     parser.add_argument("--share", action="store_true", help="Make a public address through gradio's servers.")
@@ -54,8 +55,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--max_lora_mb",
         type=float,
         default=MAX_LORA_MB,
-        help="Largest LoRA that others than this machine's users may have downloaded, in megabytes; %(default)s if "
-        "not set.",
+        help="Largest LoRA that others than this machine's users may have downloaded, in megabytes.",
     )
     args = parser.parse_args(input_args)
     if not args.max_lora_mb > 0:
@@ -84,6 +84,7 @@ def is_open_to_others(args: argparse.Namespace) -> bool:
 if __name__ == "__main__":
     # Flags are read before the libraries are imported, which takes seconds: --help and a wrong flag answer at once.
     ARGS = parse_args()
+    import_libraries()
 
 import gradio as gr
 import torch
@@ -442,7 +443,7 @@ def build_demo(slot: LoraSlot, prompt: str = PROMPT[0], target: str = PROMPT[1])
     return demo
 
 
-def run(args: argparse.Namespace) -> None:
+def run_program(args: argparse.Namespace) -> None:
     try:
         device = choose_device(args.device)
         dtype = getattr(torch, args.dtype or ("float16" if device.startswith("cuda") else "float32"))
@@ -460,8 +461,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(input_args: list[str] | None = None) -> None:
-    run(parse_args(input_args))
+    run_program(parse_args(input_args))
 
 
 if __name__ == "__main__":
-    run(ARGS)
+    run_program(ARGS)

@@ -13,6 +13,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from console import FlagFormatter, import_libraries
+
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -22,7 +24,7 @@ def _path(text: str) -> Path:
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=FlagFormatter)
     parser.add_argument(
         "--lora",
         action="append",
@@ -41,9 +43,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_merged", type=_path, help="Folder for the base model with the LoRAs fused into it.")
     parser.add_argument("--output_kohya", type=_path, help="File for the LoRA in kohya's format (ComfyUI, A1111).")
     parser.add_argument("--output_diffusers", type=_path, help="Folder for the LoRA in diffusers' format.")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="Of the checkpoint's weights; %(default)s if not given."
-    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="Of the checkpoint's weights.")
     parser.add_argument("--overwrite", action="store_true", help="Replace what is there.")
     args = parser.parse_args(input_args)
     if not (args.output_merged or args.output_kohya or args.output_diffusers):
@@ -66,6 +66,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     # Flags are read before the libraries are imported, which takes seconds: --help and a wrong flag answer at once.
     ARGS = parse_args()
+    import_libraries()
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -184,7 +185,7 @@ def save_merged(pipeline: StableDiffusionPipeline, folder: Path) -> None:
             _warn(f"the former checkpoint stays in {former}: {error}")
 
 
-def run(args: argparse.Namespace) -> None:
+def run_program(args: argparse.Namespace) -> None:
     try:
         check_outputs(args)
         if args.output_merged:
@@ -198,8 +199,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(input_args: list[str] | None = None) -> None:
-    run(parse_args(input_args))
+    run_program(parse_args(input_args))
 
 
 if __name__ == "__main__":
-    run(ARGS)
+    run_program(ARGS)

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LEAVES = (
     "adalora", "attention_processors", "prompts", "sfcm", "losses", "data", "caches", "checkpoints", "checked_loading",
-    "hub", "interruption", "lora_files", "metrics", "optimizers", "pictures", "report",
+    "console", "hub", "interruption", "lora_files", "metrics", "optimizers", "pictures", "report",
 )  # fmt: skip
 FLOOR_1 = (
     "conditioning", "evaluation_inputs", "evaluation_models", "evaluation_summary", "pipeline_spf_portrait",
@@ -18,6 +18,7 @@ FLOOR_1 = (
 )  # fmt: skip
 PURE_LEAVES = {
     "prompts": {"transformers"}, "sfcm": {"torch"}, "losses": {"torch"}, "metrics": {"numpy"}, "report": {"PIL"},
+    "console": {"tqdm"},
 }  # fmt: skip
 # Every Python file that belongs to the repository; hidden folders hold environments and caches.
 FILES = sorted(

@@ -1,0 +1,64 @@
+"""What the programs show: flags with their defaults, a bar for each phase, and no alarm of a library without a cause.
+
+The standard library and tqdm alone, for it is there before flags are read.
+Source: [ours].
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tqdm.auto import tqdm
+
+
+# What every program imports. The import itself reports packages that are not installed and that nothing here needs.
+LIBRARIES = ("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "peft", "transformers.models.clip")
+
+
+class FlagFormatter(argparse.HelpFormatter):
+    """Help with each flag's default, but for those that are off or not given."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if any(action.default is nothing for nothing in (None, False, argparse.SUPPRESS)):
+            return action.help
+        default = " ".join(map(str, action.default)) if isinstance(action.default, tuple | list) else action.default
+        return f"{action.help} [{str(default).replace('%', '%%')}]"
+
+
+def import_libraries() -> None:
+    """Import the libraries once, without the warnings that they log of themselves meanwhile."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        for name in LIBRARIES:
+            importlib.import_module(name)
+    finally:
+        logging.disable(before)
+
+
+@contextmanager
+def without_warning(message: str) -> Iterator[None]:
+    """Inside, the warnings that begin with a text are not shown; it is a regular expression."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message)
+        yield
+
+
+def phase_bar(description: str, total: int, unit: str, shown: bool = True) -> tqdm:
+    """A bar for one phase of the work; inside another bar it goes away when it is full.
+
+    Args:
+        description: what is done, as in "validation pictures".
+        total: how many there are.
+        unit: one of them, as in "picture".
+        shown: whether this process shows anything.
+
+    Returns:
+        The bar, a context manager whose `update` counts.
+    """
+    return tqdm(total=total, desc=description, unit=unit, disable=not shown, leave=None)
