@@ -160,7 +160,8 @@ def merge(
     merge_loras(pipeline, loras, scales)
     for model in pipeline.components.values():
         if isinstance(model, torch.nn.Module):
-            model.to(dtype)
+            # diffusers' own warns of layers that are to stay in float32 even where there are none.
+            torch.nn.Module.to(model, dtype)
     return pipeline
 
 

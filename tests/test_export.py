@@ -1,6 +1,7 @@
 """The exporter: checkpoints that draw what base and LoRA draw, both formats, and mistakes in one line."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -121,9 +122,12 @@ def test_a_dora_is_fused_exactly_alone_and_among_others(world, tmp_path, capsys)
     assert "is a DoRA" in capsys.readouterr().err
 
 
-def test_the_dtype_is_that_of_every_weight(world, tmp_path):
+def test_the_dtype_is_that_of_every_weight_and_nothing_alarms(world, tmp_path, caplog):
     lora, merged = save_lora(world, tmp_path), tmp_path / "above" / "merged"
+    logging.getLogger("diffusers").addHandler(caplog.handler)  # its records go no further
     export("--lora", lora, "--base_model", world.model, "--output_merged", merged, "--dtype", "float16")
+    logging.getLogger("diffusers").removeHandler(caplog.handler)
+    assert "float32" not in caplog.text
     dtypes = set()
     for path in merged.rglob("*.safetensors"):
         with safe_open(path, "pt") as file:
