@@ -432,7 +432,10 @@ class Page:
         """The prompt has black hair and the target blonde, so that a replacement is proposed."""
         self.fill("Prompt", PROMPT)
         self.fill("Target", TARGET)
-        expect(self.page.get_by_role("textbox", name="Replaces")).to_have_value("black hair")
+        self.wait_for_proposal("black hair")
+
+    def wait_for_proposal(self, text):
+        expect(self.page.get_by_role("textbox", name="Replaces")).to_have_value(text, timeout=60_000)
 
     def set_number(self, label, value):
         self.page.get_by_label(f"number input for {label}").fill(str(value))
@@ -508,6 +511,7 @@ def test_errors_are_shown_and_the_page_goes_on(page, pipeline):
     assert "'a <i>hat</i>' is not in the base prompt" in page.error()
     page.fill("Replaces", "black hair")
     page.fill("Target", "a white jacket")
+    page.wait_for_proposal("")
     page.button.click()
     assert page.error() == f"The target prompt 'a white jacket' is already a phrase of the base prompt '{PROMPT}'."
     page.fill_prompt()
@@ -516,11 +520,11 @@ def test_errors_are_shown_and_the_page_goes_on(page, pipeline):
     assert page.error() == "/nowhere/at/all: no such file or folder"
     page.fill("LoRA", f'"{LORA}"')
     page.fill("Prompt", "a hat, " * 20)
+    page.wait_for_proposal("")
     page.button.click()
     assert page.error() == "Prompt: 60 tokens are more than the 30 that the text encoder takes."
     prompt = "a man, a white jacket, (a hat:1.2)"
     page.fill("Prompt", prompt)
-    expect(page.page.get_by_role("textbox", name="Replaces")).to_have_value("")
     found = page.draw(4)["adapted"]
     assert difference(found, direct(pipeline, 4, prompt, replaces="").images[0]) <= 1
     assert "Weights are not read here: (a hat:1.2) is drawn" in page.page.locator("#status").inner_text()
