@@ -10,24 +10,92 @@ from __future__ import annotations
 
 import argparse
 import html
+import ipaddress
 import os
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
-import torch
-
-from checked_loading import InputError, choose_device, load_pipeline, naming
-from lora_files import load_lora
-from pipeline_spf_portrait import SPFPortraitPipeline, SPFPortraitPipelineOutput, overlay_heat_map
+from console import FlagFormatter, import_libraries
 from toy_portraits.recipe import BASE_MODEL, LORA
 
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = ("float32", "float16", "bfloat16")
 TOY_PROMPT = ("a woman, a green jacket, a purple background", "blonde hair")
 PROMPT = ("a woman, a brown jacket, a curtain background", "blonde hair")
+MAX_LORA_MB = 500
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=FlagFormatter)
+    parser.add_argument(
+        "--base_model",
+        type=os.path.expanduser,
+        default=os.environ.get("SPF_BASE_MODEL"),
+        help="Stable Diffusion 1.x or 2.x: a folder or a Hub id; the toy world's if not set.",
+    )
+    parser.add_argument(
+        "--lora",
+        action="append",
+        help="LoRA at first: a file, a folder, or an id or address of the Hub; the toy world has its own, other "
+        "models none. More, which every visitor may use, are given by repeating the flag.",
+    )
+    parser.add_argument("--device", help="Such as cuda:1 or cpu; the best there is if not set.")
+    parser.add_argument("--dtype", choices=DTYPES, help="float16 on CUDA and float32 elsewhere if not set.")
+    parser.add_argument(
+        "--host",
+        default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),
+        help="Address to listen on, 0.0.0.0 for all.",
+    )
+    parser.add_argument("--port", type=int, help="Port; the first free one from 7860 if not set.")
+    parser.add_argument("--share", action="store_true", help="Make a public address through gradio's servers.")
+    parser.add_argument(
+        "--max_lora_mb",
+        type=float,
+        default=MAX_LORA_MB,
+        help="Largest LoRA that others than this machine's users may have downloaded, in megabytes.",
+    )
+    args = parser.parse_args(input_args)
+    if not args.max_lora_mb > 0:
+        parser.error(f"--max_lora_mb must be positive, not {args.max_lora_mb:g}")
+    args.base_model = args.base_model or str(BASE_MODEL)
+    is_toy = Path(args.base_model).resolve() == BASE_MODEL
+    args.prompt, args.target = TOY_PROMPT if is_toy else PROMPT
+    if args.lora is None and "SPF_LORA" in os.environ:
+        args.lora = [os.environ["SPF_LORA"]]
+    if args.lora is None:
+        near = LORA.is_relative_to(Path.cwd())
+        args.lora = [str(LORA.relative_to(Path.cwd()) if near else LORA)] if is_toy else []
+    args.lora = [lora for lora in args.lora if lora]
+    return args
+
+
+def is_open_to_others(args: argparse.Namespace) -> bool:
+    """Whether anybody but this machine's users can reach the page. Source: [ours]."""
+    try:
+        is_here = args.host == "localhost" or ipaddress.ip_address(args.host).is_loopback
+    except ValueError:  # the name of a machine
+        is_here = False
+    return not is_here or args.share or "SPACE_ID" in os.environ
+
+
+if __name__ == "__main__":
+    # Flags are read before the libraries are imported, which takes seconds: --help and a wrong flag answer at once.
+    ARGS = parse_args()
+    import_libraries()
+
+import gradio as gr
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from checked_loading import InputError, choose_device, load_pipeline, naming
+from lora_files import clean_source, download_public_lora, embedding_note, find_lora, load_lora
+from pipeline_spf_portrait import SPFPortraitPipeline, SPFPortraitPipelineOutput, overlay_heat_map
+from prompts import MAX_CHARACTERS, find_weights, split_phrases, suggest_replacement
+
+
 HEADERS = ["phrase", "distance", "map", "free"]
 DAY = 24 * 60 * 60  # seconds that drawn pictures are kept on the server, and between looks for older ones
 TITLE = "SPF-Portrait"
@@ -47,11 +115,28 @@ THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monos
 
 
 class LoraSlot:
-    """The one LoRA of a pipeline, exchanged by its path or id; `source` is what it was asked for with."""
+    """The one LoRA of a pipeline, exchanged by its path or id.
 
-    def __init__(self, pipeline: SPFPortraitPipeline) -> None:
-        self.pipeline = pipeline
-        self.source = ""
+    Args:
+        pipeline: without a LoRA.
+        named: LoRAs that anybody may use, wherever they are. All others are of public repositories then, are asked for
+            without this machine's token, and are not kept. None if the users may have what this machine has.
+        max_bytes: the largest file of a LoRA that is not among those named.
+
+    Attributes:
+        source: what the LoRA was asked for with.
+        note: what is to be said of its file.
+    """
+
+    def __init__(
+        self,
+        pipeline: SPFPortraitPipeline,
+        named: Iterable[str] | None = None,
+        max_bytes: int = MAX_LORA_MB * 10**6,
+    ) -> None:
+        self.pipeline, self.max_bytes = pipeline, max_bytes
+        self.named = None if named is None else tuple(map(_clean, named))
+        self.source = self.note = ""
         self._last_change = 0.0
         self._count = 0
 
@@ -61,26 +146,88 @@ class LoraSlot:
         Raises:
             ValueError: there is no such LoRA, or it is for another model; the former one is still there.
         """
-        changed = _last_change(source)
+        is_known = self.named is None or _clean(source) in self.named
+        changed = _last_change(source) if is_known else 0.0
         if (source, changed) == (self.source, self._last_change):
             return
         if source:
-            former = self.pipeline.get_active_adapters()
-            self._count += 1
-            load_lora(self.pipeline, source, f"lora_{self._count}")
-            if former:
-                self.pipeline.delete_adapters(former)
-                self.pipeline.set_adapters(f"lora_{self._count}")
+            self._load(source, is_known)
         else:
             self.pipeline.unload_lora_weights()
+            self.note = ""
         self.source, self._last_change = source, changed
+
+    def _load(self, source: str, is_known: bool) -> None:
+        former = self.pipeline.get_active_adapters()
+        self._count += 1
+        # On Windows a file cannot be removed while its weights are mapped.
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            with naming(source):
+                path = find_lora(source) if is_known else download_public_lora(source, Path(folder), self.max_bytes)
+            load_lora(self.pipeline, source, f"lora_{self._count}", path)
+            self.note = embedding_note(path)
+        if former:
+            self.pipeline.delete_adapters(former)
+            self.pipeline.set_adapters(f"lora_{self._count}")
+
+
+def _clean(source: str) -> str:
+    with naming(source):
+        return clean_source(source)
 
 
 def _last_change(source: str) -> float:
     """Of a file, or of the newest LoRA in a folder; 0 for what is on the Hub."""
-    path = Path(source)
-    files = [path] if path.is_file() else list(path.glob("*.safetensors")) if source else []
-    return max((file.stat().st_mtime for file in files), default=0.0)
+    with naming(source):
+        path = Path(clean_source(source))
+        files = [path] if path.is_file() else list(path.glob("*.safetensors")) if source else []
+        return max((file.stat().st_mtime for file in files), default=0.0)
+
+
+def check_lengths(texts: Mapping[str, str], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse what the text encoder cannot take, before it is read: a drawing holds up all others.
+
+    Args:
+        texts: by their fields' names.
+        tokenizer: of the text encoder.
+
+    Raises:
+        ValueError: one is too long.
+
+    Source: [ours].
+    """
+    limit = tokenizer.model_max_length - 2  # without its beginning and end
+    for name, text in texts.items():
+        if len(text) > MAX_CHARACTERS:
+            raise ValueError(f"{name}: {len(text)} characters are more than the text encoder takes.")
+        count = len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        if count > limit:
+            raise ValueError(f"{name}: {count} tokens are more than the {limit} that the text encoder takes.")
+
+
+def propose_replacement(
+    prompt: str, target: str, replaces: str, proposed: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[str | None, str]:
+    """What goes into the field *Replaces* after the prompt or the target was changed.
+
+    Args:
+        prompt, target, replaces: the fields.
+        proposed: what was proposed last.
+        tokenizer: of the text encoder.
+
+    Returns:
+        What goes into the field, None if it stays as it is, and what is proposed now. It stays if the proposal is the
+        former one, whether or not the user wanted that, and if the user wrote something else.
+
+    Source: [ours].
+    """
+    try:
+        check_lengths({"Prompt": prompt, "Target": target}, tokenizer)
+        found = suggest_replacement(split_phrases(prompt), target)
+    except ValueError:  # said when it is drawn
+        found = None
+    proposal = "" if found is None else found[0]
+    return proposal if proposal != proposed and replaces in ("", proposed) else None, proposal
 
 
 def draw(
@@ -168,7 +315,14 @@ def build_demo(slot: LoraSlot, prompt: str = PROMPT[0], target: str = PROMPT[1])
 
     Source: [ours].
     """
-    pipeline = slot.pipeline
+    pipeline, tokenizer = slot.pipeline, slot.pipeline.tokenizer
+    lora_info = "File, folder, or user/name of the Hub"
+    if slot.named is not None:
+        lora_info = ", ".join([*slot.named, "or a public user/name of the Hub"])
+
+    def propose(prompt: str, target: str, replaces: str, proposed: str) -> tuple[Any, str]:
+        field, proposal = propose_replacement(prompt, target, replaces, proposed, tokenizer)
+        return gr.skip() if field is None else field, proposal
 
     def draw_page(
         prompt: str,
@@ -185,7 +339,9 @@ def build_demo(slot: LoraSlot, prompt: str = PROMPT[0], target: str = PROMPT[1])
         progress: gr.Progress = gr.Progress(),  # noqa: B008 (how gradio finds it)
     ) -> tuple[Any, ...]:
         start, lora = time.perf_counter(), lora.strip()
+        fields = {"Prompt": prompt, "Target": target, "Replaces": replaces, "May change, too": free_phrases}
         try:
+            check_lengths(fields, tokenizer)
             slot.use(lora)
             if seed is None:
                 raise ValueError("The seed is empty.")
@@ -208,7 +364,13 @@ def build_demo(slot: LoraSlot, prompt: str = PROMPT[0], target: str = PROMPT[1])
         image, reference = output.images[0], output.reference_images[0]
         sfcm = None if output.sfcm is None else overlay_heat_map(image, output.sfcm[0, 0])
         what = f"LoRA {lora} at strength {target_scale:g}" if lora else "No LoRA: the original model draws both"
-        status = f"{what}; seed {int(seed)}, {time.perf_counter() - start:.1f} s"
+        lines = [f"{what}; seed {int(seed)}, {time.perf_counter() - start:.1f} s"]
+        if slot.note:
+            lines.append(f"Its file {slot.note}.")
+        weights = next(filter(None, map(find_weights, fields.values())), None)
+        if weights is not None:
+            lines.append(f"Weights are not read here: `{weights}` is drawn as words.")
+        status = "\n\n".join(lines)
         return reference, image, sfcm, status, phrase_table(output, free_phrases), pipeline.visualize(output)
 
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(DAY, DAY)) as demo:
@@ -218,10 +380,11 @@ def build_demo(slot: LoraSlot, prompt: str = PROMPT[0], target: str = PROMPT[1])
                 prompt_box = gr.Textbox(prompt, label="Prompt", lines=2, info="Phrases, separated by commas")
                 target_box = gr.Textbox(target, label="Target", info="What the LoRA has learned")
                 with gr.Row():
-                    replaces_box = gr.Textbox(label="Replaces", info="A phrase of the prompt")
+                    proposal = propose_replacement(prompt, target, "", "", tokenizer)[1]
+                    replaces_box = gr.Textbox(proposal, label="Replaces", info="A phrase of the prompt")
                     free_box = gr.Textbox(label="May change, too", info="Phrases of the prompt")
                 button = gr.Button("Draw", variant="primary")
-                lora_box = gr.Textbox(slot.source, label="LoRA", info="File, folder, or user/name of the Hub")
+                lora_box = gr.Textbox(slot.source, label="LoRA", info=lora_info)
                 scale_slider = gr.Slider(0, 2, 1, step=0.05, label="LoRA strength")
                 guidance_slider = gr.Slider(
                     0, 1, 0, step=0.05, label="SFCM guidance", info="1 keeps the original model outside the map"
@@ -266,46 +429,30 @@ def build_demo(slot: LoraSlot, prompt: str = PROMPT[0], target: str = PROMPT[1])
             show_progress_on=adapted,
             scroll_to_output=True,
         )  # fmt: skip
+        proposed = gr.State(proposal)
+        gr.on(
+            [prompt_box.change, target_box.change],
+            propose,
+            [prompt_box, target_box, replaces_box, proposed],
+            [replaces_box, proposed],
+            api_visibility="private",
+            queue=False,
+            show_progress="hidden",
+            trigger_mode="always_last",
+        )
     return demo
 
 
-def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--base_model",
-        default=os.environ.get("SPF_BASE_MODEL"),
-        help="Stable Diffusion 1.x or 2.x: a folder or a Hub id; the toy world's if not set.",
-    )
-    parser.add_argument(
-        "--lora",
-        default=os.environ.get("SPF_LORA"),
-        help="LoRA at first: a file, a folder, or a Hub id; the toy world has its own, other models none.",
-    )
-    parser.add_argument("--device", help="Such as cuda:1 or cpu; the best there is if not set.")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="float16 on CUDA and float32 elsewhere if not set.")
-    parser.add_argument("--host", help="Address to listen on, 0.0.0.0 for all; 127.0.0.1 if not set.")
-    parser.add_argument("--port", type=int, help="Port; the first free one from 7860 if not set.")
-    parser.add_argument("--share", action="store_true", help="Make a public address through gradio's servers.")
-    args = parser.parse_args(input_args)
-    args.base_model = args.base_model or str(BASE_MODEL)
-    is_toy = Path(args.base_model).resolve() == BASE_MODEL
-    args.prompt, args.target = TOY_PROMPT if is_toy else PROMPT
-    if args.lora is None:
-        near = LORA.is_relative_to(Path.cwd())
-        args.lora = str(LORA.relative_to(Path.cwd()) if near else LORA) if is_toy else ""
-    return args
-
-
-def main(input_args: list[str] | None = None) -> None:
-    args = parse_args(input_args)
+def run_program(args: argparse.Namespace) -> None:
     try:
         device = choose_device(args.device)
-        dtype = DTYPES[args.dtype or ("float16" if device.startswith("cuda") else "float32")]
+        dtype = getattr(torch, args.dtype or ("float16" if device.startswith("cuda") else "float32"))
         pipeline = load_pipeline(SPFPortraitPipeline, args.base_model, dtype).to(device)
         pipeline.set_progress_bar_config(disable=True)  # the page shows it
         with naming("--lora"):
-            slot = LoraSlot(pipeline)
-            slot.use(args.lora)
+            slot = LoraSlot(pipeline, args.lora if is_open_to_others(args) else None, int(args.max_lora_mb * 1e6))
+            for lora in reversed(args.lora):  # the first one stays
+                slot.use(lora)
         demo = build_demo(slot, args.prompt, args.target)
         with naming("--host and --port"):
             demo.launch(server_name=args.host, server_port=args.port, share=args.share, theme=THEME, css=CSS)
@@ -313,5 +460,9 @@ def main(input_args: list[str] | None = None) -> None:
         raise SystemExit(f"app.py: error: {error}") from error
 
 
+def main(input_args: list[str] | None = None) -> None:
+    run_program(parse_args(input_args))
+
+
 if __name__ == "__main__":
-    main()
+    run_program(ARGS)

@@ -7,15 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from transformers import CLIPTokenizer
 
 
 Pipeline = TypeVar("Pipeline", bound=StableDiffusionPipeline)
+# How a model that is one file ends, as other programs keep it.
+_SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
 class InputError(ValueError):
@@ -47,28 +52,73 @@ def load_tokenizer(name: str, **kwargs: str | None) -> CLIPTokenizer:
     return tokenizer
 
 
-def load_pipeline(kind: type[Pipeline], name: str, dtype: torch.dtype, flag: str = "base_model") -> Pipeline:
-    """A pipeline of this class from the folder or id that a flag names.
+def check_model_name(name: str, kind: str | None = "StableDiffusionPipeline") -> None:
+    """Refuse what can be neither a folder nor an id of the Hub, before a library takes it for one of them.
+
+    Args:
+        name: as a user gives it.
+        kind: the class of diffusers that turns a single file of such a model into a folder, if there is one.
+
+    Raises:
+        ValueError: a single file, or a path where nothing is; one line without `name`.
+
+    Source: [ours].
+    """
+    path = Path(name)
+    if path.is_dir():
+        return
+    if path.is_file():
+        way = "" if kind is None else f": convert it with `{kind}.from_single_file(...).save_pretrained(folder)`"
+        raise ValueError(f"a single file, and a folder is needed{way}")
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError("no such file or folder, and no id of the Hub such as user/name") from error
+    if name.endswith(_SINGLE_FILES):
+        raise ValueError("no such file or folder")
+
+
+def load_pipeline(
+    kind: type[Pipeline],
+    name: str,
+    dtype: torch.dtype,
+    flag: str = "base_model",
+    *,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    **options: Any,
+) -> Pipeline:
+    """A pipeline of this class from the folder or id that a flag names. A pickle is not read.
 
     Args:
         kind: `StableDiffusionPipeline` or a subclass.
         name: a folder or an id of the Hub.
         dtype: of all weights.
         flag: its name, for the error.
+        revision: of the Hub.
+        cache_dir: where the Hub's files are kept.
+        options: further arguments of `from_pretrained`, such as other components.
 
     Returns:
         The pipeline, on the CPU.
 
     Raises:
-        InputError: it cannot be loaded, or is a model that takes more than a prompt and noise.
+        InputError: it cannot be loaded, is a single file, has weights in pickles alone, or is a model that takes more
+            than a prompt and noise.
 
     Source: [ours].
     """
+    hub = {"revision": revision, "cache_dir": cache_dir}
     with naming_flag(flag, name):
-        config = UNet2DConditionModel.load_config(name, subfolder="unet")
+        check_model_name(name)
+        config = UNet2DConditionModel.load_config(name, subfolder="unet", **hub)
         if config.get("addition_embed_type") is not None or config.get("in_channels", 4) != 4:
             raise ValueError("not Stable Diffusion 1.x or 2.x for text to image, as its UNet's configuration says")
-        return kind.from_pretrained(name, dtype=dtype)
+        try:
+            return kind.from_pretrained(name, dtype=dtype, use_safetensors=True, **hub, **options)
+        except OSError as error:
+            pickles = " (pickles, such as .bin, are not read: save the model in safetensors)"
+            raise ValueError(f"{error}{pickles if '.safetensors' in str(error) else ''}") from error
 
 
 def choose_device(name: str | None) -> str:

@@ -19,7 +19,7 @@ from PIL import Image
 from checked_loading import InputError, naming, naming_flag
 from checkpoints import find_checkpoints
 from data import PortraitRow, load_image, read_json_lines, read_phrases, read_target
-from lora_files import find_lora, read_lora
+from lora_files import clean_source, find_lora, read_lora
 from prompts import PromptPair, has_phrase, make_prompt_pair
 
 
@@ -134,7 +134,7 @@ def find_loras(args: argparse.Namespace) -> list[LoraSource]:
         with naming_flag(flag, source):
             path = find_lora(source)
             read_lora(path)
-        found.append(LoraSource(_name_of(source), path, role))
+        found.append(LoraSource(_name_of(clean_source(source)), path, role))
     for name, path in _checkpoint_files(args.checkpoints) if args.checkpoints is not None else ():
         with naming(f"--checkpoints {path}"):
             read_lora(path)

@@ -6,39 +6,44 @@ Source: [ours].
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from diffusers import StableDiffusionPipeline
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
-
-from checked_loading import InputError, load_pipeline, naming
-from lora_files import find_lora, is_dora, is_kohya, merge_loras, read_lora, save_diffusers_lora, save_kohya_lora
+from console import FlagFormatter, import_libraries
 
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=FlagFormatter)
     parser.add_argument(
         "--lora",
         action="append",
         required=True,
-        help="A .safetensors file in diffusers' or kohya's format, a folder with one, or user/name of the Hub; "
-        "several are given by repeating the flag.",
+        help="A .safetensors file in diffusers' or kohya's format, a folder with one, or user/name or an address of "
+        "the Hub; several are given by repeating the flag.",
     )
     parser.add_argument(
         "--scale", type=float, action="append", help="Strength of each --lora, in their order; 1 for all if not given."
     )
-    parser.add_argument("--base_model", help="Stable Diffusion 1.x or 2.x to fuse with: a folder or a Hub id.")
-    parser.add_argument("--output_merged", type=Path, help="Folder for the base model with the LoRAs fused into it.")
-    parser.add_argument("--output_kohya", type=Path, help="File for the LoRA in kohya's format (ComfyUI, A1111).")
-    parser.add_argument("--output_diffusers", type=Path, help="Folder for the LoRA in diffusers' format.")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="Of the checkpoint's weights.")
+    parser.add_argument(
+        "--base_model",
+        type=os.path.expanduser,
+        help="Stable Diffusion 1.x or 2.x to fuse with: a folder or a Hub id.",
+    )
+    parser.add_argument("--output_merged", type=_path, help="Folder for the base model with the LoRAs fused into it.")
+    parser.add_argument("--output_kohya", type=_path, help="File for the LoRA in kohya's format (ComfyUI, A1111).")
+    parser.add_argument("--output_diffusers", type=_path, help="Folder for the LoRA in diffusers' format.")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="Of the checkpoint's weights.")
     parser.add_argument("--overwrite", action="store_true", help="Replace what is there.")
     args = parser.parse_args(input_args)
     if not (args.output_merged or args.output_kohya or args.output_diffusers):
@@ -56,6 +61,28 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     if args.output_kohya and args.output_kohya.suffix != ".safetensors":
         parser.error(f"--output_kohya {args.output_kohya}: the name has to end in .safetensors")
     return args
+
+
+if __name__ == "__main__":
+    # Flags are read before the libraries are imported, which takes seconds: --help and a wrong flag answer at once.
+    ARGS = parse_args()
+    import_libraries()
+
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+
+from checked_loading import InputError, load_pipeline, naming
+from lora_files import (
+    embedding_note,
+    find_lora,
+    is_dora,
+    is_kohya,
+    merge_loras,
+    read_lora,
+    save_diffusers_lora,
+    save_kohya_lora,
+)
 
 
 def check_outputs(args: argparse.Namespace) -> None:
@@ -89,20 +116,25 @@ def convert(args: argparse.Namespace) -> Path:
     with naming(args.lora[0]):
         path = find_lora(args.lora[0])
         layers = read_lora(path)
+    if note := embedding_note(path):
+        _warn(f"{path} {note}")
     wanted, flag = ("diffusers'", "output_diffusers") if args.output_diffusers else ("kohya's", "output_kohya")
     if is_kohya(path) == (flag == "output_kohya"):
         raise InputError(f"--{flag}: {path} is in {wanted} format already")
     if args.output_diffusers:
         return save_diffusers_lora(path, args.output_diffusers)
     if is_dora(layers):
-        print(
-            f"export_spf_portrait_lora.py: warning: {path} is a DoRA; what reads kohya's format applies its magnitude "
-            "in another way than it was trained, or ignores it; --output_merged is exact",
-            file=sys.stderr,
+        _warn(
+            f"{path} is a DoRA; what reads kohya's format applies its magnitude in another way than it was trained, "
+            "or ignores it; --output_merged is exact"
         )
     args.output_kohya.parent.mkdir(parents=True, exist_ok=True)
     save_kohya_lora(path, args.output_kohya)
     return args.output_kohya
+
+
+def _warn(message: str) -> None:
+    print(f"export_spf_portrait_lora.py: warning: {message}", file=sys.stderr)
 
 
 def merge(
@@ -128,28 +160,38 @@ def merge(
     merge_loras(pipeline, loras, scales)
     for model in pipeline.components.values():
         if isinstance(model, torch.nn.Module):
-            model.to(dtype)
+            # diffusers' own warns of layers that are to stay in float32 even where there are none.
+            torch.nn.Module.to(model, dtype)
     return pipeline
 
 
 def save_merged(pipeline: StableDiffusionPipeline, folder: Path) -> None:
-    """Write a checkpoint whole or not at all, in the place of one that is there."""
+    """Write a checkpoint whole or not at all, in the place of one that is there, which is kept until then."""
     # In a folder beside it, so that the last step is a rename on one file system.
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as temporary:
-        whole, former = Path(temporary) / "whole", Path(temporary) / "former"
+        whole, former = Path(temporary) / "whole", Path(f"{temporary}-former")
         pipeline.save_pretrained(whole)
         if folder.exists():
             folder.rename(former)
-        whole.rename(folder)
+        try:
+            whole.rename(folder)
+        except OSError:
+            if former.exists():
+                former.rename(folder)
+            raise
+    if former.exists():
+        try:
+            shutil.rmtree(former)
+        except OSError as error:  # of a file that is still open elsewhere, on Windows
+            _warn(f"the former checkpoint stays in {former}: {error}")
 
 
-def main(input_args: list[str] | None = None) -> None:
-    args = parse_args(input_args)
+def run_program(args: argparse.Namespace) -> None:
     try:
         check_outputs(args)
         if args.output_merged:
             scales = args.scale or [1.0] * len(args.lora)
-            save_merged(merge(args.base_model, args.lora, scales, DTYPES[args.dtype]), args.output_merged)
+            save_merged(merge(args.base_model, args.lora, scales, getattr(torch, args.dtype)), args.output_merged)
             print(args.output_merged)
         if args.output_kohya or args.output_diffusers:
             print(convert(args))
@@ -157,5 +199,9 @@ def main(input_args: list[str] | None = None) -> None:
         raise SystemExit(f"export_spf_portrait_lora.py: error: {' '.join(str(error).split())}") from error
 
 
+def main(input_args: list[str] | None = None) -> None:
+    run_program(parse_args(input_args))
+
+
 if __name__ == "__main__":
-    main()
+    run_program(ARGS)

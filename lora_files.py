@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import diffusers
 import safetensors.torch
@@ -25,7 +26,7 @@ import torch
 import transformers
 from diffusers import StableDiffusionPipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import HFValidationError, HTTPError, RemoteEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig
@@ -33,6 +34,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
+
+logger = logging.getLogger(__name__)
 
 # Why a DoRA is not trained on top of another LoRA.
 DORA_ON_TOP = (
@@ -58,6 +61,9 @@ _LAYERS = {
     "text_encoder": re.compile(r"encoder\.layers\..+"),
 }
 _SUFFIX = ".safetensors"
+_EMBEDDING = "bundle_emb."  # begins the names of a textual inversion that trainers put beside a LoRA's layers
+# Of a page of the Hub: repository, revision, and a file or folder in it.
+_HUB_PAGE = re.compile(r"([^/]+/[^/]+)(?:/(blob|raw|resolve|tree)/([^/]+)(?:/(.+))?)?")
 _SD2_TEXT_WIDTH = 1024  # of the text embeddings that a cross-attention layer reads; SD 1.x has 768
 
 
@@ -107,11 +113,49 @@ class ReferenceLora:
 # ------------------------------------------------------------------------------------------------------------- finding
 
 
+def clean_source(source: str) -> str:
+    """A LoRA's name without what comes with it when it is copied: quotes, "~", and an address of the Hub.
+
+    Args:
+        source: as a user gives it.
+
+    Returns:
+        A path or an id, as of `find_lora`; what is one already is returned as it is.
+
+    Raises:
+        ValueError: an address that is of no LoRA on the Hub; one line without `source`.
+
+    Source: [ours].
+    """
+    text = source.strip()
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
+        text = text[1:-1].strip()
+    return _read_address(text) if text.startswith(("http://", "https://")) else os.path.expanduser(text)
+
+
+def _read_address(address: str) -> str:
+    """The id that an address of the Hub is of."""
+    parts = urlsplit(address)
+    match = _HUB_PAGE.fullmatch(unquote(parts.path).strip("/"))
+    hosts = ("huggingface.co", "www.huggingface.co", "hf.co", urlsplit(constants.ENDPOINT).netloc)
+    if match is None or parts.netloc not in hosts:
+        raise ValueError("not the address of a LoRA on the Hub, such as https://huggingface.co/user/name")
+    repository, kind, revision, file = match.groups()
+    if revision not in (None, "main"):
+        raise ValueError(f"of the revision {revision!r}, and only main is read: download the file and name that")
+    if kind not in (None, "tree") and not (file or "").endswith(_SUFFIX):
+        raise ValueError(f"not a {_SUFFIX} file")
+    if file is not None and not file.endswith(_SUFFIX):
+        file = f"{file}/{LORA_WEIGHT_NAME_SAFE}"
+    return repository if file is None else f"{repository}/{file}"
+
+
 def find_lora(source: str, cache_dir: str | None = None) -> Path:
     """The file that is meant: one of this machine, or else downloaded from the Hub.
 
     Args:
-        source: a `.safetensors` file, a folder with one, or of the Hub "user/name" or "user/name/file.safetensors".
+        source: a `.safetensors` file, a folder with one, or of the Hub "user/name", "user/name/file.safetensors" or
+            their address; `clean_source` takes off what was copied along.
         cache_dir: where the Hub's files are kept.
 
     Returns:
@@ -122,7 +166,7 @@ def find_lora(source: str, cache_dir: str | None = None) -> Path:
 
     Source: [ours].
     """
-    path, place = Path(source), find_on_hub(source)
+    path, place = Path(clean_source(source)), find_on_hub(source)
     if path.is_file():
         if path.suffix != _SUFFIX:
             raise ValueError(f"not a {_SUFFIX} file")
@@ -138,26 +182,67 @@ def find_lora(source: str, cache_dir: str | None = None) -> Path:
         return path / names[0]
     if place is None:
         raise ValueError("no such file or folder")
-    try:
+    with _asking_hub(place[1], "no file or folder of this machine, nor found on the Hub"):
         return Path(hf_hub_download(*place, cache_dir=cache_dir))
-    except (HTTPError, OSError) as error:
-        if isinstance(error, RemoteEntryNotFoundError):
-            raise ValueError(f"no {place[1]} there; name the file, as in user/name/file{_SUFFIX}") from error
-        line = " ".join(str(error).split())
-        raise ValueError(f"no file or folder of this machine, nor found on the Hub: {line}") from error
 
 
 def find_on_hub(source: str) -> tuple[str, str] | None:
     """The repository and the file in it that are meant; None for what is here, or can only be a path."""
+    source = clean_source(source)
+    return None if Path(source).exists() else _parse_id(source)
+
+
+def _parse_id(source: str) -> tuple[str, str] | None:
     owner, _, rest = source.partition("/")
     repository, _, file = rest.partition("/")
-    if Path(source).exists() or repository.endswith(_SUFFIX) or (file and not file.endswith(_SUFFIX)):
+    if repository.endswith(_SUFFIX) or (file and not file.endswith(_SUFFIX)):
         return None
     try:
         validate_repo_id(f"{owner}/{repository}")
     except HFValidationError:
         return None
     return f"{owner}/{repository}", file or LORA_WEIGHT_NAME_SAFE
+
+
+def download_public_lora(source: str, folder: Path, max_bytes: int) -> Path:
+    """A LoRA of a public repository, for somebody whom this machine's files and token are not for.
+
+    No file of this machine is looked at, no token is sent, and what lies in the Hub's cache here is not used: it may
+    have come with a token.
+
+    Args:
+        source: of the Hub, as of `find_lora`.
+        folder: an empty one, for the file.
+        max_bytes: the largest file that is downloaded.
+
+    Returns:
+        The file in `folder`.
+
+    Raises:
+        ValueError: no such file in a public repository, or a larger one; one line without `source`.
+
+    Source: [ours].
+    """
+    place = _parse_id(clean_source(source))
+    if place is None:
+        raise ValueError(f"not a public LoRA of the Hub, as user/name or user/name/file{_SUFFIX}")
+    with _asking_hub(place[1], "not found among the public LoRAs of the Hub"):
+        found = get_hf_file_metadata(hf_hub_url(*place), token=False)
+        if found.size is None or found.size > max_bytes:
+            size = "of unknown size" if found.size is None else f"{found.size / 1e6:.1f} MB"
+            raise ValueError(f"{size}, and at most {max_bytes / 1e6:g} MB are downloaded")
+        # That commit, so that it is the file whose size is known.
+        return Path(hf_hub_download(*place, revision=found.commit_hash, token=False, local_dir=folder))
+
+
+@contextmanager
+def _asking_hub(file: str, otherwise: str) -> Iterator[None]:
+    try:
+        yield
+    except RemoteEntryNotFoundError as error:
+        raise ValueError(f"no {file} there; name the file, as in user/name/file{_SUFFIX}") from error
+    except (HTTPError, OSError) as error:
+        raise ValueError(f"{otherwise}: {' '.join(str(error).split())}") from error
 
 
 @contextmanager
@@ -189,15 +274,34 @@ def read_lora(path: Path) -> Layers:
     """
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            metadata = _read_metadata(file)
+            tensors = {key: file.get_tensor(key) for key in file.keys() if not key.startswith(_EMBEDDING)}
     except SafetensorError as error:
         raise ValueError(f"no safetensors file, and a pickle is not read ({error})") from error
     if not tensors:
         raise ValueError("holds no LoRA")
-    if _are_kohyas(tensors):
-        return _read_kohya(tensors)
-    return _read_diffusers(tensors, json.loads(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}")))
+    return _read_kohya(tensors) if _are_kohyas(tensors) else _read_diffusers(tensors, metadata)
+
+
+def _read_metadata(file: Any) -> dict:
+    """What an open file says of ranks and alphas; empty if nothing."""
+    try:
+        metadata = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
+    except ValueError as error:
+        raise ValueError(f"its metadata {LORA_ADAPTER_METADATA_KEY} is no JSON ({error})") from error
+    if not isinstance(metadata, dict) or not all(
+        isinstance(metadata.get(f"{model}.alpha_pattern") or {}, dict) for model in _LAYERS
+    ):
+        raise ValueError(f"its metadata {LORA_ADAPTER_METADATA_KEY} has another form than diffusers writes")
+    return metadata
+
+
+def embedding_note(path: Path) -> str:
+    """What to say of textual inversions that lie in a LoRA's file; empty if there are none. Source: [ours]."""
+    with safe_open(path, "pt") as file:
+        names = [key.removeprefix(_EMBEDDING) for key in file.keys() if key.startswith(_EMBEDDING)]
+    words = dict.fromkeys(name.split(".")[0] for name in names)
+    return f"holds a textual inversion ({', '.join(words)}), which is left out: only the LoRA is read" if words else ""
 
 
 def is_kohya(path: Path) -> bool:
@@ -236,7 +340,11 @@ def _layer_name(model: str, name: str) -> str:
 def _alpha_of(metadata: dict, model: str, layer: str) -> tuple[float | None, bool]:
     """Of one layer, None if the file has none, and whether the root of the rank divides it (rsLoRA)."""
     pattern = metadata.get(f"{model}.alpha_pattern") or {}
-    alpha = pattern.get(get_pattern_key(pattern, layer), metadata.get(f"{model}.lora_alpha"))
+    try:
+        key = get_pattern_key(pattern, layer)
+    except re.error as error:
+        raise ValueError(f"its metadata {model}.alpha_pattern has a name that is no pattern ({error})") from error
+    alpha = pattern.get(key, metadata.get(f"{model}.lora_alpha"))
     return alpha, bool(metadata.get(f"{model}.use_rslora"))
 
 
@@ -270,11 +378,30 @@ def _collect(found: dict[tuple[str, str], tuple[dict[str, torch.Tensor], tuple]]
         rank = len(weights["down"])
         if weights["up"].shape[1] != rank:
             raise ValueError(f"layer {layer!r} has the ranks {rank} and {weights['up'].shape[1]}")
-        alpha = float(rank if alpha is None else alpha)
+        _check_finite(weights.values(), f"{model}.{layer}")
+        alpha = float(rank) if alpha is None else _read_alpha(alpha, f"{model}.{layer}")
         if rank_stabilized:
             alpha *= math.sqrt(rank)  # rsLoRA divides by the root of the rank, and all others by the rank
         layers.setdefault(model, {})[layer] = LoraLayer(alpha=alpha, **weights)
     return layers
+
+
+def _check_finite(weights: Iterable[torch.Tensor], layer: str) -> None:
+    for weight in weights:
+        values = weight.float()  # not all kinds of 8-bit numbers can be asked
+        if not values.isfinite().all():
+            kind = "NaN" if values.isnan().any() else "infinite"
+            raise ValueError(f"its weights are not numbers ({kind}) in layer {layer}")
+
+
+def _read_alpha(alpha: Any, layer: str) -> float:
+    try:
+        value = float(alpha)
+    except (TypeError, ValueError, RuntimeError):  # a list, a text, a tensor of several numbers
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"its alpha is not a number ({alpha}) in layer {layer}")
+    return value
 
 
 def check_lora_fits(lora: Layers, models: Mapping[str, Mapping[str, torch.nn.Module]]) -> None:
@@ -358,10 +485,10 @@ def save_kohya_lora(lora: Path, path: Path) -> None:
 
 
 def save_diffusers_lora(lora: Path, folder: Path) -> Path:
-    """Write a LoRA of kohya's format in diffusers' format, each layer with its own rank and alpha.
+    """Write a LoRA in diffusers' format, each layer with its own rank and alpha.
 
     Args:
-        lora: a `.safetensors` file of kohya's format.
+        lora: a `.safetensors` file of kohya's format, or one of diffusers' whose metadata is not whole.
         folder: where the file is written, under the name that diffusers looks for; it is made.
 
     Returns:
@@ -375,6 +502,8 @@ def save_diffusers_lora(lora: Path, folder: Path) -> Path:
     options = {}
     with _naming(lora):
         layers = read_lora(lora)
+        if is_dora(layers):
+            raise ValueError("a DoRA is read with whole metadata alone, which names ranks, alphas and layers")
     for model, group in layers.items():
         state, metadata = diffusers_state(group)
         options |= {f"{model}_lora_layers": state, f"{model}_lora_adapter_metadata": metadata}
@@ -458,7 +587,9 @@ def _whole(path: Path) -> Iterator[Path]:
 # ------------------------------------------------------------------------------------------------------------- loading
 
 
-def load_lora(pipeline: StableDiffusionPipeline, source: str, adapter_name: str) -> None:
+def load_lora(
+    pipeline: StableDiffusionPipeline, source: str, adapter_name: str, path: Path | None = None
+) -> None:
     """Load a LoRA whole, and make it the only active one; on an error the pipeline's LoRAs are as they were.
 
     diffusers warns and goes on where a LoRA, or a part of it, is for another model, and takes one alpha for the
@@ -468,6 +599,7 @@ def load_lora(pipeline: StableDiffusionPipeline, source: str, adapter_name: str)
         pipeline: gets the LoRA on its UNet and, if the file has weights for it, on its text encoder.
         source: as of `find_lora`, in diffusers' or kohya's format.
         adapter_name: a name that no adapter of the pipeline has.
+        path: the file, where it is found already.
 
     Raises:
         ValueError: there is no such LoRA, or it is for another model; one line that begins with `source`.
@@ -475,20 +607,47 @@ def load_lora(pipeline: StableDiffusionPipeline, source: str, adapter_name: str)
     Source: [ours].
     """
     active = pipeline.get_active_adapters()
-    with tempfile.TemporaryDirectory() as folder, _naming(source), _quiet_libraries():
-        path = find_lora(source)
-        expected = sum(len(group) for group in read_lora(path).values())
-        if is_kohya(path):
+    # On Windows a file cannot be removed while its weights are mapped.
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        _naming(source),
+        _quiet_libraries(),
+    ):
+        path = path or find_lora(source)
+        lora = read_lora(path)
+        expected = sum(len(group) for group in lora.values())
+        if note := embedding_note(path):
+            logger.warning("%s: %s", source, note)
+        if not _reads_as_meant(path, lora):
             path = save_diffusers_lora(path, Path(folder))
         try:
             pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=adapter_name)
             found = _count_layers(pipeline, adapter_name)
             if found != expected:
                 raise ValueError(f"a LoRA for another model: {found} of its {expected} layers are in this one")
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, TypeError) as error:
             _remove_adapter(pipeline, adapter_name, active)
+            if isinstance(error, TypeError):  # of what another version of PEFT wrote
+                raise ValueError(f"its metadata is not of a LoRA as PEFT reads it here: {error.__cause__}") from error
             # torch lists each layer whose shape differs; the first tells enough.
             raise ValueError(" ".join(str(error).splitlines()[:2])) from error
+
+
+def _reads_as_meant(path: Path, lora: Layers) -> bool:
+    """Whether diffusers takes rank and alpha of each layer as `read_lora` does.
+
+    Where metadata leaves one out, PEFT has a number of its own; without any metadata both take the rank as alpha.
+    """
+    with safe_open(path, "pt") as file:
+        names, metadata = list(file.keys()), _read_metadata(file)
+    if _are_kohyas(names) or any(name.startswith(_EMBEDDING) for name in names):
+        return False
+    return not metadata or all(
+        isinstance(metadata.get(f"{model}.r"), int)
+        and isinstance(metadata.get(f"{model}.lora_alpha"), int | float)
+        and metadata.get(f"{model}.target_modules")
+        for model in lora
+    )
 
 
 def _count_layers(pipeline: StableDiffusionPipeline, adapter_name: str) -> int:
@@ -526,7 +685,11 @@ def merge_loras(pipeline: StableDiffusionPipeline, loras: Sequence[str], scales:
             load_lora(pipeline, lora, name)
     pipeline.set_adapters(names, list(scales))
     # All at once: a DoRA's magnitude is a factor on the weights it was trained on, without the others.
-    pipeline.fuse_lora(adapter_names=names, safe_fusing=True)
+    try:
+        pipeline.fuse_lora(adapter_names=names, safe_fusing=True)
+    except ValueError as error:
+        numbers = " + ".join(f"{scale:g} x {lora}" for scale, lora in zip(scales, loras, strict=True))
+        raise ValueError(f"{numbers}: the base model's weights with this are not numbers") from error
     pipeline.unload_lora_weights()
 
 

@@ -479,6 +479,33 @@ def _features(layer: torch.nn.Module | None) -> tuple[int, int] | None:
     return None
 
 
+def _check_lora_values(
+    name: str, layers: dict[str, Tensor], alphas: dict[str, float] | None, metadata: dict[str, Any] | None
+) -> None:
+    """Raise a ValueError if a LoRA holds numbers that are none, or what the stock loader takes for something else."""
+    embedding = next((key for key in layers if key.startswith("bundle_emb.")), None)
+    if embedding is not None:
+        raise ValueError(
+            f"{name} holds a textual inversion beside its layers ({embedding!r}), and diffusers reads none of both: "
+            "export_spf_portrait_lora.py writes the LoRA without it."
+        )
+    for key, tensor in layers.items():
+        values = tensor.float()
+        if not values.isfinite().all():
+            kind = "NaN" if values.isnan().any() else "infinite"
+            raise ValueError(f"{name}: its weights are not numbers ({kind}) in layer {key}")
+    given = dict(alphas or {})
+    for model in {key.partition(".")[0] for key in layers} if metadata else ():
+        # PEFT would have numbers of its own.
+        missing = [key for key in ("r", "lora_alpha", "target_modules") if metadata.get(f"{model}.{key}") is None]
+        if missing:
+            raise ValueError(f"{name}: its metadata tells no {' and no '.join(missing)} of the {model}'s layers.")
+        given |= {f"{model} (all)": metadata[f"{model}.lora_alpha"], **(metadata.get(f"{model}.alpha_pattern") or {})}
+    for key, alpha in given.items():
+        if not _is_number(alpha):
+            raise ValueError(f"{name}: its alpha is not a number ({alpha!r}) in layer {key}")
+
+
 def _check_lora_fits(name: str, layers: dict[str, Tensor], models: dict[str, torch.nn.Module | None]) -> None:
     """Raise a ValueError if a LoRA's layers, by their names in diffusers' format, are not those of the models."""
     advice = "load it with a pipeline of the model it was trained on."
@@ -843,12 +870,15 @@ class SPFPortraitPipeline(StableDiffusionPipeline):
                 As in [`StableDiffusionPipeline`].
 
         Raises:
-            `ValueError`: it is for another architecture, or damaged; nothing was loaded.
+            `ValueError`: it is for another architecture, damaged, or has numbers that are none; nothing was loaded.
         """
         given = pretrained_model_name_or_path_or_dict
         weights = dict(given) if isinstance(given, dict) else given
-        layers, _, _ = self.lora_state_dict(weights, return_lora_metadata=True, **kwargs)
+        layers, alphas, metadata = self.lora_state_dict(weights, return_lora_metadata=True, **kwargs)
         name = "The LoRA" if isinstance(given, dict) else f"The LoRA {given}"
+        if kwargs.get("weight_name") is not None:
+            name += f"/{kwargs['weight_name']}"
+        _check_lora_values(name, layers, alphas, metadata)
         _check_lora_fits(name, layers, {"unet": self.unet, "text_encoder": self.text_encoder})
         super().load_lora_weights(given, adapter_name=adapter_name, **kwargs)
 

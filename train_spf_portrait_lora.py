@@ -111,9 +111,9 @@ from training_inputs import (
 from training_models import (
     keep_in_float32,
     load_adapter,
+    load_base_model,
     load_clip,
     load_decoder,
-    load_pipeline,
     lora_config,
     use_xformers,
 )
@@ -219,7 +219,7 @@ def prepare_run(args: argparse.Namespace, inputs: Inputs, accelerator: Accelerat
     """
     device = accelerator.device
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    pipeline = load_pipeline(SPFPortraitPipeline, args, weight_dtype, inputs.references).to(device)
+    pipeline = load_base_model(SPFPortraitPipeline, args, weight_dtype, inputs.references).to(device)
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     clip, clip_tokenizer, clip_processor = load_clip(args, device)
     decoder = load_decoder(args, pipeline, weight_dtype, device)

@@ -409,7 +409,11 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("sharing")
     group.add_argument("--push_to_hub", action="store_true", help="Push LoRA, card and pipeline at the end.")
     group.add_argument("--hub_model_id", help="Repository; the name of --output_dir if not given.")
-    group.add_argument("--hub_token", help="Token to push with; the one of `hf auth login` if not given.")
+    group.add_argument(
+        "--hub_token",
+        help="Token to push with, which every user of the machine can see while the run lasts; that of HF_TOKEN or "
+        "`hf auth login`, which they cannot see, if not given.",
+    )
     group.add_argument("--hub_private_repo", action="store_true", help="Make the repository private.")
     group.add_argument("--hub_license", default="creativeml-openrail-m", help="Licence the model card names.")
     group.add_argument(

@@ -30,7 +30,7 @@ from diffusers import (
 from transformers import AutoConfig, CLIPConfig, CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from caches import fingerprint
-from checked_loading import InputError, load_tokenizer, naming_flag
+from checked_loading import InputError, check_model_name, load_tokenizer, naming_flag
 from checkpoints import check_checkpoint, find_checkpoints, latest_checkpoint, read_state
 from data import (
     PortraitRow,
@@ -317,6 +317,8 @@ def check_models(args: argparse.Namespace) -> tuple[dict, int]:
     """
     hub = {"revision": args.revision, "cache_dir": args.cache_dir}
     model = args.pretrained_model_name_or_path
+    with naming_flag("pretrained_model_name_or_path", model):
+        check_model_name(model)
     with naming_flag("pretrained_model_name_or_path", f"{model}, unet"):
         unet_config = _read_config(UNet2DConditionModel, model, subfolder="unet", **hub)
         if unet_config["addition_embed_type"] is not None:
@@ -351,6 +353,7 @@ def _check_decoder(args: argparse.Namespace, flag: str, kind: type, unet_config:
     """The configuration of the autoencoder that a flag names, of this kind and with the UNet's latents."""
     name = getattr(args, flag)
     with naming_flag(flag, name):
+        check_model_name(name, kind.__name__)
         config = _read_config(kind, name, cache_dir=args.cache_dir)
         if config.get("_class_name") != kind.__name__:
             raise ValueError(f"not an {kind.__name__} but {config.get('_class_name')!r}")
@@ -381,6 +384,7 @@ def check_text_models(args: argparse.Namespace) -> tuple[CLIPTokenizer, CLIPText
             model, subfolder="text_encoder", revision=args.revision, cache_dir=args.cache_dir
         )
     with naming_flag("clip_model_name_or_path", args.clip_model_name_or_path):
+        check_model_name(args.clip_model_name_or_path, kind=None)
         config = AutoConfig.from_pretrained(args.clip_model_name_or_path, cache_dir=args.cache_dir)
         if not isinstance(config, CLIPConfig):
             raise ValueError("not a CLIP model of texts and pictures")

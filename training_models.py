@@ -17,38 +17,37 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 import adalora
 from attention_processors import find_cross_attention_layers
-from checked_loading import load_tokenizer, naming_flag
+from checked_loading import load_pipeline, load_tokenizer, naming_flag
 from lora_files import ReferenceLora, find_lora, load_lora, merge_loras, read_lora
 
 
-def load_pipeline(
+def load_base_model(
     pipeline_class: type[StableDiffusionPipeline],
     args: argparse.Namespace,
     weight_dtype: torch.dtype,
     references: Sequence[ReferenceLora] = (),
 ) -> StableDiffusionPipeline:
-    """The base model, with the VAE and the prediction type of the flags, and earlier LoRAs merged into its weights.
-
-    A pickle is not read.
-    """
+    """The base model, with the VAE and the prediction type of the flags, and earlier LoRAs merged into its weights."""
     # Merged in half precision, small changes would be rounded away, and the sum be another than side by side.
     dtype = torch.float32 if references else weight_dtype
-    hub = {"cache_dir": args.cache_dir, "use_safetensors": True}
-    parts = {}
-    if args.pretrained_vae_model_name_or_path is not None:
-        with naming_flag("pretrained_vae_model_name_or_path", args.pretrained_vae_model_name_or_path):
-            parts["vae"] = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, dtype=dtype, **hub)
-    with naming_flag("pretrained_model_name_or_path", args.pretrained_model_name_or_path):
-        pipeline = pipeline_class.from_pretrained(
-            args.pretrained_model_name_or_path,
-            revision=args.revision,
-            variant=args.variant,
-            safety_checker=None,
-            requires_safety_checker=False,
-            dtype=dtype,
-            **hub,
-            **parts,
-        )
+    parts, vae = {}, args.pretrained_vae_model_name_or_path
+    if vae is not None:
+        with naming_flag("pretrained_vae_model_name_or_path", vae):
+            parts["vae"] = AutoencoderKL.from_pretrained(
+                vae, dtype=dtype, cache_dir=args.cache_dir, use_safetensors=True
+            )
+    pipeline = load_pipeline(
+        pipeline_class,
+        args.pretrained_model_name_or_path,
+        dtype,
+        "pretrained_model_name_or_path",
+        revision=args.revision,
+        cache_dir=args.cache_dir,
+        variant=args.variant,
+        safety_checker=None,
+        requires_safety_checker=False,
+        **parts,
+    )
     if references:
         with naming_flag("reference_lora", " ".join(reference.name for reference in references)):
             merge_loras(pipeline, [str(lora.path) for lora in references], [lora.scale for lora in references])

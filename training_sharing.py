@@ -47,6 +47,11 @@ PIPELINE_CODE = {
 def make_repository(args: argparse.Namespace) -> str:
     """The repository on the Hub, made before the training so that a wrong name or token is known now."""
     name = args.hub_model_id or Path(args.output_dir).resolve().name
+    if args.hub_token is not None:
+        logger.warning(
+            "--hub_token: every user of this machine can see a flag while the run lasts; HF_TOKEN or `hf auth login` "
+            "gives the token unseen"
+        )
     try:
         return create_hub_repo(name, args.hub_token, args.hub_private_repo)
     except ValueError as error:

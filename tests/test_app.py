@@ -11,15 +11,17 @@ import time
 import urllib.request
 from pathlib import Path
 
+import gradio as gr
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from hub_server import HubServer
 from PIL import Image
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import expect, sync_playwright
 
 import app
-from app import LoraSlot, build_demo, draw, parse_args, phrase_table
+from app import LoraSlot, build_demo, check_lengths, draw, parse_args, phrase_table, propose_replacement
 from checked_loading import InputError, choose_device, load_pipeline
 from lora_files import load_lora
 from pipeline_spf_portrait import SPFPortraitPipeline
@@ -156,18 +158,20 @@ def test_the_environment_names_model_and_lora_where_flags_do_not(monkeypatch, tm
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(ROOT)
     args = parse_args([])
-    assert (args.base_model, args.lora) == (str(BASE_MODEL), str(LORA.relative_to(ROOT)))
+    assert (args.base_model, args.lora) == (str(BASE_MODEL), [str(LORA.relative_to(ROOT))])
     assert (args.prompt, args.target) == app.TOY_PROMPT
     monkeypatch.chdir(tmp_path)
-    assert parse_args([]).lora == str(LORA)
-    assert parse_args(["--lora", ""]).lora == ""
-    assert parse_args(["--base_model", "user/model"]).lora == ""
+    assert parse_args([]).lora == [str(LORA)]
+    assert parse_args(["--lora", ""]).lora == []
+    assert parse_args(["--base_model", "user/model"]).lora == []
     monkeypatch.setenv("SPF_BASE_MODEL", "user/model")
     monkeypatch.setenv("SPF_LORA", "user/lora")
     args = parse_args([])
-    assert (args.base_model, args.lora) == ("user/model", "user/lora")
+    assert (args.base_model, args.lora) == ("user/model", ["user/lora"])
     assert (args.prompt, args.target) == app.PROMPT
-    assert parse_args(["--lora", "mine"]).lora == "mine"
+    assert parse_args(["--lora", "mine", "--lora", "yours"]).lora == ["mine", "yours"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse_args(["--base_model", "~/model"]).base_model == str(tmp_path / "model")
 
 
 def test_a_device_that_is_not_there_is_one_line():
@@ -193,8 +197,169 @@ def test_a_mistake_ends_the_program_with_one_line(flags, message):
 
 
 def test_one_drawing_at_a_time(pipeline):
-    (event,) = build_demo(LoraSlot(pipeline)).fns.values()
-    assert event.queue and event.concurrency_limit == 1 and event.api_name == "draw"
+    (event,) = (event for event in build_demo(LoraSlot(pipeline)).fns.values() if event.api_name == "draw")
+    assert event.queue and event.concurrency_limit == 1
+
+
+@pytest.mark.parametrize("flags", [["--help"], ["--wrong"]])
+def test_flags_are_read_before_libraries_are_imported(flags):
+    """What takes seconds to import cannot be imported here."""
+    block = "import sys; sys.modules |= dict.fromkeys(['torch', 'diffusers', 'transformers', 'gradio', 'numpy']); "
+    code = f"{block}import runpy; runpy.run_path({str(ROOT / 'app.py')!r}, run_name='__main__')"
+    result = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == (0 if flags == ["--help"] else 2), result.stderr
+    assert "Traceback" not in result.stderr and "usage:" in result.stdout + result.stderr
+
+
+# ------------------------------------------------------------------------------------------------------ what is open
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "is_open"),
+    [
+        ([], {}, False),
+        (["--host", "localhost"], {}, False),
+        (["--host", "127.0.0.2"], {}, False),
+        (["--host", "::1"], {}, False),
+        (["--host", "0.0.0.0"], {}, True),
+        (["--host", "192.168.0.7"], {}, True),
+        (["--host", "my-machine"], {}, True),
+        (["--share"], {}, True),
+        ([], {"GRADIO_SERVER_NAME": "0.0.0.0"}, True),
+        (["--host", "127.0.0.1"], {"GRADIO_SERVER_NAME": "0.0.0.0"}, False),
+        (["--host", "127.0.0.1"], {"SPACE_ID": "user/space"}, True),
+    ],
+)
+def test_who_reaches_the_page(flags, environment, is_open, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert app.is_open_to_others(parse_args(flags)) == is_open
+
+
+def test_of_this_machine_others_get_the_loras_that_are_named(bare_pipeline, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "user").mkdir()
+    weaker = write_weaker_lora(tmp_path / "user" / "weaker.safetensors", 0.5)
+    slot = LoraSlot(bare_pipeline, [str(LORA), str(LORA_FILE)])
+    for source in (str(LORA), f'"{LORA_FILE}"'):
+        slot.use(source)
+    strong = image_of(bare_pipeline)
+    for source in (weaker, LORA.parent, "user", "~/x", "/nowhere", "x" * 5000, "a\0b"):
+        with pytest.raises(ValueError, match=f"^{re.escape(str(source))}: not a public LoRA of the Hub"):
+            slot.use(str(source))
+    # Of a name that may be the Hub's, nothing tells whether there is such a path here.
+    messages = set()
+    for source in ("user/weaker", "user/nothing"):
+        with pytest.raises(ValueError) as raised:
+            slot.use(source)
+        messages.add(str(raised.value).replace(source, "it"))
+    assert len(messages) == 1
+    assert difference(image_of(bare_pipeline), strong) == 0
+    everything = LoraSlot(bare_pipeline)
+    everything.use(str(weaker))
+    assert difference(image_of(bare_pipeline), strong) > 0
+
+
+FROM_THE_HUB = """
+import sys
+from pathlib import Path
+import torch
+from app import LoraSlot
+from checked_loading import load_pipeline
+from huggingface_hub import hf_hub_download
+from pipeline_spf_portrait import SPFPortraitPipeline
+from toy_portraits.recipe import BASE_MODEL
+
+hf_hub_download("tester/private", "pytorch_lora_weights.safetensors")  # with the token, into the cache
+print("asked with the token")
+pipeline = load_pipeline(SPFPortraitPipeline, str(BASE_MODEL), torch.float32)
+limit = int(sys.argv[1])
+slot = LoraSlot(pipeline, ["tester/named"], limit)
+for source in ("named", "public", "large", "private", "none", "public/x.safetensors"):
+    source = f"tester/{source}"
+    try:
+        slot.use(source)
+        print(source, pipeline.get_active_adapters())
+    except ValueError as error:
+        print(error)
+print(slot.source)
+"""
+
+
+def test_from_the_hub_others_get_public_loras_of_a_size_without_the_token(tmp_path):
+    content = LORA_FILE.read_bytes()
+    with HubServer("tester", "hf_SECRETofTheTester") as hub:
+        for name in ("public", "large", "private", "named"):
+            hub.repos[f"tester/{name}"] = {LORA_FILE.name: content * (3 if name == "large" else 1)}
+            hub.add_commit(f"tester/{name}")
+        hub.private |= {"tester/private", "tester/named"}
+        environment = hub.environment(tmp_path / "home", token="hf_SECRETofTheTester")
+        result = subprocess.run(
+            [sys.executable, "-c", FROM_THE_HUB, str(2 * len(content))],
+            cwd=ROOT, env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    _, named, public, large, private, none, file, last = result.stdout.splitlines()
+    assert named == "tester/named ['lora_1']" and public == "tester/public ['lora_2']" and last == "tester/public"
+    assert re.match(f"tester/large: .*at most {2 * len(content) / 1e6:g} MB are downloaded", large)
+    assert private.startswith("tester/private: not found among the public LoRAs of the Hub: ")
+    assert private.replace("tester/private", "tester/none") == none
+    assert file.startswith("tester/public/x.safetensors: no x.safetensors there")
+
+    def asked(name):
+        """Methods, and whether with a token, of the requests for a repository's files."""
+        paths = [request for request in hub.requests if request.path.startswith(f"/tester/{name}/resolve/")]
+        return [(request.method, "authorization" in request.headers) for request in paths]
+
+    assert set(asked("named")) == {("HEAD", True), ("GET", True)}
+    assert set(asked("public")) == {("HEAD", False), ("GET", False)}
+    assert asked("large") == [("HEAD", False)]
+    assert asked("private") == [("HEAD", True), ("GET", True), ("HEAD", False)]
+    assert not list((tmp_path / "home").rglob("*public*"))
+
+
+# ------------------------------------------------------------------------------------------------------- what is long
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a hat, " * 3000, "21000 characters are more"), ("a hat, " * 20, "60 tokens are more than the 30 that")],
+)
+@pytest.mark.parametrize("field", range(4))
+def test_what_the_text_encoder_cannot_take_is_refused_before_it_is_read(pipeline, field, text, message):
+    demo = build_demo(LoraSlot(pipeline))
+    (event,) = (event for event in demo.fns.values() if event.api_name == "draw")
+    texts = [PROMPT, TARGET, "", ""]
+    texts[field] = text
+    start = time.perf_counter()
+    with pytest.raises(gr.Error, match=message) as raised:
+        event.fn(*texts, "/nowhere", 1.0, 0.0, True, 0, 1, 5.0)
+    assert time.perf_counter() - start < 1
+    names = ("Prompt", "Target", "Replaces", "May change, too")
+    assert str(raised.value).strip("'").startswith(f"{names[field]}: ")
+
+
+def test_as_long_as_the_text_encoder_takes_is_taken(pipeline):
+    check_lengths({"Prompt": "a " * 30}, pipeline.tokenizer)
+    with pytest.raises(ValueError, match="^Prompt: 31 tokens are more than the 30 that"):
+        check_lengths({"Prompt": "a " * 31}, pipeline.tokenizer)
+
+
+# --------------------------------------------------------------------------------------- what is put into *Replaces*
+
+
+def test_a_phrase_about_the_targets_noun_is_proposed_until_the_user_decides(pipeline):
+    def change(prompt, target, replaces, proposed):
+        return propose_replacement(prompt, target, replaces, proposed, pipeline.tokenizer)
+
+    assert change(PROMPT, TARGET, "", "") == ("black hair", "black hair")
+    assert change("a man, red hair", TARGET, "black hair", "black hair") == ("red hair", "red hair")
+    assert change("a man, a hat", TARGET, "red hair", "red hair") == ("", "")
+    # What the user wrote or took away stays.
+    assert change(PROMPT, TARGET, "a man", "") == (None, "black hair")
+    assert change(f"{PROMPT}, a wall", TARGET, "", "black hair") == (None, "black hair")
+    assert change("", "", "", "") == (None, "")
+    assert change("a hat, " * 3000, TARGET, "", "") == (None, "")
 
 
 # ---------------------------------------------------------------------------------------------- the page in a browser
@@ -263,6 +428,15 @@ class Page:
     def fill(self, label, text):
         self.page.get_by_role("textbox", name=re.compile(f"^{label}")).fill(text)
 
+    def fill_prompt(self):
+        """The prompt has black hair and the target blonde, so that a replacement is proposed."""
+        self.fill("Prompt", PROMPT)
+        self.fill("Target", TARGET)
+        self.wait_for_proposal("black hair")
+
+    def wait_for_proposal(self, text):
+        expect(self.page.get_by_role("textbox", name="Replaces")).to_have_value(text, timeout=60_000)
+
     def set_number(self, label, value):
         self.page.get_by_label(f"number input for {label}").fill(str(value))
 
@@ -298,14 +472,14 @@ def page(browser, server):
 
 
 def direct(pipeline, seed, prompt=PROMPT, **options):
-    arguments = {"target_scale": 1.0, "num_inference_steps": 25, "guidance_scale": 5.0, **options}
+    arguments = {"target_scale": 1.0, "num_inference_steps": 25, "guidance_scale": 5.0, "replaces": "black hair"}
+    arguments |= options
     return draw(pipeline, prompt, TARGET, seed=seed, **arguments)
 
 
 @pytest.mark.slow
 def test_the_page_draws_what_the_pipeline_draws(page, pipeline):
-    page.fill("Prompt", PROMPT)
-    page.fill("Target", TARGET)
+    page.fill_prompt()
     found, expected = page.draw(1), direct(pipeline, 1)
     assert difference(found["original"], expected.reference_images[0]) <= 1
     assert difference(found["adapted"], expected.images[0]) <= 1
@@ -331,27 +505,35 @@ def test_the_page_draws_what_the_pipeline_draws(page, pipeline):
 
 @pytest.mark.slow
 def test_errors_are_shown_and_the_page_goes_on(page, pipeline):
-    page.fill("Prompt", PROMPT)
-    page.fill("Target", TARGET)
+    page.fill_prompt()
     page.fill("Replaces", "a <i>hat</i>")
     page.button.click()
     assert "'a <i>hat</i>' is not in the base prompt" in page.error()
-    page.fill("Replaces", "")
+    page.fill("Replaces", "black hair")
     page.fill("Target", "a white jacket")
+    page.wait_for_proposal("")
     page.button.click()
     assert page.error() == f"The target prompt 'a white jacket' is already a phrase of the base prompt '{PROMPT}'."
-    page.fill("Target", TARGET)
+    page.fill_prompt()
     page.fill("LoRA", "/nowhere/at/all")
     page.button.click()
     assert page.error() == "/nowhere/at/all: no such file or folder"
-    page.fill("LoRA", str(LORA))
-    assert difference(page.draw(4)["adapted"], direct(pipeline, 4).images[0]) <= 1
+    page.fill("LoRA", f'"{LORA}"')
+    page.fill("Prompt", "a hat, " * 20)
+    page.wait_for_proposal("")
+    page.button.click()
+    assert page.error() == "Prompt: 60 tokens are more than the 30 that the text encoder takes."
+    prompt = "a man, a white jacket, (a hat:1.2)"
+    page.fill("Prompt", prompt)
+    found = page.draw(4)["adapted"]
+    assert difference(found, direct(pipeline, 4, prompt, replaces="").images[0]) <= 1
+    assert "Weights are not read here: (a hat:1.2) is drawn" in page.page.locator("#status").inner_text()
 
 
 @pytest.mark.slow
 def test_loras_are_exchanged_by_path(page, bare_pipeline, tmp_path):
     path = write_weaker_lora(tmp_path / "weaker.safetensors", 0.5)
-    page.fill("Prompt", PROMPT)
+    page.fill_prompt()
     page.fill("LoRA", str(path))
     weaker = page.draw(5)["adapted"]
     page.fill("LoRA", "")

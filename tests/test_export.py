@@ -1,10 +1,12 @@
 """The exporter: checkpoints that draw what base and LoRA draw, both formats, and mistakes in one line."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -120,9 +122,12 @@ def test_a_dora_is_fused_exactly_alone_and_among_others(world, tmp_path, capsys)
     assert "is a DoRA" in capsys.readouterr().err
 
 
-def test_the_dtype_is_that_of_every_weight(world, tmp_path):
+def test_the_dtype_is_that_of_every_weight_and_nothing_alarms(world, tmp_path, caplog):
     lora, merged = save_lora(world, tmp_path), tmp_path / "above" / "merged"
+    logging.getLogger("diffusers").addHandler(caplog.handler)  # its records go no further
     export("--lora", lora, "--base_model", world.model, "--output_merged", merged, "--dtype", "float16")
+    logging.getLogger("diffusers").removeHandler(caplog.handler)
+    assert "float32" not in caplog.text
     dtypes = set()
     for path in merged.rglob("*.safetensors"):
         with safe_open(path, "pt") as file:
@@ -182,6 +187,42 @@ def test_mistakes_are_one_line_and_change_nothing(world, tmp_path):
         assert "\n" not in stop.value.code
     assert kohya.read_bytes() == content and [path.name for path in folder.iterdir()] == ["thesis.txt"]
     assert not (tmp_path / "merged").exists() and not new.exists()
+
+
+def test_the_former_checkpoint_comes_back_when_the_last_step_fails(tmp_path):
+    """Nothing was written, so there is nothing that could take its place."""
+    folder = tmp_path / "merged"
+    folder.mkdir()
+    (folder / "model_index.json").write_text("former", encoding="utf-8")
+    with pytest.raises(FileNotFoundError):
+        script.save_merged(SimpleNamespace(save_pretrained=lambda folder: None), folder)
+    assert (folder / "model_index.json").read_text(encoding="utf-8") == "former"
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_textual_inversion_in_the_file_is_left_out_with_a_warning(world, tmp_path, capsys):
+    lora, kohya = save_lora(world, tmp_path / "lora"), tmp_path / "k.safetensors"
+    export("--lora", lora, "--output_kohya", kohya)
+    save_file({**load_file(kohya), "bundle_emb.mytok.clip_l": torch.ones(2, 8)}, kohya)
+    export("--lora", f'"{kohya}"', "--output_diffusers", tmp_path / "back")
+    assert f"warning: {kohya} holds a textual inversion (mytok)" in capsys.readouterr().err
+    assert np.abs(draw(world, tmp_path / "back" / LORA_WEIGHTS) - draw(world, lora)).max() < FUSED
+
+
+def test_the_home_folder_is_meant_by_a_tilde(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = script.parse_args("--lora x --base_model ~/base --output_merged ~/merged".split())
+    assert (args.base_model, args.output_merged) == (str(tmp_path / "base"), tmp_path / "merged")
+
+
+@pytest.mark.parametrize("flags", [["--help"], ["--wrong"]])
+def test_flags_are_read_before_libraries_are_imported(flags):
+    """What takes seconds to import cannot be imported here."""
+    block = "import sys; sys.modules |= dict.fromkeys(['torch', 'diffusers', 'transformers', 'peft', 'safetensors']); "
+    code = f"{block}import runpy; runpy.run_path({str(ROOT / 'export_spf_portrait_lora.py')!r}, run_name='__main__')"
+    result = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == (0 if flags == ["--help"] else 2), result.stderr
+    assert "Traceback" not in result.stderr and "usage:" in result.stdout + result.stderr
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from lora_files import save_kohya_lora
 @pytest.fixture
 def in_float32(monkeypatch):
     """The models of a run in float32 whatever its precision, so that the scaler is all that differs."""
-    load = script.load_pipeline
+    load = script.load_base_model
 
     def load_in_float32(kind, args, weight_dtype, references):
         return load(kind, args, torch.float32, references)
@@ -41,7 +41,7 @@ def in_float32(monkeypatch):
     def no_autocast(*_):
         return torch.autocast("cpu", enabled=False)
 
-    monkeypatch.setattr(script, "load_pipeline", load_in_float32)
+    monkeypatch.setattr(script, "load_base_model", load_in_float32)
     monkeypatch.setattr("accelerate.accelerator.get_mixed_precision_context_manager", no_autocast)
 
 

@@ -1,6 +1,8 @@
 """LoRA files: loaded whole or refused in one line, and read and written in both formats."""
 
+import argparse
 import copy
+import json
 import re
 import shutil
 from pathlib import Path
@@ -16,11 +18,25 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_hub import ATTENTION, CLOSE, FULL, adapted_unet, draw, save_adapter, save_lora
 
+import app
+import evaluate_spf_portrait
+import export_spf_portrait_lora
+import train_spf_portrait_lora
 from checked_loading import load_pipeline
+from evaluation_inputs import find_loras
 from hub import KOHYA_WEIGHTS, LORA_WEIGHTS
-from lora_files import find_lora, load_lora, read_lora, save_diffusers_lora, save_kohya_lora
+from lora_files import (
+    clean_source,
+    find_lora,
+    find_on_hub,
+    load_lora,
+    merge_loras,
+    read_lora,
+    save_diffusers_lora,
+    save_kohya_lora,
+)
 from pipeline_spf_portrait import SPFPortraitPipeline
-from toy_portraits.recipe import BASE_MODEL, LORA
+from toy_portraits.recipe import BASE_MODEL, HERE, LORA
 
 
 world = test_hub.world
@@ -119,6 +135,246 @@ def test_where_a_lora_is_looked_for(tmp_path):
     assert find_lora(str(tmp_path)) == tmp_path / "only.safetensors"
     shutil.copy(LORA_FILE, tmp_path)
     assert find_lora(str(tmp_path)) == tmp_path / LORA_FILE.name
+
+
+# ------------------------------------------------------------------------------------- numbers, metadata, embeddings
+
+
+def write_kohya(path, change=lambda key, tensor: (key, tensor), **more):
+    """The toy LoRA in kohya's format, with each name and tensor changed and others added."""
+    save_kohya_lora(LORA_FILE, path)
+    save_file({**dict(change(key, tensor) for key, tensor in load_file(path).items()), **more}, path)
+    return path
+
+
+def metadata_of(path):
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["lora_adapter_metadata"])
+
+
+def write_metadata(path, metadata):
+    save_file(load_file(LORA_FILE), path, {"lora_adapter_metadata": json.dumps(metadata)})
+    return path
+
+
+def spoil(part, value):
+    """A change of one value of one layer's tensor."""
+
+    def change(key, tensor):
+        if "down_blocks" in key and f"attn2{part}" in key.replace("_to_q", ".to_q"):
+            tensor.view(-1)[-1] = value
+        return key, tensor
+
+    return change
+
+
+LAYER = r"unet\.down_blocks\S*attn2\S*to_q"
+TRAINING = [
+    "--pretrained_model_name_or_path", BASE_MODEL, "--clip_model_name_or_path", BASE_MODEL / "clip",
+    "--train_data_dir", HERE / "blonde_hair", "--resolution", 64, "--output_dir", "out",
+]  # fmt: skip
+NAN, ALPHA = float("nan"), r"alpha is not a number \("
+# How a file of numbers that are none is made, and what every reader of it says.
+NO_NUMBERS = {
+    "nan": (lambda path: write_lora(path, spoil(".to_q.lora_B", NAN)), rf"weights .* \(NaN\) in layer {LAYER}"),
+    "infinite": (
+        lambda path: write_lora(path, spoil(".to_q.lora_A", float("-inf"))),
+        rf"weights .* \(infinite\) in layer {LAYER}",
+    ),
+    "kohya": (lambda path: write_kohya(path, spoil(".to_q.lora_up", NAN)), rf"weights .* \(NaN\) in layer {LAYER}"),
+    "kohyas_alpha": (lambda path: write_kohya(path, spoil(".to_q.alpha", NAN)), rf"{ALPHA}.*nan.*\) in layer"),
+    "alpha": (
+        lambda path: write_metadata(path, metadata_of(LORA_FILE) | {"unet.lora_alpha": float("inf")}),
+        rf"{ALPHA}inf\) in layer unet",
+    ),
+    "pattern": (
+        lambda path: write_metadata(path, metadata_of(LORA_FILE) | {"unet.alpha_pattern": {"attn2.to_q": [1]}}),
+        rf"{ALPHA}\[1\]\) in layer .*to_q",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NO_NUMBERS)
+def test_a_lora_of_no_numbers_is_refused_with_file_and_layer(pipeline, tmp_path, kind):
+    write, message = NO_NUMBERS[kind]
+    path = write(tmp_path / "x.safetensors")
+    ours = SPFPortraitPipeline(**pipeline.components, requires_safety_checker=False)
+    readers = {
+        "load_lora": lambda: load_lora(pipeline, str(path), "new"),
+        "merge_loras": lambda: merge_loras(pipeline, [str(path)], [1.0]),
+        "convert": lambda: save_diffusers_lora(path, tmp_path / "out"),
+        "the pipeline": lambda: ours.load_lora_weights(path),
+        "the pipeline, by name": lambda: ours.load_lora_weights(tmp_path, weight_name=path.name),
+    }
+    for reader, read in readers.items():
+        with pytest.raises(ValueError, match=rf"{path}: its {message}") as raised:
+            read()
+        assert "\n" not in str(raised.value), reader
+    assert not pipeline.get_list_adapters() and not (tmp_path / "out").exists()
+
+
+PROGRAMS = {
+    "page": (app, ["--lora"], []),
+    "kohya": (export_spf_portrait_lora, ["--lora"], ["--output_kohya", "out/k.safetensors"]),
+    "diffusers": (export_spf_portrait_lora, ["--lora"], ["--output_diffusers", "out/d"]),
+    "merged": (export_spf_portrait_lora, ["--base_model", BASE_MODEL, "--lora"], ["--output_merged", "out/m"]),
+    "evaluation": (evaluate_spf_portrait, ["--toy", "blonde_hair", "--output_dir", "out", "--lora"], []),
+    "reference": (train_spf_portrait_lora, [*TRAINING, "--reference_lora"], []),
+    "stage1": (train_spf_portrait_lora, [*TRAINING, "--stage1_steps", 0, "--stage1_lora_path"], []),
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_program_refuses_it_in_one_line(tmp_path, monkeypatch, program):
+    path = write_lora(tmp_path / "x.safetensors", spoil(".to_q.lora_B", NAN))
+    module, before, after = PROGRAMS[program]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        module.main([str(flag) for flag in (*before, path, *after)])
+    assert re.search(rf"error: .*{path}: its weights are not numbers \(NaN\) in layer {LAYER}$", stop.value.code)
+    assert "\n" not in stop.value.code
+    written = {file.suffix for file in tmp_path.rglob("*") if file.is_file()}
+    assert written == {".safetensors"} and not list(tmp_path.glob("out/*.*"))
+
+
+def test_a_sum_that_is_no_number_names_the_loras(pipeline, tmp_path):
+    path = write_lora(tmp_path / "x.safetensors", lambda key, tensor: (key, tensor * 1e25))
+    with pytest.raises(ValueError, match=rf"^2 x {path}: the base model's weights with this are not numbers$"):
+        merge_loras(pipeline, [str(path)], [2.0])
+
+
+# Metadata of a file with all ranks and layers as they are, and the alpha of all layers that is meant.
+PARTIAL = {
+    "rank_and_alpha_alone": (lambda whole: {"unet.r": whole["unet.r"], "unet.lora_alpha": 3}, 3),
+    "alpha_alone": (lambda whole: {"unet.lora_alpha": 3}, 3),
+    "no_alpha": (lambda whole: {k: v for k, v in whole.items() if k != "unet.lora_alpha"}, None),
+    "null": (lambda whole: whole | {"unet.lora_alpha": None}, None),
+    "text": (lambda whole: whole | {"unet.lora_alpha": "3"}, 3),
+    "of_the_other_model": (lambda whole: {"text_encoder.lora_alpha": 3}, None),
+}
+
+
+@pytest.mark.parametrize("kind", PARTIAL)
+def test_partial_metadata_is_completed_from_the_file(pipeline, tmp_path, kind):
+    change, alpha = PARTIAL[kind]
+    whole = metadata_of(LORA_FILE)
+    path = write_metadata(tmp_path / "x.safetensors", change(whole))
+    load_lora(pipeline, str(path), "partial")
+    found = toy_image(pipeline)
+    meant = whole | {"unet.lora_alpha": whole["unet.r"] if alpha is None else alpha}
+    load_lora(pipeline, str(write_metadata(tmp_path / "meant.safetensors", meant)), "whole")
+    assert np.abs(found - toy_image(pipeline)).max() < CLOSE
+    load_lora(pipeline, str(write_metadata(tmp_path / "other.safetensors", meant | {"unet.lora_alpha": 50})), "other")
+    assert np.abs(found - toy_image(pipeline)).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ("{", "its metadata lora_adapter_metadata is no JSON"),
+        ("[1]", "has another form than diffusers writes"),
+        ('{"unet.alpha_pattern": [1]}', "has another form than diffusers writes"),
+        ('{"unet.alpha_pattern": {"(": 1}}', "unet.alpha_pattern has a name that is no pattern"),
+        ('{"unet.lora_alpha": "much"}', r"its alpha is not a number \(much\) in layer unet"),
+    ],
+)
+def test_metadata_of_another_form_is_one_line(pipeline, tmp_path, metadata, message):
+    path = tmp_path / "x.safetensors"
+    save_file(load_file(LORA_FILE), path, {"lora_adapter_metadata": metadata})
+    with pytest.raises(ValueError, match=f"^{path}: .*{message}"):
+        load_lora(pipeline, str(path), "new")
+
+
+def test_metadata_of_another_version_of_peft_is_one_line(pipeline, tmp_path):
+    path = write_metadata(tmp_path / "x.safetensors", metadata_of(LORA_FILE) | {"unet.use_tomorrow": True})
+    with pytest.raises(ValueError, match=f"^{path}: .*use_tomorrow") as raised:
+        load_lora(pipeline, str(path), "new")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("missing", ["target_modules", "lora_alpha"])
+def test_the_pipeline_names_what_partial_metadata_lacks(pipeline, tmp_path, missing):
+    metadata = {key: value for key, value in metadata_of(LORA_FILE).items() if key != f"unet.{missing}"}
+    path = write_metadata(tmp_path / "x.safetensors", metadata)
+    ours = SPFPortraitPipeline(**pipeline.components, requires_safety_checker=False)
+    with pytest.raises(ValueError, match=f"The LoRA {path}: its metadata tells no {missing} of the unet's layers"):
+        ours.load_lora_weights(path)
+
+
+@pytest.mark.parametrize("form", ["kohya", "diffusers"])
+def test_a_textual_inversion_beside_a_lora_is_left_out_and_said(pipeline, tmp_path, caplog, form):
+    path, embedding = tmp_path / "x.safetensors", {"bundle_emb.mytok.clip_l": torch.ones(2, 64)}
+    if form == "kohya":
+        write_kohya(path, **embedding)
+    else:
+        with safe_open(LORA_FILE, "pt") as file:
+            save_file({**load_file(LORA_FILE), **embedding}, path, file.metadata())
+    load_lora(pipeline, str(path), "bundled")
+    assert [record.message for record in caplog.records] == [
+        f"{path}: holds a textual inversion (mytok), which is left out: only the LoRA is read"
+    ]
+    found = toy_image(pipeline)
+    caplog.clear()
+    load_lora(pipeline, str(LORA), "alone")
+    assert np.abs(found - toy_image(pipeline)).max() < CLOSE and not caplog.records
+    ours = SPFPortraitPipeline(**pipeline.components, requires_safety_checker=False)
+    with pytest.raises(ValueError, match=f"The LoRA {tmp_path}/x.safetensors holds a textual inversion beside"):
+        ours.load_lora_weights(tmp_path, weight_name=path.name)
+
+
+# --------------------------------------------------------------------------------------------------- how it is named
+
+
+def test_what_is_copied_along_with_a_name_is_taken_off(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my loras").mkdir()
+    path = shutil.copy(LORA_FILE, tmp_path / "my loras" / "x.safetensors")
+    for source in (f'"{path}"', f" '{path}' ", "~/my loras/x.safetensors", '"~/my loras"'):
+        assert find_lora(source) == path and find_on_hub(source) is None
+    load_lora(pipeline, f'"{path}"', "quoted")
+    with pytest.raises(ValueError, match='^"/nowhere": no such file or folder$'):
+        load_lora(pipeline, '"/nowhere"', "new")
+
+
+def test_an_evaluation_calls_a_lora_by_what_it_is(tmp_path):
+    path = shutil.copy(LORA_FILE, tmp_path / "x.safetensors")
+    (found,) = find_loras(argparse.Namespace(reference_lora=None, lora=[f"'{path}'"], checkpoints=None))
+    assert (found.name, found.path) == ("x", path)
+
+
+@pytest.mark.parametrize(
+    ("address", "place"),
+    [
+        ("https://huggingface.co/user/name", ("user/name", LORA_WEIGHTS)),
+        ("https://huggingface.co/user/name/", ("user/name", LORA_WEIGHTS)),
+        ("http://hf.co/user/name/tree/main", ("user/name", LORA_WEIGHTS)),
+        ("https://huggingface.co/user/name/tree/main/a/b", ("user/name", f"a/b/{LORA_WEIGHTS}")),
+        ("https://huggingface.co/user/name/blob/main/x%20y.safetensors", ("user/name", "x y.safetensors")),
+        ("'https://huggingface.co/user/name/resolve/main/a/x.safetensors?download=true'",
+         ("user/name", "a/x.safetensors")),
+        ("user/name", ("user/name", LORA_WEIGHTS)),
+        ("user/name/x.safetensors", ("user/name", "x.safetensors")),
+        ("user/name/a/x.safetensors", ("user/name", "a/x.safetensors")),
+    ],
+)  # fmt: skip
+def test_an_address_of_the_hub_is_read(address, place):
+    assert find_on_hub(address) == place
+    assert find_on_hub(clean_source(address)) == place
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("https://civitai.com/models/1", "not the address of a LoRA on the Hub"),
+        ("https://huggingface.co/datasets/user/name", "not the address of a LoRA on the Hub"),
+        ("https://huggingface.co/user", "not the address of a LoRA on the Hub"),
+        ("https://huggingface.co/user/name/tree/v2", "of the revision 'v2', and only main is read"),
+        ("https://huggingface.co/user/name/blob/main/x.ckpt", "not a .safetensors file"),
+    ],
+)
+def test_another_address_is_one_line(pipeline, address, message):
+    with pytest.raises(ValueError, match=f"^{address}: {message}"):
+        load_lora(pipeline, address, "new")
 
 
 def edit_lora(path: Path, change, metadata: bool = True) -> Path:

@@ -71,11 +71,11 @@ def stage1(world, tmp_path_factory):  # noqa: F811
 def test_both_expressions_train_alike(world, stage1, tmp_path, monkeypatch, objective):  # noqa: F811
     flags = {"stage1_steps": 0, "stage1_lora_path": stage1, "stage2_steps": 1, "stage2_objective": objective}
     flags |= {"composed_init": "stage1", "train_batch_size": 4, "base_prompt_share": 0.5}
-    clip, load, seen = torch.nn.utils.clip_grad_norm_, script.load_pipeline, {}
+    clip, load, seen = torch.nn.utils.clip_grad_norm_, script.load_base_model, {}
     for kind in ("epsilon", "v_prediction"):
         with monkeypatch.context() as patch:
             if kind == "v_prediction":
-                patch.setattr(script, "load_pipeline", lambda *args: express_as_velocity(load(*args)))
+                patch.setattr(script, "load_base_model", lambda *args: express_as_velocity(load(*args)))
             gradients = []
 
             def keep(parameters, *args, gradients=gradients):

@@ -43,7 +43,7 @@ from checked_loading import InputError
 from lora_files import ReferenceLora, merge_loras
 from pipeline_spf_portrait import SPFPortraitPipeline
 from prompts import make_prompt_pair
-from training_models import load_pipeline
+from training_models import load_base_model
 
 
 CLOSE = 2e-5  # of predictions and embeddings, which the LoRAs move by hundreds of times as much
@@ -238,7 +238,7 @@ def test_each_layer_of_a_kohya_file_has_its_own_alpha(world, earlier, tmp_path):
         state[name.replace(".alpha", ".lora_up.weight")] /= 4
     save_file(state, path)
     args = script.parse_args([f"--pretrained_model_name_or_path={world.model}", f"--reference_lora={path}"])
-    pipeline = load_pipeline(SPFPortraitPipeline, args, torch.float32, inputs_module.find_references(args))
+    pipeline = load_base_model(SPFPortraitPipeline, args, torch.float32, inputs_module.find_references(args))
     assert largest(predict(pipeline), predict(activate(stock(world), [earlier["hair"]], [1.0]))) < CLOSE
 
 

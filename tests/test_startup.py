@@ -16,7 +16,7 @@ import sfcm
 import training_arguments
 
 
-PROGRAMS = ("train_spf_portrait_lora.py", "evaluate_spf_portrait.py")
+PROGRAMS = ("train_spf_portrait_lora.py", "evaluate_spf_portrait.py", "export_spf_portrait_lora.py", "app.py")
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "gradio")
 # Runs a program as Python would, and says which libraries it had imported when it ended.
 WATCHED = """
