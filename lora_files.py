@@ -587,9 +587,7 @@ def _whole(path: Path) -> Iterator[Path]:
 # ------------------------------------------------------------------------------------------------------------- loading
 
 
-def load_lora(
-    pipeline: StableDiffusionPipeline, source: str, adapter_name: str, path: Path | None = None
-) -> None:
+def load_lora(pipeline: StableDiffusionPipeline, source: str, adapter_name: str, path: Path | None = None) -> None:
     """Load a LoRA whole, and make it the only active one; on an error the pipeline's LoRAs are as they were.
 
     diffusers warns and goes on where a LoRA, or a part of it, is for another model, and takes one alpha for the
