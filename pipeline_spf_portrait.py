@@ -506,6 +506,21 @@ def _check_lora_values(
             raise ValueError(f"{name}: its alpha is not a number ({alpha!r}) in layer {key}")
 
 
+@contextmanager
+def _without_alarm_of_absence() -> Iterator[None]:
+    """Inside, diffusers does not say that a LoRA without a text encoder's part may be a bug: all of it was checked."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("No LoRA keys associated to")
+
+    speaker = logging.getLogger("diffusers.loaders.lora_base")
+    speaker.addFilter(other)
+    try:
+        yield
+    finally:
+        speaker.removeFilter(other)
+
+
 def _check_lora_fits(name: str, layers: dict[str, Tensor], models: dict[str, torch.nn.Module | None]) -> None:
     """Raise a ValueError if a LoRA's layers, by their names in diffusers' format, are not those of the models."""
     advice = "load it with a pipeline of the model it was trained on."
@@ -880,7 +895,8 @@ class SPFPortraitPipeline(StableDiffusionPipeline):
             name += f"/{kwargs['weight_name']}"
         _check_lora_values(name, layers, alphas, metadata)
         _check_lora_fits(name, layers, {"unet": self.unet, "text_encoder": self.text_encoder})
-        super().load_lora_weights(given, adapter_name=adapter_name, **kwargs)
+        with _without_alarm_of_absence():
+            super().load_lora_weights(given, adapter_name=adapter_name, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Save the components as a [`StableDiffusionPipeline`], which this one is but for its call.

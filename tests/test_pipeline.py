@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -1219,6 +1220,18 @@ def test_a_lora_whose_matrices_do_not_belong_together_is_refused(tokenizer, worl
 
 def contiguous(layers):
     return {key: value.contiguous() for key, value in layers.items()}
+
+
+@pytest.mark.parametrize("ours", [False, True], ids=["stock", "ours"])
+def test_a_lora_of_the_unet_alone_loads_without_an_alarm(tokenizer, world, tmp_path, monkeypatch, ours):
+    """diffusers warns that no part is for the text encoder and asks to open an issue."""
+    bare, said = World(tokenizer, lora=False), []
+    speaker = logging.getLogger("diffusers.loaders.lora_base")
+    filters = list(speaker.filters)
+    monkeypatch.setattr(speaker, "handle", lambda record: said.append(record) if speaker.filter(record) else None)
+    (bare.ours if ours else bare.stock).load_lora_weights(lora_file(world, tmp_path / "lora"))
+    assert any("No LoRA keys" in record.getMessage() for record in said) != ours
+    assert speaker.filters == filters
 
 
 def test_a_layer_with_packed_weights_has_its_features(tokenizer, world, tmp_path):
