@@ -9,6 +9,7 @@ Source: [ours].
 from __future__ import annotations
 
 import argparse
+import copy
 import html
 import ipaddress
 import os
@@ -16,13 +17,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
-from console import FlagFormatter, import_libraries
+from console import DTYPES, FlagFormatter, import_libraries, in_home
 from toy_portraits.recipe import BASE_MODEL, LORA
 
 
-DTYPES = ("float32", "float16", "bfloat16")
 TOY_PROMPT = ("a woman, a green jacket, a purple background", "blonde hair")
 PROMPT = ("a woman, a brown jacket, a curtain background", "blonde hair")
 MAX_LORA_MB = 500
@@ -32,7 +33,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=FlagFormatter)
     parser.add_argument(
         "--base_model",
-        type=os.path.expanduser,
+        type=in_home,
         default=os.environ.get("SPF_BASE_MODEL"),
         help="Stable Diffusion 1.x or 2.x: a folder or a Hub id; the toy world's if not set.",
     )
@@ -315,13 +316,16 @@ def build_demo(slot: LoraSlot, prompt: str = PROMPT[0], target: str = PROMPT[1])
 
     Source: [ours].
     """
-    pipeline, tokenizer = slot.pipeline, slot.pipeline.tokenizer
+    # Of its own and one at a time: a tokenizer changes its padding with each call, and proposals come while a picture
+    # is drawn.
+    pipeline, tokenizer, tokenizing = slot.pipeline, copy.deepcopy(slot.pipeline.tokenizer), Lock()
     lora_info = "File, folder, or user/name of the Hub"
     if slot.named is not None:
         lora_info = ", ".join([*slot.named, "or a public user/name of the Hub"])
 
     def propose(prompt: str, target: str, replaces: str, proposed: str) -> tuple[Any, str]:
-        field, proposal = propose_replacement(prompt, target, replaces, proposed, tokenizer)
+        with tokenizing:
+            field, proposal = propose_replacement(prompt, target, replaces, proposed, tokenizer)
         return gr.skip() if field is None else field, proposal
 
     def draw_page(
@@ -341,7 +345,8 @@ def build_demo(slot: LoraSlot, prompt: str = PROMPT[0], target: str = PROMPT[1])
         start, lora = time.perf_counter(), lora.strip()
         fields = {"Prompt": prompt, "Target": target, "Replaces": replaces, "May change, too": free_phrases}
         try:
-            check_lengths(fields, tokenizer)
+            with tokenizing:
+                check_lengths(fields, tokenizer)
             slot.use(lora)
             if seed is None:
                 raise ValueError("The seed is empty.")

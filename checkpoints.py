@@ -220,15 +220,17 @@ def lock_folder(folder: Path) -> Iterator[None]:
         lock.acquire(blocking=False)
     except Timeout as error:
         raise CheckpointError(f"--output_dir {folder}: another run is writing into it; give another folder") from error
+    except NotImplementedError as error:
+        raise CheckpointError(f"--output_dir {folder}: its file system cannot lock files") from error
     try:
         yield
     finally:
         if os.name != "nt":  # there an open file cannot be deleted, and `release` does it
-            path.unlink()
+            path.unlink(missing_ok=True)
         lock.release()
-        for path in made:
-            if not any(path.iterdir()):
-                path.rmdir()
+        for folder in made:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 # ------------------------------------------------------------------------------------------------------- reading

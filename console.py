@@ -13,10 +13,12 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from tqdm.auto import tqdm
 
 
+DTYPES = ("float32", "float16", "bfloat16")  # of weights, as flags name them
 # What every program imports. The import itself reports packages that are not installed and that nothing here needs.
 LIBRARIES = ("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "peft", "transformers.models.clip")
 
@@ -34,6 +36,11 @@ class FlagFormatter(argparse.HelpFormatter):
 def in_home(path: str) -> str:
     """A path of a flag with ~ for the home folder, as the shell has it."""
     return os.path.expanduser(path)
+
+
+def path_in_home(path: str) -> Path:
+    """The same as a `Path`."""
+    return Path(in_home(path))
 
 
 def import_libraries() -> None:

@@ -8,24 +8,18 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
-from console import FlagFormatter, in_home
+from console import DTYPES, FlagFormatter, in_home, path_in_home
 from metrics import JUDGES
 from toy_portraits.recipe import BASE_MODEL
 from toy_portraits.world import TARGETS
 
 
-DTYPES = ("float32", "float16", "bfloat16")
 REGIONS = {
     "sfcm": "The target's region is the mean SFCM of all LoRAs, so that none is judged by a map of its own making.",
     "masks": "The target's region is that of --region_masks.",
     "probe": "The target's region is where the probe reads its labels in the original or any LoRA's portrait.",
 }
-
-
-def _path(text: str) -> Path:
-    return Path(in_home(text))
 
 
 def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
@@ -53,14 +47,18 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
         help="A file, a folder, or a Hub id, diffusers' or kohya's; may be repeated.",
     )
     add("--lora_scale", type=float, default=1.0, help="Strength of every LoRA.")
-    add("--checkpoints", type=_path, help="Output folder of a training: its checkpoints and its final LoRA.")
+    add("--checkpoints", type=path_in_home, help="Output folder of a training: its checkpoints and its final LoRA.")
     add(
         "--reference_lora",
         type=in_home,
         help="The LoRA whose pollution counts as 1: a plain one of the same data and steps.",
     )
     add("--base_prompts", action="extend", nargs="+", help="Prompts without the target; may be repeated.")
-    add("--prompts_file", type=_path, help="JSON lines with base_prompt and target_prompt, as the training data has.")
+    add(
+        "--prompts_file",
+        type=path_in_home,
+        help="JSON lines with base_prompt and target_prompt, as the training data has.",
+    )
     add("--target_prompt", nargs="+", help="The target, or several at once, of prompts that name none.")
     add("--max_prompts", type=int, help="Use the first so many prompts; all, or 12 of the toy world's, if not set.")
     add("--num_seeds", type=int, default=4, help="Portraits of each prompt.")
@@ -74,7 +72,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
         choices=list(REGIONS),
         help="Where the target may change a portrait; masks that are given, the probe with --toy, else the SFCM.",
     )
-    add("--region_masks", type=_path, help="Folder with a mask for each portrait, p000-s0.png and so on.")
+    add("--region_masks", type=path_in_home, help="Folder with a mask for each portrait, p000-s0.png and so on.")
     add("--neutral_prompt", help="Text that the leak is measured against; the base prompt if not set.")
     for kind, about in (("clip", "CLIP"), ("dino", "DINOv2"), ("segmenter", "SegFormer for face parsing")):
         default = JUDGES[kind].default + (", or the toy world's," if kind == "clip" else "")
@@ -85,7 +83,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     add("--device", help="Such as cuda:1 or cpu; the best there is if not set.")
     add("--dtype", choices=DTYPES, default="float32", help="Of the weights that draw.")
     add("--toy", choices=list(TARGETS), help="Evaluate LoRAs of the toy world, with the truth beside the measures.")
-    add("--output_dir", type=_path, required=True, help="Where report.html, the tables and the pictures go.")
+    add("--output_dir", type=path_in_home, required=True, help="Where report.html, the tables and the pictures go.")
     args = parser.parse_args(input_args)
     args.toy_prompts = args.toy is not None and not (args.base_prompts or args.prompts_file)
     if args.toy is not None:

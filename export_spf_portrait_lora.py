@@ -6,21 +6,13 @@ Source: [ours].
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from console import FlagFormatter, import_libraries
-
-
-DTYPES = ("float32", "float16", "bfloat16")
-
-
-def _path(text: str) -> Path:
-    return Path(text).expanduser()
+from console import DTYPES, FlagFormatter, import_libraries, in_home, path_in_home
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -37,12 +29,16 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--base_model",
-        type=os.path.expanduser,
+        type=in_home,
         help="Stable Diffusion 1.x or 2.x to fuse with: a folder or a Hub id.",
     )
-    parser.add_argument("--output_merged", type=_path, help="Folder for the base model with the LoRAs fused into it.")
-    parser.add_argument("--output_kohya", type=_path, help="File for the LoRA in kohya's format (ComfyUI, A1111).")
-    parser.add_argument("--output_diffusers", type=_path, help="Folder for the LoRA in diffusers' format.")
+    parser.add_argument(
+        "--output_merged", type=path_in_home, help="Folder for the base model with the LoRAs fused into it."
+    )
+    parser.add_argument(
+        "--output_kohya", type=path_in_home, help="File for the LoRA in kohya's format (ComfyUI, A1111)."
+    )
+    parser.add_argument("--output_diffusers", type=path_in_home, help="Folder for the LoRA in diffusers' format.")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="Of the checkpoint's weights.")
     parser.add_argument("--overwrite", action="store_true", help="Replace what is there.")
     args = parser.parse_args(input_args)

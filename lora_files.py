@@ -197,6 +197,8 @@ def _parse_id(source: str) -> tuple[str, str] | None:
     repository, _, file = rest.partition("/")
     if repository.endswith(_SUFFIX) or (file and not file.endswith(_SUFFIX)):
         return None
+    if ".." in file.split("/") or "\\" in file:  # it would lead out of the repository
+        return None
     try:
         validate_repo_id(f"{owner}/{repository}")
     except HFValidationError:

@@ -977,9 +977,11 @@ class SPFPortraitPipeline(StableDiffusionPipeline):
 
     def _to_epsilon(self, timestep: Tensor) -> Tensor:
         """What makes a difference of two predictions at a timestep one of predicted noise."""
-        # A scheduler that knows no prediction type takes the prediction for noise.
+        # What has no table of signal, as flow matching and EDM, weighs each step's prediction as it is.
+        alphas_cumprod = getattr(self.scheduler, "alphas_cumprod", None)
         prediction_type = self.scheduler.config.get("prediction_type", "epsilon")
-        alphas_cumprod = None if prediction_type == "epsilon" else self.scheduler.alphas_cumprod
+        if alphas_cumprod is None or prediction_type == "flow_prediction":
+            prediction_type = "epsilon"
         return epsilon_scale(alphas_cumprod, timestep, prediction_type)
 
     def _twin_noise(self, count: int, dtype: torch.dtype, arguments: dict[str, Any]) -> dict[str, Any]:

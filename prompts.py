@@ -206,8 +206,15 @@ def suggest_replacement(base_phrases: Sequence[str], target: str) -> tuple[str, 
 
 def suggest_replacements(pair: PromptPair) -> list[tuple[str, str]]:
     """`suggest_replacement` for each target of a pair that is added. Source: [ours]."""
+    protected = [phrase for phrase in pair.base_phrases if phrase not in pair.free_phrases]
     added = [target.text for target in pair.target_prompts if target.replaces is None]
-    return [found for text in added if (found := suggest_replacement(pair.base_phrases, text)) is not None]
+    return [found for text in added if (found := suggest_replacement(protected, text)) is not None]
+
+
+def said_targets(pair: PromptPair) -> list[str]:
+    """The targets of a pair that are added to a base prompt which says them already. Source: [ours]."""
+    added = [target.text for target in pair.target_prompts if target.replaces is None]
+    return [text for text in added if has_phrase(pair.base_prompt, text)]
 
 
 def has_phrase(text: str, phrase: str) -> bool:

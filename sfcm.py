@@ -75,7 +75,7 @@ def epsilon_scale(
         prediction_type: "epsilon", "v_prediction" or "sample".
 
     Returns:
-        The shape of `timesteps`, float32: 1; `sqrt(alpha_bar)`; `sqrt(alpha_bar / (1 - alpha_bar))`.
+        The shape of `timesteps`, float32, above 0: 1; `sqrt(alpha_bar)`; `sqrt(alpha_bar / (1 - alpha_bar))`.
 
     Raises:
         ValueError: an unknown prediction type.
@@ -84,7 +84,8 @@ def epsilon_scale(
     """
     if prediction_type == "epsilon":
         return torch.ones_like(timesteps, dtype=torch.float32)
-    alpha_bar = alphas_cumprod.to(timesteps.device)[timesteps.round().long()].float()
+    # Of pure noise the factor would be 0, and a map of that step alone be empty; diffusers has the same least signal.
+    alpha_bar = alphas_cumprod.to(timesteps.device)[timesteps.round().long()].float().clamp(min=2**-24)
     if prediction_type == "v_prediction":
         return alpha_bar.sqrt()
     if prediction_type == "sample":

@@ -104,6 +104,7 @@ from training_inputs import (
     Sample,
     TrainingSet,
     check_inputs,
+    check_nothing_came,
     check_record,
     print_dry_run,
     resume_record,
@@ -626,7 +627,7 @@ def take_portraits(
     if portraits is not run.training:
         members = [i for i, other in enumerate(portraits.buckets) if bucket in (None, other)]
         buckets = [portraits.buckets[i] for i in members]
-        places = bucketed_batch_indices(micro_step, size, buckets, run.args.seed + stream)[own]
+        places = bucketed_batch_indices(micro_step, size, buckets, derive_seed(run.args.seed, f"stream {stream}"))[own]
         index = [members[i] for i in places]
         return torch.tensor(index), torch.stack([portraits.latents[i] for i in index]), None
     samples = run.training_set.samples(micro_step)
@@ -1357,6 +1358,8 @@ def keep_folder(args: argparse.Namespace, accelerator: Accelerator) -> AbstractC
 def train_in_folder(args: argparse.Namespace, inputs: Inputs, accelerator: Accelerator) -> None:
     """Both stages, in a folder that is this run's alone."""
     repo_id = None
+    if accelerator.is_main_process:
+        check_nothing_came(args, inputs.resume)
     if args.push_to_hub and accelerator.is_main_process:
         repo_id = make_repository(args)
     logger.info("Loading %s", args.pretrained_model_name_or_path)
@@ -1472,8 +1475,9 @@ def prepare_optimizer(run: Run, parameters: list[torch.nn.Parameter], num_steps:
     if resume is not None and resume.state["stage"] == run.stage and resume.state["global_step"] == run.global_step:
         run.optimizer.load_state_dict(resume.state["optimizer"])
         run.lr_scheduler.load_state_dict(resume.state["lr_scheduler"])
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(resume.state["scaler"])
+    # The scaler is one for both stages.
+    if resume is not None and resume.state["global_step"] == run.global_step and accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(resume.state["scaler"])
 
 
 def stop_if_asked(run: Run) -> None:

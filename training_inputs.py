@@ -57,6 +57,7 @@ from prompts import (
     has_phrase,
     keep_phrases,
     make_prompt_pair,
+    said_targets,
     suggest_replacement,
     suggest_replacements,
     take_out,
@@ -480,10 +481,18 @@ def _warn_of_words(rows: Sequence[PortraitRow], pairs: Sequence[PromptPair]) -> 
             len(weights),
             len(rows),
         )
+    said = Counter(text for pair in pairs for text in said_targets(pair))
+    for target, count in said.items():
+        logger.warning(
+            "%d of %d rows: the base prompt says the target %r already, as a part of a longer phrase, which would be "
+            "kept; leave that phrase out of it, or replace it",
+            count,
+            len(rows),
+            target,
+        )
     for (phrase, target), count in Counter(found for pair in pairs for found in suggest_replacements(pair)).items():
         logger.warning(
-            "%d of %d rows: %r may contradict the target %r; the target_prompt %s puts the "
-            "target in its place",
+            "%d of %d rows: %r may contradict the target %r; the target_prompt %s puts the target in its place",
             count,
             len(rows),
             phrase,
@@ -704,13 +713,13 @@ def find_resume(args: argparse.Namespace, references: Sequence[ReferenceLora]) -
     """
     asked, output_dir = args.resume_from_checkpoint, Path(args.output_dir)
     if asked is None:
-        check_unused(args)
         earlier = find_checkpoints(output_dir)
         if earlier and not args.dry_run:
             raise ValueError(
                 f"--output_dir {output_dir} holds {earlier[-1].name} of an earlier run: give "
                 "--resume_from_checkpoint latest to go on, or another folder to start anew"
             )
+        check_unused(args)
         return None
     if asked == "latest":
         folder = latest_checkpoint(output_dir)
@@ -738,14 +747,28 @@ def check_unused(args: argparse.Namespace) -> None:
     """A run that starts anew must not write over the LoRA of another.
 
     Raises:
-        ValueError: there is one.
+        InputError: there is one.
     """
     lora = Path(args.output_dir) / LORA_WEIGHTS
-    if lora.is_file() and not args.dry_run and not find_checkpoints(lora.parent):
-        raise ValueError(
+    if lora.is_file() and not args.dry_run:
+        raise InputError(
             f"--output_dir {args.output_dir} holds the {LORA_WEIGHTS} of an earlier run, which this one would write "
             "over: give another folder"
         )
+
+
+def check_nothing_came(args: argparse.Namespace, resume: Resume | None) -> None:
+    """Whether the output folder, once no other run can write into it, is as it was when the flags were checked.
+
+    Raises:
+        InputError: a run has come to its end, or written a checkpoint, in the meantime.
+    """
+    output_dir = Path(args.output_dir)
+    if resume is None:
+        check_unused(args)
+    expected = None if resume is None or resume.folder.parent != output_dir else resume.folder
+    if args.resume_from_checkpoint in (None, "latest") and latest_checkpoint(output_dir) != expected:
+        raise InputError(f"--output_dir {output_dir}: another run has written checkpoints meanwhile; start again")
 
 
 def check_record(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 import checkpoints
 from checkpoints import (
+    LOCK,
     MANIFEST,
     STATE_TENSORS,
     STATE_VALUES,
@@ -24,6 +25,7 @@ from checkpoints import (
     check_checkpoint,
     find_checkpoints,
     latest_checkpoint,
+    lock_folder,
     pack_state,
     read_state,
     remove_leftovers,
@@ -449,6 +451,19 @@ def test_a_state_that_was_read_holds_no_file(tmp_path):
     folder = save_checkpoint(tmp_path, 1, {"weight": torch.ones(100_000)}, write_lora)
     state = read_state(folder)
     assert str(folder) not in Path("/proc/self/maps").read_text() and state["weight"].sum() == 100_000
+
+
+@pytest.mark.parametrize("gone", ["lock", "folder"])
+def test_a_lock_that_is_gone_hides_no_error(tmp_path, gone):
+    folder = tmp_path / "a" / "b"
+    with pytest.raises(ZeroDivisionError), lock_folder(folder):
+        (folder / LOCK).unlink()
+        if gone == "folder":
+            folder.rmdir()
+        raise ZeroDivisionError
+    assert names(tmp_path) == []
+    with lock_folder(folder):
+        assert (folder / LOCK).exists()
 
 
 def test_what_cannot_be_deleted_is_said_and_nothing_is_lost(tmp_path, monkeypatch, caplog):

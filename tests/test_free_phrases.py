@@ -77,7 +77,7 @@ def test_a_map_is_open_where_a_free_phrase_is_and_elsewhere_without_its_protecti
 def test_the_attention_of_a_real_run_opens_its_maps(prepared):
     """The bank of the portraits, made anew with and without the free phrases."""
     # Accelerate's own state is gone with the run.
-    run = replace(prepared, accelerator=SimpleNamespace(device=torch.device("cpu")))
+    run = replace(prepared, accelerator=SimpleNamespace(device=torch.device("cpu"), is_local_main_process=False))
     free = script.fill_sfcm_bank(run, run.alignment)
     table = replace(run.table, free_mask=torch.zeros_like(run.table.free_mask))
     protected = script.fill_sfcm_bank(replace(run, table=table), run.alignment)

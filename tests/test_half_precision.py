@@ -204,6 +204,24 @@ def test_a_scaler_leaves_out_what_is_not_finite_and_goes_on(world, tmp_path, sca
     assert scaled[0].get_scale() == 2.0**15
 
 
+@pytest.mark.parametrize("step", [1, BORDER, BORDER + 1])
+def test_the_scaler_goes_on_as_it_was(world, tmp_path, scaled, monkeypatch, step):  # noqa: F811
+    """Also from the end of stage 1, whose checkpoint is of another stage than the next step."""
+    loss, calls = script.diffusion_loss, []
+
+    def explode_at_first(model_pred, target):
+        calls.append(1)
+        return loss(model_pred, target) * (math.inf if len(calls) == 1 else 1.0)
+
+    monkeypatch.setattr(script, "diffusion_loss", explode_at_first)
+    whole = train(world, tmp_path / "whole", **STEPS)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    copy_checkpoint(whole, step, tmp_path / "again")
+    again = train(world, tmp_path / "again", **STEPS, resume_from_checkpoint="latest")
+    assert [scaler.get_scale() for scaler in scaled] == [2.0**15, 2.0**15]
+    assert_same_ending(again, whole)
+
+
 def test_a_scaler_that_skips_for_ever_is_an_error(world, tmp_path, scaled, monkeypatch):  # noqa: F811
     loss = script.diffusion_loss
     monkeypatch.setattr(script, "diffusion_loss", lambda pred, target: loss(pred, target) * math.nan)

@@ -110,7 +110,7 @@ def test_the_repository_holds_what_others_need_and_no_more(pushed):
     assert repository["pipeline.py"] == (ROOT / "pipeline_spf_portrait.py").read_bytes()
     assert len(pushed.server.commits["tester/spf"]) == 2  # the empty one, and ours
     assert "tester/spf" not in pushed.server.private
-    assert f"{pushed.server.url}/tester/spf" in pushed.run.stderr.splitlines()[-1]
+    assert f"The LoRA is on the Hub: {pushed.server.url}/tester/spf" in pushed.run.stderr
 
 
 def test_the_repository_is_made_before_anything_is_trained(pushed):

@@ -675,3 +675,8 @@ def test_our_pipeline_refuses_what_does_not_fit_under_every_name(world, tmp_path
     for path, message in ((wide, "has 16 features, not 8"), (elsewhere, "there is no layer unet.down_blocks.9.")):
         with pytest.raises(ValueError, match=f"{path} is for another architecture: .*{re.escape(message)}"):
             draw_both(world, lambda pipeline, path=path: pipeline.load_lora_weights(path))
+
+
+@pytest.mark.parametrize("name", ["u/n/../../../other/repo/x.safetensors", "u/n/..\\x.safetensors"])
+def test_a_name_that_leads_out_of_its_repository_is_none(name):
+    assert find_on_hub(name) is None

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler
 from test_train import (  # noqa: F401  (fixtures)
     difference,
     fresh_accelerator,
@@ -53,6 +53,19 @@ def test_the_scale_by_the_definitions(prediction_type):
     # Less clean latents mean more noise.
     sign = -1 if prediction_type == "sample" else 1
     torch.testing.assert_close(sign * scale * (express(first) - express(second)), first - second, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+def test_pure_noise_has_a_factor_too(prediction_type):
+    """Else the first map of a zero-terminal-SNR sampler would be empty, and guidance undo the target there."""
+    scale = epsilon_scale(torch.tensor([0.9, 0.0]), torch.tensor([1]), prediction_type)
+    assert 0 < scale.item() < 0.001
+
+
+def test_a_scheduler_without_a_table_of_signal_weighs_all_steps_alike(world):  # noqa: F811
+    pipeline = SPFPortraitPipeline.from_pretrained(world.model, safety_checker=None)
+    pipeline.scheduler = EDMEulerScheduler(prediction_type="v_prediction")
+    assert pipeline._to_epsilon(torch.tensor(0.3)) == 1
 
 
 def test_an_unknown_prediction_type_is_refused():

@@ -19,8 +19,10 @@ from prompts import (
     locate_phrases,
     make_prompt_pair,
     phrase_mask,
+    said_targets,
     split_phrases,
     suggest_replacement,
+    suggest_replacements,
     take_out,
     tokenize_prompt_pair,
 )
@@ -601,3 +603,24 @@ def test_weights_of_other_programs_are_found(text, found):
 )
 def test_the_target_is_taken_out_of_a_caption_as_a_whole_phrase_alone(caption, target, base_prompt):
     assert take_out(caption, target) == base_prompt
+
+
+@pytest.mark.parametrize(
+    ("base_prompt", "target", "said"),
+    [
+        ("a woman, long blonde hair, a jacket", "blonde hair", ["blonde hair"]),
+        ("a woman, a jacket", "blonde hair", []),
+        ("a woman, long blonde hair", [("long blonde hair", "blonde hair")], []),
+        ("a woman, blond hairpins", "blonde hair", []),
+    ],
+)
+def test_a_target_inside_a_longer_phrase_is_found(base_prompt, target, said):
+    assert said_targets(make_prompt_pair(base_prompt, target)) == said
+
+
+def test_a_phrase_that_may_change_contradicts_nothing():
+    pair = make_prompt_pair("a woman, black hair", "blonde hair", free_phrases=["black hair"])
+    assert suggest_replacements(pair) == []
+    assert suggest_replacements(make_prompt_pair("a woman, black hair", "blonde hair")) == [
+        ("black hair", "blonde hair")
+    ]

@@ -279,6 +279,34 @@ def test_a_finished_lora_is_not_written_over(world, tmp_path, resume):  # noqa: 
     assert contents(output) == before
 
 
+def test_a_finished_lora_is_not_written_over_for_damaged_checkpoints(world, whole_run, tmp_path):  # noqa: F811
+    output = Path(shutil.copytree(whole_run(), tmp_path / "output"))
+    for folder in find_checkpoints(output):
+        flip_a_byte(folder / STATE_TENSORS)
+    with pytest.raises(SystemExit, match=f"--output_dir {output} holds the {WEIGHTS} of an earlier run"):
+        train(world, output, **STEPS, resume_from_checkpoint="latest")
+
+
+@pytest.mark.parametrize("came", ["LoRA", "checkpoint"])
+def test_what_another_run_wrote_before_the_lock_is_seen(world, whole_run, tmp_path, monkeypatch, came):  # noqa: F811
+    """It ended after this one had looked, and before this one kept others out."""
+    output, keep = tmp_path / "output", script.keep_folder
+
+    def finish_and_keep(*args):
+        if came == "LoRA":
+            output.mkdir()
+            shutil.copy(whole_run() / WEIGHTS, output)
+        else:
+            copy_checkpoint(whole_run(), 2, output)
+        return keep(*args)
+
+    whole_run()
+    monkeypatch.setattr(script, "keep_folder", finish_and_keep)
+    message = f"--output_dir {output} holds the {WEIGHTS}|another run has written checkpoints meanwhile"
+    with pytest.raises(SystemExit, match=message):
+        train(world, output, **STEPS)
+
+
 def test_two_runs_are_kept_out_of_one_folder(world, tmp_path, monkeypatch):  # noqa: F811
     output, step, refused = tmp_path / "new" / "output", script.train_step, []
 
@@ -537,7 +565,7 @@ PLACES = {
     "stage 1": (LONG, lambda process, output: (output / "checkpoint-2").is_dir(), range(2, 40)),
     "alignment portraits": (
         {**STEPS, "alignment_inference_steps": 400, "checkpointing_steps": 0},
-        lambda process, output: "Preparing generated alignment portraits" in process.text,
+        lambda process, output: "preparing generated alignment portraits" in process.text,
         range(BORDER, BORDER + 1),
     ),
     "stage 2": (LONG, lambda process, output: (output / "checkpoint-42").is_dir(), range(42, 80)),
