@@ -121,6 +121,16 @@ def load_pipeline(
             raise ValueError(f"{error}{pickles if '.safetensors' in str(error) else ''}") from error
 
 
+def cast_models(pipeline: StableDiffusionPipeline, dtype: torch.dtype) -> None:
+    """Bring all models of a pipeline to a dtype.
+
+    Source: [ours]; diffusers' own way warns of layers that are to stay in float32 even where there are none.
+    """
+    for model in pipeline.components.values():
+        if isinstance(model, torch.nn.Module):
+            torch.nn.Module.to(model, dtype)
+
+
 def choose_device(name: str | None) -> str:
     """The device of --device, or the best there is for None; an InputError if it does not work. Source: [ours]."""
     if name is None:

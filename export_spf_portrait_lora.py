@@ -68,7 +68,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 
-from checked_loading import InputError, load_pipeline, naming
+from checked_loading import InputError, cast_models, load_pipeline, naming
 from lora_files import (
     embedding_note,
     find_lora,
@@ -154,10 +154,7 @@ def merge(
     """
     pipeline = load_pipeline(StableDiffusionPipeline, base_model, torch.float32)
     merge_loras(pipeline, loras, scales)
-    for model in pipeline.components.values():
-        if isinstance(model, torch.nn.Module):
-            # diffusers' own warns of layers that are to stay in float32 even where there are none.
-            torch.nn.Module.to(model, dtype)
+    cast_models(pipeline, dtype)
     return pipeline
 
 

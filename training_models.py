@@ -17,7 +17,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 import adalora
 from attention_processors import find_cross_attention_layers
-from checked_loading import load_pipeline, load_tokenizer, naming_flag
+from checked_loading import cast_models, load_pipeline, load_tokenizer, naming_flag
 from lora_files import ReferenceLora, find_lora, load_lora, merge_loras, read_lora
 
 
@@ -51,7 +51,7 @@ def load_base_model(
     if references:
         with naming_flag("reference_lora", " ".join(reference.name for reference in references)):
             merge_loras(pipeline, [str(lora.path) for lora in references], [lora.scale for lora in references])
-        pipeline.to(weight_dtype)
+        cast_models(pipeline, weight_dtype)
     if args.prediction_type is not None:
         config = pipeline.scheduler.config
         pipeline.scheduler = type(pipeline.scheduler).from_config(config, prediction_type=args.prediction_type)
