@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -507,8 +508,9 @@ def _check_lora_values(
 
 
 @contextmanager
-def _without_alarm_of_absence() -> Iterator[None]:
-    """Inside, diffusers does not say that a LoRA without a text encoder's part may be a bug: all of it was checked."""
+def _without_false_alarms() -> Iterator[None]:
+    """Inside, nothing is said of what is no fault in a LoRA that was checked: no part of it is for the text encoder,
+    or there is an earlier one beside it."""
 
     def other(record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith("No LoRA keys associated to")
@@ -516,7 +518,9 @@ def _without_alarm_of_absence() -> Iterator[None]:
     speaker = logging.getLogger("diffusers.loaders.lora_base")
     speaker.addFilter(other)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
+            yield
     finally:
         speaker.removeFilter(other)
 
@@ -895,7 +899,7 @@ class SPFPortraitPipeline(StableDiffusionPipeline):
             name += f"/{kwargs['weight_name']}"
         _check_lora_values(name, layers, alphas, metadata)
         _check_lora_fits(name, layers, {"unet": self.unet, "text_encoder": self.text_encoder})
-        with _without_alarm_of_absence():
+        with _without_false_alarms():
             super().load_lora_weights(given, adapter_name=adapter_name, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:

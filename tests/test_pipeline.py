@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from operator import attrgetter
 from pathlib import Path
 
@@ -1230,7 +1231,11 @@ def test_a_lora_of_the_unet_alone_loads_without_an_alarm(tokenizer, world, tmp_p
     filters = list(speaker.filters)
     monkeypatch.setattr(speaker, "handle", lambda record: said.append(record) if speaker.filter(record) else None)
     (bare.ours if ours else bare.stock).load_lora_weights(lora_file(world, tmp_path / "lora"))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        (bare.ours if ours else bare.stock).load_lora_weights(tmp_path / "lora", adapter_name="second")
     assert any("No LoRA keys" in record.getMessage() for record in said) != ours
+    assert any("peft_config" in str(warning.message) for warning in warned) != ours
     assert speaker.filters == filters
 
 

@@ -15,6 +15,12 @@ import sys
 import time
 from pathlib import Path
 
+from console import import_libraries
+
+
+if __name__ == "__main__":
+    import_libraries()
+
 import torch
 from PIL import Image
 
