@@ -1545,6 +1545,9 @@ def say_what_is_there(run: Run) -> None:
     if args.report_to != "none":
         logger.info("Losses: %s", folder / args.logging_dir)
     logger.info("Model card: %s", folder / CARD)
+    if run.inputs.references:
+        logger.info("How to draw with it and the earlier LoRAs is in the model card")
+        return
     logger.info(
         "Draw: pipe = DiffusionPipeline.from_pretrained(%r, custom_pipeline=%r, trust_remote_code=True); "
         "pipe.load_lora_weights(%r); pipe(%r, target_prompt=%r, compare=True)",

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
@@ -268,6 +268,19 @@ def test_only_the_adapter_in_training_moves(world, tmp_path, monkeypatch):
         assert parameter.requires_grad == (".lora_" in name and ".default." in name), name
     for model in (runs[0].pipeline.vae, runs[0].pipeline.text_encoder, runs[0].clip):
         assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
+
+
+def test_the_end_says_what_lies_where_and_how_to_draw(world, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        output = train(world, tmp_path / "output", stage1_steps=1, stage2_steps=0, num_validation_images=1)
+    lines = [message.removeprefix("[RANK 0] ") for message in caplog.messages[-4:]]
+    assert lines[0] == f"The LoRA: {output / WEIGHTS}" and (output / WEIGHTS).is_file()
+    assert lines[1] == f"Pictures: {output}/validation/step_000001.png, the last one of them"
+    assert lines[2] == f"Model card: {output / CARD}"
+    code = lines[3].removeprefix("Draw: ").replace("compare=True", "compare=True, num_inference_steps=1")
+    names = {"DiffusionPipeline": DiffusionPipeline}
+    exec(code.replace("; pipe(", "; result = pipe("), names)
+    assert len(names["result"].images) == len(names["result"].reference_images) == 1
 
 
 def test_without_stage_2_it_is_a_plain_lora(trained):
