@@ -41,7 +41,6 @@ from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
-from peft.tuners.adalora import RankAllocator
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
@@ -51,7 +50,6 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import CLIPImageProcessorPil, CLIPModel
 
-import adalora
 from attention_processors import (
     CrossAttentionFeatures,
     active_adapters,
@@ -84,7 +82,7 @@ from conditioning import (
 from data import bucketed_batch_indices, derive_seed, draw_latents, revisited_batch
 from hub import CARD, LORA_WEIGHTS
 from interruption import Interrupted, StopRequest, catch_stop_signals, leave_stop_signals
-from lora_files import LoraLayer, adapter_metadata, diffusers_state, sort_header
+from lora_files import adapter_metadata, sort_header
 from losses import (
     ENHANCEMENT_LOSSES,
     compose_prediction,
@@ -166,7 +164,6 @@ class Run:
         decoder: decodes for the enhancement loss.
         released: the pipeline's models that no step uses; they lie on the CPU while nothing is drawn.
         pixels: the batches of the stage, where latents are not cached.
-        allocator: of AdaLoRA's ranks, with --use_adalora.
         targets: composed targets (B, C, H, W) by the number of their batch, at most `KEPT_TARGETS`.
         stage, global_step: where the run is: in stage 1 or 2, after so many updates.
         skipped_updates, skipped_in_a_row: updates that a gradient scaler left out, in all and since the last one made.
@@ -191,7 +188,6 @@ class Run:
     unrelated_embeds: torch.Tensor | None = None
     released: tuple[str, ...] = ()
     pixels: Iterator[torch.Tensor] | None = None
-    allocator: RankAllocator | None = None
     targets: dict[int, torch.Tensor] = field(default_factory=dict)
     optimizer: torch.optim.Optimizer | None = None
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
@@ -228,7 +224,7 @@ def prepare_run(args: argparse.Namespace, inputs: Inputs, accelerator: Accelerat
         module.requires_grad_(False)
 
     unet, earlier = pipeline.unet, args.stage1_lora_path if inputs.resume is None else inputs.resume.folder
-    if earlier is None or args.use_adalora:
+    if earlier is None:
         unet.add_adapter(lora_config(args, unet))
     else:
         load_adapter(pipeline, earlier)
@@ -275,11 +271,7 @@ def prepare_run(args: argparse.Namespace, inputs: Inputs, accelerator: Accelerat
     if args.preservation == "cat":
         with torch.no_grad():
             run.unrelated_embeds = pipeline.text_encoder(inputs.unrelated_ids.to(device))[0]
-    if args.use_adalora:
-        run.allocator = adalora.make_allocator(unet)
     if inputs.resume is not None:
-        if args.use_adalora:
-            adalora.load_training_state(run.allocator, unet, inputs.resume.state["adalora"])
         run.stage, run.global_step = inputs.resume.state["stage"], inputs.resume.state["global_step"]
         run.saved_step = run.global_step
     release_unused(run)
@@ -672,7 +664,6 @@ def loss_weights(args: argparse.Namespace) -> dict[str, float]:
         "base_prompt": args.lambda_base,
         "composed": 1.0,
         "preservation": args.preservation_weight,
-        "orthogonal": adalora.ORTHOGONAL_WEIGHT,
     }
 
 
@@ -765,12 +756,6 @@ def unrelated_choice(run: Run, count: int, micro_step: int) -> torch.Tensor:
         accelerator.process_index * count :
     ][:count]
     return chosen.to(run.device)
-
-
-@contextmanager
-def orthogonal_terms(run: Run, micro_step: int) -> Iterator[dict[str, torch.Tensor]]:
-    """AdaLoRA's regularizer, which keeps the singular vectors orthonormal."""
-    yield {"orthogonal": adalora.orthogonal_loss(run.unet)}
 
 
 @contextmanager
@@ -976,15 +961,14 @@ def embed_training_portraits(run: Run) -> torch.Tensor:
 def step_terms(
     run: Run, stage: int, global_step: int
 ) -> list[Callable[[Run, int], AbstractContextManager[dict[str, torch.Tensor]]]]:
-    """The forwards of a step, and what is computed from the weights alone.
+    """The forwards of a step.
 
     The diffusion term comes last: under DDP only the last backward is reduced, and the alignment terms leave some LoRA
     weights without a gradient.
     """
     args = run.args
     if stage == 1:
-        own = [orthogonal_terms] if args.use_adalora else []
-        return [*own, partial(diffusion_terms, enhance=False)]
+        return [partial(diffusion_terms, enhance=False)]
     terms = [composed_terms] if args.stage2_objective != "paper" else []
     if args.stage2_objective != "composed":
         enhance = uses_enhancement(args) and (global_step - args.stage1_steps) % args.enhancement_every == 0
@@ -1049,8 +1033,6 @@ def train_step(
         check_finite(values | {"gradient": norm}, global_step)
     optimizer.step()
     count_skipped(run, optimizer.step_was_skipped, values, global_step)
-    if run.allocator is not None:
-        adalora.allocate_ranks(run.allocator, run.unet, global_step + 1, not optimizer.step_was_skipped)
     optimizer.zero_grad(set_to_none=True)
     return values
 
@@ -1173,12 +1155,8 @@ def save_lora(run: Run, folder: Path) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     # peft's names, for all layers: a loader tells the naming by the first one.
-    if run.args.use_adalora:
-        layers = {name: LoraLayer(down, up, float(len(down))) for name, (down, up) in adalora.fold(run.unet).items()}
-        state, metadata = diffusers_state(layers)
-    else:
-        state = get_peft_model_state_dict(run.unet, adapter_name="default")
-        metadata = adapter_metadata(run.unet.peft_config["default"])
+    state = get_peft_model_state_dict(run.unet, adapter_name="default")
+    metadata = adapter_metadata(run.unet.peft_config["default"])
     with tempfile.TemporaryDirectory(dir=folder, prefix=f"{HIDDEN_PREFIX}lora-") as temporary:
         SPFPortraitPipeline.save_lora_weights(
             temporary,
@@ -1223,7 +1201,6 @@ def write_checkpoint(run: Run) -> None:
         "scaler": None if scaler is None else scaler.state_dict(),
         "alignment": None if run.alignment is None else vars(run.alignment),
         "teacher": get_peft_model_state_dict(run.unet, adapter_name=STAGE1_ADAPTER) if has_teacher(run) else None,
-        "adalora": None if run.allocator is None else adalora.training_state(run.allocator, run.unet),
     }
     save_checkpoint(
         Path(args.output_dir), run.global_step, state, partial(save_lora, run), args.checkpoints_total_limit

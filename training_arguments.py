@@ -30,7 +30,6 @@ SCHEDULERS = (
 TRACKERS = (
     "all", "aim", "tensorboard", "wandb", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab", "trackio",
 )  # fmt: skip
-ADALORA_MIN_STEPS = 8
 # Ways to keep the portrait, and those that add a row that keeps a prediction to each training portrait's.
 PRESERVATIONS = ("spf", "none", "prior", "dop", "cat", "mask")
 WITH_KEPT_ROWS = ("prior", "dop", "cat")
@@ -169,13 +168,6 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument("--lora_dropout", type=float, default=0.0, help="Dropout in front of the LoRA, in [0, 1).")
     group.add_argument("--use_dora", action="store_true", help="Weight-decomposed LoRA (DoRA).")
-    group.add_argument(
-        "--use_adalora",
-        action="store_true",
-        help="LoRA whose ranks move to the layers that need them (AdaLoRA): 1.5 times --rank, rounded up, at first, "
-        "and --rank on average at the end. For one stage alone: needs --stage2_steps 0 or another --preservation "
-        "than spf.",
-    )
     group.add_argument(
         "--reference_lora",
         action="extend",
@@ -547,7 +539,6 @@ def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
             parser.error(f"--{name} is for the alignment of stage 2, and these flags have none")
     if args.use_dora and args.dual_path == "single_pass":
         parser.error("--use_dora needs --dual_path two_pass: DoRA cannot be off in some rows of a batch")
-    _check_adalora(parser, args)
     _check_references(parser, args)
     if args.tiny_vae_model_name_or_path is not None and not uses_enhancement(args):
         parser.error("--tiny_vae_model_name_or_path is for the enhancement loss, which these flags do not compute")
@@ -586,29 +577,6 @@ def _check_tracker(parser: argparse.ArgumentParser, name: str) -> None:
 
     if name not in ("all", "none", *(tracker.value for tracker in get_available_trackers())):
         parser.error(f"--report_to {name} needs the tracker's own package, which is not installed")
-
-
-def _check_adalora(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End the program where AdaLoRA cannot work."""
-    if not args.use_adalora:
-        return
-    if args.use_dora:
-        parser.error("--use_adalora does not go with --use_dora: one layer cannot be both")
-    if args.stage1_lora_path is not None:
-        parser.error(
-            f"--use_adalora does not go with --stage1_lora_path {args.stage1_lora_path}: it starts with ranks and "
-            "singular values of its own"
-        )
-    if args.stage2_steps > 0:
-        parser.error(
-            "--use_adalora is for one stage alone, so it needs --stage2_steps 0 or another --preservation than spf, "
-            f"got {args.stage2_steps} and spf: stage 2 would start with the ranks that stage 1 has left"
-        )
-    if args.stage1_steps < ADALORA_MIN_STEPS:
-        parser.error(
-            f"--use_adalora needs --stage1_steps of at least {ADALORA_MIN_STEPS}, for its warm-up, its allocation of "
-            f"ranks and its final part, got {args.stage1_steps}"
-        )
 
 
 def _check_references(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -12,10 +12,9 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import XFormersAttnProcessor
-from peft import AdaLoraConfig, LoraConfig
+from peft import LoraConfig
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-import adalora
 from attention_processors import find_cross_attention_layers
 from checked_loading import cast_models, load_pipeline, load_tokenizer, naming_flag
 from lora_files import ReferenceLora, find_lora, load_lora, merge_loras, read_lora
@@ -119,7 +118,7 @@ def use_xformers(unet: UNet2DConditionModel) -> None:
     unet.set_attn_processor(processors)
 
 
-def lora_config(args: argparse.Namespace, unet: UNet2DConditionModel) -> LoraConfig | AdaLoraConfig:
+def lora_config(args: argparse.Namespace, unet: UNet2DConditionModel) -> LoraConfig:
     """LoRA on the projections of the cross-attention layers, of all attention layers, or on the layers named."""
     targets = args.lora_layers
     if targets is None:
@@ -127,14 +126,6 @@ def lora_config(args: argparse.Namespace, unet: UNet2DConditionModel) -> LoraCon
         if args.lora_target == "all":
             names += [name.removesuffix("attn2") + "attn1" for name in names]
         targets = [f"{name}.{projection}" for name in names for projection in ("to_q", "to_k", "to_v", "to_out.0")]
-    if args.use_adalora:
-        return adalora.make_config(
-            targets,
-            rank=args.rank,
-            alpha=args.lora_alpha,
-            dropout=args.lora_dropout,
-            total_steps=args.stage1_steps,
-        )
     return LoraConfig(
         r=args.rank,
         lora_alpha=args.lora_alpha,

@@ -111,10 +111,6 @@ COMPOSED, PAPER = "--stage2_objective composed", f"--stage2_objective paper {HAL
 WAYS = {
     "plain": Run("plain LoRA", "", STRENGTHS, continues=False, style=((200, 60, 40), "circle")),
     "stage1": Run("stage 1 alone", continues=False, style=((222, 150, 30), "circle")),
-    # Its singular values start at zero, so that it needs a higher rate to respond as much as plain LoRA does.
-    "adalora": Run(
-        "AdaLoRA", "--use_adalora --learning_rate 2e-2", continues=False, style=((140, 86, 75), "pentagon")
-    ),
     "dora": Run("DoRA", "--use_dora", continues=False, style=((214, 100, 180), "pentagon")),
     "prior": Run(
         "prior preservation", f"--preservation prior {HALF_BATCH}", continues=False,

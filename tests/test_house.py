@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAVES = (
-    "adalora", "attention_processors", "prompts", "sfcm", "losses", "data", "caches", "checkpoints", "checked_loading",
+    "attention_processors", "prompts", "sfcm", "losses", "data", "caches", "checkpoints", "checked_loading",
     "console", "hub", "interruption", "lora_files", "metrics", "optimizers", "pictures", "report",
 )  # fmt: skip
 FLOOR_1 = (

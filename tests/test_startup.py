@@ -8,7 +8,6 @@ from accelerate.utils import LoggerType
 from diffusers.optimization import SchedulerType
 from test_house import ROOT
 
-import adalora
 import attention_processors
 import data
 import losses
@@ -56,6 +55,5 @@ def test_the_flags_name_what_modules_and_libraries_have():
     assert flags.INTERPOLATION_MODES == tuple(data.INTERPOLATION_MODES)
     assert flags.ENHANCEMENT_LOSSES == tuple(losses.ENHANCEMENT_LOSSES)
     assert flags.SFCM_MODES == tuple(sfcm.SFCM_MODES)
-    assert flags.ADALORA_MIN_STEPS == adalora.MIN_STEPS
     assert set(flags.TRACKERS) == {tracker.value for tracker in LoggerType}
     assert {*flags.SCHEDULERS, "piecewise_constant"} == {kind.value for kind in SchedulerType}
