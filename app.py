@@ -20,7 +20,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from console import DTYPES, FlagFormatter, import_libraries, in_home
+from programs.console import DTYPES, FlagFormatter, import_libraries, in_home
 from toy_portraits.recipe import BASE_MODEL, LORA
 
 
@@ -91,9 +91,9 @@ import gradio as gr
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from checked_loading import InputError, choose_device, load_pipeline, naming
-from lora_files import clean_source, download_public_lora, embedding_note, find_lora, load_lora
+from loras.files import clean_source, download_public_lora, embedding_note, find_lora, load_lora
 from pipeline_spf_portrait import SPFPortraitPipeline, SPFPortraitPipelineOutput, overlay_heat_map
+from programs.loading import InputError, choose_device, load_pipeline, naming
 from prompts import MAX_CHARACTERS, find_weights, split_phrases, suggest_replacement
 
 

@@ -9,8 +9,8 @@ Source: [ours].
 
 from __future__ import annotations
 
-from console import import_libraries, phase_bar
-from evaluation_arguments import REGIONS, parse_args
+from evaluation.arguments import REGIONS, parse_args
+from programs.console import import_libraries, phase_bar
 
 
 if __name__ == "__main__":
@@ -32,16 +32,25 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from checked_loading import InputError, choose_device, load_pipeline, naming
-from evaluation_inputs import ORIGINAL_MODEL, LoraSource, find_loras, picture_name, read_masks, read_prompts
-from evaluation_models import Judges, add_pictures, frechet_distance, load_judges
-from evaluation_summary import Judged, summarise
-from lora_files import load_lora
-from metrics import MEASURES, cosine, direction_similarity, label_agreement, nearer_to, only_inside, pixel_change, ssim
+from evaluation.inputs import ORIGINAL_MODEL, LoraSource, find_loras, picture_name, read_masks, read_prompts
+from evaluation.judges import Judges, add_pictures, frechet_distance, load_judges
+from evaluation.measures import (
+    MEASURES,
+    cosine,
+    direction_similarity,
+    label_agreement,
+    nearer_to,
+    only_inside,
+    pixel_change,
+    ssim,
+)
+from evaluation.report import PictureRow, response_plot, write_csv, write_html, write_json, write_lines
+from evaluation.summary import Judged, summarise
+from loras.files import load_lora
 from pictures import overlay_heat_map
 from pipeline_spf_portrait import SPFPortraitPipeline
+from programs.loading import InputError, choose_device, load_pipeline, naming
 from prompts import PromptPair, make_prompt_pair
-from report import PictureRow, response_plot, write_csv, write_html, write_json, write_lines
 from toy_portraits.judge import PortraitJudge, base_prompts, target_region
 from toy_portraits.world import TARGETS
 

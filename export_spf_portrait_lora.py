@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from console import DTYPES, FlagFormatter, import_libraries, in_home, path_in_home
+from programs.console import DTYPES, FlagFormatter, import_libraries, in_home, path_in_home
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -68,8 +68,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 
-from checked_loading import InputError, cast_models, load_pipeline, naming
-from lora_files import (
+from loras.files import (
     embedding_note,
     find_lora,
     is_dora,
@@ -79,6 +78,7 @@ from lora_files import (
     save_diffusers_lora,
     save_kohya_lora,
 )
+from programs.loading import InputError, cast_models, load_pipeline, naming
 
 
 def check_outputs(args: argparse.Namespace) -> None:

@@ -2,7 +2,7 @@
 """Teach a Stable Diffusion model a portrait attribute as a LoRA, without moving anything else (SPF-Portrait).
 
 Reads top to bottom: models, portraits and their SFCMs, batches, the losses of each stage, pictures and files, and the
-loop. The flags are in training_arguments.py, what is read before any model is loaded in training_inputs.py.
+loop. The flags are in training/arguments.py, what is read before any model is loaded in training/inputs.py.
 
 Legend: B batch, C channels, H/W latent size, T text tokens, P base phrases, K matched tokens, N training portraits,
 M alignment portraits.
@@ -24,8 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from console import import_libraries, phase_bar, without_warning
-from training_arguments import WITH_KEPT_ROWS, has_sfcm_bank, parse_args, uses_enhancement
+from programs.console import import_libraries, phase_bar, without_warning
+from training.arguments import WITH_KEPT_ROWS, has_sfcm_bank, parse_args, uses_enhancement
 
 
 if __name__ == "__main__":
@@ -58,9 +58,15 @@ from attention_processors import (
     dual_path,
     phrase_map_resolution,
 )
-from caches import TensorCache, fingerprint, module_fingerprint
-from checked_loading import InputError
-from checkpoints import (
+from loras.files import adapter_metadata, sort_header
+from loras.hub import CARD, LORA_WEIGHTS
+from pictures import picture_grid
+from pipeline_spf_portrait import SPFPortraitPipeline, overlay_heat_map
+from programs.interruption import Interrupted, StopRequest, catch_stop_signals, leave_stop_signals
+from programs.loading import InputError
+from sfcm import SFCM_MODES, epsilon_scale, free_regions, noise_difference, phrase_attention_maps
+from training.caches import TensorCache, fingerprint, module_fingerprint
+from training.checkpoints import (
     HIDDEN_PREFIX,
     CheckpointError,
     find_checkpoints,
@@ -69,35 +75,8 @@ from checkpoints import (
     save_checkpoint,
     what_is_safe,
 )
-from conditioning import (
-    BASE,
-    EMPTY,
-    FULL,
-    PromptTable,
-    clip_phrase_distances,
-    embed_pixels,
-    encode_prompts,
-    make_prompt_table,
-)
-from data import bucketed_batch_indices, derive_seed, draw_latents, revisited_batch
-from hub import CARD, LORA_WEIGHTS
-from interruption import Interrupted, StopRequest, catch_stop_signals, leave_stop_signals
-from lora_files import adapter_metadata, sort_header
-from losses import (
-    ENHANCEMENT_LOSSES,
-    compose_prediction,
-    diffusion_loss,
-    fine_grained_loss,
-    masked_diffusion_loss,
-    min_snr_weights,
-    predict_original_sample,
-    text_consistent_loss,
-)
-from optimizers import make_optimizer
-from pictures import picture_grid
-from pipeline_spf_portrait import SPFPortraitPipeline, overlay_heat_map
-from sfcm import SFCM_MODES, epsilon_scale, free_regions, noise_difference, phrase_attention_maps
-from training_inputs import (
+from training.data import bucketed_batch_indices, derive_seed, draw_latents, revisited_batch
+from training.inputs import (
     Inputs,
     Sample,
     TrainingSet,
@@ -107,7 +86,17 @@ from training_inputs import (
     print_dry_run,
     resume_record,
 )
-from training_models import (
+from training.losses import (
+    ENHANCEMENT_LOSSES,
+    compose_prediction,
+    diffusion_loss,
+    fine_grained_loss,
+    masked_diffusion_loss,
+    min_snr_weights,
+    predict_original_sample,
+    text_consistent_loss,
+)
+from training.models import (
     keep_in_float32,
     load_adapter,
     load_base_model,
@@ -116,7 +105,18 @@ from training_models import (
     lora_config,
     use_xformers,
 )
-from training_sharing import make_repository, share
+from training.optimizers import make_optimizer
+from training.prompt_table import (
+    BASE,
+    EMPTY,
+    FULL,
+    PromptTable,
+    clip_phrase_distances,
+    embed_pixels,
+    encode_prompts,
+    make_prompt_table,
+)
+from training.sharing import make_repository, share
 
 
 logger = get_logger(__name__)

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_spf_portrait_lora as trainer  # noqa: E402
 from toy_portraits.recipe import training_flags  # noqa: E402
 from toy_portraits.world import TARGETS  # noqa: E402
-from training_arguments import parse_args  # noqa: E402
-from training_inputs import check_inputs  # noqa: E402
+from training.arguments import parse_args  # noqa: E402
+from training.inputs import check_inputs  # noqa: E402
 
 
 CACHES = {

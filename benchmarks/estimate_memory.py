@@ -47,10 +47,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from attention_processors import active_adapters, capture_cross_attention, dual_path  # noqa: E402
 from benchmarks.random_stable_diffusion import TEXT, VISION, make_unet, make_vae  # noqa: E402
-from conditioning import embed_pixels  # noqa: E402
-from losses import compose_prediction, diffusion_loss, fine_grained_loss, text_consistent_loss  # noqa: E402
-from training_arguments import parse_args, uses_enhancement  # noqa: E402
-from training_models import lora_config  # noqa: E402
+from training.arguments import parse_args, uses_enhancement  # noqa: E402
+from training.losses import compose_prediction, diffusion_loss, fine_grained_loss, text_consistent_loss  # noqa: E402
+from training.models import lora_config  # noqa: E402
+from training.prompt_table import embed_pixels  # noqa: E402
 
 
 HALF = torch.bfloat16

@@ -59,7 +59,7 @@ from benchmarks.rows import (  # noqa: E402
     with_interval,
     without_nan,
 )
-from metrics import Estimate  # noqa: E402
+from evaluation.measures import Estimate  # noqa: E402
 from pipeline_spf_portrait import SPFPortraitPipeline  # noqa: E402
 from toy_portraits.judge import PROBE_FOLDER, PortraitJudge, ToyPrompt, base_prompts, target_region  # noqa: E402
 from toy_portraits.probe import CLASS_FACTORS, PIXEL_FACTORS  # noqa: E402

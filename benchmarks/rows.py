@@ -17,7 +17,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from metrics import Estimate, estimate_mean, resample_prompts  # noqa: E402
+from evaluation.measures import Estimate, estimate_mean, resample_prompts  # noqa: E402
 
 
 ORIGINAL = "original model"

@@ -44,7 +44,7 @@ from benchmarks.estimate_memory import (  # noqa: E402
     without_content,
 )
 from toy_portraits.recipe import FLAGS, training_flags  # noqa: E402
-from training_arguments import uses_enhancement  # noqa: E402
+from training.arguments import uses_enhancement  # noqa: E402
 
 
 PLAIN, MADE, FOUND = "plain LoRA", "composed, targets made", "composed, targets found"

@@ -22,9 +22,9 @@ from playwright.sync_api import expect, sync_playwright
 
 import app
 from app import LoraSlot, build_demo, check_lengths, draw, parse_args, phrase_table, propose_replacement
-from checked_loading import InputError, choose_device, load_pipeline
-from lora_files import load_lora
+from loras.files import load_lora
 from pipeline_spf_portrait import SPFPortraitPipeline
+from programs.loading import InputError, choose_device, load_pipeline
 from toy_portraits.recipe import BASE_MODEL, LORA
 
 
@@ -265,7 +265,7 @@ import sys
 from pathlib import Path
 import torch
 from app import LoraSlot
-from checked_loading import load_pipeline
+from programs.loading import load_pipeline
 from huggingface_hub import hf_hub_download
 from pipeline_spf_portrait import SPFPortraitPipeline
 from toy_portraits.recipe import BASE_MODEL

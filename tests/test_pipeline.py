@@ -50,7 +50,7 @@ from pictures import captioned_pictures, overlay_heat_map
 from pipeline_spf_portrait import SPFPortraitPipeline, SPFPortraitPipelineOutput
 from prompts import make_prompt_pair, phrase_mask, tokenize_prompt_pair
 from sfcm import SFCM_MODES, free_regions, guidance_map, noise_difference, phrase_attention_maps
-from training_sharing import PIPELINE_CODE
+from training.sharing import PIPELINE_CODE
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -22,11 +22,11 @@ import app
 import evaluate_spf_portrait
 import export_spf_portrait_lora
 from benchmarks import preservation
-from data import load_rows
 from pipeline_spf_portrait import SPFPortraitPipeline, SPFPortraitPipelineOutput
 from prompts import make_prompt_pair
 from toy_portraits import demo
 from train_spf_portrait_lora import parse_args
+from training.data import load_rows
 
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -1,0 +1,191 @@
+"""From the measures of each portrait to what the report says: numbers with intervals, flags, the checkpoint to keep.
+
+Legend: P prompts, S seeds of each prompt.
+Source: [ours].
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from evaluation.measures import (
+    MEASURES,
+    PROXIES,
+    Changes,
+    Estimate,
+    can_be_reference,
+    estimate_mean,
+    estimate_pollution,
+    flags_of,
+    knee,
+    pollution_samples,
+    resample_prompts,
+    resampled_means,
+)
+
+
+RESPONSES = ("truth_response", "clip_t_inside")  # the first that was measured counts
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A model and all that was measured of it.
+
+    Attributes:
+        name, source: for the report.
+        role: "original", "reference", "lora" or "checkpoint".
+        values: by measure (P, S).
+        whole: by measure a number of the whole set.
+    """
+
+    name: str
+    source: str
+    role: str
+    values: Mapping[str, np.ndarray]
+    whole: Mapping[str, float]
+
+    @property
+    def changes(self) -> Changes:
+        return Changes(self.values["change_outside"], self.values["base_change"])
+
+
+def summarise(judged: Sequence[Judged], missing: Mapping[str, str], resamples: int, seed: int) -> dict[str, Any]:
+    """What the report says of the models.
+
+    Args:
+        judged: the original model first; at most one is the reference.
+        missing: by measure, why it was not computed.
+        resamples: how often the prompts are resampled.
+        seed: of the resampling, which is the same for all models.
+
+    Returns:
+        The document of `report.py`, but for prompts, seeds, region and settings.
+
+    Source: [ours].
+    """
+    original = judged[0]
+    index = resample_prompts(len(original.values["change"]), resamples, seed)
+    reference = next((own for own in judged if own.role == "reference"), None)
+    unit, note = "grey levels", "Pollution is in grey levels of 255, since there is no --reference_lora."
+    if reference is not None and can_be_reference(reference.changes, original.changes, index):
+        unit, note = f"1 is {reference.name}", f"Pollution: 0 is the original model, 1 is {reference.name}."
+    elif reference is not None:
+        note = f"Pollution is in grey levels of 255, since {reference.name} moves no more than the original model."
+        reference = None
+    response = next((name for name in RESPONSES if name in original.values), None)
+    entries = [_summarise_one(own, original, reference, response, index) for own in judged]
+    keep, verdict = None, _verdict(entries, response)
+    if any(own.role == "checkpoint" for own in judged):
+        keep, verdict = choose_checkpoint(judged, entries, reference, response, index)
+    shown = [name for name in MEASURES if name in entries[0]["measures"] or name in missing]
+    return {
+        "verdict": verdict,
+        "keep": keep,
+        "pollution_unit": unit,
+        "pollution_note": note,
+        "response_measure": response,
+        "measures": {name: asdict(MEASURES[name]) for name in shown},
+        "not_computed": {name: missing[name] for name in MEASURES if name in missing},
+        "loras": entries,
+        "rank_correlations": correlate(entries[1:]),
+    }
+
+
+def _summarise_one(
+    own: Judged, original: Judged, reference: Judged | None, response: str | None, index: np.ndarray
+) -> dict[str, Any]:
+    unit = None if reference is None else reference.changes
+    pollution = estimate_pollution(own.changes, original.changes, unit, index)
+    found = {name: estimate_mean(values, index) for name, values in own.values.items()}
+    found |= {name: Estimate(value, None, None) for name, value in own.whole.items()} | {"pollution": pollution}
+    flags = []
+    if response is not None and own is not original:
+        flags = flags_of(pollution, unit is not None, own.values[response], original.values[response], index)
+    measures = {name: asdict(found[name]) for name in MEASURES if name in found}
+    return {"name": own.name, "source": own.source, "role": own.role, "flags": flags, "measures": measures}
+
+
+def _verdict(entries: Sequence[Mapping[str, Any]], response: str | None) -> str:
+    """One line on all LoRAs."""
+    parts = []
+    for entry in entries[1:]:
+        part = f"{entry['name']}: pollution {entry['measures']['pollution']['value']:.2f}"
+        if response is not None:
+            part += f", response {entry['measures'][response]['value']:.2f}"
+        parts.append(part + "".join(f", {flag}" for flag in entry["flags"]))
+    return "; ".join(parts) + "."
+
+
+def choose_checkpoint(
+    judged: Sequence[Judged],
+    entries: Sequence[Mapping[str, Any]],
+    reference: Judged | None,
+    response: str | None,
+    index: np.ndarray,
+) -> tuple[str | None, str]:
+    """The checkpoint to keep, or None, and a line that says why.
+
+    How often resampled prompts choose the same one tells how sure the choice is.
+
+    Args:
+        judged, entries: all models and what the report says of them, in one order, the original model first.
+        reference: the LoRA that pollution is in units of.
+        response: the measure of the response; None if there is none.
+        index: of `resample_prompts`.
+
+    Source: [ours].
+    """
+    if response is None:
+        return None, "No checkpoint is chosen: without CLIP there is no measure of the response."
+    places = [i for i, own in enumerate(judged) if own.role in ("original", "checkpoint")]
+    pollution, responses = (
+        [entries[i]["measures"][name]["value"] for i in places] for name in ("pollution", response)
+    )
+    chosen = knee(pollution[1:], responses[1:], (pollution[0], responses[0]))
+    if chosen is None:
+        return None, "No checkpoint stands out: none gains more response than pollution."
+    original, unit = judged[0].changes, None if reference is None else reference.changes
+    polluted = zip(*(pollution_samples(judged[i].changes, original, unit, index)[1] for i in places))
+    responded = zip(*(resampled_means(judged[i].values[response], index) for i in places))
+    again = [knee(p[1:], r[1:], (p[0], r[0])) for p, r in zip(polluted, responded)]
+    share = f"; {again.count(chosen) / len(again):.0%} of the resamples choose it too" if again else ""
+    name = judged[places[chosen + 1]].name
+    return name, (
+        f"Keep {name}: the most response for its pollution (response {responses[chosen + 1]:.2f}, pollution "
+        f"{pollution[chosen + 1]:.2f}{share})."
+    )
+
+
+def correlate(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
+    """Spearman's rank correlation of each measure with the truth it stands for, over the LoRAs.
+
+    Args:
+        entries: what the report says of each LoRA.
+
+    Returns:
+        Per measure its name, its truth's, the correlation (NaN where either is constant) and the number of LoRAs; None
+        without the truth, without torchmetrics, or for fewer than three LoRAs.
+
+    Source: [ours].
+    """
+    if len(entries) < 3 or "truth_kept" not in entries[0]["measures"]:
+        return None
+    try:
+        spearman = importlib.import_module("torchmetrics.functional").spearman_corrcoef
+    except ModuleNotFoundError:
+        return None
+    found = []
+    for proxy, truth in PROXIES.items():
+        if proxy in entries[0]["measures"]:
+            first, second = ([float(entry["measures"][n]["value"]) for entry in entries] for n in (proxy, truth))
+            # torchmetrics makes 0 of a series that is constant.
+            varies = len(set(first)) > 1 and len(set(second)) > 1
+            value = float(spearman(torch.tensor(first), torch.tensor(second))) if varies else float("nan")
+            found.append({"proxy": proxy, "truth": truth, "spearman": value, "loras": len(entries)})
+    return found

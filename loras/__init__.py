@@ -1,0 +1,1 @@
+"""LoRA files of every format, and the LoRA for others."""

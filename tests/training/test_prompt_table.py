@@ -1,0 +1,316 @@
+"""Tests of `training/prompt_table.py`, with a tiny random CLIP and text encoder and the tokenizer of `test_prompts.py`."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from test_prompts import write_vocabulary
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+)
+
+from prompts import make_prompt_pair, tokenize_prompt_pair
+from training.prompt_table import (
+    BASE,
+    EMPTY,
+    FULL,
+    clip_phrase_distances,
+    embed_pixels,
+    encode_clip_texts,
+    make_prompt_table,
+)
+
+
+SIDE = 16
+PAIRS = [
+    make_prompt_pair("a woman, a green hat", "red hair"),
+    make_prompt_pair("a man", "red hair"),
+    make_prompt_pair("a woman, a green hat, a red hat", [("a green hat", "a red scarf"), "red hair"]),
+]
+
+
+def text_arguments(tokenizer: CLIPTokenizer) -> dict:
+    return {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": tokenizer.model_max_length,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        # The default spread of .02 makes all texts look the same.
+        "initializer_factor": 8.0,
+    }
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return CLIPTokenizer.from_pretrained(write_vocabulary(tmp_path_factory.mktemp("diffusion")), model_max_length=77)
+
+
+@pytest.fixture(scope="module")
+def clip_tokenizer(tmp_path_factory):
+    """Not the diffusion model's: another length, so that a mix-up shows."""
+    return CLIPTokenizer.from_pretrained(write_vocabulary(tmp_path_factory.mktemp("clip")), model_max_length=40)
+
+
+@pytest.fixture(scope="module")
+def clip(clip_tokenizer):
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=SIDE, patch_size=8
+    )
+    text = CLIPTextConfig(**text_arguments(clip_tokenizer))
+    return (
+        CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).eval().requires_grad_(False)
+    )
+
+
+@pytest.fixture(scope="module")
+def text_encoder(tokenizer):
+    torch.manual_seed(1)
+    return CLIPTextModel(CLIPTextConfig(**text_arguments(tokenizer))).eval()
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+
+
+@pytest.fixture(scope="module")
+def tokens(tokenizer):
+    return [tokenize_prompt_pair(pair, tokenizer) for pair in PAIRS]
+
+
+@pytest.fixture(scope="module")
+def table(tokens, tokenizer, text_encoder, clip, clip_tokenizer):
+    return make_prompt_table(PAIRS, tokens, tokenizer, text_encoder, clip, clip_tokenizer)
+
+
+def clip_text(clip, clip_tokenizer, text: str) -> torch.Tensor:
+    """One text alone, without padding."""
+    with torch.no_grad():
+        return clip.get_text_features(**clip_tokenizer(text, return_tensors="pt")).pooler_output[0]
+
+
+def encode(text_encoder, tokenizer, text: str) -> torch.Tensor:
+    """A prompt as the stock pipeline encodes it."""
+    with torch.no_grad():
+        return text_encoder(tokenizer(text, padding="max_length", return_tensors="pt").input_ids)[0][0]
+
+
+def matched(table, row: int) -> list[tuple[int, int]]:
+    mask = table.position_mask[row]
+    return list(zip(table.base_positions[row][mask].tolist(), table.full_positions[row][mask].tolist()))
+
+
+# -------------------------------------------------------------------------------------------------------- CLIP texts
+
+
+def test_each_different_text_is_encoded_as_if_it_were_alone(clip, clip_tokenizer):
+    embeds = encode_clip_texts(clip, clip_tokenizer, ["red hair", "a man", "red hair", "a much longer text, a hat"])
+    assert list(embeds) == ["red hair", "a man", "a much longer text, a hat"]
+    for text, embed in embeds.items():
+        assert embed.shape == (12,) and embed.dtype == torch.float32
+        torch.testing.assert_close(embed, clip_text(clip, clip_tokenizer, text), rtol=1e-4, atol=1e-5)
+    assert F.cosine_similarity(embeds["red hair"], embeds["a man"], dim=0) < 0.99
+
+
+def test_more_texts_than_one_chunk(clip, clip_tokenizer):
+    texts = [f"a hat {i}" for i in range(70)]
+    embeds = encode_clip_texts(clip, clip_tokenizer, texts)
+    assert list(embeds) == texts
+    for i in (0, 63, 64, 69):
+        torch.testing.assert_close(embeds[texts[i]], clip_text(clip, clip_tokenizer, texts[i]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_text_that_is_too_long_for_clip_is_cut_off(clip, clip_tokenizer):
+    embeds = encode_clip_texts(clip, clip_tokenizer, ["x" * 60, "x" * 70])
+    first, second = embeds.values()
+    assert torch.isfinite(first).all() and torch.equal(first, second)
+
+
+def test_distances_masks_and_targets_by_hand(clip, clip_tokenizer):
+    distances, mask, targets = clip_phrase_distances(clip, clip_tokenizer, PAIRS)
+    assert mask.tolist() == [[True, True], [True, False], [True, True]]
+    assert PAIRS[2].base_phrases == ("a woman", "a red hat") and PAIRS[2].target_text == "a red scarf, red hair"
+    for i, pair in enumerate(PAIRS):
+        target = clip_text(clip, clip_tokenizer, pair.target_text)
+        torch.testing.assert_close(targets[i], target, rtol=1e-4, atol=1e-5)
+        for j, phrase in enumerate(pair.base_phrases):
+            expected = 1 - F.cosine_similarity(clip_text(clip, clip_tokenizer, phrase), target, dim=0)
+            assert distances[i, j] == pytest.approx(expected.item(), abs=1e-5)
+    assert torch.isfinite(distances).all(), "padding must not be NaN: the maps multiply it by zero"
+    assert not targets.requires_grad
+
+
+# ------------------------------------------------------------------------------------------------------ prompt table
+
+
+def test_every_kind_of_row_sets_the_right_prompts_against_each_other(table, text_encoder, tokenizer):
+    reference, response = table.prompt_embeds[table.reference_rows], table.prompt_embeds[table.response_rows]
+    for i, pair in enumerate(PAIRS):
+        expected = {
+            FULL: (pair.base_prompt, pair.full_prompt),
+            BASE: (pair.base_prompt, pair.base_prompt),
+            EMPTY: ("", ""),
+        }
+        for kind, prompts in expected.items():
+            row = kind * len(PAIRS) + i
+            for embeds, prompt in zip((reference[row], response[row]), prompts, strict=True):
+                torch.testing.assert_close(embeds, encode(text_encoder, tokenizer, prompt), rtol=1e-4, atol=1e-5)
+    assert not table.prompt_embeds.requires_grad
+
+
+def test_each_different_prompt_is_encoded_once(table):
+    prompts = {text for pair in PAIRS for text in (pair.base_prompt, pair.full_prompt)} | {""}
+    assert len(table.prompt_embeds) == len(prompts) == 7
+
+
+def test_more_prompts_than_one_chunk(tokenizer, text_encoder, clip, clip_tokenizer):
+    pairs = [make_prompt_pair(f"a woman, hat {i}", "red hair") for i in range(20)]
+    tokens = [tokenize_prompt_pair(pair, tokenizer) for pair in pairs]
+    table = make_prompt_table(pairs, tokens, tokenizer, text_encoder, clip, clip_tokenizer)
+    assert len(table.prompt_embeds) == 41
+    for i, pair in enumerate(pairs):
+        found = table.prompt_embeds[table.response_rows[i]]
+        torch.testing.assert_close(found, encode(text_encoder, tokenizer, pair.full_prompt), rtol=1e-4, atol=1e-5)
+
+
+def test_a_full_row_matches_the_tokens_of_both_prompts(table, tokens):
+    for i, row in enumerate(tokens):
+        assert matched(table, FULL * len(PAIRS) + i) == list(zip(row.base_positions, row.full_positions, strict=True))
+        assert matched(table, i), "nothing matched: the comparison above would be empty"
+
+
+def test_a_row_without_change_matches_each_token_with_itself(table, tokens):
+    for i, row in enumerate(tokens):
+        text = range(1, row.base_padding[0])
+        assert matched(table, BASE * len(PAIRS) + i) == [(position, position) for position in text]
+        assert matched(table, EMPTY * len(PAIRS) + i) == []
+
+
+def test_every_position_is_bos_text_or_padding(table, tokens, tokenizer):
+    length = tokenizer.model_max_length
+    for kind in (FULL, BASE, EMPTY):
+        for i, row in enumerate(tokens):
+            index = kind * len(PAIRS) + i
+            paddings = {
+                FULL: (row.base_padding, row.full_padding),
+                BASE: (row.base_padding, row.base_padding),
+                EMPTY: (range(1, length), range(1, length)),
+            }[kind]
+            for mask, positions in zip((table.base_padding[index], table.full_padding[index]), paddings, strict=True):
+                assert mask.shape == (length,) and not mask[0]
+                assert mask.nonzero().flatten().tolist() == list(positions)
+    ids = torch.tensor([row.base_input_ids for row in tokens])
+    assert (ids[table.base_padding[: len(PAIRS)]] == tokenizer.eos_token_id).all()
+
+
+def test_phrase_weights_average_over_each_phrase(table, tokens):
+    assert table.phrase_weights.shape == (3, 2, 77)
+    for i, row in enumerate(tokens):
+        for j, positions in enumerate(row.phrase_positions):
+            weights = table.phrase_weights[i, j]
+            assert weights.nonzero().flatten().tolist() == list(positions)
+            torch.testing.assert_close(weights[list(positions)], torch.full((len(positions),), 1 / len(positions)))
+    assert table.phrase_weights[1, 1].sum() == 0
+    assert table.phrase_mask.tolist() == [[True, True], [True, False], [True, True]]
+
+
+def test_free_phrases_are_marked_where_they_are_in_the_image(tmp_path, text_encoder, clip, clip_tokenizer, table):
+    tokenizer = CLIPTokenizer.from_pretrained(write_vocabulary(tmp_path / "short"), model_max_length=12)
+    long = "a woman, a green hat, xx zzzzzz"
+    pairs = [
+        make_prompt_pair("a woman, a green hat", "red hair", free_phrases=["a green hat"]),
+        make_prompt_pair("a man", "red hair"),
+        make_prompt_pair(long, "red hair", f"red hair, {long}", ["a woman", "a green hat", "zzzzzz"], ["zzzzzz"]),
+    ]
+    tokens = [tokenize_prompt_pair(pair, tokenizer) for pair in pairs]
+    assert tokens[2].phrase_positions[-1] == ()
+    free = make_prompt_table(pairs, tokens, tokenizer, text_encoder, clip, clip_tokenizer).free_mask
+    assert free[:, :2].tolist() == [[False, True], [False, False], [False, False]] and not free[:, 2:].any()
+    assert not table.free_mask.any() and table.free_mask.shape == table.phrase_mask.shape
+
+
+def test_distances_in_the_table_are_clips(table, clip, clip_tokenizer):
+    distances, _, targets = clip_phrase_distances(clip, clip_tokenizer, PAIRS)
+    assert torch.equal(table.distances, distances) and torch.equal(table.target_embeds, targets)
+
+
+def test_a_phrase_that_was_cut_off_counts_like_padding(tmp_path, text_encoder, clip, clip_tokenizer, caplog):
+    """It is nowhere in the image, so it may not dilute the mean over the phrases that are."""
+    tokenizer = CLIPTokenizer.from_pretrained(write_vocabulary(tmp_path / "short"), model_max_length=12)
+    base_prompt = "a woman, a green hat, xx zzzzzz"
+    pair = make_prompt_pair(base_prompt, "red hair", f"red hair, {base_prompt}", ["a woman", "zzzzzz"])
+    with caplog.at_level(logging.WARNING):
+        tokens = tokenize_prompt_pair(pair, tokenizer)
+    assert "zzzzzz" in caplog.text and tokens.phrase_positions[1] == ()
+    table = make_prompt_table([pair], [tokens], tokenizer, text_encoder, clip, clip_tokenizer)
+    assert table.phrase_mask.tolist() == [[True, False]]
+    assert table.phrase_weights[0, 0].sum() == pytest.approx(1) and table.phrase_weights[0, 1].sum() == 0
+
+
+def test_a_prompt_that_fills_every_token(tmp_path, text_encoder, clip, clip_tokenizer):
+    tokenizer = CLIPTokenizer.from_pretrained(write_vocabulary(tmp_path / "short"), model_max_length=12)
+    pair = make_prompt_pair("a woman, xxxxxxxxxxxx", "red hair", "red hair, a woman, xxxxxxxxxxxx")
+    tokens = tokenize_prompt_pair(pair, tokenizer)
+    table = make_prompt_table([pair], [tokens], tokenizer, text_encoder, clip, clip_tokenizer)
+    assert table.base_padding[0].nonzero().flatten().tolist() == [11]
+    assert matched(table, 1) == [(position, position) for position in range(1, 11)]
+
+
+# ----------------------------------------------------------------------------------------------------------- pictures
+
+
+def noise_pixels(side: int, count: int = 2) -> torch.Tensor:
+    """Pictures of whole grey levels, so that they are the same as uint8."""
+    levels = torch.randint(0, 256, (count, 3, side, side), generator=torch.Generator().manual_seed(0))
+    return levels.float() / 127.5 - 1
+
+
+def by_processor(clip, processor, pixels: torch.Tensor) -> torch.Tensor:
+    arrays = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    inputs = processor([Image.fromarray(np.ascontiguousarray(array)) for array in arrays], return_tensors="pt")
+    with torch.no_grad():
+        return clip.get_image_features(**inputs).pooler_output
+
+
+def test_pictures_of_clips_size_are_embedded_as_the_processor_does(clip, processor):
+    pixels = noise_pixels(SIDE)
+    embeds = embed_pixels(clip, processor, pixels)
+    assert embeds.shape == (2, 12)
+    torch.testing.assert_close(embeds, by_processor(clip, processor, pixels), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", [8, 32, 40])
+def test_other_sizes_are_resized_as_the_processor_does(clip, processor, side):
+    pixels = F.interpolate(noise_pixels(4), (side, side), mode="bilinear")
+    embeds = embed_pixels(clip, processor, pixels)
+    # Pillow rounds to whole levels and cuts off the bicubic overshoot.
+    assert F.cosine_similarity(embeds, by_processor(clip, processor, pixels)).min() > 0.999
+    assert F.cosine_similarity(embeds[:1], embeds[1:]).item() < 0.99
+
+
+def test_half_precision_pictures_are_embedded_in_float32(clip, processor):
+    pixels = noise_pixels(SIDE)
+    embeds = embed_pixels(clip, processor, pixels.bfloat16())
+    assert embeds.dtype == torch.float32
+    torch.testing.assert_close(embeds, embed_pixels(clip, processor, pixels), rtol=0.1, atol=0.1)
+
+
+def test_gradient_reaches_every_pixel(clip, processor):
+    pixels = noise_pixels(2 * SIDE).requires_grad_()
+    embed_pixels(clip, processor, pixels).square().sum().backward()
+    assert (pixels.grad.abs().sum(1) > 0).float().mean() > 0.99

@@ -1,0 +1,211 @@
+"""What the training asks about prompts and pictures, as tensors: text embeddings, token positions, CLIP distances.
+
+Legend: N pairs of prompts, R = 3N rows of the table, U different prompts, T text tokens, P base phrases, K matched
+tokens, E size of a text embedding, E' size of a projected CLIP embedding.
+Paper: arXiv 2504.00396.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTextModel, CLIPTokenizer
+
+from programs.console import phase_bar
+from prompts import PromptPair, PromptTokens, phrase_mask
+from sfcm import phrase_distances
+from training.caches import TensorCache, fingerprint, module_fingerprint
+
+
+# What a row asks for: the target, or no change with the base prompt or with the empty prompt.
+FULL, BASE, EMPTY = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class PromptTable:
+    """What the losses ask about prompts, R = 3N rows: row `kind * N + i` is portrait i asked for `kind`.
+
+    FULL sets the base prompt against the full prompt; BASE and EMPTY set a prompt against itself.
+    """
+
+    prompt_ids: torch.Tensor  # (U, T) tokens of the U different prompts
+    prompt_embeds: torch.Tensor | None  # (U, T, E), or None where each step encodes its own
+    reference_rows: torch.Tensor  # (R,) rows of the two above
+    response_rows: torch.Tensor  # (R,)
+    phrase_weights: torch.Tensor  # (N, P, T)
+    phrase_mask: torch.Tensor  # (N, P) bool
+    free_mask: torch.Tensor  # (N, P) bool, those of them that may change along with the target
+    distances: torch.Tensor  # (N, P) CLIP distances
+    target_embeds: torch.Tensor  # (N, E') CLIP text embeddings of the targets
+    base_positions: torch.Tensor  # (R, K)
+    full_positions: torch.Tensor  # (R, K)
+    position_mask: torch.Tensor  # (R, K) bool
+    base_padding: torch.Tensor  # (R, T) bool
+    full_padding: torch.Tensor  # (R, T) bool
+
+
+@torch.no_grad()
+def encode_clip_texts(clip: CLIPModel, tokenizer: CLIPTokenizer, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Projected CLIP text embedding (E',) float32 of each different text."""
+    unique = list(dict.fromkeys(texts))
+    embeds = {}
+    for start in range(0, len(unique), 64):
+        chunk = unique[start : start + 64]
+        inputs = tokenizer(chunk, padding="max_length", truncation=True, return_tensors="pt").to(clip.device)
+        features = clip.get_text_features(
+            input_ids=inputs.input_ids, attention_mask=inputs.attention_mask
+        ).pooler_output
+        embeds |= dict(zip(chunk, features.float(), strict=True))
+    return embeds
+
+
+def clip_phrase_distances(
+    clip: CLIPModel, tokenizer: CLIPTokenizer, pairs: Sequence[PromptPair]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Distances (N, P) of the base phrases to their targets, the mask (N, P) of phrases, target embeddings (N, E')."""
+    embeds = encode_clip_texts(
+        clip, tokenizer, [text for pair in pairs for text in (*pair.base_phrases, pair.target_text)]
+    )
+    targets = torch.stack([embeds[pair.target_text] for pair in pairs])
+    width = max(len(pair.base_phrases) for pair in pairs)
+    phrases = targets.new_zeros(len(pairs), width, targets.shape[-1])
+    mask = torch.zeros(len(pairs), width, dtype=torch.bool, device=targets.device)
+    for i, pair in enumerate(pairs):
+        phrases[i, : len(pair.base_phrases)] = torch.stack([embeds[phrase] for phrase in pair.base_phrases])
+        mask[i, : len(pair.base_phrases)] = True
+    return phrase_distances(phrases, targets), mask, targets
+
+
+@torch.no_grad()
+def make_prompt_table(
+    pairs: Sequence[PromptPair],
+    pair_tokens: Sequence[PromptTokens],
+    tokenizer: CLIPTokenizer,
+    text_encoder: CLIPTextModel,
+    clip: CLIPModel,
+    clip_tokenizer: CLIPTokenizer,
+    *,
+    encode: bool = True,
+    cache: TensorCache | None = None,
+    shown: bool = True,
+) -> PromptTable:
+    """Encode every prompt once and lay out token positions.
+
+    Args:
+        pairs: N pairs of prompts.
+        pair_tokens: their tokens, from `tokenize_prompt_pair` with `tokenizer`.
+        tokenizer: the diffusion model's.
+        text_encoder: the diffusion model's; the table lies on its device.
+        clip: the model that measures phrases against targets.
+        clip_tokenizer: its tokenizer.
+        encode: False leaves the prompts to `encode_prompts` in each step.
+        cache: where text embeddings are looked up and kept; None computes them.
+        shown: whether a bar shows it.
+
+    Source: [paper] phrases, PAD and distances; [ours] the rows that ask for no change, and phrases that may change.
+    """
+    device, count = text_encoder.device, len(pairs)
+    empty_ids = tokenizer("", padding="max_length", truncation=True).input_ids
+    base_ids = [tuple(tokens.base_input_ids) for tokens in pair_tokens]
+    full_ids = [tuple(tokens.full_input_ids) for tokens in pair_tokens]
+    reference, response = (
+        base_ids + base_ids + [tuple(empty_ids)] * count,
+        full_ids + base_ids + [tuple(empty_ids)] * count,
+    )
+    unique = {ids: row for row, ids in enumerate(dict.fromkeys(reference + response))}
+    all_ids = torch.tensor(list(unique), device=device)
+    embeds = _encode_once(text_encoder, all_ids, cache, shown) if encode else None
+
+    length = len(empty_ids)
+    # Set against itself, every token of a prompt between BOS and its padding matches.
+    own = [range(1, tokens.base_padding[0]) for tokens in pair_tokens]
+    positions = [(tokens.base_positions, tokens.full_positions) for tokens in pair_tokens]
+    positions += [(row, row) for row in own] + [((), ())] * count
+    padding = [(tokens.base_padding, tokens.full_padding) for tokens in pair_tokens]
+    padding += [(tokens.base_padding,) * 2 for tokens in pair_tokens] + [(range(1, length),) * 2] * count
+    base_positions, position_mask = _pad_rows([base for base, _ in positions])
+    full_positions, _ = _pad_rows([full for _, full in positions])
+
+    distances, mask, targets = clip_phrase_distances(clip, clip_tokenizer, pairs)
+    weights, free = torch.zeros(*mask.shape, length), torch.zeros(mask.shape, dtype=torch.bool)
+    for i, (pair, tokens) in enumerate(zip(pairs, pair_tokens, strict=True)):
+        free[i, : len(pair.base_phrases)] = torch.tensor([phrase in pair.free_phrases for phrase in pair.base_phrases])
+        weights[i, : len(tokens.phrase_positions)] = torch.tensor(phrase_mask(tokens.phrase_positions, length))
+    return PromptTable(
+        prompt_ids=all_ids,
+        prompt_embeds=embeds,
+        reference_rows=torch.tensor([unique[ids] for ids in reference], device=device),
+        response_rows=torch.tensor([unique[ids] for ids in response], device=device),
+        phrase_weights=weights.to(device),
+        # A phrase that was cut off is nowhere in the image, like the padding of a shorter prompt.
+        phrase_mask=mask & weights.any(-1).to(mask.device),
+        free_mask=(free & weights.any(-1)).to(device),
+        distances=distances,
+        target_embeds=targets,
+        base_positions=base_positions.to(device),
+        full_positions=full_positions.to(device),
+        position_mask=position_mask.to(device),
+        base_padding=_row_mask([base for base, _ in padding], length).to(device),
+        full_padding=_row_mask([full for _, full in padding], length).to(device),
+    )
+
+
+def _encode_once(
+    text_encoder: CLIPTextModel, ids: torch.Tensor, cache: TensorCache | None, shown: bool
+) -> torch.Tensor:
+    """Text embeddings (U, T, E) of the prompts `ids` (U, T), from the cache as far as it has them."""
+
+    def compute(missing: Sequence[int]) -> Iterator[torch.Tensor]:
+        with phase_bar("prompts", len(missing), "prompt", shown) as bar:
+            for chunk in ids[list(missing)].split(32):
+                yield from text_encoder(chunk)[0]
+                bar.update(len(chunk))
+
+    if cache is None:
+        return torch.stack(list(compute(range(len(ids)))))
+    model = module_fingerprint(text_encoder)
+    keys = [fingerprint("text embedding", model, tuple(row)) for row in ids.tolist()]
+    return torch.stack(cache.get_or_compute(keys, compute)).to(ids.device)
+
+
+@torch.no_grad()
+def encode_prompts(table: PromptTable, rows: torch.Tensor, text_encoder: CLIPTextModel) -> torch.Tensor:
+    """Text embeddings (B, T, E) of the prompts `rows` (B,), from the table or by the text encoder."""
+    if table.prompt_embeds is not None:
+        return table.prompt_embeds[rows]
+    unique, places = rows.unique(return_inverse=True)
+    return text_encoder(table.prompt_ids[unique])[0][places]
+
+
+def _pad_rows(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of indices as one tensor (R, K), padded with 0, and a mask that is False in the padding."""
+    width = max(1, *map(len, rows))
+    padded = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = torch.tensor(list(row), dtype=torch.long)
+        mask[i, : len(row)] = True
+    return padded, mask
+
+
+def _row_mask(rows: Sequence[Sequence[int]], length: int) -> torch.Tensor:
+    """(R, length) bool, True at each row's positions."""
+    mask = torch.zeros(len(rows), length, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        mask[i, list(row)] = True
+    return mask
+
+
+def embed_pixels(clip: CLIPModel, processor: CLIPImageProcessorPil, pixels: torch.Tensor) -> torch.Tensor:
+    """CLIP image embeddings (B, E') of pictures (B, 3, H, W) in [-1, 1], with gradient."""
+    side = clip.config.vision_config.image_size
+    mean, std = (
+        # Sent without waiting for what a GPU still has to do.
+        torch.tensor(values).view(3, 1, 1).to(pixels.device, non_blocking=pixels.is_cuda)
+        for values in (processor.image_mean, processor.image_std)
+    )
+    pixels = F.interpolate(pixels.float() / 2 + 0.5, (side, side), mode="bicubic", antialias=True, align_corners=False)
+    return clip.get_image_features(pixel_values=(pixels - mean) / std).pooler_output

@@ -1,0 +1,123 @@
+"""The LoRA for others: in kohya's format, with a model card, and on the Hub together with the pipeline's code.
+
+Source: [ours].
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from loras.files import ReferenceLora, save_kohya_lora
+from loras.hub import (
+    KOHYA_WEIGHTS,
+    LORA_WEIGHTS,
+    CardFacts,
+    EarlierLora,
+    create_hub_repo,
+    push_lora,
+    write_model_card,
+)
+from programs.loading import InputError
+from prompts import PromptPair
+
+
+logger = logging.getLogger(__name__)
+
+# Flags that a model card is silent about: folders and files of this machine, and what concerns no one else.
+UNPUBLISHED = frozenset(
+    """
+    pretrained_model_name_or_path clip_model_name_or_path pretrained_vae_model_name_or_path
+    tiny_vae_model_name_or_path train_data_dir dataset_name cache_dir stage1_lora_path output_dir logging_dir report_to
+    resume_from_checkpoint checkpointing_steps checkpoints_total_limit dataloader_num_workers dry_run push_to_hub
+    hub_model_id hub_token hub_private_repo hub_license output_kohya_format reference_lora reference_lora_scale
+    sfcm_dir save_alignment
+    """.split()
+)
+HERE = Path(__file__).resolve().parents[1]
+# What the pipeline is made of, under the names that diffusers looks for in a repository.
+PIPELINE_CODE = {
+    "pipeline.py": HERE / "pipeline_spf_portrait.py",
+    **{name: HERE / name for name in ("attention_processors.py", "pictures.py", "prompts.py", "sfcm.py")},
+}
+
+
+def make_repository(args: argparse.Namespace) -> str:
+    """The repository on the Hub, made before the training so that a wrong name or token is known now."""
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    if args.hub_token is not None:
+        logger.warning(
+            "--hub_token: every user of this machine can see a flag while the run lasts; HF_TOKEN or `hf auth login` "
+            "gives the token unseen"
+        )
+    try:
+        return create_hub_repo(name, args.hub_token, args.hub_private_repo)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def share(
+    args: argparse.Namespace,
+    pairs: Sequence[PromptPair],
+    validation_pair: PromptPair,
+    pictures: Sequence[str],
+    repo_id: str | None,
+    is_dora: bool,
+    references: Sequence[ReferenceLora] = (),
+) -> None:
+    """The LoRA in kohya's format and the model card; both on the Hub with the pipeline, if that was asked for.
+
+    Args:
+        args: the flags; the LoRA lies in --output_dir.
+        pairs: the training portraits' prompts.
+        validation_pair: the prompts of the pictures.
+        pictures: their paths in --output_dir.
+        repo_id: where to push, None for nowhere.
+        is_dora: whether the LoRA has a magnitude.
+        references: the earlier LoRAs it was trained on top of.
+
+    Raises:
+        InputError: the Hub did not take it; one line that says what is safe and how to push again.
+    """
+    output_dir = Path(args.output_dir)
+    if args.output_kohya_format:
+        save_kohya_lora(output_dir / LORA_WEIGHTS, output_dir / KOHYA_WEIGHTS)
+    write_model_card(output_dir, card_facts(args, pairs, validation_pair, pictures, repo_id, is_dora, references))
+    if repo_id is None:
+        return
+    files = [*pictures, *([KOHYA_WEIGHTS] if args.output_kohya_format else [])]
+    try:
+        address = push_lora(output_dir, repo_id, args.hub_token, PIPELINE_CODE, files)
+    except (OSError, ValueError) as error:
+        raise InputError(str(error)) from error
+    logger.info("The LoRA is on the Hub: %s", address)
+
+
+def card_facts(
+    args: argparse.Namespace,
+    pairs: Sequence[PromptPair],
+    validation_pair: PromptPair,
+    pictures: Sequence[str],
+    repo_id: str | None,
+    is_dora: bool,
+    references: Sequence[ReferenceLora] = (),
+) -> CardFacts:
+    """What the model card says; no folder of this machine is in it. Arguments as of `share`."""
+    base_model = args.pretrained_model_name_or_path
+    settings = {name: value for name, value in vars(args).items() if name not in UNPUBLISHED}
+    return CardFacts(
+        base_model=f"path/to/{Path(base_model).resolve().name}" if Path(base_model).is_dir() else base_model,
+        targets=tuple(dict.fromkeys(pair.target_text for pair in pairs)),
+        example_prompt=validation_pair.full_prompt,
+        base_prompt=validation_pair.base_prompt,
+        example_target=validation_pair.target_argument,
+        settings=settings,
+        pictures=tuple(pictures),
+        licence=args.hub_license,
+        repo_id=repo_id,
+        has_kohya=args.output_kohya_format,
+        is_dora=is_dora,
+        earlier_loras=tuple(EarlierLora(*(lora.hub_file or (None, "")), lora.scale) for lora in references),
+    )
