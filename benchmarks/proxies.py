@@ -110,7 +110,8 @@ def measure_job(
         return measure([Compared(before, after, region, pairs)], _judges())[0]
 
     digest = hashlib.sha256(found["full_images"].tobytes() + base_images.tobytes() + region.tobytes()).hexdigest()
-    code = file_digest(*(ROOT / f"{name}.py" for name in ("evaluate_spf_portrait", "evaluation/judges", "evaluation/measures")))
+    measuring = ("evaluate_spf_portrait", "evaluation/judges", "evaluation/measures")
+    code = file_digest(*(ROOT / f"{name}.py" for name in measuring))
     key = ["proxies", job.target_name, digest, code, sorted(_judges().missing)]
     measures = cached_arrays(cache_dir, key, make)
     return {name: values for name, values in measures.items() if not (job.guided and name in OF_BASE_PORTRAITS)}

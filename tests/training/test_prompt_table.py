@@ -1,4 +1,4 @@
-"""Tests of `training/prompt_table.py`, with a tiny random CLIP and text encoder and the tokenizer of `test_prompts.py`."""
+"""Tests of the prompt table, with a tiny random CLIP and text encoder and the tokenizer of `test_prompts.py`."""
 
 import logging
 
