@@ -38,14 +38,8 @@ from torch import Tensor
 # As `custom_pipeline` this file and its siblings lie in a package; `import pipeline_spf_portrait` knows no package.
 # The loader copies only the siblings named here, and would ask users to pip-install an "import x" without "as".
 try:
-    from .attention_processors import (
-        CrossAttentionStore,
-        active_adapters,
-        adapter_scales,
-        capture_cross_attention,
-        original_rows,
-        phrase_map_resolution,
-    )
+    from .adapters import active_adapters, adapter_scales, original_rows
+    from .attention_processors import CrossAttentionStore, capture_cross_attention, phrase_map_resolution
     from .pictures import captioned_pictures, overlay_heat_map
     from .prompts import (
         PromptPair,
@@ -67,14 +61,15 @@ try:
         phrase_distances,
     )
 except ImportError:
+    import adapters as _adapters
     import attention_processors as _attention
     import pictures as _pictures
     import prompts as _prompts
     import sfcm as _sfcm
 
     CrossAttentionStore, phrase_map_resolution = _attention.CrossAttentionStore, _attention.phrase_map_resolution
-    active_adapters, adapter_scales = _attention.active_adapters, _attention.adapter_scales
-    capture_cross_attention, original_rows = _attention.capture_cross_attention, _attention.original_rows
+    active_adapters, adapter_scales = _adapters.active_adapters, _adapters.adapter_scales
+    original_rows, capture_cross_attention = _adapters.original_rows, _attention.capture_cross_attention
     captioned_pictures, overlay_heat_map = _pictures.captioned_pictures, _pictures.overlay_heat_map
     PromptPair, make_prompt_pair, phrase_mask = _prompts.PromptPair, _prompts.make_prompt_pair, _prompts.phrase_mask
     locate_phrases, split_phrases = _prompts.locate_phrases, _prompts.split_phrases

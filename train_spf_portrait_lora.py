@@ -50,14 +50,8 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import CLIPImageProcessorPil, CLIPModel
 
-from attention_processors import (
-    CrossAttentionFeatures,
-    active_adapters,
-    adapters_per_sample,
-    capture_cross_attention,
-    dual_path,
-    phrase_map_resolution,
-)
+from adapters import Adapters, active_adapters
+from attention_processors import CrossAttentionFeatures, capture_cross_attention, phrase_map_resolution
 from loras.files import adapter_metadata, sort_header
 from loras.hub import CARD, LORA_WEIGHTS
 from pictures import picture_grid
@@ -76,6 +70,7 @@ from training.checkpoints import (
     what_is_safe,
 )
 from training.data import bucketed_batch_indices, derive_seed, draw_latents, revisited_batch
+from training.dual_path import dual_path
 from training.inputs import (
     Inputs,
     Sample,
@@ -877,7 +872,7 @@ def composed_predictions(
             rows = torch.cat([torch.arange(len(batch.kinds), device=run.device), teacher_rows])
             embeds = torch.cat([reference_embeds, teacher_embeds])
             names = ["__base__"] * len(batch.kinds) + [STAGE1_ADAPTER] * len(teacher_rows)
-            with adapters_per_sample(run.unet, names), recording:
+            with Adapters(run.unet).per_sample(names), recording:
                 preds = run.unet(batch.noisy_latents[rows], batch.timesteps[rows], embeds, return_dict=False)[0]
             reference_pred, teacher_preds = preds[: len(batch.kinds)], preds[len(batch.kinds) :]
         else:

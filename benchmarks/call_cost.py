@@ -23,7 +23,7 @@ from peft import LoraConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from attention_processors import active_adapters  # noqa: E402
+from adapters import active_adapters  # noqa: E402
 from pipeline_spf_portrait import SPFPortraitPipeline  # noqa: E402
 from toy_portraits.recipe import BASE_MODEL  # noqa: E402
 

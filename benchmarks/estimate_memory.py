@@ -45,9 +45,11 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextC
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from attention_processors import active_adapters, capture_cross_attention, dual_path  # noqa: E402
+from adapters import active_adapters  # noqa: E402
+from attention_processors import capture_cross_attention  # noqa: E402
 from benchmarks.random_stable_diffusion import TEXT, VISION, make_unet, make_vae  # noqa: E402
 from training.arguments import parse_args, uses_enhancement  # noqa: E402
+from training.dual_path import dual_path  # noqa: E402
 from training.losses import compose_prediction, diffusion_loss, fine_grained_loss, text_consistent_loss  # noqa: E402
 from training.models import lora_config  # noqa: E402
 from training.prompt_table import embed_pixels  # noqa: E402

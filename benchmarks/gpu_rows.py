@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import train_spf_portrait_lora as trainer  # noqa: E402
-from attention_processors import active_adapters  # noqa: E402
+from adapters import active_adapters  # noqa: E402
 from benchmarks import step_cost  # noqa: E402
 from benchmarks.estimate_memory import GIB, PRESETS  # noqa: E402
 from benchmarks.gpu import MODELS, Bench, Result  # noqa: E402

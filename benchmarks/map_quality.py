@@ -33,9 +33,9 @@ from transformers import CLIPModel, CLIPTokenizer
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from adapters import active_adapters  # noqa: E402
 from attention_processors import (  # noqa: E402
     CrossAttentionFeatures,
-    active_adapters,
     capture_cross_attention,
     phrase_map_resolution,
 )

@@ -8,3 +8,5 @@ from pathlib import Path
 # Before any library of the Hub is imported: they read it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+pytest_plugins = ["tiny_unet"]  # its fixtures

@@ -40,7 +40,10 @@ HERE = Path(__file__).resolve().parents[1]
 # What the pipeline is made of, under the names that diffusers looks for in a repository.
 PIPELINE_CODE = {
     "pipeline.py": HERE / "pipeline_spf_portrait.py",
-    **{name: HERE / name for name in ("attention_processors.py", "pictures.py", "prompts.py", "sfcm.py")},
+    **{
+        f"{name}.py": HERE / f"{name}.py"
+        for name in ("adapters", "attention_processors", "pictures", "prompts", "sfcm")
+    },
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_preservation import write_lora
 
-from attention_processors import capture_cross_attention, dual_path
+from attention_processors import capture_cross_attention
 from benchmarks import map_quality
 from benchmarks.map_quality import (
     BANDS,
@@ -47,6 +47,7 @@ from benchmarks.map_quality import (
 )
 from toy_portraits.judge import MARGIN
 from toy_portraits.world import LABELS, SIZE, TARGETS
+from training.dual_path import dual_path
 
 
 def left_half(count: int = 1, size: int = 4) -> np.ndarray:

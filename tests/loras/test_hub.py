@@ -38,7 +38,10 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 PICTURE = "validation/step_000004.png"
 CODE = {
     "pipeline.py": ROOT / "pipeline_spf_portrait.py",
-    **{f"{name}.py": ROOT / f"{name}.py" for name in ("attention_processors", "pictures", "prompts", "sfcm")},
+    **{
+        f"{name}.py": ROOT / f"{name}.py"
+        for name in ("adapters", "attention_processors", "pictures", "prompts", "sfcm")
+    },
 }
 CLOSE = 1e-5  # of pixels in [0, 1]; the LoRA itself moves them by hundreds of times as much
 

@@ -8,10 +8,9 @@ from accelerate.utils import LoggerType
 from diffusers.optimization import SchedulerType
 from test_house import ROOT
 
-import attention_processors
 import sfcm
 from training import arguments as training_arguments
-from training import data, losses
+from training import data, dual_path, losses
 
 
 PROGRAMS = ("train_spf_portrait_lora.py", "evaluate_spf_portrait.py", "export_spf_portrait_lora.py", "app.py")
@@ -50,7 +49,7 @@ def test_help_shows_defaults_and_none_where_there_is_none():
 
 def test_the_flags_name_what_modules_and_libraries_have():
     flags = training_arguments
-    assert flags.DUAL_PATH_MODES == attention_processors.DUAL_PATH_MODES
+    assert flags.DUAL_PATH_MODES == dual_path.DUAL_PATH_MODES
     assert flags.INTERPOLATION_MODES == tuple(data.INTERPOLATION_MODES)
     assert flags.ENHANCEMENT_LOSSES == tuple(losses.ENHANCEMENT_LOSSES)
     assert flags.SFCM_MODES == tuple(sfcm.SFCM_MODES)

@@ -25,7 +25,7 @@ from test_train import (  # noqa: F401  (fixtures)
 )
 
 import train_spf_portrait_lora as script
-from attention_processors import active_adapters
+from adapters import active_adapters
 from loras.files import save_kohya_lora
 from loras.hub import KOHYA_WEIGHTS
 

@@ -37,7 +37,7 @@ from test_train import (  # noqa: F401  (fixtures)
 )
 
 import train_spf_portrait_lora as script
-from attention_processors import active_adapters
+from adapters import active_adapters
 from loras.files import ReferenceLora, merge_loras
 from pipeline_spf_portrait import SPFPortraitPipeline
 from programs.loading import InputError
