@@ -1,16 +1,18 @@
 """The command line of the training script, read and checked before any library of models is imported.
 
+A file of flags may come first, which those behind it win over.
 Source: [ours].
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields, replace
 from types import UnionType
-from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
 
@@ -30,6 +32,7 @@ from training.flags import (
     PictureFlags,
     SharingFlags,
 )
+from training.run_file import read_run_file
 
 
 POLYNOMIAL_END = 1e-7  # of the learning rate, in diffusers
@@ -38,7 +41,7 @@ PRIVATE_TRACKERS = ("tensorboard", "none")
 
 
 class Flags(NamedTuple):
-    """All flags, checked, with what follows from others filled in."""
+    """All flags in their groups, checked, with what follows from others filled in; and by name, as they were asked."""
 
     model: ModelFlags
     data: DataFlags
@@ -53,17 +56,31 @@ class Flags(NamedTuple):
     loop: LoopFlags
     output: OutputFlags
     sharing: SharingFlags
+    asked: dict[str, Any]
+
+
+GROUPS = {name: kind for name, kind in get_type_hints(Flags).items() if name != "asked"}
 
 
 class FlagParser(HfArgumentParser):
-    """Flags as the fields of `Flags` say; one that is on or off has a form with --no- as well."""
+    """Flags as the fields of `Flags` say; one that is on or off has a form with --no- as well.
+
+    Attributes:
+        run_file: the file of flags, if there is one.
+        from_file: the flags whose value is the file's, which an error then names.
+    """
+
+    run_file: str | None = None
+    from_file: frozenset[str] = frozenset()
 
     def __init__(self) -> None:
         super().__init__(
-            get_type_hints(Flags).values(),
+            GROUPS.values(),
             prog="train_spf_portrait_lora.py",
-            description="Teach Stable Diffusion a portrait attribute as a LoRA, without moving anything else.",
-            usage="%(prog)s [flags; --help lists them]",
+            description="Teach Stable Diffusion a portrait attribute as a LoRA, without moving anything else. A file "
+            "may come first that holds flags by name, as OUTPUT_DIR/run.yaml of an earlier run does; flags behind it "
+            "win over it.",
+            usage="%(prog)s [run.yaml] [flags; --help lists them]",
             formatter_class=FlagFormatter,
         )
 
@@ -82,15 +99,43 @@ class FlagParser(HfArgumentParser):
             options = {"nargs": nargs} | options | {"type": field.metadata.get("type", get_args(kind)[0])}
         parser.add_argument(f"--{field.name}", **options)
 
+    def error(self, message: str) -> NoReturn:
+        named = re.search(r"--(?:no-)?(\w+)", message)
+        super().error(f"{self.run_file}: {message}" if named and named[1] in self.from_file else message)
+
+    def parse(self, words: Sequence[str]) -> dict[str, Any]:
+        """The value of each flag by name."""
+        if not words or words[0].startswith("-"):
+            return vars(self.parse_args(words))
+        actions = {action.dest: action for action in self._actions if action.dest != "help"}
+        required = [action for action in actions.values() if action.required]
+        try:
+            said = read_run_file(words[0], actions)
+        except ValueError as error:
+            self.error(str(error))
+        self.run_file, self.from_file = words[0], frozenset(said)
+        for action in required:
+            action.required = False
+        known = vars(self.parse_args([word for one in said.values() for word in one]))
+        for action in required:
+            action.required = action.dest not in said
+        self.from_file = frozenset()
+        # What is set already stays where it is not given; a list of several mentions would go on from it.
+        lists = {name for name in said if isinstance(actions[name], argparse._ExtendAction)}
+        given = vars(self.parse_args(words[1:], argparse.Namespace(**{name: known[name] for name in {*said} - lists})))
+        given |= {name: known[name] for name in lists if given[name] is None}
+        self.from_file = frozenset(name for name in said if given[name] == known[name])
+        return {name: given[name] for name in actions}  # in the order of the groups
+
 
 def parse_args(input_args: Sequence[str] | None = None) -> Flags:
     """Read and check the flags; a value that cannot work ends the program with a line that names it."""
     parser = FlagParser()
-    values = vars(parser.parse_args(sys.argv[1:] if input_args is None else input_args))
+    values = parser.parse(sys.argv[1:] if input_args is None else input_args)
     values["sfcm_timesteps"] = tuple(values["sfcm_timesteps"])
     try:
-        groups = get_type_hints(Flags).values()
-        flags = _derive(Flags(*(group(**{one.name: values[one.name] for one in fields(group)}) for group in groups)))
+        groups = (kind(**{one.name: values[one.name] for one in fields(kind)}) for kind in GROUPS.values())
+        flags = _derive(Flags(*groups, asked=values))
         _check_method(flags)
         _check_others(flags)
         _check_tracker(flags.output.report_to)  # last, for it takes seconds
@@ -101,7 +146,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> Flags:
 
 def flat(flags: Flags) -> dict[str, Any]:
     """All flags by name."""
-    return {name: value for group in flags for name, value in vars(group).items()}
+    return {name: value for group in flags[:-1] for name, value in vars(group).items()}
 
 
 def _derive(flags: Flags) -> Flags:
