@@ -25,12 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from programs.console import import_libraries, phase_bar, without_warning
-from training.arguments import WITH_KEPT_ROWS, has_sfcm_bank, parse_args, uses_enhancement
+from training import arguments
+from training.arguments import flat, has_sfcm_bank, uses_enhancement
 
 
 if __name__ == "__main__":
     # Flags are read before the libraries are imported, which takes seconds: --help and a wrong flag answer at once.
-    ARGS = parse_args()
+    ARGS = argparse.Namespace(**flat(arguments.parse_args()))
     import_libraries()
 
 import numpy as np
@@ -71,6 +72,7 @@ from training.checkpoints import (
 )
 from training.data import bucketed_batch_indices, derive_seed, draw_latents, revisited_batch
 from training.dual_path import dual_path
+from training.flags import WITH_KEPT_ROWS
 from training.inputs import (
     Inputs,
     Sample,
@@ -261,7 +263,7 @@ def prepare_run(args: argparse.Namespace, inputs: Inputs, accelerator: Accelerat
     )
     if args.cache_latents:
         run.training.latents = encode_training_portraits(run, TensorCache(cache))
-        if uses_enhancement(args):
+        if uses_enhancement(args, args):
             run.training.image_embeds = embed_training_portraits(run)
     if args.preservation == "cat":
         with torch.no_grad():
@@ -343,11 +345,11 @@ def encode_training_portraits(run: Run, cache: TensorCache) -> list[torch.Tensor
 def release_unused(run: Run) -> None:
     """Take what no step uses off the device: it comes back for the pictures, see `resident`."""
     args, released = run.args, []
-    if args.cache_latents and not (uses_enhancement(args) and args.tiny_vae_model_name_or_path is None):
+    if args.cache_latents and not (uses_enhancement(args, args) and args.tiny_vae_model_name_or_path is None):
         released.append("vae")
     if args.cache_text_embeddings:
         released.append("text_encoder")
-    if not uses_enhancement(args):
+    if not uses_enhancement(args, args):
         run.clip = None
     run.released = tuple(released)
     for name in released:
@@ -966,7 +968,7 @@ def step_terms(
         return [partial(diffusion_terms, enhance=False)]
     terms = [composed_terms] if args.stage2_objective != "paper" else []
     if args.stage2_objective != "composed":
-        enhance = uses_enhancement(args) and (global_step - args.stage1_steps) % args.enhancement_every == 0
+        enhance = uses_enhancement(args, args) and (global_step - args.stage1_steps) % args.enhancement_every == 0
         terms = [alignment_terms, *terms, partial(diffusion_terms, enhance=enhance)]
     return terms
 
@@ -1538,6 +1540,11 @@ def tracker_config(args: argparse.Namespace) -> dict[str, bool | int | float | s
         for name, value in vars(args).items()
         if value is not None and name != "hub_token"
     }
+
+
+def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags, all in one."""
+    return argparse.Namespace(**flat(arguments.parse_args(input_args)))
 
 
 def main(input_args: Sequence[str] | None = None) -> None:
