@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """Teach a Stable Diffusion model a portrait attribute as a LoRA, without moving anything else (SPF-Portrait).
 
-A recipe from top to bottom: what a run is made of, the step, the two stages, what is left behind. What a step learns is
-in training/objectives/, the flags are in training/flags.py, what is read before a model is loaded in training/inputs.py.
+A recipe from top to bottom: what a run is made of, the step, the two stages, what is left behind. What a step learns
+is in training/objectives/, the flags are in training/flags.py, what is read before a model is loaded in
+training/inputs.py.
 
 Paper: arXiv 2504.00396; `[ours]` marks what it leaves open.
 """
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from programs.console import import_libraries
-from training.arguments import Flags, flat, parse_args, uses_enhancement
+from training.arguments import Flags, parse_args, uses_enhancement
 
 
 if __name__ == "__main__":
@@ -37,6 +38,7 @@ from loras.hub import LORA_WEIGHTS
 from pipeline_spf_portrait import SPFPortraitPipeline
 from programs.interruption import Interrupted, StopRequest, catch_stop_signals
 from programs.loading import InputError
+from training.alignment import prepare_alignment
 from training.batches import make_drawer
 from training.caches import TensorCache
 from training.checkpoints import (
@@ -46,29 +48,25 @@ from training.checkpoints import (
     remove_leftovers,
     what_is_safe,
 )
-from training.engine import Engine, make_accelerator
-from training.enhancement import Enhancement, load_clip, load_tiny_decoder
+from training.engine import Engine, make_accelerator, tracker_config
+from training.enhancement import Enhancement, load_clip, load_decoder
 from training.inputs import (
     Inputs,
     check_inputs,
     check_nothing_came,
     check_record,
-    make_training_set,
     print_dry_run,
     resume_record,
 )
-from training.maps import MapMaker, maps_as_given
+from training.maps import MapMaker
 from training.models import Models, load_models, weight_dtype
 from training.objectives import make_objectives
 from training.objectives.objective import Objective, Parts
 from training.portraits import (
-    Portraits,
     TrainingPortraits,
-    draw_overview,
     draw_portraits,
-    join,
+    make_training_set,
     portraits_of,
-    save_portraits,
 )
 from training.prompt_table import clip_phrase_distances, make_prompt_table
 from training.saving import Checkpoints, save_result, say_what_is_there
@@ -79,7 +77,14 @@ from training.validation import draw_validation, validation_path
 logger = get_logger(__name__)
 
 
-# ------------------------------------------------------------------------------------------------ what a run is made of
+def old(flags):
+    import argparse
+
+    from training.arguments import flat
+    return argparse.Namespace(**flat(flags))
+
+
+# ----------------------------------------------------------------------------------------------- what a run is made of
 
 
 def prepare(flags: Flags, inputs: Inputs, accelerator: Accelerator) -> Parts:
@@ -89,7 +94,7 @@ def prepare(flags: Flags, inputs: Inputs, accelerator: Accelerator) -> Parts:
         InputError: weights are missing, damaged or a pickle.
     """
     device, data, seed = accelerator.device, flags.data, flags.loop.seed
-    shown, enhances = accelerator.is_local_main_process, uses_enhancement(flags.method, flags.paper)
+    shown = accelerator.is_local_main_process
     earlier = flags.lora.stage1_lora_path if inputs.resume is None else inputs.resume.folder
     clip, clip_tokenizer, processor = load_clip(flags.model.clip_model_name_or_path, flags.model.cache_dir, device)
     models = load_models(SPFPortraitPipeline, flags.model, flags.lora, accelerator, inputs.references, earlier)
@@ -109,25 +114,16 @@ def prepare(flags: Flags, inputs: Inputs, accelerator: Accelerator) -> Parts:
     if data.cache_latents:
         training.encode(cache, shown)
     enhancement = None
-    if enhances:
-        decoder, is_tiny = models.pipeline.vae, flags.model.tiny_vae_model_name_or_path is not None
-        if is_tiny:
-            decoder = load_tiny_decoder(flags.model, weight_dtype(accelerator), device)
-        enhancement = Enhancement(
-            clip,
-            processor,
-            decoder,
-            models.pipeline.vae_scale_factor,
-            table.target_embeds,
-            flags.paper,
-            (flags.method.stage1_steps, flags.loop.gradient_accumulation_steps),
-        )
+    if uses_enhancement(flags.method, flags.paper):
+        decoder = load_decoder(flags.model, models.pipeline.vae, weight_dtype(accelerator), device)
+        steps = flags.method.stage1_steps, flags.loop.gradient_accumulation_steps
+        scale_factor, targets = models.pipeline.vae_scale_factor, table.target_embeds
+        enhancement = Enhancement(clip, processor, decoder, scale_factor, targets, flags.paper, steps)
         if data.cache_latents:
             enhancement.embed(training, shown)
-    models.release(
-        (["vae"] if data.cache_latents and not (enhances and not is_tiny) else [])
-        + (["text_encoder"] if data.cache_text_embeddings else [])
-    )
+    decodes = enhancement is not None and enhancement.decoder is models.pipeline.vae
+    idle = {"vae": data.cache_latents and not decodes, "text_encoder": data.cache_text_embeddings}
+    models.release([name for name, is_idle in idle.items() if is_idle])
     return Parts(
         models=models,
         table=table,
@@ -138,28 +134,6 @@ def prepare(flags: Flags, inputs: Inputs, accelerator: Accelerator) -> Parts:
         enhancement=enhancement,
         unrelated_ids=inputs.unrelated_ids,
     )
-
-
-def prepare_alignment(flags: Flags, inputs: Inputs, parts: Parts, accelerator: Accelerator) -> Portraits:
-    """The portraits both paths are aligned on, with their SFCMs where the mode averages over noise samples."""
-    models, output, together = parts.models, flags.output, 2 * flags.loop.train_batch_size
-    sources = []
-    if flags.alignment.alignment_source != "data":
-        sources.append(draw_portraits(models, inputs, flags.alignment, accelerator, flags.loop.seed, together))
-    if flags.alignment.alignment_source != "generated":
-        sources.append(parts.training.as_alignment())
-    portraits = join(sources)
-    if inputs.sfcm is not None:
-        portraits.sfcm = maps_as_given(inputs.sfcm, portraits)
-    elif parts.maps.has_bank:
-        portraits.sfcm = parts.maps.fill_bank(portraits, together, accelerator.is_local_main_process)
-    if accelerator.is_main_process:
-        if output.num_validation_images and portraits.sfcm is not None:
-            path = Path(output.output_dir) / "validation" / "alignment.png"
-            draw_overview(models, portraits, output.num_validation_images, path)
-        if flags.alignment.save_alignment:
-            save_portraits(models, portraits, Path(output.output_dir) / "alignment")
-    return portraits
 
 
 # ------------------------------------------------------------------------------------------------------------ the step
@@ -313,7 +287,7 @@ def finish(flags: Flags, inputs: Inputs, models: Models, engine: Engine, repo_id
         pictures = [validation_path(engine.global_step)] if flags.output.num_validation_images else []
         is_dora = models.unet.peft_config["default"].use_dora
         pairs = inputs.pairs[: len(inputs.rows)]
-        share(flags, pairs, inputs.validation_pair, pictures, repo_id, is_dora, inputs.references)
+        share(old(flags), pairs, inputs.validation_pair, pictures, repo_id, is_dora, inputs.references)
     say_what_is_there(flags, inputs, engine.global_step, Path(__file__).with_name("pipeline_spf_portrait.py"))
 
 
@@ -334,7 +308,7 @@ def train(flags: Flags, inputs: Inputs) -> None:
         print_dry_run(inputs, clip_phrase_distances(clip, tokenizer, inputs.pairs)[0])
         return
     batch_size = flags.loop.train_batch_size * accelerator.num_processes
-    record = resume_record(flags, inputs.references, batch_size, accelerator.mixed_precision)
+    record = resume_record(old(flags), inputs.references, batch_size, accelerator.mixed_precision)
     if resume is not None:
         check_record(resume.folder, resume.state["record"], record)
     # Inside, no other run writes into --output_dir.
@@ -347,9 +321,9 @@ def train_in_folder(flags: Flags, inputs: Inputs, accelerator: Accelerator, reco
     """Both stages, in a folder that is this run's alone."""
     output_dir, repo_id = Path(flags.output.output_dir), None
     if accelerator.is_main_process:
-        check_nothing_came(output_dir, inputs.resume)
+        check_nothing_came(old(flags), inputs.resume)
         if flags.sharing.push_to_hub:
-            repo_id = make_repository(flags.sharing, output_dir)
+            repo_id = make_repository(old(flags))
     logger.info("Loading %s", flags.model.pretrained_model_name_or_path)
     parts = prepare(flags, inputs, accelerator)
     models, resume = parts.models, None if inputs.resume is None else inputs.resume.state
@@ -372,15 +346,6 @@ def train_in_folder(flags: Flags, inputs: Inputs, accelerator: Accelerator, reco
     finish(flags, inputs, models, engine, repo_id)
 
 
-def tracker_config(flags: Flags) -> dict[str, bool | int | float | str]:
-    """The flags as values a tracker can show, without the token."""
-    return {
-        name: value if isinstance(value, bool | int | float | str) else str(value)
-        for name, value in flat(flags).items()
-        if value is not None and name != "hub_token"
-    }
-
-
 def main(input_args: Sequence[str] | None = None) -> None:
     """The program, from its command line."""
     run_program(parse_args(input_args))
@@ -390,7 +355,7 @@ def run_program(flags: Flags) -> None:
     """Check everything first, so that a mistake in the input ends at once with one line."""
     start = "train_spf_portrait_lora.py: error: "
     try:
-        inputs = check_inputs(flags)
+        inputs = check_inputs(old(flags))
     except (ValueError, OSError) as error:
         raise SystemExit(f"{start}{error}") from error
     try:

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_spf_portrait_lora as trainer  # noqa: E402
 from toy_portraits.recipe import training_flags  # noqa: E402
 from toy_portraits.world import TARGETS  # noqa: E402
-from training.arguments import parse_args  # noqa: E402
+from training.arguments import flat, parse_args  # noqa: E402
 from training.inputs import check_inputs  # noqa: E402
 
 
@@ -35,7 +35,7 @@ CACHES = {
 
 def prepare(flags: list[str], steps: int, stage: int = 2) -> trainer.Run:
     """A run at the start of a stage of so many steps."""
-    args = parse_args(flags)
+    args = argparse.Namespace(**flat(parse_args(flags)))
     accelerator = trainer.make_accelerator(args)
     run = trainer.prepare_run(args, check_inputs(args), accelerator)
     run.response_unet = accelerator.prepare(run.unet)

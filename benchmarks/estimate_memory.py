@@ -48,7 +48,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from adapters import active_adapters  # noqa: E402
 from attention_processors import capture_cross_attention  # noqa: E402
 from benchmarks.random_stable_diffusion import TEXT, VISION, make_unet, make_vae  # noqa: E402
-from training.arguments import parse_args, uses_enhancement  # noqa: E402
+from training.arguments import flat, parse_args, uses_enhancement  # noqa: E402
 from training.dual_path import dual_path  # noqa: E402
 from training.losses import compose_prediction, diffusion_loss, fine_grained_loss, text_consistent_loss  # noqa: E402
 from training.models import lora_config  # noqa: E402
@@ -189,7 +189,7 @@ class Models:
     @property
     def judges(self) -> list[nn.Module]:
         """What the enhancement loss keeps on the device."""
-        return [self.vae, self.clip] if uses_enhancement(self.args) else []
+        return [self.vae, self.clip] if uses_enhancement(self.args, self.args) else []
 
 
 def make_models(flags: str) -> Models:
@@ -224,7 +224,8 @@ def without_content(*modules: nn.Module) -> Iterator[None]:
 
 def parse_flags(flags: str) -> argparse.Namespace:
     required = ["--pretrained_model_name_or_path", "model", "--train_data_dir", "portraits"]
-    return parse_args([*required, "--mixed_precision", "bf16", *shlex.split(flags)])
+    given = parse_args([*required, "--mixed_precision", "bf16", *shlex.split(flags)])
+    return argparse.Namespace(**flat(given))
 
 
 def parameter_bytes(module: nn.Module) -> int:
@@ -376,7 +377,7 @@ def stage_terms(args: argparse.Namespace, small: bool = True) -> list[Term]:
     """Forward and backward of each term of a step in stage 2, and with the last one of stage 1."""
     terms = [] if args.stage2_objective == "composed" else [alignment_backward]
     terms += [] if args.stage2_objective == "paper" else [composed_backward]
-    return [*terms, partial(diffusion_backward, enhance=uses_enhancement(args), small=small)]
+    return [*terms, partial(diffusion_backward, enhance=uses_enhancement(args, args), small=small)]
 
 
 def steps_peak(models: Models, side: int = SIDE, terms: Sequence[Term] | None = None) -> int:

@@ -228,7 +228,8 @@ def peak_bytes(run: trainer.Run, row: Row, step: int) -> int:
         timed_step(run, step, row.stage)
         return torch.cuda.max_memory_allocated()
     counter = LiveBytes()
-    modules = [run.unet, run.decoder, run.clip] if row.stage == 2 and uses_enhancement(run.args) else [run.unet]
+    enhances = row.stage == 2 and uses_enhancement(run.args, run.args)
+    modules = [run.unet, run.decoder, run.clip] if enhances else [run.unet]
     state = [value for values in run.optimizer.state.values() for value in values.values()]
     held = [*state, *run.targets.values(), *(p for module in modules for p in module.parameters())]
     for tensor in held:

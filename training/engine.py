@@ -20,6 +20,7 @@ from accelerate.utils import ProjectConfiguration
 from diffusers.optimization import get_scheduler
 
 from programs.loading import InputError
+from training.arguments import Flags, flat
 from training.flags import LoopFlags, OptimizerFlags, OutputFlags
 from training.optimizers import make_optimizer
 
@@ -59,6 +60,15 @@ def make_accelerator(mixed_precision: str | None, output: OutputFlags) -> Accele
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("--mixed_precision fp16 needs a GPU; bf16 works on the CPU, too")
     return accelerator
+
+
+def tracker_config(flags: Flags) -> dict[str, bool | int | float | str]:
+    """The flags as values a tracker can show, without the token."""
+    return {
+        name: value if isinstance(value, bool | int | float | str) else str(value)
+        for name, value in flat(flags).items()
+        if value is not None and name != "hub_token"
+    }
 
 
 class Engine:

@@ -61,8 +61,9 @@ class Enhancement:
         return self._flags.lambda_enh * self._flags.enhancement_every
 
     def is_due(self, micro_step: int) -> bool:
-        """Whether the step of this batch computes it."""
-        return (micro_step // self._batches - self._first_step) % self._flags.enhancement_every == 0
+        """Whether the step of this batch computes it: in stage 2 alone, every so manieth."""
+        done = micro_step // self._batches - self._first_step
+        return done >= 0 and done % self._flags.enhancement_every == 0
 
     @torch.no_grad()
     def embed(self, portraits: TrainingPortraits, shown: bool) -> None:
@@ -116,9 +117,13 @@ def load_clip(
     return clip.to(device).eval(), tokenizer, CLIPImageProcessorPil.from_pretrained(name, cache_dir=cache_dir)
 
 
-def load_tiny_decoder(flags: ModelFlags, dtype: torch.dtype, device: torch.device) -> AutoencoderTiny:
-    """What decodes for the enhancement loss in the VAE's place: that of --tiny_vae_model_name_or_path."""
+def load_decoder(
+    flags: ModelFlags, vae: AutoencoderKL, dtype: torch.dtype, device: torch.device
+) -> AutoencoderKL | AutoencoderTiny:
+    """What decodes for the enhancement loss: that of --tiny_vae_model_name_or_path, else the model's own."""
     name = flags.tiny_vae_model_name_or_path
+    if name is None:
+        return vae
     with naming_flag("tiny_vae_model_name_or_path", name):
         decoder = AutoencoderTiny.from_pretrained(name, cache_dir=flags.cache_dir, dtype=dtype, use_safetensors=True)
     decoder.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""The SFCM of a portrait: averaged once for a bank, or of one step's predictions; as it is given where that is asked.
+"""The SFCM of a portrait: averaged once for a bank, or of one step's predictions.
 
 Legend: B batch, C channels, H/W latent size, T text tokens, M alignment portraits.
 Paper: arXiv 2504.00396; `[ours]` marks what it leaves open.
@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 
 from attention_processors import CrossAttentionFeatures, phrase_map_resolution
 from programs.console import phase_bar
 from sfcm import SFCM_MODES, free_regions, noise_difference, phrase_attention_maps
+from training.arguments import has_sfcm_bank
 from training.batches import Batch, send
 from training.data import derive_seed
 from training.dual_path import dual_path
-from training.flags import AlignmentFlags, has_sfcm_bank
+from training.flags import AlignmentFlags
 from training.models import Models
 from training.portraits import Portraits
 from training.prompt_table import FULL, PromptTable
@@ -138,11 +138,3 @@ class MapMaker:
             probs, resolutions = list(features.attention_probs.values()), list(features.resolutions.values())
             sfcm = self._make(batch.pairs, difference, probs, resolutions)
         return sfcm * send(batch.kinds == FULL, sfcm.device)[:, None, None, None]
-
-
-def maps_as_given(given: Sequence[torch.Tensor], portraits: Portraits) -> list[torch.Tensor]:
-    """The maps of --sfcm_dir at the size of each portrait's latents: M of (1, H, W) in [0, 1]."""
-    return [
-        F.interpolate(sfcm[None].to(latents.device), latents.shape[-2:], mode="area")[0]
-        for sfcm, latents in zip(given, portraits.latents, strict=True)
-    ]

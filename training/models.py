@@ -133,14 +133,16 @@ class Models:
         device: where steps are computed.
     """
 
-    def __init__(self, pipeline: StableDiffusionPipeline, noise_scheduler: DDPMScheduler, device: torch.device) -> None:
+    def __init__(
+        self, pipeline: StableDiffusionPipeline, noise_scheduler: DDPMScheduler, device: torch.device
+    ) -> None:
         self.pipeline, self.unet, self.response_unet = pipeline, pipeline.unet, pipeline.unet
         self.noise_scheduler, self.device = noise_scheduler, device
         self.adapters, self.capture = Adapters(pipeline.unet), CrossAttentionCapture(pipeline.unet)
         self._released: tuple[str, ...] = ()
 
     def release(self, names: Sequence[str]) -> None:
-        """Take models of the pipeline that no step uses off the device: they come back for pictures, see `resident`."""
+        """Take models that no step uses off the device; for pictures they come back, see `resident`."""
         self._released = tuple(names)
         for name in names:
             getattr(self.pipeline, name).to("cpu")

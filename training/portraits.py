@@ -8,19 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
-from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from pictures import overlay_heat_map, picture_grid
 from programs.console import phase_bar
 from programs.interruption import leave_stop_signals
+from training.arguments import Flags
 from training.caches import TensorCache, fingerprint, module_fingerprint
 from training.data import bucketed_batch_indices, derive_seed, draw_latents
 from training.flags import AlignmentFlags
@@ -179,6 +177,25 @@ def draw_portraits(
     return Portraits(latents, torch.tensor(list(pairs), device=models.device), buckets)
 
 
+def make_training_set(flags: Flags, inputs: Inputs, accelerator: Accelerator) -> TrainingSet:
+    """The training portraits, of whose batches this process has its share."""
+    size = flags.loop.train_batch_size
+    first = accelerator.process_index * size
+    return TrainingSet(
+        rows=inputs.rows,
+        keys=inputs.keys,
+        sizes=inputs.sizes,
+        buckets=inputs.buckets[: len(inputs.rows)],
+        batch_size=size * accelerator.num_processes,
+        share=slice(first, first + size),
+        seed=flags.loop.seed,
+        repeats=flags.data.repeats,
+        random_flip=flags.pictures.random_flip,
+        center_crop=flags.pictures.center_crop,
+        interpolation=flags.pictures.image_interpolation_mode,
+    )
+
+
 def portraits_of(state: Mapping[str, Any], device: torch.device) -> Portraits | None:
     """The alignment portraits and their maps as a checkpoint holds them, if it has some."""
     if state["alignment"] is None:
@@ -194,46 +211,3 @@ def runs_of_equal(values: Sequence[int]) -> list[tuple[int, int]]:
     """Start and end of each stretch of equal values."""
     starts = [i for i, value in enumerate(values) if i == 0 or value != values[i - 1]]
     return list(zip(starts, [*starts[1:], len(values)], strict=True))
-
-
-def join(parts: Sequence[Portraits]) -> Portraits:
-    """Portraits of several sources as one, without maps."""
-    return Portraits(
-        [latents for part in parts for latents in part.latents],
-        torch.cat([part.pair_index for part in parts]),
-        tuple(bucket for part in parts for bucket in part.buckets),
-    )
-
-
-@torch.no_grad()
-def decode_portrait(models: Models, latents: torch.Tensor) -> Image.Image:
-    """The portrait of latents (C, H, W)."""
-    vae = models.pipeline.vae
-    pixels = vae.decode(latents[None].to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
-    return models.pipeline.image_processor.postprocess(pixels.float(), output_type="pil")[0]
-
-
-def draw_overview(models: Models, portraits: Portraits, count: int, path: Path) -> None:
-    """Write the first portraits and the SFCM over each, so that one sees what stage 2 will protect."""
-    # A grid has pictures of one size: those of the first portrait's.
-    chosen, rows = [i for i, bucket in enumerate(portraits.buckets) if bucket == portraits.buckets[0]], []
-    with models.resident():
-        for i in chosen[:count]:
-            portrait = decode_portrait(models, portraits.latents[i])
-            rows.append([portrait, overlay_heat_map(portrait, portraits.sfcm[i][0].cpu())])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture_grid(rows, ("alignment portrait", "SFCM")).save(path)
-
-
-def save_portraits(models: Models, portraits: Portraits, folder: Path) -> None:
-    """Write each portrait, and its map as --sfcm_dir reads it, if it has one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with models.resident():
-        for i, latents in enumerate(portraits.latents):
-            portrait = decode_portrait(models, latents)
-            portrait.save(folder / f"{i:05d}.png")
-            if portraits.sfcm is not None:
-                grey = (portraits.sfcm[i][0].cpu() * 255).round().byte().numpy()
-                sfcm = Image.fromarray(grey).resize(portrait.size, Image.Resampling.BILINEAR)
-                (folder / "sfcm").mkdir(exist_ok=True)
-                sfcm.save(folder / "sfcm" / f"{i:05d}.png")

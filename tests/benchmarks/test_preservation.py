@@ -296,8 +296,8 @@ def test_every_runs_command_is_one_the_trainer_takes(tmp_path):
     for name in RUNS:
         command = training_command(args, "blonde_hair", name, 4)
         taken = parse_training_args([*command, "--output_dir", str(tmp_path / name)])
-        assert taken.stage2_steps == (args.stage2_steps if RUNS[name].continues else 0)
-    assert taken.stage2_objective == "paper"
+        assert taken.method.stage2_steps == (args.stage2_steps if RUNS[name].continues else 0)
+    assert taken.method.stage2_objective == "paper"
 
 
 def test_what_is_needed_is_trained_first():

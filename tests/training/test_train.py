@@ -31,9 +31,9 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextC
 
 import train_spf_portrait_lora as script
 from prompts import make_prompt_pair
-from training import arguments as script_arguments
 from training import inputs as inputs_module
 from training.data import derive_seed
+from training.flags import SCHEDULERS
 from training.prompt_table import BASE, EMPTY, FULL
 
 
@@ -599,7 +599,7 @@ def test_the_second_stage_has_a_schedule_of_its_own(world, tmp_path, monkeypatch
     assert rates == pytest.approx([0.01, 0.005, 0.01, 0.005])
 
 
-@pytest.mark.parametrize("scheduler", script_arguments.SCHEDULERS)
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_every_schedule_works_without_a_stage_1(world, tmp_path, scheduler):
     flags = {"stage1_steps": 0, "stage2_steps": 1, "stage2_objective": "paper", "enhancement_loss": "none"}
     output = train(world, tmp_path / "output", lr_scheduler=scheduler, stage2_lr_scheduler=scheduler, **flags)

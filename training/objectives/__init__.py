@@ -7,7 +7,8 @@ Source: [ours].
 
 from __future__ import annotations
 
-from training.arguments import WITH_KEPT_ROWS, Flags, MethodFlags
+from training.arguments import Flags
+from training.flags import WITH_KEPT_ROWS, MethodFlags
 from training.objectives.composed import Composed
 from training.objectives.diffusion import Diffusion
 from training.objectives.kept_rows import KeepingRows

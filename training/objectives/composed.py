@@ -12,9 +12,10 @@ import torch
 
 from adapters import BASE_ROW
 from attention_processors import CrossAttentionFeatures
+from training.arguments import Flags
 from training.batches import Batch, BatchDrawer, send
 from training.data import revisited_batch
-from training.flags import ComposedFlags, Flags, MethodFlags
+from training.flags import ComposedFlags, MethodFlags
 from training.losses import compose_prediction, diffusion_loss
 from training.maps import MapMaker
 from training.models import STAGE1_ADAPTER, Models
@@ -108,9 +109,8 @@ class Composed(Objective):
         reference_pred, full_pred, base_pred, features = self.predictions(batch, reference_embeds, response_embeds)
         sfcm = self.maps.of_batch(batch, self.alignment, full_pred, reference_pred, features)
         flags = self.flags
-        target = compose_prediction(
-            reference_pred, full_pred, base_pred, sfcm, flags.sfcm_gamma, flags.teacher_scale, flags.teacher_base_weight
-        )
+        strength = flags.sfcm_gamma, flags.teacher_scale, flags.teacher_base_weight
+        target = compose_prediction(reference_pred, full_pred, base_pred, sfcm, *strength)
         if flags.composed_target_reuse > 1:
             cycle = number - (number - self.first_batch) % KEPT_TARGETS
             self._targets = {kept: value for kept, value in self._targets.items() if kept >= cycle} | {number: target}

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
 
-from training.arguments import Flags, MethodFlags
+from training.arguments import Flags
 from training.batches import Batch, BatchDrawer
 from training.enhancement import Enhancement
+from training.flags import MethodFlags
 from training.losses import diffusion_loss, masked_diffusion_loss, min_snr_weights
 from training.models import Models
 from training.objectives.objective import Objective, Parts

@@ -57,18 +57,18 @@ class Objective(ABC):
     def make(cls, flags: Flags, parts: Parts) -> Objective:
         """The objective as the flags ask for it."""
 
-    def prepare(self, state: Mapping[str, torch.Tensor] | None = None) -> None:
+    def prepare(self, state: Mapping[str, torch.Tensor] | None = None) -> None:  # noqa: B027 (most need nothing)
         """Make ready before the first step; `state` is what a checkpoint has, if the run goes on from there."""
 
     @abstractmethod
     def losses(self, micro_step: int) -> AbstractContextManager[dict[str, torch.Tensor]]:
         """The forward of batch `micro_step`: a context with its losses by name, scalars that gradient flows through.
 
-        The backward runs inside it, since a recomputation under gradient checkpointing has to find hooks and processors
-        as the forward saw them.
+        The backward runs inside it, since a recomputation under gradient checkpointing has to find hooks and
+        processors as the forward saw them.
         """
 
-    def maps_changed(self) -> None:
+    def maps_changed(self) -> None:  # noqa: B027 (most keep nothing that is made of maps)
         """Told when the alignment portraits have new maps."""
 
     def state(self) -> dict[str, torch.Tensor] | None:

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 import torch
 
 from attention_processors import phrase_map_resolution
-from training.arguments import Flags, MethodFlags, PaperFlags
+from training.arguments import Flags
 from training.batches import BatchDrawer, send
 from training.dual_path import dual_path
+from training.flags import MethodFlags, PaperFlags
 from training.losses import diffusion_loss, fine_grained_loss, text_consistent_loss
 from training.maps import MapMaker
 from training.models import Models
