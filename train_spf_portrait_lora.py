@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +53,15 @@ from transformers import CLIPImageProcessorPil, CLIPModel
 
 from adapters import Adapters, active_adapters
 from attention_processors import CrossAttentionFeatures, capture_cross_attention, phrase_map_resolution
+from families.noise_process import DDPM
+from families.prompt_embeds import PromptEmbeds
 from loras.files import adapter_metadata, sort_header
 from loras.hub import CARD, LORA_WEIGHTS
 from pictures import picture_grid
 from pipeline_spf_portrait import SPFPortraitPipeline, overlay_heat_map
 from programs.interruption import Interrupted, StopRequest, catch_stop_signals, leave_stop_signals
 from programs.loading import InputError
-from sfcm import SFCM_MODES, epsilon_scale, free_regions, noise_difference, phrase_attention_maps
+from sfcm import SFCM_MODES, free_regions, noise_difference, phrase_attention_maps
 from training.caches import TensorCache, fingerprint, module_fingerprint
 from training.checkpoints import (
     HIDDEN_PREFIX,
@@ -89,8 +91,6 @@ from training.losses import (
     diffusion_loss,
     fine_grained_loss,
     masked_diffusion_loss,
-    min_snr_weights,
-    predict_original_sample,
     text_consistent_loss,
 )
 from training.models import (
@@ -121,8 +121,6 @@ logger = get_logger(__name__)
 STAGE1_ADAPTER = "stage1"
 # Batches whose composed targets are kept at a time: latents, a few megabytes for Stable Diffusion.
 KEPT_TARGETS = 16
-# Stable Diffusion's own schedule ends at a ratio of 214.
-MAX_NOISE_TO_SIGNAL = 256.0
 # A scaler that starts at 2^16 and is halved each time has come down to 1 by then.
 MAX_SKIPPED_IN_A_ROW = 16
 
@@ -234,10 +232,10 @@ def prepare_run(args: argparse.Namespace, inputs: Inputs, accelerator: Accelerat
 
     cache = None if args.cache_dir is None else Path(args.cache_dir) / "spf-portrait"
     table = make_prompt_table(
+        inputs.family,
+        pipeline,
         inputs.pairs,
         inputs.tokens,
-        inputs.tokenizer,
-        pipeline.text_encoder,
         clip,
         clip_tokenizer,
         encode=args.cache_text_embeddings,
@@ -267,7 +265,7 @@ def prepare_run(args: argparse.Namespace, inputs: Inputs, accelerator: Accelerat
             run.training.image_embeds = embed_training_portraits(run)
     if args.preservation == "cat":
         with torch.no_grad():
-            run.unrelated_embeds = pipeline.text_encoder(inputs.unrelated_ids.to(device))[0]
+            run.unrelated_embeds = inputs.family.encode(pipeline, inputs.unrelated_ids.to(device))
     if inputs.resume is not None:
         run.stage, run.global_step = inputs.resume.state["stage"], inputs.resume.state["global_step"]
         run.saved_step = run.global_step
@@ -493,12 +491,20 @@ def averaged_sfcm(run: Run, portraits: Portraits, members: Sequence[int]) -> tor
         reference_embeds, response_embeds = prompt_embeds(run, rows)
         with (
             capture_cross_attention(run.unet) as store,
-            dual_path(run.unet, noisy_latents, timesteps, reference_embeds, response_embeds, store=store) as paths,
+            dual_path(
+                Adapters(run.unet),
+                partial(run.inputs.family.predict, run.unet),
+                noisy_latents,
+                timesteps,
+                reference_embeds,
+                response_embeds,
+                store=store,
+            ) as paths,
         ):
             features = paths.reference.at_resolution(phrase_map_resolution(paths.reference.resolutions))
         start_pred = paths.reference_pred
         if SFCM_MODES[args.sfcm_mode].target_only:
-            start_pred = run.unet(noisy_latents, timesteps, reference_embeds, return_dict=False)[0]
+            start_pred = run.inputs.family.predict(run.unet, noisy_latents, timesteps, reference_embeds)
         difference = difference + noise_difference(paths.response_pred, start_pred, to_epsilon(run, timesteps))
         probs += features.attention_probs.values()
         resolutions += features.resolutions.values()
@@ -523,12 +529,12 @@ def make_sfcm(
     return free_regions(sfcm, maps, free)
 
 
-def prompt_embeds(run: Run, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Text embeddings (B, T, E) of the reference and of the response prompt of table rows (B,)."""
-    table, text_encoder = run.table, run.pipeline.text_encoder
+def prompt_embeds(run: Run, rows: torch.Tensor) -> tuple[PromptEmbeds, PromptEmbeds]:
+    """Text embeddings of the reference and of the response prompt of table rows (B,)."""
+    table, encode = run.table, partial(run.inputs.family.encode, run.pipeline)
     return (
-        encode_prompts(table, table.reference_rows[rows], text_encoder),
-        encode_prompts(table, table.response_rows[rows], text_encoder),
+        encode_prompts(table, table.reference_rows[rows], encode),
+        encode_prompts(table, table.response_rows[rows], encode),
     )
 
 
@@ -592,8 +598,7 @@ def draw_batch(
     place = (torch.randperm(size, generator=generator) + torch.rand(size, generator=generator)) / size
     kinds = torch.where(place < unchanged_share / 3, EMPTY, torch.where(place < unchanged_share, BASE, FULL))[own]
     noise = torch.randn(size, *latents.shape[1:], generator=generator)
-    # The betas stay on the CPU; the scheduler moves its own products of them to the device.
-    density = timestep_density((1 - run.noise_scheduler.betas).cumprod(0), timestep_power)
+    density = noise_process(run.noise_scheduler).timestep_density(timestep_power)
     timesteps = torch.multinomial(density, size, replacement=True, generator=generator)[own]
     if noise_offset:
         noise = noise + noise_offset * torch.randn(size, latents.shape[1], 1, 1, generator=generator)
@@ -627,22 +632,9 @@ def take_portraits(
     return torch.tensor(index), encode_pixels(run.pipeline.vae, pixels), pixels
 
 
-def timestep_density(alphas_cumprod: torch.Tensor, power: float) -> torch.Tensor:
-    """Weights of the timesteps, (noise/signal)^power of the variances, the ratio at most `MAX_NOISE_TO_SIGNAL`.
-
-    Where a head is, and how large, is decided at high timesteps, where errors of the predicted noise are small numbers
-    and move the portrait most. A schedule that ends in pure noise has no signal there, and without a bound its last
-    timesteps would be nearly all that is drawn.
-
-    Source: [ours].
-    """
-    return ((1 - alphas_cumprod) / alphas_cumprod).clamp(max=MAX_NOISE_TO_SIGNAL) ** power
-
-
 def to_epsilon(run: Run, timesteps: torch.Tensor) -> torch.Tensor:
     """Factors (B,) that make a difference of two predictions one of predicted noise, whatever the UNet predicts."""
-    scheduler = run.noise_scheduler
-    return epsilon_scale(scheduler.alphas_cumprod, timesteps, scheduler.config.prediction_type)
+    return noise_process(run.noise_scheduler).epsilon_scale(timesteps)
 
 
 # ----------------------------------------------------------------------------------------------------------- losses
@@ -676,16 +668,15 @@ def diffusion_terms(run: Run, micro_step: int, enhance: bool) -> Iterator[dict[s
     kept = kept_rows(run, batch, micro_step) if args.preservation in WITH_KEPT_ROWS else None
     if kept is not None:
         noisy_latents = torch.cat([noisy_latents, kept.noisy_latents])
-        timesteps, embeds = torch.cat([timesteps, kept.timesteps]), torch.cat([embeds, kept.embeds])
-    preds = run.response_unet(noisy_latents, timesteps, embeds, return_dict=False)[0]
+        timesteps, embeds = torch.cat([timesteps, kept.timesteps]), PromptEmbeds.cat([embeds, kept.embeds])
+    preds = run.inputs.family.predict(run.response_unet, noisy_latents, timesteps, embeds)
     model_pred, target = preds[: len(batch.index)], diffusion_target(scheduler, batch)
     if args.preservation == "mask":
         losses = masked_diffusion_loss(model_pred, target, batch_masks(run, micro_step, target))
     else:
         losses = diffusion_loss(model_pred, target)
     if args.snr_gamma is not None:
-        prediction_type = scheduler.config.prediction_type
-        losses = losses * min_snr_weights(scheduler.alphas_cumprod, batch.timesteps, args.snr_gamma, prediction_type)
+        losses = losses * noise_process(scheduler).min_snr_weights(batch.timesteps, args.snr_gamma)
     parts = {"diffusion": losses.mean()}
     if enhance:
         parts["enhancement"] = enhancement_loss(run, batch, model_pred)
@@ -694,11 +685,14 @@ def diffusion_terms(run: Run, micro_step: int, enhance: bool) -> Iterator[dict[s
     yield parts
 
 
+@cache
+def noise_process(scheduler: DDPMScheduler) -> DDPM:
+    return DDPM(type(scheduler).__name__, scheduler.config)
+
+
 def diffusion_target(scheduler: DDPMScheduler, batch: Batch) -> torch.Tensor:
     """What the diffusion loss compares a batch's predictions with, (B, C, H, W): noise, or velocity."""
-    if scheduler.config.prediction_type == "v_prediction":
-        return scheduler.get_velocity(batch.latents, batch.noise, batch.timesteps)
-    return batch.noise
+    return noise_process(scheduler).target(batch.latents, batch.noise, batch.timesteps)
 
 
 def batch_masks(run: Run, micro_step: int, latents: torch.Tensor) -> torch.Tensor:
@@ -741,7 +735,7 @@ def kept_rows(run: Run, batch: Batch, micro_step: int) -> KeptRows:
     else:
         embeds = run.unrelated_embeds[unrelated_choice(run, len(batch.index), micro_step)]
     with torch.no_grad(), active_adapters(run.unet, None):
-        target = run.unet(batch.noisy_latents, batch.timesteps, embeds, return_dict=False)[0]
+        target = run.inputs.family.predict(run.unet, batch.noisy_latents, batch.timesteps, embeds)
     return KeptRows(batch.noisy_latents, batch.timesteps, embeds, target)
 
 
@@ -764,13 +758,14 @@ def alignment_terms(run: Run, micro_step: int) -> Iterator[dict[str, torch.Tenso
         store = stack.enter_context(capture_cross_attention(run.unet))
         paths = stack.enter_context(
             dual_path(
-                run.unet,
+                Adapters(run.unet),
+                partial(run.inputs.family.predict, run.unet),
                 batch.noisy_latents,
                 batch.timesteps,
                 *prompt_embeds(run, batch.rows),
                 mode=args.dual_path,
                 store=store,
-                response_unet=run.response_unet,
+                respond=partial(run.inputs.family.predict, run.response_unet),
             )
         )
         reference, response = paths.reference, paths.response
@@ -787,11 +782,7 @@ def alignment_terms(run: Run, micro_step: int) -> Iterator[dict[str, torch.Tenso
                 list(reference.attention_probs.values()),
                 resolutions,
                 sfcm,
-                table.base_positions[batch.rows],
-                table.full_positions[batch.rows],
-                table.position_mask[batch.rows],
-                table.base_padding[batch.rows],
-                table.full_padding[batch.rows],
+                *table.positions.of(batch.rows),
             ).mean(),
             "fine_grained": fine_grained_loss(
                 list(response.queries.values()), list(reference.queries.values()), resolutions, sfcm
@@ -813,9 +804,9 @@ def composed_terms(run: Run, micro_step: int) -> Iterator[dict[str, torch.Tensor
         unchanged_share=args.base_prompt_share,
         timestep_power=args.composed_timestep_power,
     )
-    response_embeds = encode_prompts(run.table, run.table.response_rows[batch.rows], run.pipeline.text_encoder)
+    _, response_embeds = prompt_embeds(run, batch.rows)
     target = composed_target(run, batch, number, response_embeds)
-    response_pred = run.response_unet(batch.noisy_latents, batch.timesteps, response_embeds, return_dict=False)[0]
+    response_pred = run.inputs.family.predict(run.response_unet, batch.noisy_latents, batch.timesteps, response_embeds)
     losses = diffusion_loss(response_pred, target) * to_epsilon(run, batch.timesteps) ** 2
     yield {"composed": losses.mean()}
 
@@ -836,7 +827,7 @@ def composed_target(run: Run, batch: Batch, number: int, response_embeds: torch.
     args = run.args
     if number in run.targets:
         return run.targets[number]
-    reference_embeds = encode_prompts(run.table, run.table.reference_rows[batch.rows], run.pipeline.text_encoder)
+    reference_embeds, _ = prompt_embeds(run, batch.rows)
     reference_pred, full_pred, base_pred, features = composed_predictions(
         run, batch, reference_embeds, response_embeds
     )
@@ -864,7 +855,7 @@ def composed_predictions(
     """
     full = send((batch.kinds == FULL).nonzero().flatten(), run.device)
     asked = [response_embeds, reference_embeds] if run.args.teacher_base_weight > 0 else [response_embeds]
-    teacher_rows, teacher_embeds = full.repeat(len(asked)), torch.cat([embeds[full] for embeds in asked])
+    teacher_rows, teacher_embeds = full.repeat(len(asked)), PromptEmbeds.cat([embeds[full] for embeds in asked])
     with ExitStack() as stack:
         store = None
         if not has_sfcm_bank(run.args):
@@ -872,23 +863,22 @@ def composed_predictions(
         recording = store.record() if store is not None else nullcontext()
         if run.args.dual_path == "single_pass":
             rows = torch.cat([torch.arange(len(batch.kinds), device=run.device), teacher_rows])
-            embeds = torch.cat([reference_embeds, teacher_embeds])
+            embeds = PromptEmbeds.cat([reference_embeds, teacher_embeds])
             names = ["__base__"] * len(batch.kinds) + [STAGE1_ADAPTER] * len(teacher_rows)
             with Adapters(run.unet).per_sample(names), recording:
-                preds = run.unet(batch.noisy_latents[rows], batch.timesteps[rows], embeds, return_dict=False)[0]
+                preds = run.inputs.family.predict(run.unet, batch.noisy_latents[rows], batch.timesteps[rows], embeds)
             reference_pred, teacher_preds = preds[: len(batch.kinds)], preds[len(batch.kinds) :]
         else:
             with active_adapters(run.unet, None), recording:
-                reference_pred = run.unet(batch.noisy_latents, batch.timesteps, reference_embeds, return_dict=False)[0]
+                reference_pred = run.inputs.family.predict(
+                    run.unet, batch.noisy_latents, batch.timesteps, reference_embeds
+                )
             teacher_preds = reference_pred[teacher_rows]
             if len(full):
                 with active_adapters(run.unet, STAGE1_ADAPTER):
-                    teacher_preds = run.unet(
-                        batch.noisy_latents[teacher_rows],
-                        batch.timesteps[teacher_rows],
-                        teacher_embeds,
-                        return_dict=False,
-                    )[0]
+                    teacher_preds = run.inputs.family.predict(
+                        run.unet, batch.noisy_latents[teacher_rows], batch.timesteps[teacher_rows], teacher_embeds
+                    )
         features = store.pop().rows(0, len(batch.kinds)) if store is not None else None
     teacher_preds = [reference_pred.index_copy(0, full, preds) for preds in teacher_preds.chunk(len(asked))]
     # Without a weight, what the teacher makes of the base prompt is nothing that counts.
@@ -917,9 +907,7 @@ def alignment_sfcm(
 def enhancement_loss(run: Run, batch: Batch, model_pred: torch.Tensor) -> torch.Tensor:
     """`L_enh` of the one-step prediction, weighed by alpha_bar_t [ours]: at high t the prediction is noise."""
     scheduler = run.noise_scheduler
-    latents = predict_original_sample(
-        batch.noisy_latents, model_pred, batch.timesteps, scheduler.alphas_cumprod, scheduler.config.prediction_type
-    )
+    latents = noise_process(scheduler).original_sample(batch.noisy_latents, model_pred, batch.timesteps)
     if batch.pixels is None:
         image_embeds = run.training.image_embeds[send(batch.index, run.device)]
     else:

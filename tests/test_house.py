@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
     {"adapters", "attention_processors", "prompts", "sfcm", "pictures", "programs"},
     {"loras", "pipeline_spf_portrait"},
+    {"families"},
     {"training", "evaluation"},
     {"train_spf_portrait_lora", "evaluate_spf_portrait", "app", "export_spf_portrait_lora", "toy_portraits",
      "benchmarks", "tests"},

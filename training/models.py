@@ -15,7 +15,7 @@ from diffusers.models.attention_processor import XFormersAttnProcessor
 from peft import LoraConfig
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from attention_processors import find_cross_attention_layers
+from families.stable_diffusion import StableDiffusion
 from loras.files import ReferenceLora, find_lora, load_lora, merge_loras, read_lora
 from programs.loading import cast_models, load_pipeline, load_tokenizer, naming_flag
 
@@ -122,10 +122,7 @@ def lora_config(args: argparse.Namespace, unet: UNet2DConditionModel) -> LoraCon
     """LoRA on the projections of the cross-attention layers, of all attention layers, or on the layers named."""
     targets = args.lora_layers
     if targets is None:
-        names = list(find_cross_attention_layers(unet))
-        if args.lora_target == "all":
-            names += [name.removesuffix("attn2") + "attn1" for name in names]
-        targets = [f"{name}.{projection}" for name in names for projection in ("to_q", "to_k", "to_v", "to_out.0")]
+        targets = StableDiffusion.lora_targets(unet, args.lora_target)
     return LoraConfig(
         r=args.rank,
         lora_alpha=args.lora_alpha,

@@ -201,7 +201,7 @@ def test_both_paths_are_those_of_the_loras_side_by_side(world, earlier, on_top):
     reference = predict(activate(stock(world), earlier_loras, [1.0, 0.6]))
     response = predict(activate(stock(world), [*earlier_loras, output], [1.0, 0.6, 1.0]))
     (row,) = {int(run.table.reference_rows[i]) for i, row in enumerate(ROWS) if row["base_prompt"] == PROMPT}
-    embeds = run.table.prompt_embeds[row][None]
+    embeds = run.table.prompt_embeds.states[row][None]
     with active_adapters(run.unet, None):
         assert largest(predict(run.pipeline, embeds), reference) < CLOSE
     with active_adapters(run.unet, "default"):
@@ -283,7 +283,7 @@ def test_cached_text_embeddings_belong_to_the_text_encoder_that_made_them(world,
         reference = None if name is None else earlier[name]
         train(world, tmp_path / f"run of {name}", reference_lora=reference, cache_dir=cache)
         counts.append(len(list(cache.rglob("*.safetensors"))))
-    embeds = [table.prompt_embeds for table in tables]
+    embeds = [table.prompt_embeds.states for table in tables]
     assert torch.equal(embeds[0], embeds[1]) and (embeds[0] - embeds[2]).abs().max() > 0.01
     # The LoRA without a part in the text encoder finds all that is cached.
     assert counts[0] == counts[1] and counts[2] == counts[1] + len(embeds[2])
