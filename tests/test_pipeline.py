@@ -842,7 +842,7 @@ def test_visualize_shows_everything_with_its_words(world, output_type, monkeypat
         shown.update(captions=list(captions), pictures=list(pictures))
         return captioned_pictures(pictures, captions, columns)
 
-    monkeypatch.setattr("pipeline_spf_portrait.captioned_pictures", remember)
+    monkeypatch.setattr("pictures.captioned_pictures", remember)
     output = draw(
         world.ours, [BASE, OTHER], target_prompt=TARGET, compare=True, return_sfcm=True, output_type=output_type
     )
@@ -958,7 +958,7 @@ def test_a_seed_is_no_generator(world, generator, arguments):
 def test_what_a_prompt_cannot_mean_is_said_once(world, caplog, prompt, arguments, words):
     for _ in range(2):
         draw(world.ours, prompt, num_inference_steps=1, **arguments)
-    messages = [record.getMessage() for record in caplog.records if record.name == "pipeline_spf_portrait"]
+    messages = [record.getMessage() for record in caplog.records if record.name == "spf_arguments"]
     assert len(messages) == (0 if words is None else 1)
     assert all(word in message for message in messages for word in words)
 

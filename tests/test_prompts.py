@@ -9,23 +9,18 @@ import pytest
 from transformers import CLIPTokenizer
 
 from prompts import (
-    MAX_CHARACTERS,
     PromptPair,
     TargetPrompt,
     compose_full_prompt,
-    find_weights,
-    infer_replacement,
     keep_phrases,
     locate_phrases,
     make_prompt_pair,
     phrase_mask,
     said_targets,
-    split_phrases,
-    suggest_replacement,
     suggest_replacements,
-    take_out,
     tokenize_prompt_pair,
 )
+from wording import MAX_CHARACTERS, find_weights, infer_replaced, split_phrases, suggest_replacement, take_out
 
 
 BASE = "a woman, a green jacket, a purple background"
@@ -163,12 +158,12 @@ def test_split_phrases(prompt, expected):
     ],
 )
 def test_infer_replacement(base, target, full, replaces):
-    assert infer_replacement(base, target, full) == TargetPrompt(target, replaces)
+    assert infer_replaced(base, [target], full) == [replaces]
 
 
 def test_infer_replacement_needs_the_target():
     with pytest.raises(ValueError, match="'blonde hair' is not in the full prompt"):
-        infer_replacement(BASE, "blonde hair", BASE)
+        infer_replaced(BASE, ["blonde hair"], BASE)
 
 
 # ------------------------------------------------------------------------------------------------------- pair

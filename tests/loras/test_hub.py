@@ -27,6 +27,7 @@ from transformers import CLIPTokenizer
 from loras import hub
 from loras.files import save_kohya_lora
 from loras.hub import KOHYA_WEIGHTS, LORA_WEIGHTS, CardFacts, EarlierLora, write_model_card
+from training.sharing import PIPELINE_CODE as CODE
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,10 +37,6 @@ SECRET = "hf_SECRETofTheTester"
 READ_SECRET = "hf_SECRETthatMayRead"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 PICTURE = "validation/step_000004.png"
-CODE = {
-    "pipeline.py": ROOT / "pipeline_spf_portrait.py",
-    **{f"{name}.py": ROOT / f"{name}.py" for name in ("attention_processors", "pictures", "prompts", "sfcm")},
-}
 CLOSE = 1e-5  # of pixels in [0, 1]; the LoRA itself moves them by hundreds of times as much
 
 
