@@ -20,7 +20,7 @@ from hub_server import HubServer
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
-from test_pipeline import make_components
+from pipeline_world import make_components
 from test_prompts import BASE, write_vocabulary
 from transformers import CLIPTokenizer
 
