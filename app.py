@@ -92,9 +92,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from loras.files import clean_source, download_public_lora, embedding_note, find_lora, load_lora
-from pipeline_spf_portrait import SPFPortraitPipeline, SPFPortraitPipelineOutput, overlay_heat_map
+from pictures import overlay_heat_map
+from pipeline_spf_portrait import SPFPortraitPipeline, SPFPortraitPipelineOutput
 from programs.loading import InputError, choose_device, load_pipeline, naming
-from prompts import MAX_CHARACTERS, find_weights, split_phrases, suggest_replacement
+from wording import MAX_CHARACTERS, find_weights, split_phrases, suggest_replacement
 
 
 HEADERS = ["phrase", "distance", "map", "free"]

@@ -57,8 +57,8 @@ from families.noise_process import DDPM
 from families.prompt_embeds import PromptEmbeds
 from loras.files import adapter_metadata, sort_header
 from loras.hub import CARD, LORA_WEIGHTS
-from pictures import picture_grid
-from pipeline_spf_portrait import SPFPortraitPipeline, overlay_heat_map
+from pictures import overlay_heat_map, picture_grid
+from pipeline_spf_portrait import SPFPortraitPipeline
 from programs.interruption import Interrupted, StopRequest, catch_stop_signals, leave_stop_signals
 from programs.loading import InputError
 from sfcm import SFCM_MODES, free_regions, noise_difference, phrase_attention_maps

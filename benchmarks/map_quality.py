@@ -52,7 +52,8 @@ from benchmarks.preservation import (  # noqa: E402
 from benchmarks.rows import markdown_table, number, standard_error, without_nan  # noqa: E402
 from families.prompt_embeds import PromptEmbeds  # noqa: E402
 from families.stable_diffusion import StableDiffusion  # noqa: E402
-from pipeline_spf_portrait import SPFPortraitPipeline, overlay_heat_map  # noqa: E402
+from pictures import overlay_heat_map  # noqa: E402
+from pipeline_spf_portrait import SPFPortraitPipeline  # noqa: E402
 from prompts import PromptPair, make_prompt_pair, phrase_mask, tokenize_prompt_pair  # noqa: E402
 from sfcm import SFCM_MODES, noise_difference, phrase_attention_maps  # noqa: E402
 from toy_portraits.build import to_tensor  # noqa: E402

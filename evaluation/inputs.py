@@ -18,9 +18,10 @@ from PIL import Image
 
 from loras.files import clean_source, find_lora, read_lora
 from programs.loading import InputError, naming, naming_flag
-from prompts import PromptPair, has_phrase, make_prompt_pair
+from prompts import PromptPair, make_prompt_pair
 from training.checkpoints import find_checkpoints
 from training.data import PortraitRow, load_image, read_json_lines, read_phrases, read_target
+from wording import has_phrase
 
 
 ORIGINAL_MODEL = "original model"  # how the report calls it, and so no LoRA

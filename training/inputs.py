@@ -32,14 +32,10 @@ from prompts import (
     PromptTokens,
     TargetPrompt,
     compose_full_prompt,
-    find_weights,
-    has_phrase,
     keep_phrases,
     make_prompt_pair,
     said_targets,
-    suggest_replacement,
     suggest_replacements,
-    take_out,
     tokenize_prompt_pair,
 )
 from training.caches import fingerprint
@@ -58,6 +54,7 @@ from training.data import (
     preprocess_mask,
     upright_size,
 )
+from wording import find_weights, has_phrase, suggest_replacement, take_out
 
 
 logger = logging.getLogger(__name__)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,14 +38,22 @@ UNPUBLISHED = frozenset(
     """.split()
 )
 HERE = Path(__file__).resolve().parents[1]
-# What the pipeline is made of, under the names that diffusers looks for in a repository.
-PIPELINE_CODE = {
-    "pipeline.py": HERE / "pipeline_spf_portrait.py",
-    **{
-        f"{name}.py": HERE / f"{name}.py"
-        for name in ("adapters", "attention_processors", "pictures", "prompts", "sfcm")
-    },
-}
+
+
+def pipeline_code(main: Path) -> dict[str, Path]:
+    """The files of a custom pipeline under the names that diffusers looks for in a repository.
+
+    Args:
+        main: the file with the pipeline's class; beside it lies what it names in relative imports, all of which
+            diffusers' loader copies, and nothing else.
+
+    Source: [ours].
+    """
+    siblings = re.findall(r"^\s*from \.(\w+) import", main.read_text(encoding="utf-8"), re.MULTILINE)
+    return {"pipeline.py": main, **{f"{name}.py": main.with_name(f"{name}.py") for name in siblings}}
+
+
+PIPELINE_CODE = pipeline_code(HERE / "pipeline_spf_portrait.py")
 
 
 def make_repository(args: argparse.Namespace) -> str:

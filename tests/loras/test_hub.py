@@ -20,13 +20,14 @@ from hub_server import HubServer
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
-from test_pipeline import make_components
+from pipeline_world import make_components
 from test_prompts import BASE, write_vocabulary
 from transformers import CLIPTokenizer
 
 from loras import hub
 from loras.files import save_kohya_lora
 from loras.hub import KOHYA_WEIGHTS, LORA_WEIGHTS, CardFacts, EarlierLora, write_model_card
+from training.sharing import PIPELINE_CODE as CODE
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,13 +37,6 @@ SECRET = "hf_SECRETofTheTester"
 READ_SECRET = "hf_SECRETthatMayRead"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 PICTURE = "validation/step_000004.png"
-CODE = {
-    "pipeline.py": ROOT / "pipeline_spf_portrait.py",
-    **{
-        f"{name}.py": ROOT / f"{name}.py"
-        for name in ("adapters", "attention_processors", "pictures", "prompts", "sfcm")
-    },
-}
 CLOSE = 1e-5  # of pixels in [0, 1]; the LoRA itself moves them by hundreds of times as much
 
 

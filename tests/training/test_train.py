@@ -23,9 +23,9 @@ from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
+from pipeline_world import make_components
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_pipeline import make_components
 from test_prompts import write_vocabulary
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
