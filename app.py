@@ -91,7 +91,9 @@ import gradio as gr
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from loras.files import clean_source, download_public_lora, embedding_note, find_lora, load_lora
+from loras.finding import clean_source, download_public_lora, find_lora
+from loras.loading import load_lora
+from loras.reading import embedding_note
 from pipeline_spf_portrait import SPFPortraitPipeline, SPFPortraitPipelineOutput, overlay_heat_map
 from programs.loading import InputError, choose_device, load_pipeline, naming
 from prompts import MAX_CHARACTERS, find_weights, split_phrases, suggest_replacement

@@ -6,9 +6,7 @@ Source: [ours].
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -66,19 +64,14 @@ if __name__ == "__main__":
 
 import torch
 from diffusers import StableDiffusionPipeline
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 
-from loras.files import (
-    embedding_note,
-    find_lora,
-    is_dora,
-    is_kohya,
-    merge_loras,
-    read_lora,
-    save_diffusers_lora,
-    save_kohya_lora,
-)
+from loras import LORA_WEIGHTS
+from loras.finding import find_lora
+from loras.loading import merge_loras
+from loras.reading import embedding_note, is_dora, is_kohya, read_lora
+from loras.writing import save_diffusers_lora, save_kohya_lora
 from programs.loading import InputError, cast_models, load_pipeline, naming
+from programs.writing import whole
 
 
 def check_outputs(args: argparse.Namespace) -> None:
@@ -88,7 +81,7 @@ def check_outputs(args: argparse.Namespace) -> None:
             raise InputError(f"--output_kohya {args.output_kohya}: is a folder")
         _check_free("output_kohya", args.output_kohya, args.overwrite)
     if args.output_diffusers:
-        _check_free("output_diffusers", args.output_diffusers / LORA_WEIGHT_NAME_SAFE, args.overwrite)
+        _check_free("output_diffusers", args.output_diffusers / LORA_WEIGHTS, args.overwrite)
     if args.output_merged:
         path = args.output_merged
         # A folder that cannot be made is known now, before the models are loaded.
@@ -158,33 +151,14 @@ def merge(
     return pipeline
 
 
-def save_merged(pipeline: StableDiffusionPipeline, folder: Path) -> None:
-    """Write a checkpoint whole or not at all, in the place of one that is there, which is kept until then."""
-    # In a folder beside it, so that the last step is a rename on one file system.
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as temporary:
-        whole, former = Path(temporary) / "whole", Path(f"{temporary}-former")
-        pipeline.save_pretrained(whole)
-        if folder.exists():
-            folder.rename(former)
-        try:
-            whole.rename(folder)
-        except OSError:
-            if former.exists():
-                former.rename(folder)
-            raise
-    if former.exists():
-        try:
-            shutil.rmtree(former)
-        except OSError as error:  # of a file that is still open elsewhere, on Windows
-            _warn(f"the former checkpoint stays in {former}: {error}")
-
-
 def run_program(args: argparse.Namespace) -> None:
     try:
         check_outputs(args)
         if args.output_merged:
             scales = args.scale or [1.0] * len(args.lora)
-            save_merged(merge(args.base_model, args.lora, scales, getattr(torch, args.dtype)), args.output_merged)
+            pipeline = merge(args.base_model, args.lora, scales, getattr(torch, args.dtype))
+            with whole(args.output_merged) as folder:
+                pipeline.save_pretrained(folder)
             print(args.output_merged)
         if args.output_kohya or args.output_diffusers:
             print(convert(args))

@@ -16,7 +16,6 @@ import logging
 import math
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -58,10 +57,11 @@ from attention_processors import (
     dual_path,
     phrase_map_resolution,
 )
-from loras.files import adapter_metadata, sort_header
-from loras.hub import CARD, LORA_WEIGHTS
+from loras import CARD, LORA_WEIGHTS
+from loras.writing import adapter_metadata, write_diffusers_lora
 from pictures import picture_grid
 from pipeline_spf_portrait import SPFPortraitPipeline, overlay_heat_map
+from programs.checkpoints import find_checkpoints
 from programs.interruption import Interrupted, StopRequest, catch_stop_signals, leave_stop_signals
 from programs.loading import InputError
 from sfcm import SFCM_MODES, epsilon_scale, free_regions, noise_difference, phrase_attention_maps
@@ -69,7 +69,6 @@ from training.caches import TensorCache, fingerprint, module_fingerprint
 from training.checkpoints import (
     HIDDEN_PREFIX,
     CheckpointError,
-    find_checkpoints,
     lock_folder,
     remove_leftovers,
     save_checkpoint,
@@ -116,7 +115,7 @@ from training.prompt_table import (
     encode_prompts,
     make_prompt_table,
 )
-from training.sharing import make_repository, share
+from training.sharing import card_facts, make_repository, share
 
 
 logger = get_logger(__name__)
@@ -1153,20 +1152,12 @@ def save_lora(run: Run, folder: Path) -> None:
     """Write the LoRA in diffusers' format with its metadata, whole or not at all."""
     if not run.accelerator.is_main_process:
         return
-    folder.mkdir(parents=True, exist_ok=True)
     # peft's names, for all layers: a loader tells the naming by the first one.
     state = get_peft_model_state_dict(run.unet, adapter_name="default")
     metadata = adapter_metadata(run.unet.peft_config["default"])
-    with tempfile.TemporaryDirectory(dir=folder, prefix=f"{HIDDEN_PREFIX}lora-") as temporary:
-        SPFPortraitPipeline.save_lora_weights(
-            temporary,
-            unet_lora_layers=state,
-            safe_serialization=True,
-            unet_lora_adapter_metadata=metadata,
-        )
-        sort_header(Path(temporary) / LORA_WEIGHTS)
-        for file in Path(temporary).iterdir():
-            os.replace(file, folder / file.name)
+    write_diffusers_lora(
+        folder, f"{HIDDEN_PREFIX}lora-", unet_lora_layers=state, unet_lora_adapter_metadata=metadata
+    )
 
 
 def save_result(run: Run, folder: Path) -> None:
@@ -1338,7 +1329,7 @@ def train_in_folder(args: argparse.Namespace, inputs: Inputs, accelerator: Accel
     if accelerator.is_main_process:
         check_nothing_came(args, inputs.resume)
     if args.push_to_hub and accelerator.is_main_process:
-        repo_id = make_repository(args)
+        repo_id = make_repository(args, Path(args.output_dir))
     logger.info("Loading %s", args.pretrained_model_name_or_path)
     run = prepare_run(args, inputs, accelerator)
     run.repo_id = repo_id
@@ -1500,8 +1491,8 @@ def finish(run: Run) -> None:
         logger.warning("The gradient scaler left out %d updates that were not finite", run.skipped_updates)
     if accelerator.is_main_process:
         pictures = [validation_picture(run.global_step)] if run.args.num_validation_images else []
-        share(
-            run.args,
+        facts = card_facts(
+            vars(run.args),
             run.inputs.pairs[: len(run.inputs.rows)],
             run.inputs.validation_pair,
             pictures,
@@ -1509,6 +1500,7 @@ def finish(run: Run) -> None:
             run.unet.peft_config["default"].use_dora,
             run.inputs.references,
         )
+        share(Path(run.args.output_dir), facts, run.args.hub_token)
     say_what_is_there(run)
 
 

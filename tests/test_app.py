@@ -22,7 +22,7 @@ from playwright.sync_api import expect, sync_playwright
 
 import app
 from app import LoraSlot, build_demo, check_lengths, draw, parse_args, phrase_table, propose_replacement
-from loras.files import load_lora
+from loras.loading import load_lora
 from pipeline_spf_portrait import SPFPortraitPipeline
 from programs.loading import InputError, choose_device, load_pipeline
 from toy_portraits.recipe import BASE_MODEL, LORA

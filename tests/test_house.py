@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module or a folder by the first name of its imports. Each floor imports from those below it alone, a module of a
 # folder from its own folder as well.
 FLOORS = (
-    {"attention_processors", "prompts", "sfcm", "pictures", "programs"},
+    {"attention_processors", "lora_layers", "prompts", "sfcm", "pictures", "programs"},
     {"loras", "pipeline_spf_portrait"},
     {"training", "evaluation"},
     {"train_spf_portrait_lora", "evaluate_spf_portrait", "app", "export_spf_portrait_lora", "toy_portraits",

@@ -16,7 +16,9 @@ from peft import LoraConfig
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from attention_processors import find_cross_attention_layers
-from loras.files import ReferenceLora, find_lora, load_lora, merge_loras, read_lora
+from loras.finding import find_lora
+from loras.loading import ReferenceLora, load_lora, merge_loras
+from loras.reading import read_lora
 from programs.loading import cast_models, load_pipeline, load_tokenizer, naming_flag
 
 

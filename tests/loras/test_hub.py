@@ -24,9 +24,10 @@ from test_pipeline import make_components
 from test_prompts import BASE, write_vocabulary
 from transformers import CLIPTokenizer
 
-from loras import hub
-from loras.files import save_kohya_lora
-from loras.hub import KOHYA_WEIGHTS, LORA_WEIGHTS, CardFacts, EarlierLora, write_model_card
+from loras import KOHYA_WEIGHTS, LORA_WEIGHTS, hub
+from loras.card import TAGS, CardFacts, EarlierLora, write_model_card
+from loras.writing import save_kohya_lora
+from training.sharing import PIPELINE_CODE as CODE
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,10 +37,6 @@ SECRET = "hf_SECRETofTheTester"
 READ_SECRET = "hf_SECRETthatMayRead"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 PICTURE = "validation/step_000004.png"
-CODE = {
-    "pipeline.py": ROOT / "pipeline_spf_portrait.py",
-    **{f"{name}.py": ROOT / f"{name}.py" for name in ("attention_processors", "pictures", "prompts", "sfcm")},
-}
 CLOSE = 1e-5  # of pixels in [0, 1]; the LoRA itself moves them by hundreds of times as much
 
 
@@ -118,7 +115,7 @@ def test_the_card_says_what_the_hub_and_the_reader_want(tmp_path):
         "license": "creativeml-openrail-m",
         "inference": True,
         "instance_prompt": f"{TARGET}, a blue hat",
-        "tags": list(hub.TAGS),
+        "tags": list(TAGS),
         "widget": [{"text": FULL, "output": {"url": PICTURE}}],
     }
     for part in (
@@ -395,7 +392,7 @@ def push(output, tmp_path, monkeypatch):
     for name in ("README.md", LORA_WEIGHTS, PICTURE):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes((output / name).read_bytes())
-    monkeypatch.setattr(hub.HfApi, "create_commit", lambda *_, **__: pytest.fail("something was sent"))
+    monkeypatch.setattr(hub.HfApi, "upload_folder", lambda *_, **__: pytest.fail("something was sent"))
 
     def run(files=(), code=CODE, token=SECRET):
         return hub.push_lora(folder, "tester/x", token, code, files)
