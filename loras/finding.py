@@ -115,7 +115,7 @@ def _parse_id(source: str) -> tuple[str, str] | None:
     return f"{owner}/{repository}", file or LORA_WEIGHTS
 
 
-def download_public_lora(source: str, folder: Path, max_bytes: int) -> Path:
+def download_public_lora(source: str, folder: Path, max_bytes: float) -> Path:
     """A LoRA of a public repository, for somebody whom this machine's files and token are not for.
 
     No file of this machine is looked at, no token is sent, and what lies in the Hub's cache here is not used: it may
