@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from programs.console import DTYPES, FlagFormatter, import_libraries, in_home, path_in_home
@@ -68,7 +67,7 @@ from diffusers import StableDiffusionPipeline
 from loras import LORA_WEIGHTS
 from loras.finding import find_lora
 from loras.loading import merge_loras
-from loras.reading import embedding_note, is_dora, is_kohya, read_lora
+from loras.reading import read_lora
 from loras.writing import save_diffusers_lora, save_kohya_lora
 from programs.loading import InputError, cast_models, load_pipeline, naming
 from programs.writing import whole
@@ -104,15 +103,15 @@ def convert(args: argparse.Namespace) -> Path:
     """Write the one LoRA in the format that it does not have, and return where."""
     with naming(args.lora[0]):
         path = find_lora(args.lora[0])
-        layers = read_lora(path)
-    if note := embedding_note(path):
-        _warn(f"{path} {note}")
+        lora = read_lora(path)
+    if lora.note:
+        _warn(f"{path} {lora.note}")
     wanted, flag = ("diffusers'", "output_diffusers") if args.output_diffusers else ("kohya's", "output_kohya")
-    if is_kohya(path) == (flag == "output_kohya"):
+    if lora.is_kohya == (flag == "output_kohya"):
         raise InputError(f"--{flag}: {path} is in {wanted} format already")
     if args.output_diffusers:
         return save_diffusers_lora(path, args.output_diffusers)
-    if is_dora(layers):
+    if lora.is_dora:
         _warn(
             f"{path} is a DoRA; what reads kohya's format applies its magnitude in another way than it was trained, "
             "or ignores it; --output_merged is exact"
@@ -126,40 +125,21 @@ def _warn(message: str) -> None:
     print(f"export_spf_portrait_lora.py: warning: {message}", file=sys.stderr)
 
 
-def merge(
-    base_model: str, loras: Sequence[str], scales: Sequence[float], dtype: torch.dtype
-) -> StableDiffusionPipeline:
-    """Fuse LoRAs into the weights of a base model.
-
-    Args:
-        base_model: a folder or an id of the Hub.
-        loras: as of `find_lora`.
-        scales: their strengths, any real number.
-        dtype: of the weights that come out; they are summed in float32.
-
-    Returns:
-        The stock pipeline without any adapter, on the CPU.
-
-    Raises:
-        ValueError: something cannot be loaded or does not fit.
-
-    Source: [ours].
-    """
-    pipeline = load_pipeline(StableDiffusionPipeline, base_model, torch.float32)
-    merge_loras(pipeline, loras, scales)
-    cast_models(pipeline, dtype)
-    return pipeline
+def merge(args: argparse.Namespace) -> Path:
+    """Write the base model with the LoRAs fused into its weights, which are summed in float32, and return where."""
+    pipeline = load_pipeline(StableDiffusionPipeline, args.base_model, torch.float32)
+    merge_loras(pipeline, args.lora, args.scale or [1.0] * len(args.lora))
+    cast_models(pipeline, getattr(torch, args.dtype))
+    with whole(args.output_merged) as folder:
+        pipeline.save_pretrained(folder)
+    return args.output_merged
 
 
 def run_program(args: argparse.Namespace) -> None:
     try:
         check_outputs(args)
         if args.output_merged:
-            scales = args.scale or [1.0] * len(args.lora)
-            pipeline = merge(args.base_model, args.lora, scales, getattr(torch, args.dtype))
-            with whole(args.output_merged) as folder:
-                pipeline.save_pretrained(folder)
-            print(args.output_merged)
+            print(merge(args))
         if args.output_kohya or args.output_diffusers:
             print(convert(args))
     except (OSError, ValueError) as error:

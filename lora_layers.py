@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -91,7 +91,7 @@ def parse_layers(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | No
         layer = make_layer(f"{model}.{name}", weights, alpha)
         if (metadata or {}).get(f"{model}.use_rslora"):
             # rsLoRA divides by the root of the rank, and all others by the rank.
-            layer = LoraLayer(layer.down, layer.up, layer.alpha * math.sqrt(layer.rank), layer.magnitude)
+            layer = replace(layer, alpha=layer.alpha * math.sqrt(layer.rank))
         layers.setdefault(model, {})[name] = layer
     return layers
 

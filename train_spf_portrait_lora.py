@@ -58,7 +58,7 @@ from attention_processors import (
     phrase_map_resolution,
 )
 from loras import CARD, LORA_WEIGHTS
-from loras.writing import adapter_metadata, write_diffusers_lora
+from loras.writing import write_diffusers_lora
 from pictures import picture_grid
 from pipeline_spf_portrait import SPFPortraitPipeline, overlay_heat_map
 from programs.checkpoints import find_checkpoints
@@ -1154,10 +1154,7 @@ def save_lora(run: Run, folder: Path) -> None:
         return
     # peft's names, for all layers: a loader tells the naming by the first one.
     state = get_peft_model_state_dict(run.unet, adapter_name="default")
-    metadata = adapter_metadata(run.unet.peft_config["default"])
-    write_diffusers_lora(
-        folder, f"{HIDDEN_PREFIX}lora-", unet_lora_layers=state, unet_lora_adapter_metadata=metadata
-    )
+    write_diffusers_lora(folder, {"unet": (state, run.unet.peft_config["default"])}, f"{HIDDEN_PREFIX}lora-")
 
 
 def save_result(run: Run, folder: Path) -> None:

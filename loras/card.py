@@ -16,6 +16,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from loras import CARD, KOHYA_WEIGHTS, LORA_WEIGHTS
+from loras.loading import ReferenceLora
 from programs.writing import whole
 
 
@@ -32,51 +33,23 @@ TAGS = (
 
 
 @dataclass(frozen=True)
-class EarlierLora:
-    """A LoRA that the one of the card was trained on top of.
-
-    Args:
-        repo_id: "user/name" on the Hub; None for one that is not there, of which nothing more is told.
-        weight_name: its file in the repository.
-        scale: how strongly it was active.
-    """
-
-    repo_id: str | None
-    weight_name: str
-    scale: float
-
-
-@dataclass(frozen=True)
 class CardFacts:
-    """All that a model card says.
+    """All that a model card says."""
 
-    Args:
-        base_model: Hub id or local folder of the base model.
-        targets: the target prompts, which are the trigger words.
-        example_prompt: a full prompt, base and target.
-        base_prompt: its base, for the example with the custom pipeline.
-        example_target: what is added to it there, or replaces a phrase: texts, and pairs of phrase and text.
-        settings: the training flags and their values, free of secrets; None is a flag that was not given.
-        pictures: pictures as paths inside the repository, such as "validation/step_000240.png".
-        licence: as the Hub spells it, such as "creativeml-openrail-m".
-        repo_id: "user/name" on the Hub; None while nothing is pushed, and the examples then name the output folder.
-        has_kohya: whether the file for ComfyUI and A1111 lies beside the LoRA.
-        is_dora: whether the LoRA has a magnitude (DoRA), which the readers of that file treat differently.
-        earlier_loras: what it was trained on top of, in the order in which they have to be loaded.
-    """
-
-    base_model: str
-    targets: tuple[str, ...]
-    example_prompt: str
-    base_prompt: str
+    base_model: str  # Hub id or local folder
+    targets: tuple[str, ...]  # the target prompts, which are the trigger words
+    example_prompt: str  # a full prompt, base and target
+    base_prompt: str  # its base, for the example with the custom pipeline
+    # What is added to it there, or replaces a phrase: texts, and pairs of phrase and text.
     example_target: tuple[str | tuple[str, str], ...]
-    settings: dict[str, object]
-    pictures: tuple[str, ...]
-    licence: str
-    repo_id: str | None
-    has_kohya: bool
-    is_dora: bool = False
-    earlier_loras: tuple[EarlierLora, ...] = ()
+    settings: dict[str, object]  # the training flags, free of secrets; None is a flag that was not given
+    pictures: tuple[str, ...]  # as paths inside the repository, such as "validation/step_000240.png"
+    licence: str  # as the Hub spells it, such as "creativeml-openrail-m"
+    repo_id: str | None  # on the Hub; None while nothing is pushed, and the examples then name the output folder
+    has_kohya: bool  # whether the file for ComfyUI and A1111 lies beside the LoRA
+    is_dora: bool = False  # whether it has a magnitude, which the readers of that file treat differently
+    # What it was trained on top of, in the order in which they are loaded; of one not on the Hub no more is told.
+    earlier_loras: tuple[ReferenceLora, ...] = ()
 
 
 def write_model_card(folder: Path, facts: CardFacts) -> Path:

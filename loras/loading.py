@@ -20,7 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from lora_layers import check_fits
 from loras.finding import find_lora
-from loras.reading import embedding_note, read_lora, reads_as_meant
+from loras.reading import read_lora
 from loras.writing import save_diffusers_lora
 from programs.loading import naming
 
@@ -36,24 +36,16 @@ DORA_ON_TOP = (
 
 @dataclass(frozen=True)
 class ReferenceLora:
-    """An earlier LoRA that stays as it is while a new one is trained on top of it.
+    """An earlier LoRA that stays as it is while a new one is trained on top of it."""
 
-    Attributes:
-        name: as it was given: a file, a folder, or an id of the Hub.
-        path: the safetensors file.
-        hub_file: repository and file on the Hub, None for a file of this machine.
-        sha256: of the file's content, in hexadecimal digits.
-        scale: how strongly it is active.
-    """
-
-    name: str
+    name: str  # as it was given: a file, a folder, or an id of the Hub
     path: Path
-    hub_file: tuple[str, str] | None
-    sha256: str
-    scale: float
+    hub_file: tuple[str, str] | None  # repository and file on the Hub; None for a file of this machine
+    sha256: str  # of the file's content, in hexadecimal digits
+    scale: float  # how strongly it is active
 
 
-def load_lora(pipeline: StableDiffusionPipeline, source: str, adapter_name: str, path: Path | None = None) -> None:
+def load_lora(pipeline: StableDiffusionPipeline, source: str, adapter_name: str, path: Path | None = None) -> str:
     """Load a LoRA whole, and make it the only active one; on an error the pipeline's LoRAs are as they were.
 
     diffusers warns and goes on where a LoRA, or a part of it, is for another model, and takes one alpha for the
@@ -65,6 +57,9 @@ def load_lora(pipeline: StableDiffusionPipeline, source: str, adapter_name: str,
         adapter_name: a name that no adapter of the pipeline has.
         path: the file, where it is found already.
 
+    Returns:
+        What is to be said of the file, as of `LoraFile`.
+
     Raises:
         ValueError: there is no such LoRA, or it is for another model; one line that begins with `source`.
 
@@ -72,24 +67,20 @@ def load_lora(pipeline: StableDiffusionPipeline, source: str, adapter_name: str,
     """
     active = pipeline.get_active_adapters()
     # On Windows a file cannot be removed while its weights are mapped.
-    with (
-        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
-        naming(source),
-        _quiet_libraries(),
-    ):
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, naming(source), _quiet_libraries():
         path = path or find_lora(source)
         lora = read_lora(path)
         models = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
-        check_fits(lora, {name: dict(model.named_modules()) for name, model in models.items()})
-        if note := embedding_note(path):
-            logger.warning("%s: %s", source, note)
-        if not reads_as_meant(path, lora):
+        check_fits(lora.layers, {name: dict(model.named_modules()) for name, model in models.items()})
+        if lora.note:
+            logger.warning("%s: %s", source, lora.note)
+        if not lora.reads_as_meant:
             path = save_diffusers_lora(path, Path(folder))
         try:
             pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=adapter_name)
             layers = [module for model in models.values() for module in model.modules()]
             found = sum(isinstance(layer, BaseTunerLayer) and adapter_name in layer.lora_A for layer in layers)
-            expected = sum(map(len, lora.values()))
+            expected = sum(map(len, lora.layers.values()))
             if found != expected:
                 raise ValueError(f"its metadata names {found} of its {expected} layers")
         except (ValueError, RuntimeError, TypeError) as error:
@@ -98,6 +89,7 @@ def load_lora(pipeline: StableDiffusionPipeline, source: str, adapter_name: str,
                 raise ValueError(f"its metadata is not of a LoRA as PEFT reads it here: {error.__cause__}") from error
             # torch lists each layer whose shape differs; the first tells enough.
             raise ValueError(" ".join(str(error).splitlines()[:2])) from error
+    return lora.note
 
 
 def _remove_adapter(pipeline: StableDiffusionPipeline, adapter_name: str, active: list[str]) -> None:

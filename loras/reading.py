@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,34 @@ _LAYERS = {
 }
 
 
-def read_lora(path: Path) -> Layers:
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA as it lies in a file.
+
+    Attributes:
+        layers: by model and name.
+        is_kohya: whether it has names of kohya's format.
+        note: what to say of textual inversions that lie beside it; empty if there are none.
+        reads_as_meant: whether diffusers takes each layer's rank and alpha as they are here. Where metadata leaves one
+            out, PEFT has a number of its own; without any metadata both take the rank as alpha.
+    """
+
+    layers: Layers
+    is_kohya: bool
+    note: str
+    reads_as_meant: bool
+
+    @property
+    def is_dora(self) -> bool:
+        """Whether a layer has a magnitude."""
+        return any(layer.magnitude is not None for group in self.layers.values() for layer in group.values())
+
+
+def read_lora(path: Path) -> LoraFile:
     """Read a LoRA of either format.
 
     Args:
         path: a `.safetensors` file. Where it has no alpha, that is the rank, as diffusers and kohya take it.
-
-    Returns:
-        The layers.
 
     Raises:
         OSError: it cannot be read.
@@ -51,17 +72,22 @@ def read_lora(path: Path) -> Layers:
     try:
         with safe_open(path, "pt") as file:
             metadata = _read_metadata(file)
-            tensors = {key: file.get_tensor(key) for key in file.keys() if not key.startswith(EMBEDDING)}
+            embeddings = [key for key in file.keys() if key.startswith(EMBEDDING)]
+            tensors = {key: file.get_tensor(key) for key in file.keys() if key not in embeddings}
     except SafetensorError as error:
         raise ValueError(f"no safetensors file, and a pickle is not read ({error})") from error
     if not tensors:
         raise ValueError("holds no LoRA")
-    lora = _read_kohya(tensors) if _are_kohyas(tensors) else _read_diffusers(tensors, metadata)
-    for model, group in lora.items():
+    is_kohya = any(name.startswith(("lora_unet_", "lora_te")) for name in tensors)
+    layers = _read_kohya(tensors) if is_kohya else _read_diffusers(tensors, metadata)
+    for model, group in layers.items():
         for layer in group:
             if not _LAYERS[model].fullmatch(layer):
                 raise ValueError(f"{layer!r} is no layer of Stable Diffusion 1.x or 2.x ({model})")
-    return lora
+    words = ", ".join(dict.fromkeys(key.removeprefix(EMBEDDING).split(".")[0] for key in embeddings))
+    note = f"holds a textual inversion ({words}), which is left out: only the LoRA is read" if embeddings else ""
+    lacks = metadata and any(missing_metadata(metadata, model) for model in layers)
+    return LoraFile(layers, is_kohya, note, not (is_kohya or embeddings or lacks))
 
 
 def _read_metadata(file: Any) -> dict:
@@ -101,40 +127,3 @@ def _read_kohya(tensors: Mapping[str, Tensor]) -> Layers:
         alpha = weights.pop("alpha", None)
         layers.setdefault(model, {})[layer] = make_layer(f"{model}.{layer}", weights, alpha)
     return layers
-
-
-def _are_kohyas(names: Iterable[str]) -> bool:
-    return any(name.startswith(("lora_unet_", "lora_te")) for name in names)
-
-
-def is_kohya(path: Path) -> bool:
-    """Whether a `.safetensors` file has names of kohya's format. Source: [ours]."""
-    with safe_open(path, "pt") as file:
-        return _are_kohyas(file.keys())
-
-
-def is_dora(lora: Layers) -> bool:
-    """Whether a layer has a magnitude. Source: [ours]."""
-    return any(layer.magnitude is not None for group in lora.values() for layer in group.values())
-
-
-def embedding_note(path: Path) -> str:
-    """What to say of textual inversions that lie in a LoRA's file; empty if there are none. Source: [ours]."""
-    with safe_open(path, "pt") as file:
-        names = [key.removeprefix(EMBEDDING) for key in file.keys() if key.startswith(EMBEDDING)]
-    words = dict.fromkeys(name.split(".")[0] for name in names)
-    return f"holds a textual inversion ({', '.join(words)}), which is left out: only the LoRA is read" if words else ""
-
-
-def reads_as_meant(path: Path, lora: Layers) -> bool:
-    """Whether diffusers takes rank and alpha of each layer as `read_lora` does.
-
-    Where metadata leaves one out, PEFT has a number of its own; without any metadata both take the rank as alpha.
-
-    Source: [ours].
-    """
-    with safe_open(path, "pt") as file:
-        names, metadata = list(file.keys()), _read_metadata(file)
-    if _are_kohyas(names) or any(name.startswith(EMBEDDING) for name in names):
-        return False
-    return not metadata or not any(missing_metadata(metadata, model) for model in lora)

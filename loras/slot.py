@@ -14,7 +14,6 @@ from diffusers import StableDiffusionPipeline
 
 from loras.finding import clean_source, download_public_lora, find_lora
 from loras.loading import load_lora
-from loras.reading import embedding_note
 from programs.loading import naming
 
 
@@ -33,10 +32,7 @@ class LoraSlot:
     """
 
     def __init__(
-        self,
-        pipeline: StableDiffusionPipeline,
-        named: Iterable[str] | None = None,
-        max_bytes: float = math.inf,
+        self, pipeline: StableDiffusionPipeline, named: Iterable[str] | None = None, max_bytes: float = math.inf
     ) -> None:
         self.pipeline, self.max_bytes = pipeline, max_bytes
         self.named = None if named is None else tuple(map(_clean, named))
@@ -68,8 +64,7 @@ class LoraSlot:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             with naming(source):
                 path = find_lora(source) if is_known else download_public_lora(source, Path(folder), self.max_bytes)
-            load_lora(self.pipeline, source, f"lora_{self._count}", path)
-            self.note = embedding_note(path)
+            self.note = load_lora(self.pipeline, source, f"lora_{self._count}", path)
         if former:
             self.pipeline.delete_adapters(former)
             self.pipeline.set_adapters(f"lora_{self._count}")

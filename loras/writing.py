@@ -9,7 +9,6 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -18,7 +17,7 @@ from peft import LoraConfig
 
 from lora_layers import LoraLayer
 from loras import LORA_WEIGHTS
-from loras.reading import is_dora, read_lora
+from loras.reading import read_lora
 from programs.loading import naming
 from programs.writing import whole
 
@@ -47,7 +46,7 @@ def save_kohya_lora(lora: Path, path: Path) -> None:
     Source: [ours].
     """
     with naming(str(lora)):
-        layers = read_lora(lora)
+        layers = read_lora(lora).layers
     alpha = _most_common(layer.alpha for group in layers.values() for layer in group.values())
     state, ranks, widths = {}, set(), set()
     for model, group in layers.items():
@@ -73,7 +72,7 @@ def save_kohya_lora(lora: Path, path: Path) -> None:
     }
     with whole(path) as file:
         file.write_bytes(safetensors.torch.save(state, metadata))
-        sort_header(file)
+        _sort_header(file)
 
 
 def save_diffusers_lora(lora: Path, folder: Path) -> Path:
@@ -91,49 +90,43 @@ def save_diffusers_lora(lora: Path, folder: Path) -> Path:
 
     Source: [ours].
     """
-    options = {}
     with naming(str(lora)):
-        layers = read_lora(lora)
-        if is_dora(layers):
+        file = read_lora(lora)
+        if file.is_dora:
             raise ValueError("a DoRA is read with whole metadata alone, which names ranks, alphas and layers")
-    for model, group in layers.items():
-        state, metadata = diffusers_state(group)
-        options |= {f"{model}_lora_layers": state, f"{model}_lora_adapter_metadata": metadata}
-    return write_diffusers_lora(folder, **options)
+    return write_diffusers_lora(folder, {model: _peft_state(group) for model, group in file.layers.items()})
 
 
-def write_diffusers_lora(folder: Path, prefix: str = ".saving-", **options: Any) -> Path:
-    """Write a LoRA as diffusers does, with the metadata in order.
+def write_diffusers_lora(
+    folder: Path, models: Mapping[str, tuple[dict[str, torch.Tensor], LoraConfig]], prefix: str = ".saving-"
+) -> Path:
+    """Write a LoRA as diffusers does, the same in each process.
 
     Args:
         folder: where the file is written, under the name that diffusers looks for; it is made.
+        models: of "unet" and "text_encoder" those with a LoRA, its tensors under PEFT's names, and its configuration.
         prefix: of `whole`.
-        options: arguments of diffusers' `save_lora_weights`.
 
     Returns:
         The file.
 
     Source: [ours].
     """
+    options = {}
+    for model, (state, config) in models.items():
+        # A set has no order of its own.
+        metadata = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+        options |= {f"{model}_lora_layers": state, f"{model}_lora_adapter_metadata": metadata}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LORA_WEIGHTS
     with whole(path, prefix) as file:
         StableDiffusionPipeline.save_lora_weights(file.parent, **options)
-        sort_header(file)
+        _sort_header(file)
     return path
 
 
-def diffusers_state(group: Mapping[str, LoraLayer]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """One model's layers as diffusers writes them.
-
-    Args:
-        group: the layers by name, none of a DoRA; each may have a rank and an alpha of its own.
-
-    Returns:
-        The tensors under PEFT's names, and the metadata that tells ranks and alphas.
-
-    Source: [ours].
-    """
+def _peft_state(group: Mapping[str, LoraLayer]) -> tuple[dict[str, torch.Tensor], LoraConfig]:
+    """One model's layers, each of which may have a rank and an alpha of its own, as PEFT has them."""
     rank = _most_common(layer.rank for layer in group.values())
     alpha = _most_common(layer.alpha for layer in group.values())
     config = LoraConfig(
@@ -148,26 +141,13 @@ def diffusers_state(group: Mapping[str, LoraLayer]) -> tuple[dict[str, torch.Ten
         for name, layer in group.items()
         for key, tensor in (("lora_A", layer.down), ("lora_B", layer.up))
     }
-    return state, adapter_metadata(config)
+    return state, config
 
 
-def adapter_metadata(config: LoraConfig) -> dict[str, Any]:
-    """A LoRA's configuration as its file holds it, the same in each process: a set has no order of its own.
+def _sort_header(path: Path) -> None:
+    """Put the metadata in order, which safetensors writes in an order of chance: equal runs have equal files then.
 
-    Source: [ours].
-    """
-    return {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
-
-
-def sort_header(path: Path) -> None:
-    """Rewrite a safetensors file with the metadata in order, which safetensors writes in an order of chance.
-
-    Equal runs have equal files then, byte for byte.
-
-    Args:
-        path: a whole `.safetensors` file.
-
-    Source: [ours]; the format as safetensors documents it: the header's length in 8 bytes, the header, the tensors.
+    Source: the format as safetensors documents it: the header's length in 8 bytes, the header, the tensors.
     """
     content = path.read_bytes()
     end = 8 + int.from_bytes(content[:8], "little")

@@ -92,7 +92,7 @@ def load_adapter(pipeline: StableDiffusionPipeline, path: str | Path) -> None:
     load_lora(pipeline, str(path), "default")
     keep_in_float32(unet, "default")
     # PEFT has rounded it to the dtype of the layers it was added to.
-    for name, layer in read_lora(find_lora(str(path)))["unet"].items():
+    for name, layer in read_lora(find_lora(str(path))).layers["unet"].items():
         module = unet.get_submodule(name)
         module.lora_A["default"].weight.copy_(layer.down)
         module.lora_B["default"].weight.copy_(layer.up)

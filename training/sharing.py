@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from loras import KOHYA_WEIGHTS, LORA_WEIGHTS
-from loras.card import CardFacts, EarlierLora, write_model_card
+from loras.card import CardFacts, write_model_card
 from loras.hub import create_hub_repo, push_lora
 from loras.loading import ReferenceLora
 from loras.writing import save_kohya_lora
-from programs.loading import InputError
 from prompts import PromptPair
 
 
@@ -55,10 +54,7 @@ def make_repository(sharing: Any, output_dir: Path) -> str:
             "--hub_token: every user of this machine can see a flag while the run lasts; HF_TOKEN or `hf auth login` "
             "gives the token unseen"
         )
-    try:
-        return create_hub_repo(name, sharing.hub_token, sharing.hub_private_repo)
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    return create_hub_repo(name, sharing.hub_token, sharing.hub_private_repo)
 
 
 def share(output_dir: Path, facts: CardFacts, token: str | None) -> None:
@@ -78,11 +74,7 @@ def share(output_dir: Path, facts: CardFacts, token: str | None) -> None:
     if facts.repo_id is None:
         return
     files = [*facts.pictures, *([KOHYA_WEIGHTS] if facts.has_kohya else [])]
-    try:
-        address = push_lora(output_dir, facts.repo_id, token, PIPELINE_CODE, files)
-    except (OSError, ValueError) as error:
-        raise InputError(str(error)) from error
-    logger.info("The LoRA is on the Hub: %s", address)
+    logger.info("The LoRA is on the Hub: %s", push_lora(output_dir, facts.repo_id, token, PIPELINE_CODE, files))
 
 
 def card_facts(
@@ -118,5 +110,5 @@ def card_facts(
         repo_id=repo_id,
         has_kohya=flags["output_kohya_format"],
         is_dora=is_dora,
-        earlier_loras=tuple(EarlierLora(*(lora.hub_file or (None, "")), lora.scale) for lora in references),
+        earlier_loras=tuple(references),
     )

@@ -143,7 +143,7 @@ def test_kohyas_format_and_back(world, tmp_path, capsys):
     back = tmp_path / "back" / LORA_WEIGHTS
     assert capsys.readouterr().out.strip() == str(back)
     assert np.abs(draw(world, back) - draw(world, lora)).max() < FUSED
-    assert {layer.alpha for layer in read_lora(back)["unet"].values()} == {8}
+    assert {layer.alpha for layer in read_lora(back).layers["unet"].values()} == {8}
     merged = tmp_path / "merged"
     export("--lora", kohya, "--base_model", world.model, "--output_merged", merged)
     assert np.abs(image_of(StableDiffusionPipeline.from_pretrained(merged)) - draw(world, lora)).max() < FUSED

@@ -569,8 +569,8 @@ def test_a_lora_of_both_models_goes_to_kohyas_format_and_back(world, tmp_path, c
     }
     differences = {way: np.abs(draw_both(world, load) - expected).max() for way, load in ways.items()}
     assert max(differences.values()) < CLOSE, differences
-    assert {model: group.keys() for model, group in read_lora(returned).items()} == {
-        model: group.keys() for model, group in read_lora(lora).items()
+    assert {model: group.keys() for model, group in read_lora(returned).layers.items()} == {
+        model: group.keys() for model, group in read_lora(lora).layers.items()
     }
 
 
@@ -584,7 +584,7 @@ def test_each_layer_of_a_kohya_file_has_its_own_alpha(world, tmp_path):
     assert np.abs(draw(world, save_diffusers_lora(kohya, tmp_path / "back")) - expected).max() < CLOSE
     assert np.abs(draw_both(world, lambda pipeline: load_lora(pipeline, str(kohya), "x")) - expected).max() < CLOSE
     assert np.abs(draw(world, kohya) - expected).max() > 1e-3
-    layers = read_lora(kohya)["unet"]
+    layers = read_lora(kohya).layers["unet"]
     assert {layer.alpha for name, layer in layers.items() if name.endswith("attn2.to_v")} == {24}
 
 
@@ -607,12 +607,12 @@ def older_name(name):
 
 def test_older_names_of_diffusers_are_those_of_the_same_layers(world, tmp_path):
     lora = save_lora_of_both_models(world, tmp_path, {}, {})
-    expected, layers = draw_both(world, lambda pipeline: load_lora(pipeline, str(lora), "x")), read_lora(lora)
+    expected, layers = draw_both(world, lambda pipeline: load_lora(pipeline, str(lora), "x")), read_lora(lora).layers
     edit_lora(lora, lambda state: {older_name(name): tensor for name, tensor in state.items()})
     names = load_file(lora)
     assert sum(".processor.to_out_lora.up." in name for name in names) > 0
     assert sum(".text_model.encoder.layers.0.self_attn.to_q_lora.down." in name for name in names) == 1
-    older = read_lora(lora)
+    older = read_lora(lora).layers
     for model in ("unet", "text_encoder"):
         assert older[model].keys() == layers[model].keys()
         assert all(torch.equal(older[model][name].up, layer.up) for name, layer in layers[model].items())
