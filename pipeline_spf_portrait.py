@@ -8,7 +8,6 @@ Paper: arXiv 2504.00396.
 from __future__ import annotations
 
 import logging
-import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,17 +28,18 @@ from torch import Tensor
 try:
     from .adapters import original_rows  # noqa: F401
     from .attention_processors import capture_cross_attention  # noqa: F401
+    from .lora_layers import check_loadable
     from .pictures import captioned_pictures  # noqa: F401
     from .prompts import make_prompt_pair  # noqa: F401
     from .sfcm import SFCM_MODES  # noqa: F401
     from .spf_arguments import CALL_DOC, Request, Target
-    from .spf_arguments import is_number as _is_number
     from .spf_call import Embeds, SPFCall
     from .spf_call import uncompiled as _uncompiled
     from .spf_observer import RowLayout
     from .spf_output import SPFPortraitPipelineOutput
     from .wording import find_weights  # noqa: F401
 except ImportError:
+    import lora_layers as _lora_layers
     import spf_arguments as _arguments
     import spf_call as _call
     import spf_observer as _observer
@@ -48,7 +48,7 @@ except ImportError:
     CALL_DOC, Request, Target = _arguments.CALL_DOC, _arguments.Request, _arguments.Target
     Embeds, SPFCall, RowLayout = _call.Embeds, _call.SPFCall, _observer.RowLayout
     SPFPortraitPipelineOutput = _output.SPFPortraitPipelineOutput
-    _is_number, _uncompiled = _arguments.is_number, _call.uncompiled
+    check_loadable, _uncompiled = _lora_layers.check_loadable, _call.uncompiled
 
 EXAMPLE_DOC_STRING = f"""{CALL_DOC}
         Examples:
@@ -81,58 +81,6 @@ EXAMPLE_DOC_STRING = f"""{CALL_DOC}
 """
 
 
-def _lora_layer(key: str) -> tuple[str, str] | None:
-    """The layer that a LoRA's matrix belongs to and its side, "A" or "B"; None for other tensors.
-
-    diffusers knows three names for one matrix: PEFT's, its own, and an older one, into which it turns kohya's format.
-    """
-    match = re.fullmatch(r"(.+?)(?:\.lora_(A|B)|(\.lora|\.lora_linear_layer|_lora)\.(down|up))\.weight", key)
-    if match is None:
-        return None
-    path = match[1].replace(".processor.", ".").replace("text_encoder.text_model.", "text_encoder.")
-    if match[3] == "_lora":
-        path = path.replace(".self_attn.to_out", ".self_attn.out_proj").replace(".to_out", ".to_out.0")
-        path = re.sub(r"\.self_attn\.to_(q|k|v)$", r".self_attn.\1_proj", path)
-    return path, match[2] or {"down": "A", "up": "B"}[match[4]]
-
-
-def _features(layer: torch.nn.Module | None) -> tuple[int, int] | None:
-    """Inputs and outputs of a layer with weights, of which quantized ones do not tell them; None for other modules."""
-    if getattr(layer, "weight", None) is None:
-        return None
-    for inputs, outputs in (("in_features", "out_features"), ("in_channels", "out_channels")):
-        if hasattr(layer, inputs):
-            return getattr(layer, inputs), getattr(layer, outputs)
-    return None
-
-
-def _check_lora_values(
-    name: str, layers: dict[str, Tensor], alphas: dict[str, float] | None, metadata: dict[str, Any] | None
-) -> None:
-    """Raise a ValueError if a LoRA holds numbers that are none, or what the stock loader takes for something else."""
-    embedding = next((key for key in layers if key.startswith("bundle_emb.")), None)
-    if embedding is not None:
-        raise ValueError(
-            f"{name} holds a textual inversion beside its layers ({embedding!r}), and diffusers reads none of both: "
-            "export_spf_portrait_lora.py writes the LoRA without it."
-        )
-    for key, tensor in layers.items():
-        values = tensor.float()
-        if not values.isfinite().all():
-            kind = "NaN" if values.isnan().any() else "infinite"
-            raise ValueError(f"{name}: its weights are not numbers ({kind}) in layer {key}")
-    given = dict(alphas or {})
-    for model in {key.partition(".")[0] for key in layers} if metadata else ():
-        # PEFT would have numbers of its own.
-        missing = [key for key in ("r", "lora_alpha", "target_modules") if metadata.get(f"{model}.{key}") is None]
-        if missing:
-            raise ValueError(f"{name}: its metadata tells no {' and no '.join(missing)} of the {model}'s layers.")
-        given |= {f"{model} (all)": metadata[f"{model}.lora_alpha"], **(metadata.get(f"{model}.alpha_pattern") or {})}
-    for key, alpha in given.items():
-        if not _is_number(alpha):
-            raise ValueError(f"{name}: its alpha is not a number ({alpha!r}) in layer {key}")
-
-
 @contextmanager
 def _without_false_alarms() -> Iterator[None]:
     """Inside, nothing is said of what is no fault in a LoRA that was checked: no part of it is for the text encoder,
@@ -149,33 +97,6 @@ def _without_false_alarms() -> Iterator[None]:
             yield
     finally:
         speaker.removeFilter(other)
-
-
-def _check_lora_fits(name: str, layers: dict[str, Tensor], models: dict[str, torch.nn.Module | None]) -> None:
-    """Raise a ValueError if a LoRA's layers, by their names in diffusers' format, are not those of the models."""
-    advice = "load it with a pipeline of the model it was trained on."
-    modules = {
-        f"{prefix}.{path}".replace(".base_layer", ""): module
-        for prefix, model in models.items()
-        if model is not None
-        for path, module in _uncompiled(model).named_modules()
-    }
-    matrices = {place: value for key, value in layers.items() if (place := _lora_layer(key)) is not None}
-    if not matrices:
-        raise ValueError(f"{name} has no LoRA layer that is known here: {advice}")
-    for path in dict.fromkeys(path for path, _ in matrices):
-        features = _features(modules.get(path))
-        if features is None:
-            raise ValueError(f"{name} is for another architecture: there is no layer {path}; {advice}")
-        down, up = (matrices.get((path, side)) for side in "AB")
-        for matrix, side, other in zip((down, up), (1, 0), features):
-            own = other if matrix is None else matrix.shape[side]
-            if own != other:
-                raise ValueError(
-                    f"{name} is for another architecture: {path} has {own} features, not {other}; {advice}"
-                )
-        if down is None or up is None or down.shape[0] != up.shape[1]:
-            raise ValueError(f"{name} is damaged: the two matrices of {path} do not belong together.")
 
 
 @contextmanager
@@ -292,12 +213,16 @@ class SPFPortraitPipeline(SPFCall, StableDiffusionPipeline):
         """
         given = pretrained_model_name_or_path_or_dict
         weights = dict(given) if isinstance(given, dict) else given
-        layers, alphas, metadata = self.lora_state_dict(weights, return_lora_metadata=True, **kwargs)
+        state = self.lora_state_dict(weights, return_lora_metadata=True, **kwargs)
         name = "The LoRA" if isinstance(given, dict) else f"The LoRA {given}"
         if kwargs.get("weight_name") is not None:
             name += f"/{kwargs['weight_name']}"
-        _check_lora_values(name, layers, alphas, metadata)
-        _check_lora_fits(name, layers, {"unet": self.unet, "text_encoder": self.text_encoder})
+        models = {"unet": self.unet, "text_encoder": self.text_encoder}
+        modules = {key: _uncompiled(model).named_modules() for key, model in models.items() if model is not None}
+        try:
+            check_loadable(*state, {key: dict(named) for key, named in modules.items()})
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
         with _without_false_alarms():
             super().load_lora_weights(given, adapter_name=adapter_name, **kwargs)
 

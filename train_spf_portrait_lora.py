@@ -16,7 +16,6 @@ import logging
 import math
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -55,10 +54,11 @@ from adapters import Adapters, active_adapters
 from attention_processors import CrossAttentionFeatures, capture_cross_attention, phrase_map_resolution
 from families.noise_process import DDPM
 from families.prompt_embeds import PromptEmbeds
-from loras.files import adapter_metadata, sort_header
-from loras.hub import CARD, LORA_WEIGHTS
+from loras import CARD, LORA_WEIGHTS
+from loras.writing import write_diffusers_lora
 from pictures import overlay_heat_map, picture_grid
 from pipeline_spf_portrait import SPFPortraitPipeline
+from programs.checkpoints import find_checkpoints
 from programs.interruption import Interrupted, StopRequest, catch_stop_signals, leave_stop_signals
 from programs.loading import InputError
 from sfcm import SFCM_MODES, free_regions, noise_difference, phrase_attention_maps
@@ -66,7 +66,6 @@ from training.caches import TensorCache, fingerprint, module_fingerprint
 from training.checkpoints import (
     HIDDEN_PREFIX,
     CheckpointError,
-    find_checkpoints,
     lock_folder,
     remove_leftovers,
     save_checkpoint,
@@ -113,7 +112,7 @@ from training.prompt_table import (
     encode_prompts,
     make_prompt_table,
 )
-from training.sharing import make_repository, share
+from training.sharing import card_facts, make_repository, share
 
 
 logger = get_logger(__name__)
@@ -1138,20 +1137,9 @@ def save_lora(run: Run, folder: Path) -> None:
     """Write the LoRA in diffusers' format with its metadata, whole or not at all."""
     if not run.accelerator.is_main_process:
         return
-    folder.mkdir(parents=True, exist_ok=True)
     # peft's names, for all layers: a loader tells the naming by the first one.
     state = get_peft_model_state_dict(run.unet, adapter_name="default")
-    metadata = adapter_metadata(run.unet.peft_config["default"])
-    with tempfile.TemporaryDirectory(dir=folder, prefix=f"{HIDDEN_PREFIX}lora-") as temporary:
-        SPFPortraitPipeline.save_lora_weights(
-            temporary,
-            unet_lora_layers=state,
-            safe_serialization=True,
-            unet_lora_adapter_metadata=metadata,
-        )
-        sort_header(Path(temporary) / LORA_WEIGHTS)
-        for file in Path(temporary).iterdir():
-            os.replace(file, folder / file.name)
+    write_diffusers_lora(folder, {"unet": (state, run.unet.peft_config["default"])}, f"{HIDDEN_PREFIX}lora-")
 
 
 def save_result(run: Run, folder: Path) -> None:
@@ -1323,7 +1311,7 @@ def train_in_folder(args: argparse.Namespace, inputs: Inputs, accelerator: Accel
     if accelerator.is_main_process:
         check_nothing_came(args, inputs.resume)
     if args.push_to_hub and accelerator.is_main_process:
-        repo_id = make_repository(args)
+        repo_id = make_repository(args, Path(args.output_dir))
     logger.info("Loading %s", args.pretrained_model_name_or_path)
     run = prepare_run(args, inputs, accelerator)
     run.repo_id = repo_id
@@ -1485,8 +1473,8 @@ def finish(run: Run) -> None:
         logger.warning("The gradient scaler left out %d updates that were not finite", run.skipped_updates)
     if accelerator.is_main_process:
         pictures = [validation_picture(run.global_step)] if run.args.num_validation_images else []
-        share(
-            run.args,
+        facts = card_facts(
+            vars(run.args),
             run.inputs.pairs[: len(run.inputs.rows)],
             run.inputs.validation_pair,
             pictures,
@@ -1494,6 +1482,7 @@ def finish(run: Run) -> None:
             run.unet.peft_config["default"].use_dora,
             run.inputs.references,
         )
+        share(Path(run.args.output_dir), facts, run.args.hub_token)
     say_what_is_there(run)
 
 

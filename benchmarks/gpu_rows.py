@@ -36,7 +36,7 @@ from benchmarks import step_cost  # noqa: E402
 from benchmarks.estimate_memory import GIB, PRESETS  # noqa: E402
 from benchmarks.gpu import MODELS, Bench, Result  # noqa: E402
 from benchmarks.random_stable_diffusion import write_model  # noqa: E402
-from loras.hub import LORA_WEIGHTS  # noqa: E402
+from loras import LORA_WEIGHTS  # noqa: E402
 from pipeline_spf_portrait import SPFPortraitPipeline  # noqa: E402
 from toy_portraits.recipe import BASE_MODEL, LORA, training_flags  # noqa: E402
 

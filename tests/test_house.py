@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module or a folder by the first name of its imports. Each floor imports from those below it alone, a module of a
 # folder from its own folder as well.
 FLOORS = (
-    {"adapters", "attention_processors", "wording", "sfcm", "pictures", "programs"},
+    {"adapters", "attention_processors", "lora_layers", "wording", "sfcm", "pictures", "programs"},
     {"prompts", "spf_output"},
     {"spf_arguments", "spf_observer"},
     {"spf_call"},

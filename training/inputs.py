@@ -24,8 +24,12 @@ from transformers import AutoConfig, CLIPConfig, CLIPImageProcessorPil, CLIPText
 
 from families.find import check_model
 from families.stable_diffusion import ModelFacts, StableDiffusion
-from loras.files import DORA_ON_TOP, ReferenceLora, check_lora_fits, find_lora, find_on_hub, is_dora, read_lora
-from loras.hub import LORA_WEIGHTS
+from lora_layers import check_fits
+from loras import LORA_WEIGHTS
+from loras.finding import find_lora, find_on_hub
+from loras.loading import DORA_ON_TOP, ReferenceLora
+from loras.reading import read_lora
+from programs.checkpoints import find_checkpoints
 from programs.loading import InputError, check_model_name, load_tokenizer, naming_flag
 from prompts import (
     PromptPair,
@@ -39,7 +43,7 @@ from prompts import (
     tokenize_prompt_pair,
 )
 from training.caches import fingerprint
-from training.checkpoints import check_checkpoint, find_checkpoints, latest_checkpoint, read_state
+from training.checkpoints import check_checkpoint, latest_checkpoint, read_state
 from training.data import (
     PortraitRow,
     bucketed_batch_indices,
@@ -212,12 +216,12 @@ def check_inputs(args: argparse.Namespace) -> Inputs:
     if args.stage1_lora_path is not None:
         with naming_flag("stage1_lora_path", args.stage1_lora_path):
             stage1 = read_lora(find_lora(args.stage1_lora_path))
-            check_lora_fits(stage1, {"unet": _unet_layers(unet_config)})
-            if is_dora(stage1) and args.dual_path == "single_pass":
+            check_fits(stage1.layers, {"unet": _unet_layers(unet_config)})
+            if stage1.is_dora and args.dual_path == "single_pass":
                 raise ValueError(
                     "is a DoRA, which cannot be off in some rows of a batch: it needs --dual_path two_pass"
                 )
-            if is_dora(stage1) and references:
+            if stage1.is_dora and references:
                 raise ValueError(f"is a DoRA, which does not go with --reference_lora: {DORA_ON_TOP}")
     if args.lora_layers is not None:
         check_lora_layers(args.lora_layers, unet_config)
@@ -373,7 +377,7 @@ def check_references(references: Sequence[ReferenceLora], unet_config: dict, tex
     layers = {"unet": _unet_layers(unet_config), "text_encoder": text_layers}
     for reference in references:
         with naming_flag("reference_lora", reference.name):
-            check_lora_fits(read_lora(reference.path), layers)
+            check_fits(read_lora(reference.path).layers, layers)
 
 
 def check_lora_layers(layers: Sequence[str], unet_config: dict) -> None:

@@ -16,7 +16,9 @@ from peft import LoraConfig
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from families.stable_diffusion import StableDiffusion
-from loras.files import ReferenceLora, find_lora, load_lora, merge_loras, read_lora
+from loras.finding import find_lora
+from loras.loading import ReferenceLora, load_lora, merge_loras
+from loras.reading import read_lora
 from programs.loading import cast_models, load_pipeline, load_tokenizer, naming_flag
 
 
@@ -90,7 +92,7 @@ def load_adapter(pipeline: StableDiffusionPipeline, path: str | Path) -> None:
     load_lora(pipeline, str(path), "default")
     keep_in_float32(unet, "default")
     # PEFT has rounded it to the dtype of the layers it was added to.
-    for name, layer in read_lora(find_lora(str(path)))["unet"].items():
+    for name, layer in read_lora(find_lora(str(path))).layers["unet"].items():
         module = unet.get_submodule(name)
         module.lora_A["default"].weight.copy_(layer.down)
         module.lora_B["default"].weight.copy_(layer.up)

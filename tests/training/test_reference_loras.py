@@ -38,7 +38,7 @@ from test_train import (  # noqa: F401  (fixtures)
 
 import train_spf_portrait_lora as script
 from adapters import active_adapters
-from loras.files import ReferenceLora, merge_loras
+from loras.loading import ReferenceLora, merge_loras
 from pipeline_spf_portrait import SPFPortraitPipeline
 from programs.loading import InputError
 from prompts import make_prompt_pair
@@ -503,16 +503,16 @@ def spoil(kind: str, path: Path) -> str:
             name: torch.cat([weight] * 2, 1).contiguous() if ".attn2.to_k.lora_A" in name else weight
             for name, weight in state.items()
         }
-        says = "for another model"
+        says = "is for another architecture"
     elif kind == "another text encoder":
         state = {
             name: torch.cat([weight] * 2, 1).contiguous() if ".q_proj.lora_A" in name else weight
             for name, weight in state.items()
         }
-        says = "for another model"
+        says = "is for another architecture"
     elif kind == "another architecture":
         state = {name.replace("unet.down_blocks.0", "unet.down_blocks.7"): weight for name, weight in state.items()}
-        says = "belongs to no layer of this base model"
+        says = "there is no layer unet.down_blocks.7."
     elif kind == "a transformer":
         state = {name.replace("unet.", "transformer."): weight for name, weight in state.items()}
         says = "is no LoRA weight of Stable Diffusion's UNet or text encoder"
