@@ -366,9 +366,9 @@ def preset(bench: Bench, name: str, card: int) -> Result:
 
 
 def counted(card: int) -> str:
-    """What the README says of a preset's memory."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    return re.search(rf"^\| {card} GB \| `--.+?` \| (.+?) \|", readme, re.MULTILINE)[1]
+    """What the documentation says of a preset's memory."""
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    return re.search(rf"^\| {card} GB \| `--.+?` \| (.+?) \|", page, re.MULTILINE)[1]
 
 
 def runs_of(bench: Bench, name: str, size: str, precision: str) -> dict[str, trainer.Run]:
