@@ -46,7 +46,7 @@ from evaluation.measures import (
 )
 from evaluation.report import PictureRow, response_plot, write_csv, write_html, write_json, write_lines
 from evaluation.summary import Judged, summarise
-from loras.files import load_lora
+from loras.loading import load_lora
 from pictures import overlay_heat_map
 from pipeline_spf_portrait import SPFPortraitPipeline
 from programs.loading import InputError, choose_device, load_pipeline, naming

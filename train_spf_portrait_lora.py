@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from programs.console import import_libraries
-from training.arguments import Flags, parse_args, uses_enhancement
+from training.arguments import Flags, flat, parse_args, uses_enhancement
 
 
 if __name__ == "__main__":
@@ -34,8 +34,8 @@ from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from loras.hub import LORA_WEIGHTS
-from pipeline_spf_portrait import SPFPortraitPipeline
+from loras import LORA_WEIGHTS
+from programs.checkpoints import find_checkpoints
 from programs.interruption import Interrupted, StopRequest, catch_stop_signals
 from programs.loading import InputError
 from training.alignment import prepare_alignment
@@ -43,7 +43,6 @@ from training.batches import make_drawer
 from training.caches import TensorCache
 from training.checkpoints import (
     CheckpointError,
-    find_checkpoints,
     lock_folder,
     remove_leftovers,
     what_is_safe,
@@ -70,7 +69,7 @@ from training.portraits import (
 )
 from training.prompt_table import clip_phrase_distances, make_prompt_table
 from training.saving import Checkpoints, save_result, say_what_is_there
-from training.sharing import make_repository, share
+from training.sharing import card_facts, make_repository, share
 from training.validation import draw_validation, validation_path
 
 
@@ -97,13 +96,13 @@ def prepare(flags: Flags, inputs: Inputs, accelerator: Accelerator) -> Parts:
     shown = accelerator.is_local_main_process
     earlier = flags.lora.stage1_lora_path if inputs.resume is None else inputs.resume.folder
     clip, clip_tokenizer, processor = load_clip(flags.model.clip_model_name_or_path, flags.model.cache_dir, device)
-    models = load_models(SPFPortraitPipeline, flags.model, flags.lora, accelerator, inputs.references, earlier)
+    models = load_models(inputs.family, flags.model, flags.lora, accelerator, inputs.references, earlier)
     cache = TensorCache(None if flags.model.cache_dir is None else Path(flags.model.cache_dir) / "spf-portrait")
     table = make_prompt_table(
+        inputs.family,
+        models.pipeline,
         inputs.pairs,
         inputs.tokens,
-        inputs.tokenizer,
-        models.pipeline.text_encoder,
         clip,
         clip_tokenizer,
         encode=data.cache_text_embeddings,
@@ -117,17 +116,17 @@ def prepare(flags: Flags, inputs: Inputs, accelerator: Accelerator) -> Parts:
     if uses_enhancement(flags.method, flags.paper):
         decoder = load_decoder(flags.model, models.pipeline.vae, weight_dtype(accelerator), device)
         steps = flags.method.stage1_steps, flags.loop.gradient_accumulation_steps
-        scale_factor, targets = models.pipeline.vae_scale_factor, table.target_embeds
-        enhancement = Enhancement(clip, processor, decoder, scale_factor, targets, flags.paper, steps)
+        enhancement = Enhancement(models, clip, processor, decoder, table.target_embeds, flags.paper, steps)
         if data.cache_latents:
             enhancement.embed(training, shown)
     decodes = enhancement is not None and enhancement.decoder is models.pipeline.vae
-    idle = {"vae": data.cache_latents and not decodes, "text_encoder": data.cache_text_embeddings}
-    models.release([name for name, is_idle in idle.items() if is_idle])
+    models.release(
+        ["vae"] * (data.cache_latents and not decodes) + [*inputs.family.text_encoders] * data.cache_text_embeddings
+    )
     return Parts(
         models=models,
         table=table,
-        batches=make_drawer(seed, flags.loop.train_batch_size, len(inputs.pairs), models.noise_scheduler, accelerator),
+        batches=make_drawer(seed, flags.loop.train_batch_size, len(inputs.pairs), models.noise, accelerator),
         training=training,
         maps=MapMaker(models, table, flags.alignment, seed),
         alignment=None,
@@ -287,8 +286,11 @@ def finish(flags: Flags, inputs: Inputs, models: Models, engine: Engine, repo_id
         pictures = [validation_path(engine.global_step)] if flags.output.num_validation_images else []
         is_dora = models.unet.peft_config["default"].use_dora
         pairs = inputs.pairs[: len(inputs.rows)]
-        share(old(flags), pairs, inputs.validation_pair, pictures, repo_id, is_dora, inputs.references)
-    say_what_is_there(flags, inputs, engine.global_step, Path(__file__).with_name("pipeline_spf_portrait.py"))
+        facts = card_facts(
+            flat(flags), pairs, inputs.validation_pair, pictures, repo_id, is_dora, inputs.references
+        )  # fmt: skip
+        share(output_dir, facts, flags.sharing.hub_token)
+    say_what_is_there(flags, inputs, engine.global_step, Path(__file__).with_name(inputs.family.pipeline_file))
 
 
 # -------------------------------------------------------------------------------------------------------- the program
@@ -323,7 +325,7 @@ def train_in_folder(flags: Flags, inputs: Inputs, accelerator: Accelerator, reco
     if accelerator.is_main_process:
         check_nothing_came(old(flags), inputs.resume)
         if flags.sharing.push_to_hub:
-            repo_id = make_repository(old(flags))
+            repo_id = make_repository(flags.sharing, output_dir)
     logger.info("Loading %s", flags.model.pretrained_model_name_or_path)
     parts = prepare(flags, inputs, accelerator)
     models, resume = parts.models, None if inputs.resume is None else inputs.resume.state

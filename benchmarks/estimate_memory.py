@@ -26,7 +26,7 @@ import shlex
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,11 +45,13 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextC
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from adapters import active_adapters  # noqa: E402
-from attention_processors import capture_cross_attention  # noqa: E402
+from adapters import Adapters, active_adapters  # noqa: E402
+from attention_processors import CrossAttentionStore, capture_cross_attention  # noqa: E402
 from benchmarks.random_stable_diffusion import TEXT, VISION, make_unet, make_vae  # noqa: E402
+from families.prompt_embeds import PromptEmbeds  # noqa: E402
+from families.stable_diffusion import StableDiffusion  # noqa: E402
 from training.arguments import flat, parse_args, uses_enhancement  # noqa: E402
-from training.dual_path import dual_path  # noqa: E402
+from training.dual_path import DualPathOutput, dual_path  # noqa: E402
 from training.losses import compose_prediction, diffusion_loss, fine_grained_loss, text_consistent_loss  # noqa: E402
 from training.models import lora_config  # noqa: E402
 from training.prompt_table import embed_pixels  # noqa: E402
@@ -264,22 +266,29 @@ def autocast_forward(unet: UNet2DConditionModel) -> Iterator[None]:
 
 @dataclass
 class UNetInputs:
-    """A batch of noisy latents (B, 4, H, W), timesteps (B,) and prompts (B, 77, E)."""
+    """A batch of noisy latents (B, 4, H, W), timesteps (B,) and prompts."""
 
     latents: Tensor
     timesteps: Tensor
-    prompts: Tensor
+    prompts: PromptEmbeds
 
     @classmethod
     def make(cls, unet: UNet2DConditionModel, rows: int, side: int = SIDE) -> UNetInputs:
         return cls(
             torch.empty(rows, unet.config.in_channels, side, side),
             torch.zeros(rows, dtype=torch.long),
-            torch.empty(rows, TOKENS, unet.config.cross_attention_dim, dtype=HALF),
+            PromptEmbeds(torch.empty(rows, TOKENS, unet.config.cross_attention_dim, dtype=HALF)),
         )
 
     def predict(self, unet: UNet2DConditionModel) -> Tensor:
-        return unet(self.latents, self.timesteps, self.prompts, return_dict=False)[0]
+        return StableDiffusion.predict(unet, self.latents, self.timesteps, self.prompts)
+
+    def both_paths(
+        self, unet: UNet2DConditionModel, store: CrossAttentionStore
+    ) -> AbstractContextManager[DualPathOutput]:
+        predict = partial(StableDiffusion.predict, unet)
+        given = (self.latents, self.timesteps, self.prompts, self.prompts)
+        return dual_path(Adapters(unet), predict, *given, store=store)
 
 
 @torch.no_grad()
@@ -312,7 +321,7 @@ def mapping_peak(models: Models) -> int:
     unet = models.unet
     with counting(unet, *models.judges) as counter, autocast_forward(unet), capture_cross_attention(unet) as store:
         inputs = UNetInputs.make(unet, 2 * models.args.train_batch_size)
-        with dual_path(unet, inputs.latents, inputs.timesteps, inputs.prompts, inputs.prompts, store=store):
+        with inputs.both_paths(unet, store):
             pass
     return counter.peak
 
@@ -350,7 +359,7 @@ def alignment_backward(models: Models, inputs: UNetInputs) -> None:
     padding = torch.ones(rows, TOKENS, dtype=torch.bool)
     with (
         capture_cross_attention(unet) as store,
-        dual_path(unet, inputs.latents, inputs.timesteps, inputs.prompts, inputs.prompts, store=store) as paths,
+        inputs.both_paths(unet, store) as paths,
     ):
         reference, response = paths.reference, paths.response
         resolutions = list(reference.resolutions.values())

@@ -36,7 +36,7 @@ from benchmarks import step_cost  # noqa: E402
 from benchmarks.estimate_memory import GIB, PRESETS  # noqa: E402
 from benchmarks.gpu import MODELS, Bench, Result  # noqa: E402
 from benchmarks.random_stable_diffusion import write_model  # noqa: E402
-from loras.hub import LORA_WEIGHTS  # noqa: E402
+from loras import LORA_WEIGHTS  # noqa: E402
 from pipeline_spf_portrait import SPFPortraitPipeline  # noqa: E402
 from toy_portraits.recipe import BASE_MODEL, LORA, training_flags  # noqa: E402
 
@@ -366,9 +366,9 @@ def preset(bench: Bench, name: str, card: int) -> Result:
 
 
 def counted(card: int) -> str:
-    """What the README says of a preset's memory."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    return re.search(rf"^\| {card} GB \| `--.+?` \| (.+?) \|", readme, re.MULTILINE)[1]
+    """What the documentation says of a preset's memory."""
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    return re.search(rf"^\| {card} GB \| `--.+?` \| (.+?) \|", page, re.MULTILINE)[1]
 
 
 def runs_of(bench: Bench, name: str, size: str, precision: str) -> dict[str, trainer.Run]:

@@ -50,7 +50,10 @@ from benchmarks.preservation import (  # noqa: E402
     noise_of_prompts,
 )
 from benchmarks.rows import markdown_table, number, standard_error, without_nan  # noqa: E402
-from pipeline_spf_portrait import SPFPortraitPipeline, overlay_heat_map  # noqa: E402
+from families.prompt_embeds import PromptEmbeds  # noqa: E402
+from families.stable_diffusion import StableDiffusion  # noqa: E402
+from pictures import overlay_heat_map  # noqa: E402
+from pipeline_spf_portrait import SPFPortraitPipeline  # noqa: E402
 from prompts import PromptPair, make_prompt_pair, phrase_mask, tokenize_prompt_pair  # noqa: E402
 from sfcm import SFCM_MODES, noise_difference, phrase_attention_maps  # noqa: E402
 from toy_portraits.build import to_tensor  # noqa: E402
@@ -323,7 +326,7 @@ def prompt_table(tools: Tools, pairs: Sequence[PromptPair]) -> tuple[PromptTable
     """What the training knows of the prompts, and (B, 1, T) weights that average over each target's tokens."""
     tokenizer = tools.pipeline.tokenizer
     tokens = [tokenize_prompt_pair(pair, tokenizer) for pair in pairs]
-    table = make_prompt_table(pairs, tokens, tokenizer, tools.pipeline.text_encoder, tools.clip, tools.clip_tokenizer)
+    table = make_prompt_table(StableDiffusion, tools.pipeline, pairs, tokens, tools.clip, tools.clip_tokenizer)
     length = tokenizer.model_max_length
     weights = torch.tensor([phrase_mask([row.target_positions], length) for row in tokens], device=tools.device)
     return table, weights
@@ -338,12 +341,12 @@ def encode(tools: Tools, images: np.ndarray) -> torch.Tensor:
 
 @torch.no_grad()
 def predict(
-    unet: torch.nn.Module, adapter: str, latents: torch.Tensor, timesteps: torch.Tensor, embeds: torch.Tensor
+    unet: torch.nn.Module, adapter: str, latents: torch.Tensor, timesteps: torch.Tensor, embeds: PromptEmbeds
 ) -> tuple[torch.Tensor, CrossAttentionFeatures]:
     """The UNet's prediction and cross-attention with one adapter on, or with none ("original")."""
     names = None if adapter == ORIGINAL else adapter
     with active_adapters(unet, names), capture_cross_attention(unet) as store, store.record():
-        model_pred = unet(latents, timesteps, embeds, return_dict=False)[0]
+        model_pred = StableDiffusion.predict(unet, latents, timesteps, embeds)
         return model_pred, store.pop()
 
 

@@ -65,6 +65,7 @@ from toy_portraits.judge import PROBE_FOLDER, PortraitJudge, ToyPrompt, base_pro
 from toy_portraits.probe import CLASS_FACTORS, PIXEL_FACTORS  # noqa: E402
 from toy_portraits.recipe import BASE_MODEL, FLAGS, training_flags  # noqa: E402
 from toy_portraits.world import SIZE, TARGETS, ToyTarget, render, sample_factors  # noqa: E402
+from training.sharing import PIPELINE_CODE  # noqa: E402
 
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
@@ -473,7 +474,7 @@ def evaluate_guided(
         target = TARGETS[originals.target_name]
         return judge.compare(originals.base_images, drawn["full_images"], target) | drawn
 
-    code = file_digest(ROOT / "pipeline_spf_portrait.py", ROOT / "sfcm.py")
+    code = file_digest(*PIPELINE_CODE.values())
     digests = [base_model_digest(), file_digest(weights), judge_digest(), code]
     key = ["guided portraits", originals.target_name, options, sfcm_guidance, asdict(settings), digests]
     return cached_arrays(cache_dir, key, make)

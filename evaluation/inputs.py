@@ -16,11 +16,13 @@ import numpy as np
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from PIL import Image
 
-from loras.files import clean_source, find_lora, read_lora
+from loras.finding import clean_source, find_lora
+from loras.reading import read_lora
+from programs.checkpoints import find_checkpoints
 from programs.loading import InputError, naming, naming_flag
-from prompts import PromptPair, has_phrase, make_prompt_pair
-from training.checkpoints import find_checkpoints
+from prompts import PromptPair, make_prompt_pair
 from training.data import PortraitRow, load_image, read_json_lines, read_phrases, read_target
+from wording import has_phrase
 
 
 ORIGINAL_MODEL = "original model"  # how the report calls it, and so no LoRA

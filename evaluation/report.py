@@ -27,6 +27,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from programs.writing import whole
+
 
 GROUPS = {
     "pollution": "Pollution",
@@ -121,10 +123,8 @@ def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _write_whole(path: Path, text: str) -> None:
-    """Write a file, or leave what there was: never a part of it."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8", newline="")
-    part.replace(path)
+    with whole(path) as file:
+        file.write_text(text, encoding="utf-8", newline="")
 
 
 # ---------------------------------------------------------------------------------------------------------------- plot

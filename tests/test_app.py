@@ -21,8 +21,9 @@ from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
 import app
-from app import LoraSlot, build_demo, check_lengths, draw, parse_args, phrase_table, propose_replacement
-from loras.files import load_lora
+from app import build_demo, check_lengths, draw, parse_args, phrase_table, propose_replacement
+from loras.loading import load_lora
+from loras.slot import LoraSlot
 from pipeline_spf_portrait import SPFPortraitPipeline
 from programs.loading import InputError, choose_device, load_pipeline
 from toy_portraits.recipe import BASE_MODEL, LORA
@@ -264,7 +265,7 @@ FROM_THE_HUB = """
 import sys
 from pathlib import Path
 import torch
-from app import LoraSlot
+from loras.slot import LoraSlot
 from programs.loading import load_pipeline
 from huggingface_hub import hf_hub_download
 from pipeline_spf_portrait import SPFPortraitPipeline

@@ -64,8 +64,7 @@ def maps_as_given(given: Sequence[torch.Tensor], portraits: Portraits) -> list[t
 @torch.no_grad()
 def decode_portrait(models: Models, latents: torch.Tensor) -> Image.Image:
     """The portrait of latents (C, H, W)."""
-    vae = models.pipeline.vae
-    pixels = vae.decode(latents[None].to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+    pixels = models.family.to_pixels(models.pipeline.vae, latents[None])
     return models.pipeline.image_processor.postprocess(pixels.float(), output_type="pil")[0]
 
 

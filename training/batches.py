@@ -10,14 +10,10 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler
 
+from families.noise_process import DDPM
 from training.portraits import Portraits, TrainingPortraits
 from training.prompt_table import BASE, EMPTY, FULL
-
-
-# Stable Diffusion's own schedule ends at a ratio of 214.
-MAX_NOISE_TO_SIGNAL = 256.0
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,7 @@ class BatchDrawer:
         seed: of the run.
         batch_size: rows of one process; process_index of num_processes.
         pairs: how many pairs of prompts the prompt table has.
-        noise_scheduler: adds the noise.
+        noise: of training.
         device: where batches lie.
     """
 
@@ -67,7 +63,7 @@ class BatchDrawer:
     process_index: int
     num_processes: int
     pairs: int
-    noise_scheduler: DDPMScheduler
+    noise: DDPM
     device: torch.device
 
     @property
@@ -137,36 +133,25 @@ class BatchDrawer:
         place = (torch.randperm(size, generator=generator) + torch.rand(size, generator=generator)) / size
         kinds = torch.where(place < unchanged_share / 3, EMPTY, torch.where(place < unchanged_share, BASE, FULL))[own]
         noise = torch.randn(size, *latents.shape[1:], generator=generator)
-        # The betas stay on the CPU; the scheduler moves its own products of them to the device.
-        density = timestep_density((1 - self.noise_scheduler.betas).cumprod(0), timestep_power)
+        density = self.noise.timestep_density(timestep_power)
         timesteps = torch.multinomial(density, size, replacement=True, generator=generator)[own]
         if noise_offset:
             noise = noise + noise_offset * torch.randn(size, latents.shape[1], 1, 1, generator=generator)
         timesteps, noise = send(timesteps, self.device), send(noise[own], self.device)
         pairs = pair_index[send(index % len(pair_index), self.device)]
         rows = send(kinds * self.pairs, self.device) + pairs
-        noisy_latents = self.noise_scheduler.add_noise(latents, noise, timesteps)
+        noisy_latents = self.noise.add_noise(latents, noise, timesteps)
         return Batch(index, kinds, pairs, rows, latents, noise, noisy_latents, timesteps, pixels)
 
 
 def make_drawer(
-    seed: int, batch_size: int, pairs: int, noise_scheduler: DDPMScheduler, accelerator: Accelerator
+    seed: int, batch_size: int, pairs: int, noise: DDPM, accelerator: Accelerator
 ) -> BatchDrawer:
     """What draws the batches of this process."""
     processes = accelerator.process_index, accelerator.num_processes
-    return BatchDrawer(seed, batch_size, *processes, pairs, noise_scheduler, accelerator.device)
+    return BatchDrawer(seed, batch_size, *processes, pairs, noise, accelerator.device)
 
 
 def send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor of the CPU on the device, without waiting for what a GPU still has to do."""
     return values.to(device, non_blocking=device.type == "cuda")
-
-
-def timestep_density(alphas_cumprod: torch.Tensor, power: float) -> torch.Tensor:
-    """Weights of the timesteps, (noise/signal)^power of the variances, the ratio at most `MAX_NOISE_TO_SIGNAL`.
-
-    Where a head is, and how large, is decided at high timesteps, where errors of the predicted noise are small numbers
-    and move the portrait most. A schedule that ends in pure noise has no signal there, and without a bound its last
-    timesteps would be nearly all that is drawn.
-    """
-    return ((1 - alphas_cumprod) / alphas_cumprod).clamp(max=MAX_NOISE_TO_SIGNAL) ** power

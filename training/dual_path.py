@@ -1,20 +1,21 @@
-"""The two paths over one set of UNet weights: adapters off with the base prompt, one adapter on with the full prompt.
+"""The two paths over one set of weights: adapters off with the base prompt, one adapter on with the full prompt.
 
-Legend: B batch, C latent channels, H/W latent size, T text tokens, E size of a text embedding.
+Legend: B batch, C latent channels, H/W latent size.
 Paper: arXiv 2504.00396.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adapters import BASE_ROW, Adapters
 from attention_processors import CrossAttentionFeatures, CrossAttentionStore
+from families.prompt_embeds import PromptEmbeds
 
 
 DUAL_PATH_MODES = ("two_pass", "single_pass")
@@ -37,18 +38,22 @@ class DualPathOutput:
     response: CrossAttentionFeatures | None
 
 
+Predict = Callable[[Tensor, Tensor, PromptEmbeds], Tensor]
+
+
 @contextmanager
 def dual_path(
-    unet: nn.Module,
+    adapters: Adapters,
+    predict: Predict,
     noisy_latents: Tensor,
     timesteps: Tensor,
-    reference_hidden_states: Tensor,
-    response_hidden_states: Tensor,
+    reference_embeds: PromptEmbeds,
+    response_embeds: PromptEmbeds,
     *,
     adapter_name: str = "default",
     mode: str = "two_pass",
     store: CrossAttentionStore | None = None,
-    response_unet: nn.Module | None = None,
+    respond: Predict | None = None,
 ) -> Iterator[DualPathOutput]:
     """Run the Reference Path (adapters off) and the Response Path (one adapter on) on the same noisy latents.
 
@@ -56,51 +61,51 @@ def dual_path(
     and they must find the adapters as the forward found them.
 
     Args:
-        unet: with the adapter, not a DDP wrapper.
+        adapters: of the denoiser, not of a DDP wrapper.
+        predict: predicts (B, C, H, W) by the denoiser from noisy latents (B, C, H, W), timesteps (B,) and prompts.
         noisy_latents: (B, C, H, W).
         timesteps: (B,), or one for all rows.
-        reference_hidden_states: (B, T, E) of the base prompts.
-        response_hidden_states: (B, T, E) of the full prompts.
+        reference_embeds: B base prompts.
+        response_embeds: B full prompts.
         adapter_name: of the Response Path.
         mode: "two_pass" (reference first, without gradient) or "single_pass" (one batch of 2B rows; more memory).
-        store: of a `capture_cross_attention` around this call, to record features in the forward.
-        response_unet: the DDP wrapper around `unet` for the forward that has a gradient, default `unet`.
+        store: of a capture around this call, to record features in the forward.
+        respond: predicts by the DDP wrapper, for the forward that has a gradient; default `predict`.
 
     Returns:
         A context with a `DualPathOutput`.
 
     Raises:
         ValueError: an unknown mode or adapter, or adapters merged into the weights.
-        RuntimeError: a `store` that does not belong to `unet`.
+        RuntimeError: a `store` that does not belong to the denoiser.
 
     Source: [paper] the two paths share weights, latents and timesteps; [ours] the batched pass.
     """
     if mode not in DUAL_PATH_MODES:
         raise ValueError(f"mode must be one of {DUAL_PATH_MODES}, got {mode!r}")
-    response_unet, adapters = unet if response_unet is None else response_unet, Adapters(unet)
 
-    def predict(
-        model: nn.Module, latents: Tensor, steps: Tensor, states: Tensor
+    def recorded(
+        forward: Predict, latents: Tensor, steps: Tensor, embeds: PromptEmbeds
     ) -> tuple[Tensor, CrossAttentionFeatures | None]:
         with store.record() if store is not None else nullcontext():
-            pred = model(latents, steps, encoder_hidden_states=states, return_dict=False)[0]
+            pred = forward(latents, steps, embeds)
         return pred, store.pop() if store is not None else None
 
     if mode == "two_pass":
         with adapters.only(None), torch.no_grad():
-            reference_pred, reference = predict(unet, noisy_latents, timesteps, reference_hidden_states)
+            reference_pred, reference = recorded(predict, noisy_latents, timesteps, reference_embeds)
         with adapters.only(adapter_name):
-            response_pred, response = predict(response_unet, noisy_latents, timesteps, response_hidden_states)
+            response_pred, response = recorded(respond or predict, noisy_latents, timesteps, response_embeds)
             yield DualPathOutput(reference_pred, response_pred, reference, response)
         return
 
     batch_size = noisy_latents.shape[0]
     with adapters.per_sample([BASE_ROW] * batch_size + [adapter_name] * batch_size):
-        pred, features = predict(
-            response_unet,
+        pred, features = recorded(
+            respond or predict,
             torch.cat([noisy_latents, noisy_latents]),
             timesteps.reshape(-1).expand(batch_size).repeat(2),
-            torch.cat([reference_hidden_states, response_hidden_states]),
+            PromptEmbeds.cat([reference_embeds, response_embeds]),
         )
         yield DualPathOutput(
             pred[:batch_size].detach(),

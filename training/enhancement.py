@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler
+from diffusers import AutoencoderKL, AutoencoderTiny
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
+from families.noise_process import DDPM
 from programs.console import phase_bar
 from programs.loading import load_tokenizer, naming_flag
 from training.batches import Batch, send
 from training.flags import ModelFlags, PaperFlags
-from training.losses import ENHANCEMENT_LOSSES, predict_original_sample
+from training.losses import ENHANCEMENT_LOSSES
+from training.models import Models
 from training.portraits import TrainingPortraits
 from training.prompt_table import embed_pixels
 
@@ -31,10 +33,10 @@ class Enhancement:
 
     def __init__(
         self,
+        models: Models,
         clip: CLIPModel,
         processor: CLIPImageProcessorPil,
         decoder: AutoencoderKL | AutoencoderTiny,
-        vae_scale_factor: int,
         target_embeds: torch.Tensor,
         flags: PaperFlags,
         steps: tuple[int, int],
@@ -42,17 +44,17 @@ class Enhancement:
         """Make it.
 
         Args:
+            models: of the run.
             clip: sees portraits.
             processor: knows how it wants its pictures.
             decoder: of the latents, which may be a tiny one.
-            vae_scale_factor: pixels a side of one latent.
             target_embeds: (N, E') CLIP text embeddings of the targets, by pair of prompts.
             flags: which form, how it is weighed, and in every how manieth step it is computed.
             steps: the first one of its stage, and how many batches each has.
         """
         self.clip, self.decoder, self._processor, self._targets = clip, decoder, processor, target_embeds
-        self._side = max(1, clip.config.vision_config.image_size // vae_scale_factor)
-        self._flags, (self._first_step, self._batches) = flags, steps
+        self._side = max(1, clip.config.vision_config.image_size // models.pipeline.vae_scale_factor)
+        self._family, self._flags, (self._first_step, self._batches) = models.family, flags, steps
         self._image_embeds: torch.Tensor | None = None
 
     @property
@@ -78,15 +80,9 @@ class Enhancement:
     def _see(self, pixels: torch.Tensor) -> torch.Tensor:
         return embed_pixels(self.clip, self._processor, pixels)
 
-    def loss(self, batch: Batch, model_pred: torch.Tensor, scheduler: DDPMScheduler) -> torch.Tensor:
+    def loss(self, batch: Batch, model_pred: torch.Tensor, noise: DDPM) -> torch.Tensor:
         """Of the one-step prediction, weighed by alpha_bar_t [ours]: at high t the prediction is noise."""
-        latents = predict_original_sample(
-            batch.noisy_latents,
-            model_pred,
-            batch.timesteps,
-            scheduler.alphas_cumprod,
-            scheduler.config.prediction_type,
-        )
+        latents = noise.original_sample(batch.noisy_latents, model_pred, batch.timesteps)
         if batch.pixels is None:
             image_embeds = self._image_embeds[send(batch.index, latents.device)]
         else:
@@ -95,7 +91,7 @@ class Enhancement:
         compare = ENHANCEMENT_LOSSES[self._flags.enhancement_loss]
         losses = compare(self._see(self.decode(latents)), image_embeds, self._targets[batch.pairs])
         if self._flags.enhancement_weighting == "alpha_bar":
-            losses = scheduler.alphas_cumprod.to(latents.device)[batch.timesteps] * losses
+            losses = noise.signal(batch.timesteps) * losses
         return losses.mean()
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -103,7 +99,7 @@ class Enhancement:
         decoder, side = self.decoder, self._side
         if min(latents.shape[-2:]) > side:
             latents = F.interpolate(latents, (side, side), mode="bilinear", antialias=True, align_corners=False)
-        return decoder.decode(latents.to(decoder.dtype) / decoder.config.scaling_factor, return_dict=False)[0]
+        return self._family.to_pixels(decoder, latents)
 
 
 def load_clip(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import inspect
 import json
 import logging
 from collections import Counter
@@ -20,35 +19,31 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import init_empty_weights
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderTiny,
-    ConfigMixin,
-    DDPMScheduler,
-    UNet2DConditionModel,
-)
+from diffusers import UNet2DConditionModel
 from transformers import AutoConfig, CLIPConfig, CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from loras.files import DORA_ON_TOP, ReferenceLora, check_lora_fits, find_lora, find_on_hub, is_dora, read_lora
-from loras.hub import LORA_WEIGHTS
+from families.find import check_model
+from families.stable_diffusion import ModelFacts, StableDiffusion
+from lora_layers import check_fits
+from loras import LORA_WEIGHTS
+from loras.finding import find_lora, find_on_hub
+from loras.loading import DORA_ON_TOP, ReferenceLora
+from loras.reading import read_lora
+from programs.checkpoints import find_checkpoints
 from programs.loading import InputError, check_model_name, load_tokenizer, naming_flag
 from prompts import (
     PromptPair,
     PromptTokens,
     TargetPrompt,
     compose_full_prompt,
-    find_weights,
-    has_phrase,
     keep_phrases,
     make_prompt_pair,
     said_targets,
-    suggest_replacement,
     suggest_replacements,
-    take_out,
     tokenize_prompt_pair,
 )
 from training.caches import fingerprint
-from training.checkpoints import check_checkpoint, find_checkpoints, latest_checkpoint, read_state
+from training.checkpoints import check_checkpoint, latest_checkpoint, read_state
 from training.data import (
     PortraitRow,
     bucketed_batch_indices,
@@ -63,6 +58,7 @@ from training.data import (
     preprocess_mask,
     upright_size,
 )
+from wording import find_weights, has_phrase, suggest_replacement, take_out
 
 
 logger = logging.getLogger(__name__)
@@ -165,6 +161,7 @@ class Inputs:
     """What is known before a model is loaded, all checked.
 
     Attributes:
+        family: of the base model.
         rows: the N training portraits.
         keys: of their pictures' content.
         sizes: (H, W) of each bucket, one without --aspect_ratio_buckets.
@@ -180,6 +177,7 @@ class Inputs:
         mask_keys: of the masks' content, with --preservation mask.
     """
 
+    family: type[StableDiffusion]
     rows: list[PortraitRow]
     keys: list[str]
     sizes: tuple[tuple[int, int], ...]
@@ -212,18 +210,18 @@ def check_inputs(args: argparse.Namespace) -> Inputs:
     """
     references = find_references(args)
     resume = find_resume(args, references)
-    unet_config, multiple = check_models(args)
-    tokenizer, text_config = check_text_models(args)
-    check_references(references, unet_config, text_config)
+    family, facts = check_models(args)
+    unet_config, multiple, (tokenizer,) = facts.denoiser_config, facts.side_multiple, facts.tokenizers
+    check_references(references, unet_config, facts.text_config)
     if args.stage1_lora_path is not None:
         with naming_flag("stage1_lora_path", args.stage1_lora_path):
             stage1 = read_lora(find_lora(args.stage1_lora_path))
-            check_lora_fits(stage1, {"unet": _unet_layers(unet_config)})
-            if is_dora(stage1) and args.dual_path == "single_pass":
+            check_fits(stage1.layers, {"unet": _unet_layers(unet_config)})
+            if stage1.is_dora and args.dual_path == "single_pass":
                 raise ValueError(
                     "is a DoRA, which cannot be off in some rows of a batch: it needs --dual_path two_pass"
                 )
-            if is_dora(stage1) and references:
+            if stage1.is_dora and references:
                 raise ValueError(f"is a DoRA, which does not go with --reference_lora: {DORA_ON_TOP}")
     if args.lora_layers is not None:
         check_lora_layers(args.lora_layers, unet_config)
@@ -262,7 +260,7 @@ def check_inputs(args: argparse.Namespace) -> Inputs:
         try:
             free = (*row.free_phrases, *_phrases_in(row.base_prompt, args.free_phrases))
             pairs.append(make_prompt_pair(row.base_prompt, row.target_prompt, row.full_prompt, row.base_phrases, free))
-            tokens.append(tokenize_prompt_pair(pairs[-1], tokenizer))
+            tokens.append(family.locate(pairs[-1], facts.tokenizers))
         except ValueError as error:
             raise ValueError(f"{row.source}: {error}") from error
     for phrase in args.free_phrases or ():
@@ -282,10 +280,11 @@ def check_inputs(args: argparse.Namespace) -> Inputs:
             )
         pairs, buckets = pairs + drawn, buckets + drawn_buckets
         try:
-            tokens += [tokenize_prompt_pair(pair, tokenizer) for pair in drawn]
+            tokens += [family.locate(pair, facts.tokenizers) for pair in drawn]
         except ValueError as error:  # with what the prompts already had, each fits
             raise ValueError(f"--reference_target_prompt: {error}") from error
     inputs = Inputs(
+        family=family,
         rows=rows,
         keys=[content_key(row) for row in rows],
         sizes=sizes,
@@ -310,79 +309,20 @@ def check_inputs(args: argparse.Namespace) -> Inputs:
 # ------------------------------------------------------------------------------------------------------- models
 
 
-def check_models(args: argparse.Namespace) -> tuple[dict, int]:
-    """Read the configurations of UNet, VAE and scheduler.
-
-    Returns:
-        The UNet's, and the number of pixels that each side of a portrait must be a multiple of.
-    """
-    hub = {"revision": args.revision, "cache_dir": args.cache_dir}
-    model = args.pretrained_model_name_or_path
-    with naming_flag("pretrained_model_name_or_path", model):
-        check_model_name(model)
-    with naming_flag("pretrained_model_name_or_path", f"{model}, unet"):
-        unet_config = _read_config(UNet2DConditionModel, model, subfolder="unet", **hub)
-        if unet_config["addition_embed_type"] is not None:
-            raise ValueError(
-                f"asks for more than a prompt ({unet_config['addition_embed_type']!r}), as Stable Diffusion XL does"
-            )
-    if args.pretrained_vae_model_name_or_path is None:
-        with naming_flag("pretrained_model_name_or_path", f"{model}, vae"):
-            vae_config = _read_config(AutoencoderKL, model, subfolder="vae", **hub)
-            _check_latents(vae_config, unet_config)
-    else:
-        vae_config = _check_decoder(args, "pretrained_vae_model_name_or_path", AutoencoderKL, unet_config)
-    if args.tiny_vae_model_name_or_path is not None:
-        _check_decoder(args, "tiny_vae_model_name_or_path", AutoencoderTiny, unet_config)
-    with naming_flag("pretrained_model_name_or_path", f"{model}, scheduler"):
-        scheduler = DDPMScheduler.from_pretrained(model, subfolder="scheduler", **hub)
-    if args.prediction_type is None and scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
-        raise ValueError(
-            f"--pretrained_model_name_or_path {model}: no training for prediction_type "
-            f"{scheduler.config.prediction_type!r}"
-        )
-    if args.sfcm_timesteps[1] > scheduler.config.num_train_timesteps:
+def check_models(args: argparse.Namespace) -> tuple[type[StableDiffusion], ModelFacts]:
+    """Read all of the models that needs no weights."""
+    family, facts = check_model(
+        args.pretrained_model_name_or_path,
+        revision=args.revision,
+        cache_dir=args.cache_dir,
+        vae=args.pretrained_vae_model_name_or_path,
+        tiny_vae=args.tiny_vae_model_name_or_path,
+        prediction_type=args.prediction_type,
+    )
+    if args.sfcm_timesteps[1] > facts.num_train_timesteps:
         raise ValueError(
             f"--sfcm_timesteps: HIGH is {args.sfcm_timesteps[1]}, above the model's "
-            f"{scheduler.config.num_train_timesteps} timesteps"
-        )
-    multiple = 2 ** (len(vae_config["block_out_channels"]) - 1) * 2 ** (len(unet_config["block_out_channels"]) - 1)
-    return unet_config, multiple
-
-
-def _check_decoder(args: argparse.Namespace, flag: str, kind: type, unet_config: dict) -> dict:
-    """The configuration of the autoencoder that a flag names, of this kind and with the UNet's latents."""
-    name = getattr(args, flag)
-    with naming_flag(flag, name):
-        check_model_name(name, kind.__name__)
-        config = _read_config(kind, name, cache_dir=args.cache_dir)
-        if config.get("_class_name") != kind.__name__:
-            raise ValueError(f"not an {kind.__name__} but {config.get('_class_name')!r}")
-        _check_latents(config, unet_config)
-    return config
-
-
-def _read_config(kind: type[ConfigMixin], name: str, **where: str | None) -> dict:
-    """A configuration, and the class's own values for what it leaves out."""
-    config = kind.load_config(name, **where)
-    if not isinstance(config, dict):
-        raise ValueError(f"its configuration is no JSON object but {config!r}")
-    return {key: value.default for key, value in inspect.signature(kind).parameters.items()} | config
-
-
-def _check_latents(config: dict, unet_config: dict) -> None:
-    if config["latent_channels"] != unet_config["in_channels"]:
-        raise ValueError(f"has {config['latent_channels']} latent channels, the UNet {unet_config['in_channels']}")
-
-
-def check_text_models(args: argparse.Namespace) -> tuple[CLIPTokenizer, CLIPTextConfig]:
-    """Read the tokenizer and text encoder's configuration of the diffusion model, and all of CLIP but the weights."""
-    model = args.pretrained_model_name_or_path
-    with naming_flag("pretrained_model_name_or_path", f"{model}, tokenizer"):
-        tokenizer = load_tokenizer(model, subfolder="tokenizer", revision=args.revision, cache_dir=args.cache_dir)
-    with naming_flag("pretrained_model_name_or_path", f"{model}, text_encoder"):
-        text_config = AutoConfig.from_pretrained(
-            model, subfolder="text_encoder", revision=args.revision, cache_dir=args.cache_dir
+            f"{facts.num_train_timesteps} timesteps"
         )
     with naming_flag("clip_model_name_or_path", args.clip_model_name_or_path):
         check_model_name(args.clip_model_name_or_path, kind=None)
@@ -391,7 +331,7 @@ def check_text_models(args: argparse.Namespace) -> tuple[CLIPTokenizer, CLIPText
             raise ValueError("not a CLIP model of texts and pictures")
         load_tokenizer(args.clip_model_name_or_path, cache_dir=args.cache_dir)
         CLIPImageProcessorPil.from_pretrained(args.clip_model_name_or_path, cache_dir=args.cache_dir)
-    return tokenizer, text_config
+    return family, facts
 
 
 def _unet_layers(unet_config: dict) -> dict[str, torch.nn.Module]:
@@ -437,7 +377,7 @@ def check_references(references: Sequence[ReferenceLora], unet_config: dict, tex
     layers = {"unet": _unet_layers(unet_config), "text_encoder": text_layers}
     for reference in references:
         with naming_flag("reference_lora", reference.name):
-            check_lora_fits(read_lora(reference.path), layers)
+            check_fits(read_lora(reference.path).layers, layers)
 
 
 def check_lora_layers(layers: Sequence[str], unet_config: dict) -> None:

@@ -71,7 +71,8 @@ class MapMaker:
         models, flags, rows = self._models, self._flags, portraits.pair_index[list(members)]
         latents = torch.stack([portraits.latents[i] for i in members])
         (low, high), count = flags.sfcm_timesteps, flags.sfcm_noise_samples
-        reference_embeds, response_embeds = models.both_embeds(self._table, rows)
+        reference_embeds = models.reference_embeds(self._table, rows)
+        response_embeds = models.response_embeds(self._table, rows)
         # Each portrait has its own generator, so that the size of a batch does not change its map.
         generators = [torch.Generator().manual_seed(derive_seed(self._seed, f"map {i}")) for i in members]
         difference, probs, resolutions = 0, [], []
@@ -80,18 +81,24 @@ class MapMaker:
             # One timestep from each part of the range, so that few samples cover it.
             place = (sample + torch.cat([torch.rand(1, generator=own) for own in generators])) / count
             timesteps = (low + place * (high - low)).long().to(models.device)
-            noisy_latents = models.noise_scheduler.add_noise(latents, noise.to(models.device), timesteps)
+            noisy_latents = models.noise.add_noise(latents, noise.to(models.device), timesteps)
             with (
                 models.capture.store() as store,
                 dual_path(
-                    models.unet, noisy_latents, timesteps, reference_embeds, response_embeds, store=store
+                    models.adapters,
+                    models.predict,
+                    noisy_latents,
+                    timesteps,
+                    reference_embeds,
+                    response_embeds,
+                    store=store,
                 ) as paths,
             ):
                 features = paths.reference.at_resolution(phrase_map_resolution(paths.reference.resolutions))
             start_pred = paths.reference_pred
             if self._mode.target_only:
                 start_pred = models.predict(noisy_latents, timesteps, reference_embeds)
-            scale = models.epsilon_scale(timesteps)
+            scale = models.noise.epsilon_scale(timesteps)
             difference = difference + noise_difference(paths.response_pred, start_pred, scale)
             probs += features.attention_probs.values()
             resolutions += features.resolutions.values()
@@ -133,7 +140,7 @@ class MapMaker:
             sfcm = torch.stack([portraits.sfcm[i] for i in batch.index.tolist()])
         else:
             features = reference.at_resolution(phrase_map_resolution(reference.resolutions))
-            scale = self._models.epsilon_scale(batch.timesteps)
+            scale = self._models.noise.epsilon_scale(batch.timesteps)
             difference = noise_difference(response_pred, reference_pred, scale)
             probs, resolutions = list(features.attention_probs.values()), list(features.resolutions.values())
             sfcm = self._make(batch.pairs, difference, probs, resolutions)

@@ -12,17 +12,20 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import XFormersAttnProcessor
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
 from adapters import Adapters
-from attention_processors import CrossAttentionCapture, find_cross_attention_layers
-from loras.files import ReferenceLora, find_lora, load_lora, merge_loras, read_lora
+from families.noise_process import DDPM
+from families.prompt_embeds import PromptEmbeds
+from families.stable_diffusion import StableDiffusion
+from loras.finding import find_lora
+from loras.loading import ReferenceLora, load_lora, merge_loras
+from loras.reading import read_lora
 from programs.console import without_warning
 from programs.loading import cast_models, load_pipeline, naming_flag
-from sfcm import epsilon_scale
 from training.flags import LoraFlags, ModelFlags
 from training.prompt_table import PromptTable, encode_prompts
 
@@ -75,7 +78,7 @@ def load_adapter(pipeline: StableDiffusionPipeline, path: str | Path) -> None:
     load_lora(pipeline, str(path), "default")
     keep_in_float32(unet, "default")
     # PEFT has rounded it to the dtype of the layers it was added to.
-    for name, layer in read_lora(find_lora(str(path)))["unet"].items():
+    for name, layer in read_lora(find_lora(str(path))).layers["unet"].items():
         module = unet.get_submodule(name)
         module.lora_A["default"].weight.copy_(layer.down)
         module.lora_B["default"].weight.copy_(layer.up)
@@ -103,14 +106,11 @@ def use_xformers(unet: UNet2DConditionModel) -> None:
     unet.set_attn_processor(processors)
 
 
-def lora_config(args: LoraFlags, unet: UNet2DConditionModel) -> LoraConfig:
+def lora_config(family: type[StableDiffusion], args: LoraFlags, unet: UNet2DConditionModel) -> LoraConfig:
     """LoRA on the projections of the cross-attention layers, of all attention layers, or on the layers named."""
     targets = args.lora_layers
     if targets is None:
-        names = list(find_cross_attention_layers(unet))
-        if args.lora_target == "all":
-            names += [name.removesuffix("attn2") + "attn1" for name in names]
-        targets = [f"{name}.{projection}" for name in names for projection in ("to_q", "to_k", "to_v", "to_out.0")]
+        targets = family.lora_targets(unet, args.lora_target)
     return LoraConfig(
         r=args.rank,
         lora_alpha=args.lora_alpha,
@@ -125,20 +125,22 @@ class Models:
     """The base model with the LoRA in training, the teacher once there is one, and what of them lies on the device.
 
     Attributes:
+        family: what is particular to the base model.
         pipeline: draws with the models as they are.
         unet: its UNet, with the adapter "default", which is trained.
         response_unet: the distributed wrapper of `unet`, or `unet` itself.
-        noise_scheduler: adds noise in training.
-        adapters, capture: switch the adapters, and capture the cross-attention, of `unet`.
+        noise: of training.
+        adapters, capture: switch the adapters, and capture the attention, of `unet`.
         device: where steps are computed.
     """
 
     def __init__(
-        self, pipeline: StableDiffusionPipeline, noise_scheduler: DDPMScheduler, device: torch.device
+        self, family: type[StableDiffusion], pipeline: StableDiffusionPipeline, device: torch.device
     ) -> None:
-        self.pipeline, self.unet, self.response_unet = pipeline, pipeline.unet, pipeline.unet
-        self.noise_scheduler, self.device = noise_scheduler, device
-        self.adapters, self.capture = Adapters(pipeline.unet), CrossAttentionCapture(pipeline.unet)
+        self.family, self.pipeline, self.device = family, pipeline, device
+        self.unet = self.response_unet = getattr(pipeline, family.denoiser)
+        self.noise = DDPM(type(pipeline.scheduler).__name__, pipeline.scheduler.config)
+        self.adapters, self.capture = Adapters(self.unet), family.capture(self.unet)
         self._released: tuple[str, ...] = ()
 
     def release(self, names: Sequence[str]) -> None:
@@ -160,30 +162,29 @@ class Models:
             for name in self._released:
                 getattr(self.pipeline, name).to("cpu")
 
-    def embeds(self, table: PromptTable, rows: torch.Tensor) -> torch.Tensor:
-        """Text embeddings (B, T, E) of the table's prompts `rows` (B,)."""
-        return encode_prompts(table, rows, self.pipeline.text_encoder)
+    def encode(self, ids: torch.Tensor) -> PromptEmbeds:
+        """Prompts of tokens `ids` (B, T)."""
+        return self.family.encode(self.pipeline, ids.to(self.device))
 
-    def encode(self, ids: torch.Tensor) -> torch.Tensor:
-        """Text embeddings (U, T, E) of prompts of tokens `ids` (U, T)."""
-        return self.pipeline.text_encoder(ids.to(self.device))[0]
+    def reference_embeds(self, table: PromptTable, rows: torch.Tensor) -> PromptEmbeds:
+        """The reference prompts of table rows (B,)."""
+        return encode_prompts(table, table.reference_rows[rows], self.encode)
 
-    def both_embeds(self, table: PromptTable, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Those of the reference and of the response prompt of table rows (B,)."""
-        return self.embeds(table, table.reference_rows[rows]), self.embeds(table, table.response_rows[rows])
+    def response_embeds(self, table: PromptTable, rows: torch.Tensor) -> PromptEmbeds:
+        """The response prompts of table rows (B,)."""
+        return encode_prompts(table, table.response_rows[rows], self.encode)
 
-    def predict(self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+    def predict(self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, embeds: PromptEmbeds) -> torch.Tensor:
         """What the UNet predicts, (B, C, H, W), with the adapters that are active."""
-        return self.unet(noisy_latents, timesteps, embeds, return_dict=False)[0]
+        return self.family.predict(self.unet, noisy_latents, timesteps, embeds)
 
-    def respond(self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+    def respond(self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, embeds: PromptEmbeds) -> torch.Tensor:
         """The same through the distributed wrapper: the one forward of a step that a gradient flows through."""
-        return self.response_unet(noisy_latents, timesteps, embeds, return_dict=False)[0]
+        return self.family.predict(self.response_unet, noisy_latents, timesteps, embeds)
 
-    def epsilon_scale(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Factors (B,) that make a difference of predictions one of predicted noise, whatever the UNet predicts."""
-        scheduler = self.noise_scheduler
-        return epsilon_scale(scheduler.alphas_cumprod, timesteps, scheduler.config.prediction_type)
+    def to_latents(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Latents (B, C, H, W) float32 of pictures (B, 3, H', W') in [-1, 1]; nothing in them is random."""
+        return self.family.to_latents(self.pipeline.vae, pixels)
 
     def lora(self, adapter: str = "default") -> dict[str, torch.Tensor]:
         """The weights of an adapter under PEFT's names."""
@@ -222,7 +223,7 @@ class Models:
 
 
 def load_models(
-    pipeline_class: type[StableDiffusionPipeline],
+    family: type[StableDiffusion],
     model: ModelFlags,
     lora: LoraFlags,
     accelerator: Accelerator,
@@ -232,7 +233,7 @@ def load_models(
     """The base model on the device, frozen, with a new LoRA on its UNet, or an earlier one that goes on.
 
     Args:
-        pipeline_class: of the pipeline.
+        family: of the base model.
         model, lora: the flags.
         accelerator: knows device and precision.
         references: earlier LoRAs to merge into the base model.
@@ -241,12 +242,13 @@ def load_models(
     Raises:
         InputError: weights are missing, damaged or a pickle.
     """
-    pipeline = load_base_model(pipeline_class, model, weight_dtype(accelerator), references).to(accelerator.device)
-    unet = pipeline.unet
-    for module in (unet, pipeline.vae, pipeline.text_encoder):
-        module.requires_grad_(False)
+    pipeline = load_base_model(family.pipeline_class, model, weight_dtype(accelerator), references)
+    pipeline.to(accelerator.device)
+    unet = getattr(pipeline, family.denoiser)
+    for name in (family.denoiser, "vae", *family.text_encoders):
+        getattr(pipeline, name).requires_grad_(False)
     if earlier is None:
-        unet.add_adapter(lora_config(lora, unet))
+        unet.add_adapter(lora_config(family, lora, unet))
     else:
         load_adapter(pipeline, earlier)
     keep_in_float32(unet, "default")
@@ -255,7 +257,7 @@ def load_models(
     if model.enable_xformers_memory_efficient_attention:
         use_xformers(unet)
     unet.eval()  # the LoRA's dropout is on in the training forward alone
-    return Models(pipeline, DDPMScheduler.from_config(pipeline.scheduler.config), accelerator.device)
+    return Models(family, pipeline, accelerator.device)
 
 
 def weight_dtype(accelerator: Accelerator) -> torch.dtype:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -90,9 +89,9 @@ class TrainingPortraits:
 
     def encode(self, cache: TensorCache, shown: bool) -> None:
         """Encode each of `samples` once, or look it up."""
-        own, vae, samples = self.training_set, self._models.pipeline.vae, self.samples
+        own, samples = self.training_set, self.samples
         # Only a file outlives the model that made it.
-        model = None if cache.folder is None else module_fingerprint(vae)
+        model = None if cache.folder is None else module_fingerprint(self._models.pipeline.vae)
         sizes = [own.sizes[own.buckets[sample.index]] for sample in samples]
         keys = [
             fingerprint("latents", model, own.keys[sample.index], size, sample.flip, own.interpolation)
@@ -103,7 +102,7 @@ class TrainingPortraits:
             pictures = self.read([samples[i] for i in missing], own.pixels)
             with phase_bar("latents", len(missing), "portrait", shown) as bar:
                 for pixels in pictures:
-                    yield encode_pixels(vae, pixels[None])[0]
+                    yield self._models.to_latents(pixels[None])[0]
                     bar.update()
 
         self.latents = [latents.to(self._models.device) for latents in cache.get_or_compute(keys, compute)]
@@ -120,7 +119,7 @@ class TrainingPortraits:
         if self.latents is not None:
             return torch.tensor(index), torch.stack([self.latents[i] for i in index]), None
         pixels = next(self._pixels).to(self._models.device)
-        return torch.tensor(index), encode_pixels(self._models.pipeline.vae, pixels), pixels
+        return torch.tensor(index), self._models.to_latents(pixels), pixels
 
     def as_alignment(self) -> Portraits:
         """The training portraits to be aligned on: as they are, never mirrored, for each has one map."""
@@ -128,14 +127,8 @@ class TrainingPortraits:
         latents = self.latents
         if latents is None:
             pictures = self.read([Sample(i) for i in range(count)], own.pixels)
-            latents = [encode_pixels(self._models.pipeline.vae, pixels[None])[0] for pixels in pictures]
+            latents = [self._models.to_latents(pixels[None])[0] for pixels in pictures]
         return Portraits(latents[:count], self.pair_index, own.buckets)
-
-
-@torch.no_grad()
-def encode_pixels(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
-    """Latents (B, C, H, W) float32 of pictures (B, 3, H', W') in [-1, 1]; nothing in them is random."""
-    return vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float() * vae.config.scaling_factor
 
 
 def draw_portraits(

@@ -7,13 +7,17 @@ Paper: arXiv 2504.00396.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTextModel, CLIPTokenizer
+from diffusers import DiffusionPipeline
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
+from families.prompt_embeds import PromptEmbeds
+from families.stable_diffusion import StableDiffusion
 from programs.console import phase_bar
 from prompts import PromptPair, PromptTokens, phrase_mask
 from sfcm import phrase_distances
@@ -24,6 +28,20 @@ from training.caches import TensorCache, fingerprint, module_fingerprint
 FULL, BASE, EMPTY = 0, 1, 2
 
 
+class TokenPositions(NamedTuple):
+    """Which tokens of both prompts belong together, R rows."""
+
+    base: torch.Tensor  # (R, K) tokens of the reference prompt
+    full: torch.Tensor  # (R, K) the same words in the response prompt
+    mask: torch.Tensor  # (R, K) bool, False where a row has fewer
+    base_padding: torch.Tensor  # (R, T) bool
+    full_padding: torch.Tensor  # (R, T) bool
+
+    def of(self, rows: torch.Tensor) -> TokenPositions:
+        """Those of some rows (B,)."""
+        return TokenPositions(*(values[rows] for values in self))
+
+
 @dataclass(frozen=True)
 class PromptTable:
     """What the losses ask about prompts, R = 3N rows: row `kind * N + i` is portrait i asked for `kind`.
@@ -32,7 +50,7 @@ class PromptTable:
     """
 
     prompt_ids: torch.Tensor  # (U, T) tokens of the U different prompts
-    prompt_embeds: torch.Tensor | None  # (U, T, E), or None where each step encodes its own
+    prompt_embeds: PromptEmbeds | None  # of all U, or None where each step encodes its own
     reference_rows: torch.Tensor  # (R,) rows of the two above
     response_rows: torch.Tensor  # (R,)
     phrase_weights: torch.Tensor  # (N, P, T)
@@ -40,11 +58,7 @@ class PromptTable:
     free_mask: torch.Tensor  # (N, P) bool, those of them that may change along with the target
     distances: torch.Tensor  # (N, P) CLIP distances
     target_embeds: torch.Tensor  # (N, E') CLIP text embeddings of the targets
-    base_positions: torch.Tensor  # (R, K)
-    full_positions: torch.Tensor  # (R, K)
-    position_mask: torch.Tensor  # (R, K) bool
-    base_padding: torch.Tensor  # (R, T) bool
-    full_padding: torch.Tensor  # (R, T) bool
+    positions: TokenPositions
 
 
 @torch.no_grad()
@@ -81,10 +95,10 @@ def clip_phrase_distances(
 
 @torch.no_grad()
 def make_prompt_table(
+    family: type[StableDiffusion],
+    pipeline: DiffusionPipeline,
     pairs: Sequence[PromptPair],
     pair_tokens: Sequence[PromptTokens],
-    tokenizer: CLIPTokenizer,
-    text_encoder: CLIPTextModel,
     clip: CLIPModel,
     clip_tokenizer: CLIPTokenizer,
     *,
@@ -95,10 +109,10 @@ def make_prompt_table(
     """Encode every prompt once and lay out token positions.
 
     Args:
+        family: of the diffusion model.
+        pipeline: the diffusion model; the table lies on the device of its text encoder.
         pairs: N pairs of prompts.
-        pair_tokens: their tokens, from `tokenize_prompt_pair` with `tokenizer`.
-        tokenizer: the diffusion model's.
-        text_encoder: the diffusion model's; the table lies on its device.
+        pair_tokens: their tokens, from the family's `locate`.
         clip: the model that measures phrases against targets.
         clip_tokenizer: its tokenizer.
         encode: False leaves the prompts to `encode_prompts` in each step.
@@ -107,8 +121,8 @@ def make_prompt_table(
 
     Source: [paper] phrases, PAD and distances; [ours] the rows that ask for no change, and phrases that may change.
     """
-    device, count = text_encoder.device, len(pairs)
-    empty_ids = tokenizer("", padding="max_length", truncation=True).input_ids
+    device, count = getattr(pipeline, family.text_encoders[0]).device, len(pairs)
+    empty_ids = getattr(pipeline, family.tokenizers[0])("", padding="max_length", truncation=True).input_ids
     base_ids = [tuple(tokens.base_input_ids) for tokens in pair_tokens]
     full_ids = [tuple(tokens.full_input_ids) for tokens in pair_tokens]
     reference, response = (
@@ -117,7 +131,7 @@ def make_prompt_table(
     )
     unique = {ids: row for row, ids in enumerate(dict.fromkeys(reference + response))}
     all_ids = torch.tensor(list(unique), device=device)
-    embeds = _encode_once(text_encoder, all_ids, cache, shown) if encode else None
+    embeds = _encode_once(family, pipeline, all_ids, cache, shown) if encode else None
 
     length = len(empty_ids)
     # Set against itself, every token of a prompt between BOS and its padding matches.
@@ -145,39 +159,47 @@ def make_prompt_table(
         free_mask=(free & weights.any(-1)).to(device),
         distances=distances,
         target_embeds=targets,
-        base_positions=base_positions.to(device),
-        full_positions=full_positions.to(device),
-        position_mask=position_mask.to(device),
-        base_padding=_row_mask([base for base, _ in padding], length).to(device),
-        full_padding=_row_mask([full for _, full in padding], length).to(device),
+        positions=TokenPositions(
+            base_positions.to(device),
+            full_positions.to(device),
+            position_mask.to(device),
+            _row_mask([base for base, _ in padding], length).to(device),
+            _row_mask([full for _, full in padding], length).to(device),
+        ),
     )
 
 
 def _encode_once(
-    text_encoder: CLIPTextModel, ids: torch.Tensor, cache: TensorCache | None, shown: bool
-) -> torch.Tensor:
-    """Text embeddings (U, T, E) of the prompts `ids` (U, T), from the cache as far as it has them."""
+    family: type[StableDiffusion],
+    pipeline: DiffusionPipeline,
+    ids: torch.Tensor,
+    cache: TensorCache | None,
+    shown: bool,
+) -> PromptEmbeds:
+    """Text embeddings of the U prompts `ids` (U, T), from the cache as far as it has them."""
 
     def compute(missing: Sequence[int]) -> Iterator[torch.Tensor]:
         with phase_bar("prompts", len(missing), "prompt", shown) as bar:
             for chunk in ids[list(missing)].split(32):
-                yield from text_encoder(chunk)[0]
+                yield from family.encode(pipeline, chunk).states
                 bar.update(len(chunk))
 
     if cache is None:
-        return torch.stack(list(compute(range(len(ids)))))
-    model = module_fingerprint(text_encoder)
-    keys = [fingerprint("text embedding", model, tuple(row)) for row in ids.tolist()]
-    return torch.stack(cache.get_or_compute(keys, compute)).to(ids.device)
+        return PromptEmbeds(torch.stack(list(compute(range(len(ids))))))
+    models = [module_fingerprint(getattr(pipeline, name)) for name in family.text_encoders]
+    keys = [fingerprint("text embedding", *models, tuple(row)) for row in ids.tolist()]
+    return PromptEmbeds(torch.stack(cache.get_or_compute(keys, compute)).to(ids.device))
 
 
 @torch.no_grad()
-def encode_prompts(table: PromptTable, rows: torch.Tensor, text_encoder: CLIPTextModel) -> torch.Tensor:
-    """Text embeddings (B, T, E) of the prompts `rows` (B,), from the table or by the text encoder."""
+def encode_prompts(
+    table: PromptTable, rows: torch.Tensor, encode: Callable[[torch.Tensor], PromptEmbeds]
+) -> PromptEmbeds:
+    """Text embeddings of the prompts `rows` (B,), from the table or by `encode`, which takes tokens (B, T)."""
     if table.prompt_embeds is not None:
         return table.prompt_embeds[rows]
     unique, places = rows.unique(return_inverse=True)
-    return text_encoder(table.prompt_ids[unique])[0][places]
+    return encode(table.prompt_ids[unique])[places]
 
 
 def _pad_rows(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:

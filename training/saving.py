@@ -6,8 +6,6 @@ Source: [ours].
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,9 +15,8 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
-from loras.files import adapter_metadata, sort_header
-from loras.hub import CARD, LORA_WEIGHTS
-from pipeline_spf_portrait import SPFPortraitPipeline
+from loras import CARD, LORA_WEIGHTS
+from loras.writing import write_diffusers_lora
 from training.arguments import Flags
 from training.checkpoints import HIDDEN_PREFIX, CheckpointError, save_checkpoint, what_is_safe
 from training.engine import Engine
@@ -35,18 +32,8 @@ logger = logging.getLogger(__name__)
 
 def save_lora(models: Models, folder: Path) -> None:
     """Write the LoRA in diffusers' format with its metadata, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=f"{HIDDEN_PREFIX}lora-") as temporary:
-        SPFPortraitPipeline.save_lora_weights(
-            temporary,
-            # peft's names, for all layers: a loader tells the naming by the first one.
-            unet_lora_layers=models.lora(),
-            safe_serialization=True,
-            unet_lora_adapter_metadata=adapter_metadata(models.unet.peft_config["default"]),
-        )
-        sort_header(Path(temporary) / LORA_WEIGHTS)
-        for file in Path(temporary).iterdir():
-            os.replace(file, folder / file.name)
+    # peft's names, for all layers: a loader tells the naming by the first one.
+    write_diffusers_lora(folder, {"unet": (models.lora(), models.unet.peft_config["default"])}, f"{HIDDEN_PREFIX}lora-")
 
 
 def save_result(models: Models, folder: Path, output_dir: Path, accelerator: Accelerator) -> None:

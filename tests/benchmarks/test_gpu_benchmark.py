@@ -13,7 +13,7 @@ import train_spf_portrait_lora as trainer
 from benchmarks import gpu, gpu_rows
 from benchmarks.estimate_memory import PRESETS
 from benchmarks.gpu import FAILED, NOT_HERE, OK, Bench, Outcome, Row
-from loras.hub import LORA_WEIGHTS
+from loras import LORA_WEIGHTS
 
 
 @pytest.fixture

@@ -2,12 +2,14 @@
 
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from test_preservation import write_lora
 
+from adapters import Adapters
 from attention_processors import capture_cross_attention
 from benchmarks import map_quality
 from benchmarks.map_quality import (
@@ -45,6 +47,7 @@ from benchmarks.map_quality import (
     separation,
     summarise,
 )
+from families.stable_diffusion import StableDiffusion
 from toy_portraits.judge import MARGIN
 from toy_portraits.world import LABELS, SIZE, TARGETS
 from training.dual_path import dual_path
@@ -264,7 +267,10 @@ def test_both_predictions_are_those_of_the_dual_path(tmp_path):
     with (
         torch.no_grad(),
         capture_cross_attention(unet) as store,
-        dual_path(unet, latents, timesteps, base, full, adapter_name="stage1-seed101", store=store) as paths,
+        dual_path(
+            Adapters(unet), partial(StableDiffusion.predict, unet), latents, timesteps, base, full,
+            adapter_name="stage1-seed101", store=store,
+        ) as paths,
     ):
         assert torch.equal(paths.reference_pred, reference) and torch.equal(paths.response_pred, response)
         for name, probs in paths.reference.attention_probs.items():

@@ -21,7 +21,7 @@ import evaluate_spf_portrait as script
 from evaluation.judges import load_judges
 from evaluation.measures import pixel_change
 from evaluation.report import PICTURE_HEADERS
-from loras.files import save_kohya_lora
+from loras.writing import save_kohya_lora
 from pipeline_spf_portrait import SPFPortraitPipeline
 from prompts import make_prompt_pair
 from toy_portraits.recipe import BASE_MODEL, LORA

@@ -32,7 +32,7 @@ from evaluation.inputs import find_loras, picture_name, read_masks, read_prompts
 from evaluation.judges import Faces, add_pictures, frechet_distance, load_judges
 from evaluation.report import PictureRow, format_number, response_plot, without_nan, write_csv, write_html, write_json
 from evaluation.summary import Judged, correlate, summarise
-from loras.files import save_kohya_lora
+from loras.writing import save_kohya_lora
 from programs.loading import InputError
 from toy_portraits.recipe import BASE_MODEL, LORA
 from training.data import load_rows

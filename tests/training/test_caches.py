@@ -291,12 +291,12 @@ def test_a_write_that_was_killed_leaves_no_file_under_the_key(tmp_path):
     code = (
         "import os, sys, pathlib\nfrom training import caches\n"
         "from test_caches import KEYS, give\n"
-        "caches.os.replace = lambda *names: os._exit(9)\n"
+        "os.replace = lambda *names: os._exit(9)\n"
         "caches.TensorCache(pathlib.Path(sys.argv[1])).get_or_compute(KEYS[:1], give)\n"
     )
     assert run_python(code, str(tmp_path)).returncode == 9
     (left,) = files(tmp_path)
-    assert left.suffix == ".tmp"
+    assert left.parent.name.startswith(".saving-")
     asked = []
     TensorCache(tmp_path).get_or_compute(KEYS[:1], lambda missing: asked.extend(missing) or give(missing))
     assert asked == [0]
@@ -323,7 +323,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch, call):
     def refuse(*_, **__):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(Path if call == "mkdir" else caches.os, call, refuse)
+    monkeypatch.setattr(Path if call == "mkdir" else os, call, refuse)
     with pytest.raises(OSError, match=rf"^--cache_dir: .*{KEYS[0]}.safetensors cannot be written: Permission denied$"):
         TensorCache(tmp_path).get_or_compute(KEYS[:1], give)
     assert files(tmp_path) == []
@@ -365,4 +365,4 @@ def test_two_processes_may_write_the_same_key(tmp_path):
     for process in processes:
         process.join(timeout=120)
     assert [process.exitcode for process in processes] == [0, 0]
-    assert not [path for path in files(tmp_path) if path.suffix == ".tmp"]
+    assert not list(tmp_path.rglob(".saving-*"))

@@ -1,12 +1,23 @@
 """Tests of `training/dual_path.py`, with a tiny UNet and its LoRA adapters."""
 
+from functools import partial
+
 import pytest
 import torch
 from tiny_unet import TARGETS, TOKENS, adapter_states, add_lora, flags, hook_count, inputs, make_unet, predict
 from torch import nn
 
+from adapters import Adapters
 from attention_processors import CrossAttentionStore, capture_cross_attention
+from families.prompt_embeds import PromptEmbeds
+from families.stable_diffusion import StableDiffusion
 from training.dual_path import DUAL_PATH_MODES, dual_path
+
+
+def paths_of(unet, latents, timesteps, base_states, full_states) -> tuple:
+    """The first arguments of `dual_path`."""
+    embeds = (PromptEmbeds(base_states), PromptEmbeds(full_states))
+    return (Adapters(unet), partial(StableDiffusion.predict, unet), latents, timesteps, *embeds)
 
 
 def run_dual_path(unet, mode, checkpointing, **kwargs):
@@ -21,7 +32,7 @@ def run_dual_path(unet, mode, checkpointing, **kwargs):
     base_states = torch.randn(2, TOKENS, 12, generator=torch.Generator().manual_seed(4))
     arguments = (batch["sample"], batch["timestep"], base_states, batch["encoder_hidden_states"])
     with capture_cross_attention(unet) as store:
-        with dual_path(unet, *arguments, mode=mode, store=store, **kwargs) as paths:
+        with dual_path(*paths_of(unet, *arguments), mode=mode, store=store, **kwargs) as paths:
             loss = (paths.response_pred - paths.reference_pred).square().mean()
             for layer, probs in paths.response.attention_probs.items():
                 loss = loss + (probs - paths.reference.attention_probs[layer]).square().sum()
@@ -119,7 +130,9 @@ class Wrapper(nn.Module):
 @pytest.mark.parametrize(("mode", "batches"), [("two_pass", [(2, True)]), ("single_pass", [(4, True)])])
 def test_the_pass_with_gradient_runs_on_the_wrapper(lora_unet, mode, batches):
     wrapper = Wrapper(lora_unet)
-    _, gradients = run_dual_path(lora_unet, mode, checkpointing=True, response_unet=wrapper)
+    _, gradients = run_dual_path(
+        lora_unet, mode, checkpointing=True, respond=partial(StableDiffusion.predict, wrapper)
+    )
     assert wrapper.batches == batches
     _, expected = run_dual_path(lora_unet, mode, checkpointing=True)
     assert_same_gradients(gradients, expected)
@@ -129,7 +142,7 @@ def test_the_pass_with_gradient_runs_on_the_wrapper(lora_unet, mode, batches):
 def test_no_store_and_one_timestep_for_all_rows(lora_unet, mode):
     batch = inputs()
     states = batch["encoder_hidden_states"]
-    with dual_path(lora_unet, batch["sample"], torch.tensor(50), states, states, mode=mode) as paths:
+    with dual_path(*paths_of(lora_unet, batch["sample"], torch.tensor(50), states, states), mode=mode) as paths:
         assert paths.reference is None and paths.response is None
     expected = predict(lora_unet, timestep=torch.tensor([50, 50]))
     torch.testing.assert_close(paths.response_pred, expected, rtol=1e-5, atol=1e-5)
@@ -141,7 +154,7 @@ def test_everything_is_restored_after_an_error_in_the_loss(two_adapters, mode):
     batch = inputs()
     states = batch["encoder_hidden_states"]
     with pytest.raises(KeyError):
-        with dual_path(two_adapters, batch["sample"], batch["timestep"], states, states, mode=mode):
+        with dual_path(*paths_of(two_adapters, batch["sample"], batch["timestep"], states, states), mode=mode):
             raise KeyError("from the loss")
     assert (adapter_states(two_adapters), flags(two_adapters), hook_count(two_adapters)) == (state, before, hooks)
 
@@ -149,7 +162,7 @@ def test_everything_is_restored_after_an_error_in_the_loss(two_adapters, mode):
 def test_unknown_mode_adapter_and_foreign_store_are_refused(lora_unet):
     batch = inputs()
     states = batch["encoder_hidden_states"]
-    arguments = (lora_unet, batch["sample"], batch["timestep"], states, states)
+    arguments = paths_of(lora_unet, batch["sample"], batch["timestep"], states, states)
     with pytest.raises(ValueError, match="mode must be one of"):
         with dual_path(*arguments, mode="three_pass"):
             pass

@@ -26,8 +26,8 @@ from test_train import (  # noqa: F401  (fixtures)
 
 import train_spf_portrait_lora as script
 from adapters import active_adapters
-from loras.files import save_kohya_lora
-from loras.hub import KOHYA_WEIGHTS
+from loras import KOHYA_WEIGHTS
+from loras.writing import save_kohya_lora
 
 
 @pytest.fixture

@@ -20,11 +20,12 @@ from hub_server import HubServer
 from safetensors import safe_open
 from test_train import ROWS, files, make_flags
 
+from training.sharing import PIPELINE_CODE as CODE
+
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "hf_SECRETofTheTester"
 CARD, LORA, KOHYA = "README.md", "pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"
-CODE = {"pipeline.py", "adapters.py", "attention_processors.py", "pictures.py", "prompts.py", "sfcm.py"}
 PICTURE = "validation/step_000004.png"
 BASE, TARGET = ROWS[0]["base_prompt"], ROWS[0]["target_prompt"]
 FULL = f"{BASE}, {TARGET}"

@@ -79,14 +79,14 @@ def test_a_row_beside_each_training_portrait(world, tmp_path, monkeypatch, way):
     assert run.stage == 1 and "stage1" not in unet.peft_config
     latents, timesteps, embeds = forwards[1]
     assert len(latents) == 4 and torch.equal(latents[2:], kept[1].noisy_latents)
-    assert torch.equal(embeds[2:], kept[1].embeds) and torch.equal(timesteps[2:], kept[1].timesteps)
+    assert torch.equal(embeds[2:], kept[1].embeds.states) and torch.equal(timesteps[2:], kept[1].timesteps)
     assert (run.alignment is not None) == (way == "prior")
     if way == "prior":
         assert not torch.equal(timesteps[:2], timesteps[2:])
     else:
         assert torch.equal(latents[:2], latents[2:])
         with torch.no_grad(), script.active_adapters(unet, None):
-            original = unet(kept[1].noisy_latents, kept[1].timesteps, kept[1].embeds).sample
+            original = unet(kept[1].noisy_latents, kept[1].timesteps, kept[1].embeds.states).sample
         torch.testing.assert_close(kept[1].target, original)
         # Before the first update the LoRA changes nothing, so there is nothing to keep yet.
         assert losses[0]["preservation"] == pytest.approx(0, abs=1e-10) and losses[2]["preservation"] > 1e-8
@@ -101,7 +101,7 @@ def test_prior_keeps_the_noise_of_the_original_models_portraits(world, tmp_path,
     assert torch.equal(kept[0].target, drawn.noise) and not torch.equal(training.noise, drawn.noise)
     assert all(any(torch.equal(own, latents) for latents in run.alignment.latents) for own in drawn.latents)
     base, _ = script.prompt_embeds(run, BASE * len(run.inputs.pairs) + drawn.pairs)
-    assert torch.equal(kept[0].embeds, base)
+    assert torch.equal(kept[0].embeds.states, base.states)
 
 
 BUCKETS = {"resolution": None, "aspect_ratio_buckets": "16,16;24,16", "preservation": "prior"}
@@ -135,7 +135,7 @@ def test_dop_asks_for_the_base_prompt(world, tmp_path, monkeypatch):  # noqa: F8
     ids = run.inputs.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
     with torch.no_grad():
         expected = run.pipeline.text_encoder(ids)[0]
-    torch.testing.assert_close(kept[0].embeds, expected)
+    torch.testing.assert_close(kept[0].embeds.states, expected)
 
 
 @pytest.mark.parametrize("prompts", [None, ("a dog", "a red car, a street")])
@@ -147,7 +147,7 @@ def test_cat_asks_for_unrelated_prompts(world, tmp_path, monkeypatch, prompts): 
     with torch.no_grad():
         expected = run.pipeline.text_encoder(ids)[0]
     for rows in kept:
-        for row in rows.embeds:
+        for row in rows.embeds.states:
             distances = [(row - own).abs().max().item() for own in expected]
             assert min(distances) < 1e-5
             seen.add(int(np.argmin(distances)))

@@ -1,6 +1,7 @@
 """Tests of the prompt table, with a tiny random CLIP and text encoder and the tokenizer of `test_prompts.py`."""
 
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from transformers import (
     CLIPVisionConfig,
 )
 
+from families.stable_diffusion import StableDiffusion
 from prompts import make_prompt_pair, tokenize_prompt_pair
 from training.prompt_table import (
     BASE,
@@ -95,7 +97,12 @@ def tokens(tokenizer):
 
 @pytest.fixture(scope="module")
 def table(tokens, tokenizer, text_encoder, clip, clip_tokenizer):
-    return make_prompt_table(PAIRS, tokens, tokenizer, text_encoder, clip, clip_tokenizer)
+    return make_table(PAIRS, tokens, tokenizer, text_encoder, clip, clip_tokenizer)
+
+
+def make_table(pairs, tokens, tokenizer, text_encoder, clip, clip_tokenizer):
+    pipeline = SimpleNamespace(tokenizer=tokenizer, text_encoder=text_encoder)
+    return make_prompt_table(StableDiffusion, pipeline, pairs, tokens, clip, clip_tokenizer)
 
 
 def clip_text(clip, clip_tokenizer, text: str) -> torch.Tensor:
@@ -111,8 +118,8 @@ def encode(text_encoder, tokenizer, text: str) -> torch.Tensor:
 
 
 def matched(table, row: int) -> list[tuple[int, int]]:
-    mask = table.position_mask[row]
-    return list(zip(table.base_positions[row][mask].tolist(), table.full_positions[row][mask].tolist()))
+    mask = table.positions.mask[row]
+    return list(zip(table.positions.base[row][mask].tolist(), table.positions.full[row][mask].tolist()))
 
 
 # -------------------------------------------------------------------------------------------------------- CLIP texts
@@ -159,7 +166,7 @@ def test_distances_masks_and_targets_by_hand(clip, clip_tokenizer):
 
 
 def test_every_kind_of_row_sets_the_right_prompts_against_each_other(table, text_encoder, tokenizer):
-    reference, response = table.prompt_embeds[table.reference_rows], table.prompt_embeds[table.response_rows]
+    reference, response = (table.prompt_embeds[rows].states for rows in (table.reference_rows, table.response_rows))
     for i, pair in enumerate(PAIRS):
         expected = {
             FULL: (pair.base_prompt, pair.full_prompt),
@@ -170,7 +177,7 @@ def test_every_kind_of_row_sets_the_right_prompts_against_each_other(table, text
             row = kind * len(PAIRS) + i
             for embeds, prompt in zip((reference[row], response[row]), prompts, strict=True):
                 torch.testing.assert_close(embeds, encode(text_encoder, tokenizer, prompt), rtol=1e-4, atol=1e-5)
-    assert not table.prompt_embeds.requires_grad
+    assert not table.prompt_embeds.states.requires_grad
 
 
 def test_each_different_prompt_is_encoded_once(table):
@@ -181,10 +188,10 @@ def test_each_different_prompt_is_encoded_once(table):
 def test_more_prompts_than_one_chunk(tokenizer, text_encoder, clip, clip_tokenizer):
     pairs = [make_prompt_pair(f"a woman, hat {i}", "red hair") for i in range(20)]
     tokens = [tokenize_prompt_pair(pair, tokenizer) for pair in pairs]
-    table = make_prompt_table(pairs, tokens, tokenizer, text_encoder, clip, clip_tokenizer)
+    table = make_table(pairs, tokens, tokenizer, text_encoder, clip, clip_tokenizer)
     assert len(table.prompt_embeds) == 41
     for i, pair in enumerate(pairs):
-        found = table.prompt_embeds[table.response_rows[i]]
+        found = table.prompt_embeds.states[table.response_rows[i]]
         torch.testing.assert_close(found, encode(text_encoder, tokenizer, pair.full_prompt), rtol=1e-4, atol=1e-5)
 
 
@@ -211,11 +218,11 @@ def test_every_position_is_bos_text_or_padding(table, tokens, tokenizer):
                 BASE: (row.base_padding, row.base_padding),
                 EMPTY: (range(1, length), range(1, length)),
             }[kind]
-            for mask, positions in zip((table.base_padding[index], table.full_padding[index]), paddings, strict=True):
+            for mask, positions in zip(table.positions.of(index)[3:], paddings, strict=True):
                 assert mask.shape == (length,) and not mask[0]
                 assert mask.nonzero().flatten().tolist() == list(positions)
     ids = torch.tensor([row.base_input_ids for row in tokens])
-    assert (ids[table.base_padding[: len(PAIRS)]] == tokenizer.eos_token_id).all()
+    assert (ids[table.positions.base_padding[: len(PAIRS)]] == tokenizer.eos_token_id).all()
 
 
 def test_phrase_weights_average_over_each_phrase(table, tokens):
@@ -239,7 +246,7 @@ def test_free_phrases_are_marked_where_they_are_in_the_image(tmp_path, text_enco
     ]
     tokens = [tokenize_prompt_pair(pair, tokenizer) for pair in pairs]
     assert tokens[2].phrase_positions[-1] == ()
-    free = make_prompt_table(pairs, tokens, tokenizer, text_encoder, clip, clip_tokenizer).free_mask
+    free = make_table(pairs, tokens, tokenizer, text_encoder, clip, clip_tokenizer).free_mask
     assert free[:, :2].tolist() == [[False, True], [False, False], [False, False]] and not free[:, 2:].any()
     assert not table.free_mask.any() and table.free_mask.shape == table.phrase_mask.shape
 
@@ -257,7 +264,7 @@ def test_a_phrase_that_was_cut_off_counts_like_padding(tmp_path, text_encoder, c
     with caplog.at_level(logging.WARNING):
         tokens = tokenize_prompt_pair(pair, tokenizer)
     assert "zzzzzz" in caplog.text and tokens.phrase_positions[1] == ()
-    table = make_prompt_table([pair], [tokens], tokenizer, text_encoder, clip, clip_tokenizer)
+    table = make_table([pair], [tokens], tokenizer, text_encoder, clip, clip_tokenizer)
     assert table.phrase_mask.tolist() == [[True, False]]
     assert table.phrase_weights[0, 0].sum() == pytest.approx(1) and table.phrase_weights[0, 1].sum() == 0
 
@@ -266,8 +273,8 @@ def test_a_prompt_that_fills_every_token(tmp_path, text_encoder, clip, clip_toke
     tokenizer = CLIPTokenizer.from_pretrained(write_vocabulary(tmp_path / "short"), model_max_length=12)
     pair = make_prompt_pair("a woman, xxxxxxxxxxxx", "red hair", "red hair, a woman, xxxxxxxxxxxx")
     tokens = tokenize_prompt_pair(pair, tokenizer)
-    table = make_prompt_table([pair], [tokens], tokenizer, text_encoder, clip, clip_tokenizer)
-    assert table.base_padding[0].nonzero().flatten().tolist() == [11]
+    table = make_table([pair], [tokens], tokenizer, text_encoder, clip, clip_tokenizer)
+    assert table.positions.base_padding[0].nonzero().flatten().tolist() == [11]
     assert matched(table, 1) == [(position, position) for position in range(1, 11)]
 
 

@@ -38,7 +38,7 @@ from test_train import (  # noqa: F401  (fixtures)
 
 import train_spf_portrait_lora as script
 from adapters import active_adapters
-from loras.files import ReferenceLora, merge_loras
+from loras.loading import ReferenceLora, merge_loras
 from pipeline_spf_portrait import SPFPortraitPipeline
 from programs.loading import InputError
 from prompts import make_prompt_pair
@@ -201,7 +201,7 @@ def test_both_paths_are_those_of_the_loras_side_by_side(world, earlier, on_top):
     reference = predict(activate(stock(world), earlier_loras, [1.0, 0.6]))
     response = predict(activate(stock(world), [*earlier_loras, output], [1.0, 0.6, 1.0]))
     (row,) = {int(run.table.reference_rows[i]) for i, row in enumerate(ROWS) if row["base_prompt"] == PROMPT}
-    embeds = run.table.prompt_embeds[row][None]
+    embeds = run.table.prompt_embeds.states[row][None]
     with active_adapters(run.unet, None):
         assert largest(predict(run.pipeline, embeds), reference) < CLOSE
     with active_adapters(run.unet, "default"):
@@ -283,7 +283,7 @@ def test_cached_text_embeddings_belong_to_the_text_encoder_that_made_them(world,
         reference = None if name is None else earlier[name]
         train(world, tmp_path / f"run of {name}", reference_lora=reference, cache_dir=cache)
         counts.append(len(list(cache.rglob("*.safetensors"))))
-    embeds = [table.prompt_embeds for table in tables]
+    embeds = [table.prompt_embeds.states for table in tables]
     assert torch.equal(embeds[0], embeds[1]) and (embeds[0] - embeds[2]).abs().max() > 0.01
     # The LoRA without a part in the text encoder finds all that is cached.
     assert counts[0] == counts[1] and counts[2] == counts[1] + len(embeds[2])
@@ -503,16 +503,16 @@ def spoil(kind: str, path: Path) -> str:
             name: torch.cat([weight] * 2, 1).contiguous() if ".attn2.to_k.lora_A" in name else weight
             for name, weight in state.items()
         }
-        says = "for another model"
+        says = "is for another architecture"
     elif kind == "another text encoder":
         state = {
             name: torch.cat([weight] * 2, 1).contiguous() if ".q_proj.lora_A" in name else weight
             for name, weight in state.items()
         }
-        says = "for another model"
+        says = "is for another architecture"
     elif kind == "another architecture":
         state = {name.replace("unet.down_blocks.0", "unet.down_blocks.7"): weight for name, weight in state.items()}
-        says = "belongs to no layer of this base model"
+        says = "there is no layer unet.down_blocks.7."
     elif kind == "a transformer":
         state = {name.replace("unet.", "transformer."): weight for name, weight in state.items()}
         says = "is no LoRA weight of Stable Diffusion's UNet or text encoder"

@@ -41,6 +41,7 @@ from test_train import (  # noqa: F401  (fixtures)
 )
 
 import train_spf_portrait_lora as script
+from programs.checkpoints import find_checkpoints
 from toy_portraits.recipe import training_flags
 from training import inputs as inputs_module
 from training.checkpoints import (
@@ -49,7 +50,6 @@ from training.checkpoints import (
     STATE_TENSORS,
     STATE_VALUES,
     check_checkpoint,
-    find_checkpoints,
     read_state,
 )
 

@@ -328,7 +328,7 @@ def test_prompts_on_disk_are_not_encoded_again(world, tmp_path, monkeypatch):  #
     monkeypatch.setattr(conditioning.TensorCache, "get_or_compute", forbid)
     train(world, tmp_path / "second", **flags)
     assert calls == []
-    assert torch.equal(tables[0].prompt_embeds, tables[1].prompt_embeds)
+    assert torch.equal(tables[0].prompt_embeds.states, tables[1].prompt_embeds.states)
 
 
 # --------------------------------------------------------------------------------------------------------------- LoRA
@@ -353,7 +353,7 @@ def test_dora(world, tmp_path, monkeypatch, objective):  # noqa: F811
 
     def predict_and_step(run, stage, global_step, *args):
         if global_step == 2 and objective == "composed":
-            call = (latents, torch.tensor([500]), run.table.prompt_embeds[:1])
+            call = (latents, torch.tensor([500]), run.table.prompt_embeds.states[:1])
             with torch.no_grad():
                 adapted = run.unet(*call).sample
                 with script.active_adapters(run.unet, None):

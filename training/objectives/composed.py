@@ -12,6 +12,7 @@ import torch
 
 from adapters import BASE_ROW
 from attention_processors import CrossAttentionFeatures
+from families.prompt_embeds import PromptEmbeds
 from training.arguments import Flags
 from training.batches import Batch, BatchDrawer, send
 from training.data import revisited_batch
@@ -85,10 +86,10 @@ class Composed(Objective):
             unchanged_share=self.method.base_prompt_share,
             timestep_power=self.flags.composed_timestep_power,
         )
-        response_embeds = models.embeds(self.table, self.table.response_rows[batch.rows])
+        response_embeds = models.response_embeds(self.table, batch.rows)
         target = self.target(batch, number, response_embeds)
         response_pred = models.respond(batch.noisy_latents, batch.timesteps, response_embeds)
-        losses = diffusion_loss(response_pred, target) * models.epsilon_scale(batch.timesteps) ** 2
+        losses = diffusion_loss(response_pred, target) * models.noise.epsilon_scale(batch.timesteps) ** 2
         yield {"composed": losses.mean()}
 
     def number_of(self, micro_step: int) -> int:
@@ -97,7 +98,7 @@ class Composed(Objective):
         return self.first_batch + revisited_batch(done, KEPT_TARGETS, reuse, self.batches.seed)
 
     @torch.no_grad()
-    def target(self, batch: Batch, number: int, response_embeds: torch.Tensor) -> torch.Tensor:
+    def target(self, batch: Batch, number: int, response_embeds: PromptEmbeds) -> torch.Tensor:
         """What the predictions (B, C, H, W) of a batch should be, made once and kept as long as its cycle lasts.
 
         All of it comes from frozen weights and the batch: what is not there, as in a run that goes on, is made again
@@ -105,7 +106,7 @@ class Composed(Objective):
         """
         if number in self._targets:
             return self._targets[number]
-        reference_embeds = self.models.embeds(self.table, self.table.reference_rows[batch.rows])
+        reference_embeds = self.models.reference_embeds(self.table, batch.rows)
         reference_pred, full_pred, base_pred, features = self.predictions(batch, reference_embeds, response_embeds)
         sfcm = self.maps.of_batch(batch, self.alignment, full_pred, reference_pred, features)
         flags = self.flags
@@ -118,7 +119,7 @@ class Composed(Objective):
 
     @torch.no_grad()
     def predictions(
-        self, batch: Batch, reference_embeds: torch.Tensor, response_embeds: torch.Tensor
+        self, batch: Batch, reference_embeds: PromptEmbeds, response_embeds: PromptEmbeds
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, CrossAttentionFeatures | None]:
         """Predictions (B, C, H, W) of the original model, and of the stage-1 adapter with full and with base prompt.
 
@@ -129,7 +130,7 @@ class Composed(Objective):
         """
         full = send((batch.kinds == FULL).nonzero().flatten(), self.models.device)
         asked = [response_embeds, reference_embeds] if self.flags.teacher_base_weight > 0 else [response_embeds]
-        rows, embeds = full.repeat(len(asked)), torch.cat([embeds[full] for embeds in asked])
+        rows, embeds = full.repeat(len(asked)), PromptEmbeds.cat([embeds[full] for embeds in asked])
         with ExitStack() as stack:
             store, recording = None, nullcontext()
             if not self.maps.has_bank:
@@ -148,9 +149,9 @@ class Composed(Objective):
     def _together(
         self,
         batch: Batch,
-        reference_embeds: torch.Tensor,
+        reference_embeds: PromptEmbeds,
         rows: torch.Tensor,
-        embeds: torch.Tensor,
+        embeds: PromptEmbeds,
         recording: AbstractContextManager,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The original model's predictions and the teacher's, of `rows`, in one forward."""
@@ -158,16 +159,16 @@ class Composed(Objective):
         together = torch.cat([torch.arange(count, device=device), rows])
         with self.models.adapters.per_sample([BASE_ROW] * count + [STAGE1_ADAPTER] * len(rows)), recording:
             preds = self.models.predict(
-                batch.noisy_latents[together], batch.timesteps[together], torch.cat([reference_embeds, embeds])
+                batch.noisy_latents[together], batch.timesteps[together], PromptEmbeds.cat([reference_embeds, embeds])
             )
         return preds[:count], preds[count:]
 
     def _in_turn(
         self,
         batch: Batch,
-        reference_embeds: torch.Tensor,
+        reference_embeds: PromptEmbeds,
         rows: torch.Tensor,
-        embeds: torch.Tensor,
+        embeds: PromptEmbeds,
         recording: AbstractContextManager,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The same in two forwards."""

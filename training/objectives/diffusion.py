@@ -11,13 +11,12 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
 
 from training.arguments import Flags
 from training.batches import Batch, BatchDrawer
 from training.enhancement import Enhancement
 from training.flags import MethodFlags
-from training.losses import diffusion_loss, masked_diffusion_loss, min_snr_weights
+from training.losses import diffusion_loss, masked_diffusion_loss
 from training.models import Models
 from training.objectives.objective import Objective, Parts
 from training.portraits import TrainingPortraits
@@ -56,32 +55,22 @@ class Diffusion(Objective):
     @contextmanager
     def losses(self, micro_step: int) -> Iterator[dict[str, torch.Tensor]]:
         batch = self.batches.training(self.training, micro_step, self.method.noise_offset)
-        _, embeds = self.models.both_embeds(self.table, batch.rows)
+        embeds = self.models.response_embeds(self.table, batch.rows)
         model_pred = self.models.respond(batch.noisy_latents, batch.timesteps, embeds)
         yield self.of_prediction(batch, model_pred, micro_step)
 
     def of_prediction(self, batch: Batch, model_pred: torch.Tensor, micro_step: int) -> dict[str, torch.Tensor]:
         """The losses of predictions (B, C, H, W)."""
-        scheduler = self.models.noise_scheduler
-        target = diffusion_target(scheduler, batch)
+        noise = self.models.noise
+        target = noise.target(batch.latents, batch.noise, batch.timesteps)
         if self.method.preservation == "mask":
             masks = self.training.training_set.batch_masks(micro_step).to(target.device)
             losses = masked_diffusion_loss(model_pred, target, F.interpolate(masks, target.shape[-2:], mode="area"))
         else:
             losses = diffusion_loss(model_pred, target)
         if self.method.snr_gamma is not None:
-            prediction_type = scheduler.config.prediction_type
-            losses = losses * min_snr_weights(
-                scheduler.alphas_cumprod, batch.timesteps, self.method.snr_gamma, prediction_type
-            )
+            losses = losses * noise.min_snr_weights(batch.timesteps, self.method.snr_gamma)
         parts = {"diffusion": losses.mean()}
         if self.enhancement is not None and self.enhancement.is_due(micro_step):
-            parts["enhancement"] = self.enhancement.loss(batch, model_pred, scheduler)
+            parts["enhancement"] = self.enhancement.loss(batch, model_pred, noise)
         return parts
-
-
-def diffusion_target(scheduler: DDPMScheduler, batch: Batch) -> torch.Tensor:
-    """What the diffusion loss compares a batch's predictions with, (B, C, H, W): noise, or velocity."""
-    if scheduler.config.prediction_type == "v_prediction":
-        return scheduler.get_velocity(batch.latents, batch.noise, batch.timesteps)
-    return batch.noise

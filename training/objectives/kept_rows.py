@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 import torch
 
+from families.prompt_embeds import PromptEmbeds
 from training.arguments import Flags
 from training.batches import Batch
 from training.losses import diffusion_loss
-from training.objectives.diffusion import Diffusion, diffusion_target
+from training.objectives.diffusion import Diffusion
 from training.objectives.objective import Parts
 from training.portraits import Portraits
 
@@ -26,7 +27,7 @@ class KeptRows(NamedTuple):
 
     noisy_latents: torch.Tensor
     timesteps: torch.Tensor
-    embeds: torch.Tensor
+    embeds: PromptEmbeds
     target: torch.Tensor
 
 
@@ -40,7 +41,7 @@ class KeepingRows(Diffusion):
 
     alignment: Portraits | None = None
     unrelated_ids: torch.Tensor | None = None
-    unrelated_embeds: torch.Tensor | None = None
+    unrelated_embeds: PromptEmbeds | None = None
 
     @classmethod
     def make(cls, flags: Flags, parts: Parts) -> KeepingRows:
@@ -58,12 +59,12 @@ class KeepingRows(Diffusion):
     @contextmanager
     def losses(self, micro_step: int) -> Iterator[dict[str, torch.Tensor]]:
         batch = self.batches.training(self.training, micro_step, self.method.noise_offset)
-        _, embeds = self.models.both_embeds(self.table, batch.rows)
+        embeds = self.models.response_embeds(self.table, batch.rows)
         kept, count = self.kept_rows(batch, micro_step), len(batch.index)
         preds = self.models.respond(
             torch.cat([batch.noisy_latents, kept.noisy_latents]),
             torch.cat([batch.timesteps, kept.timesteps]),
-            torch.cat([embeds, kept.embeds]),
+            PromptEmbeds.cat([embeds, kept.embeds]),
         )
         preserved = {"preservation": diffusion_loss(preds[count:], kept.target).mean()}
         yield self.of_prediction(batch, preds[:count], micro_step) | preserved
@@ -76,12 +77,11 @@ class KeepingRows(Diffusion):
             own = self.training.training_set.buckets
             bucket = own[int(batch.index[0]) % len(own)]
             drawn = self.batches.aligned(self.alignment, micro_step, stream=1, bucket=bucket)
-            embeds, _ = models.both_embeds(self.table, drawn.rows)
-            return KeptRows(
-                drawn.noisy_latents, drawn.timesteps, embeds, diffusion_target(models.noise_scheduler, drawn)
-            )
+            embeds = models.reference_embeds(self.table, drawn.rows)
+            target = models.noise.target(drawn.latents, drawn.noise, drawn.timesteps)
+            return KeptRows(drawn.noisy_latents, drawn.timesteps, embeds, target)
         if self.method.preservation == "dop":
-            embeds, _ = models.both_embeds(self.table, batch.rows)
+            embeds = models.reference_embeds(self.table, batch.rows)
         else:
             embeds = self.unrelated_embeds[self.unrelated_choice(micro_step)]
         with torch.no_grad(), models.adapters.only(None):

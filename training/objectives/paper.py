@@ -59,13 +59,15 @@ class Paper(Objective):
         with (
             models.capture.store() as store,
             dual_path(
-                models.unet,
+                models.adapters,
+                models.predict,
                 batch.noisy_latents,
                 batch.timesteps,
-                *models.both_embeds(table, batch.rows),
+                models.reference_embeds(table, batch.rows),
+                models.response_embeds(table, batch.rows),
                 mode=method.dual_path,
                 store=store,
-                response_unet=models.response_unet,
+                respond=models.respond,
             ) as paths,
         ):
             reference, response = paths.reference, paths.response
@@ -74,20 +76,17 @@ class Paper(Objective):
             if self.layers == "phrase_map":
                 resolution = phrase_map_resolution(reference.resolutions)
                 reference, response = reference.at_resolution(resolution), response.at_resolution(resolution)
-            resolutions, rows = list(reference.resolutions.values()), batch.rows
+            resolutions = list(reference.resolutions.values())
             unchanged = send((batch.kinds != FULL).float(), models.device)
-            base_error = diffusion_loss(response_pred, reference_pred) * models.epsilon_scale(batch.timesteps) ** 2
+            to_epsilon = models.noise.epsilon_scale(batch.timesteps)
+            base_error = diffusion_loss(response_pred, reference_pred) * to_epsilon**2
             yield {
                 "text_consistent": text_consistent_loss(
                     list(response.attention_probs.values()),
                     list(reference.attention_probs.values()),
                     resolutions,
                     sfcm,
-                    table.base_positions[rows],
-                    table.full_positions[rows],
-                    table.position_mask[rows],
-                    table.base_padding[rows],
-                    table.full_padding[rows],
+                    *table.positions.of(batch.rows),
                 ).mean(),
                 "fine_grained": fine_grained_loss(
                     list(response.queries.values()), list(reference.queries.values()), resolutions, sfcm
