@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 def save_lora(models: Models, folder: Path) -> None:
     """Write the LoRA in diffusers' format with its metadata, whole or not at all."""
     # peft's names, for all layers: a loader tells the naming by the first one.
-    write_diffusers_lora(folder, {"unet": (models.lora(), models.unet.peft_config["default"])}, f"{HIDDEN_PREFIX}lora-")
+    lora = models.lora(), models.unet.peft_config["default"]
+    write_diffusers_lora(folder, {"unet": lora}, f"{HIDDEN_PREFIX}lora-")
 
 
 def save_result(models: Models, folder: Path, output_dir: Path, accelerator: Accelerator) -> None:
