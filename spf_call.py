@@ -248,7 +248,7 @@ class SPFCall:
         stock = next(kind for kind in type(self).__mro__ if kind.__module__.startswith("diffusers."))
         _, options = self._get_signature_keys(self)
         # Not `from_pipe`, which would turn the models that both share into float32.
-        twin = stock(**self.components, **{name: self.config[name] for name in options})
+        twin = stock(**self.components, **{name: self.config[name] for name in options if name in self.config})
         twin.save_pretrained(save_directory, **kwargs)
 
     def _check_stock_inputs(self, prompt: Any, stock: dict[str, Any]) -> None:
