@@ -278,11 +278,11 @@ def test_nothing_is_saved_under_a_loras_names(own_world, tmp_path):
     ("change", "message"),
     [
         (
-            lambda layers: {key: value.repeat(2, 2)[:2] if "down" in key else value for key, value in layers.items()},
+            lambda layers: {key: value.repeat(1, 2) if "lora.down" in key else value for key, value in layers.items()},
             "has",
         ),
         (
-            lambda layers: {key: value.repeat(2, 1) if "up" in key else value for key, value in layers.items()},
+            lambda layers: {key: value.repeat(2, 1) if "lora.up" in key else value for key, value in layers.items()},
             "features",
         ),
         (lambda layers: {f"other.{key}": value for key, value in layers.items()}, "there is no layer unet.other"),
