@@ -19,6 +19,8 @@ from PIL import Image
 from loras.files import clean_source, find_lora, read_lora
 from programs.loading import InputError, naming, naming_flag
 from prompts import PromptPair, has_phrase, make_prompt_pair
+from toy_portraits.judge import base_prompts
+from toy_portraits.world import TARGETS
 from training.checkpoints import find_checkpoints
 from training.data import PortraitRow, load_image, read_json_lines, read_phrases, read_target
 
@@ -45,10 +47,11 @@ def picture_name(prompt: int, seed: int) -> str:
 
 
 def read_prompts(args: argparse.Namespace) -> list[PromptPair]:
-    """The prompts of --base_prompts or --prompts_file, each once.
+    """The prompts of --base_prompts or --prompts_file, each once, or the toy world's.
 
     Args:
-        args: `base_prompts`, `prompts_file`, `target_prompt` (texts), `max_prompts`.
+        args: `base_prompts`, `prompts_file`, `target_prompt` (texts), `max_prompts`; and where the toy world brings
+            them, `toy_prompts`, `toy` and `seed`.
 
     Returns:
         At most `max_prompts` pairs, in their order.
@@ -59,12 +62,20 @@ def read_prompts(args: argparse.Namespace) -> list[PromptPair]:
 
     Source: [ours].
     """
-    if args.prompts_file is None:
+    if args.toy_prompts:
+        pairs = _toy_prompts(args.toy, args.max_prompts or 12, args.seed)
+    elif args.prompts_file is None:
         pairs = [_pair({"base_prompt": text}, args.target_prompt, "--base_prompts") for text in args.base_prompts]
     else:
         pairs = list(_read_prompts_file(args.prompts_file, args.target_prompt))
-    distinct = list(dict.fromkeys(pairs))
-    return distinct[: args.max_prompts]
+    return list(dict.fromkeys(pairs))[: args.max_prompts]
+
+
+def _toy_prompts(toy: str, count: int, seed: int) -> list[PromptPair]:
+    """Fresh prompts of the toy world, which no training set has."""
+    drawn = base_prompts(TARGETS[toy], count, seed)
+    targets = [(p.replaced_phrase, p.target_prompt) if p.replaced_phrase else p.target_prompt for p in drawn]
+    return [make_prompt_pair(p.base_prompt, [target]) for p, target in zip(drawn, targets)]
 
 
 def _read_prompts_file(path: Path, target_prompt: Sequence[str] | None) -> Iterable[PromptPair]:
