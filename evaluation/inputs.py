@@ -47,14 +47,10 @@ def picture_name(prompt: int, seed: int) -> str:
 
 
 def read_prompts(args: argparse.Namespace) -> list[PromptPair]:
-    """The prompts of --base_prompts or --prompts_file, each once, or the toy world's.
+    """The prompts of --base_prompts or --prompts_file or the toy world's, in their order, each once.
 
     Args:
-        args: `base_prompts`, `prompts_file`, `target_prompt` (texts), `max_prompts`; and where the toy world brings
-            them, `toy_prompts`, `toy` and `seed`.
-
-    Returns:
-        At most `max_prompts` pairs, in their order.
+        args: `base_prompts`, `prompts_file`, `target_prompt` (texts), `max_prompts`; `toy_prompts`, `toy` and `seed`.
 
     Raises:
         InputError: a file that is missing, empty or no JSON lines; no target; a target that the base prompt has
@@ -194,15 +190,12 @@ def _checkpoint_files(folder: Path) -> list[tuple[str, Path]]:
 
 
 def read_masks(folder: Path, names: Sequence[str], size: tuple[int, int]) -> np.ndarray:
-    """The target's region in each portrait, as a user painted it.
+    """The target's region in each portrait, as a user painted it, (B, H, W) float64 in [0, 1].
 
     Args:
         folder: has `<name>.png` for each name, white where the target may change the portrait.
         names: B, of `picture_name`.
         size: (H, W) of the portraits; a mask of another size is resized.
-
-    Returns:
-        (B, H, W) float64 in [0, 1].
 
     Raises:
         InputError: a mask that is missing or no picture; the message names it.

@@ -130,86 +130,52 @@ def _direction(part: Compared) -> np.ndarray:
 MEASURES = {
     "change": Measure(
         "pixel change", "preservation", "lower", "Mean absolute difference to the original portrait, 0-255.",
-        lambda part: pixel_change(part.before, part.after),
-    ),
+        lambda part: pixel_change(part.before, part.after)),
     "change_outside": Measure(
         "pixel change outside", "preservation", "lower", "The same outside the target's region, 0-255.",
-        lambda part: pixel_change(part.before, part.after, 1 - part.region), stands_for="truth_kept",
-    ),
-    "ssim": Measure(
-        "SSIM", "preservation", "higher", "Structural similarity to the original portrait, at most 1.",
-        lambda part: ssim(part.before, part.after), stands_for="truth_kept",
-    ),
-    "lpips": Measure(
-        "LPIPS", "preservation", "lower", "Perceptual distance to the original portrait, AlexNet.",
-        lambda part: part.judges.lpips(part.before, part.after), ("lpips",), "truth_kept",
-    ),
-    "clip_i": Measure(
-        "CLIP-I", "preservation", "higher", "Cosine of the CLIP image embeddings of both portraits.",
-        lambda part: cosine(*part.images("clip", "before", "after")), ("clip",), "truth_kept",
-    ),
-    "dino": Measure(
-        "DINO", "preservation", "higher", "Cosine of the DINOv2 embeddings of both portraits.",
-        lambda part: cosine(*part.images("dino", "before", "after")), ("dino",), "truth_kept",
-    ),
-    "identity": Measure(
-        "identity", "preservation", "higher", "Cosine of both faces, where both are found.",
-        lambda part: cosine(*part.images("face", "before", "after")), ("face",), "truth_kept",
-    ),
-    "seg_cons": Measure(
-        "Seg-Cons", "preservation", "higher", "Share of pixels that face parsing labels alike.",
-        lambda part: label_agreement(*part.images("segmenter", "before", "after")), ("segmenter",), "truth_kept",
-    ),
-    "fid": Measure(
-        "FID", "preservation", "lower", "Fréchet distance of both sets of portraits, Inception features.",
-        lambda part: part.images("inception", "before", "after"), ("frechet", "inception"), "truth_kept", _frechet,
-    ),
-    "fd_dino": Measure(
-        "FD-DINOv2", "preservation", "lower", "The same with DINOv2 features.",
-        lambda part: part.images("dino", "before", "after"), ("frechet", "dino"), "truth_kept", _frechet,
-    ),
-    "clip_t": Measure(
-        "CLIP-T", "response", "higher", "Cosine of portrait and target text, CLIP.",
-        lambda part: cosine(*part.images("clip", "after"), part.texts("target_text")), ("clip",), "truth_response",
-    ),
+        lambda part: pixel_change(part.before, part.after, 1 - part.region), stands_for="truth_kept"),
+    "ssim": Measure("SSIM", "preservation", "higher", "Structural similarity to the original portrait, at most 1.",
+        lambda part: ssim(part.before, part.after), stands_for="truth_kept"),
+    "lpips": Measure("LPIPS", "preservation", "lower", "Perceptual distance to the original portrait, AlexNet.",
+        lambda part: part.judges.lpips(part.before, part.after), ("lpips",), "truth_kept"),
+    "clip_i": Measure("CLIP-I", "preservation", "higher", "Cosine of the CLIP image embeddings of both portraits.",
+        lambda part: cosine(*part.images("clip", "before", "after")), ("clip",), "truth_kept"),
+    "dino": Measure("DINO", "preservation", "higher", "Cosine of the DINOv2 embeddings of both portraits.",
+        lambda part: cosine(*part.images("dino", "before", "after")), ("dino",), "truth_kept"),
+    "identity": Measure("identity", "preservation", "higher", "Cosine of both faces, where both are found.",
+        lambda part: cosine(*part.images("face", "before", "after")), ("face",), "truth_kept"),
+    "seg_cons": Measure("Seg-Cons", "preservation", "higher", "Share of pixels that face parsing labels alike.",
+        lambda part: label_agreement(*part.images("segmenter", "before", "after")), ("segmenter",), "truth_kept"),
+    "fid": Measure("FID", "preservation", "lower", "Fréchet distance of both sets of portraits, Inception features.",
+        lambda part: part.images("inception", "before", "after"), ("frechet", "inception"), "truth_kept", _frechet),
+    "fd_dino": Measure("FD-DINOv2", "preservation", "lower", "The same with DINOv2 features.",
+        lambda part: part.images("dino", "before", "after"), ("frechet", "dino"), "truth_kept", _frechet),
+    "clip_t": Measure("CLIP-T", "response", "higher", "Cosine of portrait and target text, CLIP.",
+        lambda part: cosine(*part.images("clip", "after"), part.texts("target_text")), ("clip",), "truth_response"),
     "clip_t_inside": Measure(
         "CLIP-T inside", "response", "higher", "The same, with the original portrait outside the target's region.",
-        lambda part: cosine(*part.images("clip", "inside"), part.texts("target_text")), ("clip",), "truth_response",
-    ),
-    "direction": Measure(
-        "direction", "response", "higher",
+        lambda part: cosine(*part.images("clip", "inside"), part.texts("target_text")), ("clip",), "truth_response"),
+    "direction": Measure("direction", "response", "higher",
         "Cosine of the change inside the region and that from base to full prompt, CLIP.",
-        _direction, ("clip",), "truth_response",
-    ),
+        _direction, ("clip",), "truth_response"),
     "pollution": Measure(
         "pollution", "pollution", "lower", "What else moved: 0 is the original model, 1 the reference LoRA.",
-        stands_for="truth_kept",
-    ),
+        stands_for="truth_kept"),
     "base_change": Measure(
         "base prompt alone: pixel change", "pollution", "lower", "Change of the base prompt's portrait, 0-255.",
-        lambda part: pixel_change(part.before, part.alone),
-    ),
-    "leak": Measure(
-        "leak", "pollution", "lower",
+        lambda part: pixel_change(part.before, part.alone)),
+    "leak": Measure("leak", "pollution", "lower",
         "Share of base-prompt portraits that CLIP finds nearer to the target's text than to the neutral one.",
-        _leak, ("clip",), "truth_leak",
-    ),
-    "truth_kept": Measure(
-        "factors kept", "truth", "higher", "Agreement of the factors that the probe reads.",
-        lambda part: part.truth("kept"), ("probe",),
-    ),
+        _leak, ("clip",), "truth_leak"),
+    "truth_kept": Measure("factors kept", "truth", "higher", "Agreement of the factors that the probe reads.",
+        lambda part: part.truth("kept"), ("probe",)),
     "truth_change_outside": Measure(
         "change outside the true region", "truth", "lower", "Outside the target's labels, as the probe reads them.",
-        lambda part: part.truth("change_outside"), ("probe",),
-    ),
-    "truth_response": Measure(
-        "target there", "truth", "higher", "Share of portraits in which the probe reads it.",
-        lambda part: part.truth("response"), ("probe",),
-    ),
-    "truth_leak": Measure(
-        "target there unasked", "truth", "lower", "The same with the base prompt alone.",
-        lambda part: part.judges.probe.response(part.alone, part.judges.target)["response"], ("probe",),
-    ),
+        lambda part: part.truth("change_outside"), ("probe",)),
+    "truth_response": Measure("target there", "truth", "higher", "Share of portraits in which the probe reads it.",
+        lambda part: part.truth("response"), ("probe",)),
+    "truth_leak": Measure("target there unasked", "truth", "lower", "The same with the base prompt alone.",
+        lambda part: part.judges.probe.response(part.alone, part.judges.target)["response"], ("probe",)),
 }  # fmt: skip
 
 
@@ -252,14 +218,11 @@ def measure(
 
 
 def pixel_change(original: np.ndarray, adapted: np.ndarray, weight: np.ndarray | None = None) -> np.ndarray:
-    """Mean absolute difference of portraits.
+    """Mean absolute difference of portraits, (B,) in 0-255; NaN where no pixel counts.
 
     Args:
         original, adapted: (B, H, W, 3) in 0-255.
         weight: (B, H, W) in [0, 1], how much each pixel counts; None counts all alike.
-
-    Returns:
-        (B,) in 0-255; NaN where no pixel counts.
 
     Source: [ours].
     """
@@ -271,13 +234,10 @@ def pixel_change(original: np.ndarray, adapted: np.ndarray, weight: np.ndarray |
 
 
 def ssim(original: np.ndarray, adapted: np.ndarray) -> np.ndarray:
-    """Structural similarity of portraits, one after another: a whole set in double would not fit into memory.
+    """Structural similarity of portraits, (B,) at most 1; one after another, since doubles of all take much memory.
 
     Args:
         original, adapted: (B, H, W, 3) in 0-255, H and W at least 6.
-
-    Returns:
-        (B,), at most 1.
 
     Source: Wang et al., "Image Quality Assessment", IEEE Transactions on Image Processing 13(4), 2004; the mean over
         the whole picture, mirrored at its edges, and all channels.
@@ -334,10 +294,7 @@ def unit(embeds: np.ndarray) -> np.ndarray:
 def direction_similarity(
     image_before: np.ndarray, image_after: np.ndarray, text_before: np.ndarray, text_after: np.ndarray
 ) -> np.ndarray:
-    """Whether a portrait changed in CLIP's space as its prompt did.
-
-    Args:
-        image_before, image_after, text_before, text_after: (B, E) embeddings of any length, taken at length 1.
+    """Whether a portrait changed in CLIP's space as its prompt did; embeddings (B, E) each, taken at length 1.
 
     Returns:
         (B,) in [-1, 1]; NaN where portrait or prompt did not change.
@@ -376,8 +333,7 @@ def resample_prompts(prompts: int, resamples: int, seed: int) -> np.ndarray:
     """Prompts drawn with replacement: the seeds of a prompt stay together, since they are alike.
 
     Args:
-        prompts: P.
-        resamples: R.
+        prompts, resamples: P and R.
         seed: source of all randomness.
 
     Returns:

@@ -161,8 +161,8 @@ def response_plot(document: Mapping[str, Any]) -> Image.Image | None:
         return None
     figure = Figure((4.6, 3.4), dpi=200, layout="constrained")
     canvas, axes = FigureCanvasAgg(figure), figure.subplots()
-    axes.set_xlabel(f"pollution ({document['pollution_unit']})", parse_math=False)
-    axes.set_ylabel(f"response ({document['measures'][response]['label']})", parse_math=False)
+    axes.set_xlabel(f"pollution ({document['pollution_unit']})", fontsize=9, parse_math=False)
+    axes.set_ylabel(f"response ({document['measures'][response]['label']})", fontsize=9, parse_math=False)
     axes.tick_params(colors="#5a5a5a", labelsize=8, length=0)
     axes.grid(color="#e8e8e8")
     axes.spines[:].set_visible(False)

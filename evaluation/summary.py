@@ -58,16 +58,13 @@ def pollution_samples(
 def estimate_pollution(
     changes: Changes, original: Changes, reference: Changes | None, resamples: np.ndarray
 ) -> Estimate:
-    """The pollution index: 0 for the original model and 1 for the reference LoRA.
+    """The pollution index: 0 for the original model and 1 for the reference LoRA; it may be negative, or larger.
 
     Args:
         changes: of the LoRA.
         original: of the original model, asked for the target untuned; its `base` is 0.
         reference: of the LoRA that counts as 1; None leaves the index in grey levels.
         resamples: as of `resample_prompts`; LoRA, original and reference are resampled together.
-
-    Returns:
-        The estimate. It may be negative, or larger than 1.
 
     Source: [ours].
     """
@@ -87,10 +84,8 @@ def flags_of(
     """What is wrong with a LoRA that looks clean, or does nothing.
 
     Args:
-        pollution: its index.
-        normalised: whether that is in units of a reference LoRA, or in grey levels.
-        response: (P, S), of the LoRA with the full prompts.
-        original: (P, S), of the original model with the full prompts.
+        pollution: its index, in units of a reference LoRA (`normalised`) or in grey levels.
+        response, original: (P, S), of the LoRA and of the original model with the full prompts.
         resamples: as of `resample_prompts`.
 
     Returns:
@@ -117,12 +112,11 @@ def knee(pollution: Sequence[float], response: Sequence[float], origin: tuple[fl
     response minus pollution is taken.
 
     Args:
-        pollution: K numbers, such as the pollution index.
-        response: K numbers.
+        pollution, response: K numbers each.
         origin: pollution and response of the original model.
 
     Returns:
-        Its index, the first of equals; None if no checkpoint lies above the line.
+        Its index, the first of equals; None if no checkpoint lies above the line from the least to the most of both.
 
     Source: Satopää et al., "Finding a Kneedle in a Haystack", ICDCS Workshops 2011; [ours] with the original model.
     """
@@ -177,23 +171,24 @@ def summarise(judged: Sequence[Judged], missing: Mapping[str, str], resamples: i
     """
     original = judged[0]
     index = resample_prompts(len(original.values["change"]), resamples, seed)
-    reference = next((own for own in judged if own.role == "reference"), None)
-    unit, note = "grey levels", "Pollution is in grey levels of 255, since there is no --reference_lora."
-    if reference is not None and can_be_reference(reference.changes, original.changes, index):
-        unit, note = f"1 is {reference.name}", f"Pollution: 0 is the original model, 1 is {reference.name}."
-    elif reference is not None:
-        note = f"Pollution is in grey levels of 255, since {reference.name} moves no more than the original model."
-        reference = None
+    unit, unit_name = None, "grey levels"
+    note = "Pollution is in grey levels of 255, since there is no --reference_lora."
+    for own in judged:
+        if own.role == "reference" and can_be_reference(own.changes, original.changes, index):
+            unit, unit_name = own.changes, f"1 is {own.name}"
+            note = f"Pollution: 0 is the original model, 1 is {own.name}."
+        elif own.role == "reference":
+            note = f"Pollution is in grey levels of 255, since {own.name} moves no more than the original model."
     response = next((name for name in RESPONSES if name in original.values), None)
-    entries = [_summarise_one(own, original, reference, response, index) for own in judged]
+    entries = [_summarise_one(own, original, unit, response, index) for own in judged]
     keep, verdict = None, _verdict(entries, response)
     if any(own.role == "checkpoint" for own in judged):
-        keep, verdict = choose_checkpoint(judged, entries, reference, response, index)
+        keep, verdict = choose_checkpoint(judged, entries, unit, response, index)
     shown = [name for name in MEASURES if name in entries[0]["measures"] or name in missing]
     return {
         "verdict": verdict,
         "keep": keep,
-        "pollution_unit": unit,
+        "pollution_unit": unit_name,
         "pollution_note": note,
         "response_measure": response,
         "measures": {name: {key: getattr(MEASURES[name], key) for key in SHOWN} for name in shown},
@@ -204,9 +199,8 @@ def summarise(judged: Sequence[Judged], missing: Mapping[str, str], resamples: i
 
 
 def _summarise_one(
-    own: Judged, original: Judged, reference: Judged | None, response: str | None, index: np.ndarray
+    own: Judged, original: Judged, unit: Changes | None, response: str | None, index: np.ndarray
 ) -> dict[str, Any]:
-    unit = None if reference is None else reference.changes
     pollution = estimate_pollution(own.changes, original.changes, unit, index)
     found = {name: estimate_mean(values, index) for name, values in own.values.items()}
     found |= {name: Estimate(value, None, None) for name, value in own.whole.items()} | {"pollution": pollution}
@@ -229,19 +223,16 @@ def _verdict(entries: Sequence[Mapping[str, Any]], response: str | None) -> str:
 
 
 def choose_checkpoint(
-    judged: Sequence[Judged],
-    entries: Sequence[Mapping[str, Any]],
-    reference: Judged | None,
-    response: str | None,
+    judged: Sequence[Judged], entries: Sequence[Mapping[str, Any]], unit: Changes | None, response: str | None,
     index: np.ndarray,
-) -> tuple[str | None, str]:
+) -> tuple[str | None, str]:  # fmt: skip
     """The checkpoint to keep, or None, and a line that says why.
 
     How often resampled prompts choose the same one tells how sure the choice is.
 
     Args:
         judged, entries: all models and what the report says of them, in one order, the original model first.
-        reference: the LoRA that pollution is in units of.
+        unit: of the LoRA that pollution is in units of.
         response: the measure of the response; None if there is none.
         index: of `resample_prompts`.
 
@@ -256,8 +247,7 @@ def choose_checkpoint(
     chosen = knee(pollution[1:], responses[1:], (pollution[0], responses[0]))
     if chosen is None:
         return None, "No checkpoint stands out: none gains more response than pollution."
-    original, unit = judged[0].changes, None if reference is None else reference.changes
-    polluted = zip(*(pollution_samples(judged[i].changes, original, unit, index)[1] for i in places))
+    polluted = zip(*(pollution_samples(judged[i].changes, judged[0].changes, unit, index)[1] for i in places))
     responded = zip(*(resampled_means(judged[i].values[response], index) for i in places))
     again = [knee(p[1:], r[1:], (p[0], r[0])) for p, r in zip(polluted, responded)]
     share = f"; {again.count(chosen) / len(again):.0%} of the resamples choose it too" if again else ""

@@ -310,11 +310,11 @@ def peak_of_measuring(folder, count, models):
 @pytest.mark.slow
 def test_the_memory_of_measuring_does_not_grow_with_the_number_of_portraits(tmp_path, models):
     few, measured = peak_of_measuring(tmp_path / "8", 8, models)
-    many, _ = peak_of_measuring(tmp_path / "32", 32, models)
-    print(f"peak: {few} MiB with 8 portraits, {many} MiB with 32")
+    many, _ = peak_of_measuring(tmp_path / "20", 20, models)
+    print(f"peak: {few} MiB with 8 portraits, {many} MiB with 20")
     assert {"change_outside", "ssim", "clip_t_inside", "direction", "leak", "dino", "seg_cons"} <= set(measured)
     # The libraries alone take some 550; a single portrait in float64 is 6, and torchmetrics' SSIM took 1300 for each.
-    assert many < few + 48 and many < 1024
+    assert many < few + 24 and many < 1024
 
 
 TOY = ("--toy", "blonde_hair")
