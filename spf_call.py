@@ -28,10 +28,9 @@ from torch import Tensor
 
 # The siblings as modules of the package that a custom pipeline is, or as modules on the path.
 try:
-    from . import adapters, attention_processors, pictures, prompts, sfcm, spf_arguments, spf_observer, wording
+    from . import adapters, pictures, prompts, sfcm, spf_arguments, spf_observer, wording
 except ImportError:
     import adapters as adapters
-    import attention_processors as attention_processors
     import pictures as pictures
     import prompts as prompts
     import sfcm as sfcm
