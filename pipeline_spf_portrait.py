@@ -32,22 +32,19 @@ try:
     from .pictures import captioned_pictures  # noqa: F401
     from .prompts import make_prompt_pair  # noqa: F401
     from .sfcm import SFCM_MODES  # noqa: F401
-    from .spf_arguments import CALL_DOC, Request, Target
-    from .spf_call import Embeds, SPFCall
+    from .spf_arguments import CALL_DOC, Target
+    from .spf_call import Embeds, SPFCall, SPFPortraitPipelineOutput
     from .spf_call import uncompiled as _uncompiled
     from .spf_observer import RowLayout
-    from .spf_output import SPFPortraitPipelineOutput
     from .wording import find_weights  # noqa: F401
 except ImportError:
     import lora_layers as _lora_layers
     import spf_arguments as _arguments
     import spf_call as _call
     import spf_observer as _observer
-    import spf_output as _output
 
-    CALL_DOC, Request, Target = _arguments.CALL_DOC, _arguments.Request, _arguments.Target
-    Embeds, SPFCall, RowLayout = _call.Embeds, _call.SPFCall, _observer.RowLayout
-    SPFPortraitPipelineOutput = _output.SPFPortraitPipelineOutput
+    CALL_DOC, Target, RowLayout = _arguments.CALL_DOC, _arguments.Target, _observer.RowLayout
+    Embeds, SPFCall, SPFPortraitPipelineOutput = _call.Embeds, _call.SPFCall, _call.SPFPortraitPipelineOutput
     check_loadable, _uncompiled = _lora_layers.check_loadable, _call.uncompiled
 
 EXAMPLE_DOC_STRING = f"""{CALL_DOC}
@@ -172,23 +169,8 @@ class SPFPortraitPipeline(SPFCall, StableDiffusionPipeline):
                 As in [`StableDiffusionPipeline`].
         Examples:
         """
-        # fmt: off
-        stock = {
-            "height": height, "width": width, "num_inference_steps": num_inference_steps, "timesteps": timesteps,
-            "sigmas": sigmas, "guidance_scale": guidance_scale, "negative_prompt": negative_prompt,
-            "num_images_per_prompt": num_images_per_prompt, "eta": eta, "generator": generator, "latents": latents,
-            "prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds,
-            "ip_adapter_image": ip_adapter_image, "ip_adapter_image_embeds": ip_adapter_image_embeds,
-            "output_type": output_type, "return_dict": return_dict, "cross_attention_kwargs": cross_attention_kwargs,
-            "guidance_rescale": guidance_rescale, "clip_skip": clip_skip, "callback_on_step_end": callback_on_step_end,
-            "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs, **kwargs,
-        }
-        request = Request(
-            target_prompt, base_phrases, free_phrases, target_scale, compare, return_sfcm, sfcm_mode, sfcm_guidance,
-            sfcm_guidance_exponent, adapter_in_unconditional,
-        )
-        # fmt: on
-        return self._draw(prompt, request, stock)
+        arguments = locals() | kwargs
+        return self._draw(**{name: value for name, value in arguments.items() if name not in ("self", "kwargs")})
 
     def encode_prompt(self, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
         """Encode prompts as [`StableDiffusionPipeline`] does, `clip_skip` included."""

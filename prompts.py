@@ -92,12 +92,8 @@ class PromptTokens:
 def compose_full_prompt(base_prompt: str, target_prompts: Sequence[TargetPrompt]) -> str:
     """Write the full prompt: phrases replaced in their places, additions appended in order after a comma.
 
-    Args:
-        base_prompt: the base prompt. If something is appended, its closing punctuation is dropped.
-        target_prompts: the targets. Every `replaces` is looked up in the base prompt, the first unused occurrence.
-
-    Returns:
-        The full prompt.
+    Every `replaces` is looked up in the base prompt, the first unused occurrence; if something is appended, the base
+    prompt's closing punctuation is dropped.
 
     Raises:
         ValueError: a replaced phrase is not in the base prompt (or not as often as it is to be replaced).
@@ -318,11 +314,6 @@ def locate_phrases(
     prompt: str, phrases: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[tuple[int, ...], ...]:
     """Find the tokens of phrases in a prompt that has no target.
-
-    Args:
-        prompt: the prompt.
-        phrases: P phrases of it, such as `split_phrases(prompt)`.
-        tokenizer: a tokenizer with character offsets, such as `CLIPTokenizer`.
 
     Returns:
         Per phrase its positions in the token sequence; empty if it was cut off.

@@ -1,6 +1,8 @@
-"""The pipeline's call, as every family of models shares it.
+"""The pipeline's call, as every family of models shares it, and what it returns.
 
-Legend: B images of one call (prompts times `num_images_per_prompt`), P base phrases. Paper: arXiv 2504.00396.
+Legend: B images of one call (prompts times `num_images_per_prompt`), H/W latent size, P base phrases, K targets,
+N calls of the denoiser in a run.
+Paper: arXiv 2504.00396.
 """
 
 from __future__ import annotations
@@ -9,12 +11,16 @@ import inspect
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
@@ -22,36 +28,55 @@ from torch import Tensor
 
 # The siblings as modules of the package that a custom pipeline is, or as modules on the path.
 try:
-    from . import adapters, attention_processors, prompts, sfcm, spf_arguments, spf_observer, spf_output, wording
+    from . import adapters, pictures, prompts, sfcm, spf_arguments, spf_observer, wording
 except ImportError:
     import adapters as adapters
-    import attention_processors as attention_processors
+    import pictures as pictures
     import prompts as prompts
     import sfcm as sfcm
     import spf_arguments as spf_arguments
     import spf_observer as spf_observer
-    import spf_output as spf_output
     import wording as wording
 
 Embeds = tuple[Tensor, ...]  # all tensors that a family makes of a prompt, (B, ...) each
 
 
-@dataclass(frozen=True)
-class _Texts:
-    """The prompts of a call: `base` as given, `full` with the targets, and where what the maps are about stands."""
+@dataclass
+class SPFPortraitPipelineOutput(StableDiffusionPipelineOutput):
+    """Output of a call with `compare` or `return_sfcm`; what was not asked for is None.
 
-    base: list[str] | None
-    full: list[str] | None
-    targets: list[spf_arguments.Target]
-    phrases: spf_observer.Phrases | None
-    images: int
+    Maps are float32 on the CPU, in [0, 1].
+
+    Args:
+        images: B images of the full prompts (of the prompts themselves without a target), as `output_type` says.
+        nsfw_content_detected: B flags for `images`, or None without a safety checker.
+        reference_images: the original model's B images of the base prompts from the same noise, like `images`.
+        sfcm: (B, 1, H, W), high where the target responds; without a target, where the LoRA changes the picture, and
+            None if there is no LoRA either.
+        sfcm_per_step: (B, N, H, W), the same of each call of the denoiser.
+        phrases: per image its base phrases; P is the longest's count.
+        phrase_maps: (B, P, H, W), where the original model looks at them; zeros where an image has fewer phrases.
+        phrase_distances: (B, P) float32 on the CPU, `1 - cos` of phrase and target, in [0, 2]; zeros likewise, and
+            where a phrase was cut off. None without a target.
+        targets: per image its K targets.
+        target_maps: (B, K, H, W), where the portrait's own attention looks at the targets' words.
+    """
+
+    reference_images: list[PIL.Image.Image] | np.ndarray | Tensor | None = None
+    sfcm: Tensor | None = None
+    sfcm_per_step: Tensor | None = None
+    phrases: list[tuple[str, ...]] | None = None
+    phrase_maps: Tensor | None = None
+    phrase_distances: Tensor | None = None
+    targets: list[tuple[str, ...]] | None = None
+    target_maps: Tensor | None = None
 
 
 class SPFCall:
     """What a stock pipeline becomes with targets, references and maps; the class of a family derives from both.
 
     Components, loading, saving and all that is not named here are the stock pipeline's. The family's class has
-    `__call__`, which hands its arguments to `_draw`, and three hooks:
+    `__call__`, which hands all its arguments to `_draw`, and three hooks:
 
     - `_encode(prompts, guided, stock)`: `Embeds` of the prompts, and of the negative prompts or None (without
       guidance), as the stock call encodes them,
@@ -60,28 +85,28 @@ class SPFCall:
       `RowLayout` appends; `own` are the embeds of the conditional branch, `appended` those of each appended group.
     """
 
-    visualize = staticmethod(spf_output.visualize)
-
-    def _draw(self, prompt: str | list[str] | None, request: spf_arguments.Request, stock: dict[str, Any]) -> Any:
-        """The call: `stock` are the arguments of the stock pipeline, by name."""
+    def _draw(self, **stock) -> Any:
+        """The call, of arguments by name."""
+        request = spf_arguments.Request(**{own.name: stock.pop(own.name) for own in fields(spf_arguments.Request)})
+        prompt = stock.pop("prompt")
         request.check(stock["return_dict"])
         spf_arguments.check_generator(stock["generator"])
         if request.is_stock:
             spf_arguments.warn_of_weights(prompt)
             return super().__call__(prompt, **stock)
-        texts = self._compose(prompt, request, stock)
+        texts, targets, phrases, images = self._compose(prompt, request, stock)
         target_only = request.target_prompt is not None and sfcm.SFCM_MODES[request.sfcm_mode].target_only
         rows = spf_observer.RowLayout(
-            texts.images,
+            images,
             request.compare,
             request.adapter_in_unconditional,
             appended=(1 + target_only) * request.observed,
         )
         with ExitStack() as stack:
-            active = stack.enter_context(self._adapters(request, texts.targets))
+            active = stack.enter_context(self._adapters(request, targets))
             guided = stock["guidance_scale"] > 1 and self.unet.config.time_cond_proj_dim is None
             encode = partial(self._encode, guided=guided, stock=stock)
-            embeds, negatives = encode(texts.full[0] if isinstance(prompt, str) else texts.full)
+            embeds, negatives = encode(texts[0] if isinstance(prompt, str) else texts)
             if request.splits_rows:
                 with self._original_text_encoders():
                     originals, original_negatives = encode(prompt)
@@ -91,39 +116,37 @@ class SPFCall:
                 if not request.adapter_in_unconditional:
                     negatives = original_negatives
                 if request.compare:
-                    stock = stock | self._twin_noise(texts.images, embeds[0].dtype, stock)
+                    stock = stock | self._twin_noise(images, embeds[0].dtype, stock)
                     embeds = _join(embeds, originals)
                     negatives = _join(negatives, original_negatives) if guided else None
                 observer = spf_observer.Observer(
                     rows, partial(self._extra_rows, rows=rows, own=embeds, appended=appended), self._to_epsilon
                 )
                 if request.sfcm_guidance > 0:
-                    observer.guide = spf_observer.Guide(
-                        request.sfcm_guidance, request.sfcm_guidance_exponent, texts.phrases
-                    )
-                looks = request.return_sfcm or (request.observed and texts.phrases.free.any())
+                    observer.guide = spf_observer.Guide(request.sfcm_guidance, request.sfcm_guidance_exponent, phrases)
+                looks = request.return_sfcm or (request.observed and phrases.free.any())
                 stack.enter_context(observer.watch(uncompiled(self.unet), with_attention=bool(looks)))
             stock = stock | self._stock_prompts(embeds, negatives) | {"num_images_per_prompt": 1}
             output = super().__call__(**stock)
         if not (request.compare or request.return_sfcm):
             return output
 
-        flags, maps, has_target = output.get("nsfw_content_detected"), {}, bool(texts.targets)
+        flags, maps, has_target = output.get("nsfw_content_detected"), {}, bool(targets)
         if request.return_sfcm:
             # With neither a target nor a LoRA both paths are the same, and their difference would be rounding.
             has_map, per_step = has_target or bool(active), request.return_sfcm == "per_step"
-            maps = observer.maps(texts.phrases, request.sfcm_mode, has_target, has_map, per_step)
-        return spf_output.SPFPortraitPipelineOutput(
-            images=output.images[: texts.images],
-            nsfw_content_detected=None if flags is None else flags[: texts.images],
-            reference_images=output.images[texts.images :] if request.compare else None,
+            maps = observer.maps(phrases, request.sfcm_mode, has_target, has_map, per_step)
+        return SPFPortraitPipelineOutput(
+            images=output.images[:images],
+            nsfw_content_detected=None if flags is None else flags[:images],
+            reference_images=output.images[images:] if request.compare else None,
             **maps,
         )
 
     def _compose(
         self, prompt: str | list[str] | None, request: spf_arguments.Request, stock: dict[str, Any]
-    ) -> _Texts:
-        """Check what goes with the prompts, and compose the full ones."""
+    ) -> tuple[list[str] | None, list[spf_arguments.Target], spf_observer.Phrases | None, int]:
+        """The full prompts, their targets, where all that the maps are about stands, and B; all of it checked."""
         self._check_stock_inputs(prompt, stock)
         one_prompt, embeds = isinstance(prompt, str), stock["prompt_embeds"]
         base = full = [prompt] if one_prompt else prompt
@@ -137,6 +160,9 @@ class SPFCall:
 
         def given(name: str) -> list[list[str] | None]:
             return spf_arguments.phrase_lists(name, getattr(request, name), count, one_prompt)
+
+        def of_images(rows: Sequence[Any]) -> list[Any]:
+            return [row for row in rows for _ in range(per_prompt)]
 
         targets, phrases = [], None
         if request.target_prompt is not None:
@@ -153,15 +179,57 @@ class SPFCall:
             tokens = [prompts.tokenize_prompt_pair(pair, self.tokenizer) for pair in pairs]
             # A call without maps may come without a text encoder on the device.
             if request.observed:
-                phrases = spf_observer.target_phrases(pairs, tokens, self._phrase_distances(pairs, tokens))
+                rows = pairs, tokens, self._phrase_distances(pairs, tokens)
+                phrases = spf_observer.target_phrases(*map(of_images, rows))
         elif request.return_sfcm:
-            phrases = self._base_phrases(base, given("base_phrases"))
+            rows = self._base_phrases(base, given("base_phrases"))
+            phrases = spf_observer.base_phrases(*map(of_images, rows), self.tokenizer.model_max_length)
         if request.observed and any(
             self.maybe_convert_prompt(text, self.tokenizer) != text for text in [*full, *base]
         ):
             # The prompts as they are tokenized have to be those that are drawn, else the maps are of other words.
             raise ValueError("The SFCM does not work with textual inversions of several vectors.")
-        return _Texts(base, full, targets, phrases and phrases.repeat(per_prompt), per_prompt * count)
+        return full, targets, phrases, per_prompt * count
+
+    @staticmethod
+    def visualize(output: SPFPortraitPipelineOutput, index: int = 0, columns: int = 4) -> PIL.Image.Image:
+        """One picture of all that a call with `return_sfcm` or `compare` returned about an image.
+
+        Args:
+            output: of a call with any `output_type` but "latent".
+            index: which image, in [0, B).
+            columns: pictures a row.
+
+        Returns:
+            An RGB image: the original model's portrait, the portrait, the SFCM over it, and a heat map over the
+            portrait for each target and over the original for each base phrase, with its words and its CLIP
+            distance to the target.
+
+        Raises:
+            ValueError: latents, or an output without maps and references.
+            IndexError: there is no such image; the message says how many there are.
+
+        Source: [ours].
+        """
+        if not isinstance(output, SPFPortraitPipelineOutput):
+            raise ValueError("Nothing to show beside the image: call with `return_sfcm=True` or `compare=True`.")
+        if not 0 <= index < len(output.images):
+            raise IndexError(f"There is no image {index}: the output has {len(output.images)}, counted from 0.")
+        overlay = pictures.overlay_heat_map
+        portrait, targets = _pil_image(output.images, index), (output.targets or {index: ()})[index]
+        reference = portrait if output.reference_images is None else _pil_image(output.reference_images, index)
+        shown = [] if output.reference_images is None else [("original model", reference)]
+        shown.append((", ".join(targets) or "with the LoRA", portrait))
+        if output.sfcm is not None:
+            shown.append(("SFCM", overlay(portrait, output.sfcm[index, 0])))
+        if output.phrases is not None:
+            for text, heat_map in zip(targets, output.target_maps[index] if targets else ()):
+                shown.append((f"{text} (target)", overlay(portrait, heat_map)))
+            for i, text in enumerate(output.phrases[index]):
+                distance = "" if not targets else f" ({output.phrase_distances[index, i]:.2f})"
+                shown.append((f"{text}{distance}", overlay(reference, output.phrase_maps[index, i])))
+        captions, drawn = zip(*shown)
+        return pictures.captioned_pictures(drawn, captions, columns)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Save the components as the stock pipeline, which this one is but for its call.
@@ -180,7 +248,7 @@ class SPFCall:
         stock = next(kind for kind in type(self).__mro__ if kind.__module__.startswith("diffusers."))
         _, options = self._get_signature_keys(self)
         # Not `from_pipe`, which would turn the models that both share into float32.
-        twin = stock(**self.components, **{name: self.config[name] for name in options})
+        twin = stock(**self.components, **{name: self.config[name] for name in options if name in self.config})
         twin.save_pretrained(save_directory, **kwargs)
 
     def _check_stock_inputs(self, prompt: Any, stock: dict[str, Any]) -> None:
@@ -254,15 +322,16 @@ class SPFCall:
             latents = randn_tensor(shape, generator, self._execution_device, dtype)
         return {"latents": torch.cat([latents, latents]), "generator": _pair_generators(generator, count)}
 
-    def _base_phrases(self, base: Sequence[str], given: Sequence[list[str] | None]) -> spf_observer.Phrases:
-        """Where the phrases of prompts without a target stand."""
+    def _base_phrases(self, base: Sequence[str], given: Sequence[list[str] | None]) -> tuple[list[Any], list[Any]]:
+        """Per prompt without a target its phrases, and the token positions of these."""
         texts = [
             tuple(wording.split_phrases(text) if own is None else own) for text, own in zip(base, given, strict=True)
         ]
         if not all(texts):
             raise ValueError(f"There is no phrase in one of the prompts {list(base)}; give `base_phrases`.")
-        positions = [prompts.locate_phrases(text, own, self.tokenizer) for text, own in zip(base, texts, strict=True)]
-        return spf_observer.base_phrases(texts, positions, self.tokenizer.model_max_length)
+        return texts, [
+            prompts.locate_phrases(text, own, self.tokenizer) for text, own in zip(base, texts, strict=True)
+        ]
 
     def _phrase_distances(
         self, pairs: Sequence[prompts.PromptPair], tokens: Sequence[prompts.PromptTokens]
@@ -302,3 +371,13 @@ def _pair_generators(generator: torch.Generator | list[torch.Generator] | None, 
     generators = generator if isinstance(generator, list) else [generator] * count
     twins = {id(own): torch.Generator(own.device).set_state(own.get_state()) for own in generators}
     return [*generators, *(twins[id(own)] for own in generators)]
+
+
+def _pil_image(images: list[PIL.Image.Image] | np.ndarray | Tensor, index: int) -> PIL.Image.Image:
+    if isinstance(images, list):
+        return images[index]
+    if isinstance(images, Tensor):
+        if images.shape[1] != 3:
+            raise ValueError("Latents cannot be shown: call with another `output_type` than 'latent'.")
+        images = VaeImageProcessor.pt_to_numpy(images)
+    return VaeImageProcessor.numpy_to_pil(images[index])[0]

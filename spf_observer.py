@@ -75,10 +75,10 @@ class RowLayout:
 
 @dataclass(frozen=True)
 class Phrases:
-    """What the maps are about, one row per prompt or image; a shorter prompt's rows are padded with zeros.
+    """What the maps are about, B rows each; a shorter prompt's rows are padded with zeros.
 
     Attributes:
-        texts, targets: per row its phrases and targets.
+        texts, targets: per image its phrases and targets.
         weights: (B, P, T), each row averages over a phrase's tokens in the base prompt.
         target_weights: (B, K, T), the same of the targets in the full prompt.
         free: (B, P) bool, the phrases that may change.
@@ -97,17 +97,6 @@ class Phrases:
         """(B, P) bool; a phrase that was cut off is nowhere in the image, like the padding of a shorter prompt."""
         return self.weights.any(-1) & ~self.free
 
-    def repeat(self, times: int) -> Phrases:
-        """Each row several times, as a prompt has images."""
-        return Phrases(
-            **{
-                name: rows.repeat_interleave(times, 0)
-                if isinstance(rows, Tensor)
-                else [row for row in rows for _ in range(times)]
-                for name, rows in vars(self).items()
-            }
-        )
-
 
 def target_phrases(
     pairs: Sequence[prompts.PromptPair], tokens: Sequence[prompts.PromptTokens], distances: Sequence[Tensor]
@@ -125,12 +114,11 @@ def target_phrases(
     )
 
 
-def base_phrases(texts: Sequence[tuple[str, ...]], positions: Sequence[Any], length: int) -> Phrases:
+def base_phrases(texts: list[tuple[str, ...]], positions: Sequence[Any], length: int) -> Phrases:
     """The same of prompts without a target, from their phrases and the token positions of these."""
-    weights = _mask_rows(positions, length)
+    weights, targets = _mask_rows(positions, length), torch.zeros(len(texts), 1, length)
     nothing = torch.zeros(weights.shape[:2])
-    targets = torch.zeros(len(texts), 1, length)
-    return Phrases(list(texts), [()] * len(texts), weights, targets, nothing.bool(), nothing)
+    return Phrases(texts, [()] * len(texts), weights, targets, nothing.bool(), nothing)
 
 
 def _mask_rows(positions: Sequence[Sequence[Sequence[int]]], length: int) -> Tensor:

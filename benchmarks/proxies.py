@@ -42,9 +42,19 @@ from benchmarks.preservation import (  # noqa: E402
     parse_args,
 )
 from benchmarks.rows import markdown_table, with_interval  # noqa: E402
-from evaluate_spf_portrait import Compared, Portraits, measure  # noqa: E402
 from evaluation.judges import Judges, load_judges  # noqa: E402
-from evaluation.measures import MEASURES, Estimate, interval, mean_of, pixel_change, resample_prompts, resampled_means  # noqa: E402
+from evaluation.measures import (  # noqa: E402
+    MEASURES,
+    Compared,
+    Estimate,
+    Portraits,
+    interval,
+    mean_of,
+    measure,
+    pixel_change,
+    resample_prompts,
+    resampled_means,
+)
 from prompts import make_prompt_pair  # noqa: E402
 from toy_portraits.judge import ToyPrompt  # noqa: E402
 from toy_portraits.recipe import BASE_MODEL  # noqa: E402
@@ -110,7 +120,7 @@ def measure_job(
         return measure([Compared(before, after, region, pairs)], _judges())[0]
 
     digest = hashlib.sha256(found["full_images"].tobytes() + base_images.tobytes() + region.tobytes()).hexdigest()
-    measuring = ("evaluate_spf_portrait", "evaluation/judges", "evaluation/measures")
+    measuring = ("evaluation/judges", "evaluation/measures")
     code = file_digest(*(ROOT / f"{name}.py" for name in measuring))
     key = ["proxies", job.target_name, digest, code, sorted(_judges().missing)]
     measures = cached_arrays(cache_dir, key, make)

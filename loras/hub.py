@@ -15,7 +15,6 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 from huggingface_hub.utils import validate_repo_id
 
 from loras import CARD, KOHYA_WEIGHTS, LORA_WEIGHTS
-from programs.loading import InputError
 
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -33,7 +32,7 @@ def create_hub_repo(hub_model_id: str, token: str | None, private: bool) -> str:
         "user/name".
 
     Raises:
-        InputError: a name that the Hub does not take; no token, an unknown one, or one that may not write; a public
+        ValueError: a name that the Hub does not take; no token, an unknown one, or one that may not write; a public
             repository where a private one is wanted; the Hub is out of reach. The message never holds the token.
 
     Source: [ours].
@@ -41,27 +40,27 @@ def create_hub_repo(hub_model_id: str, token: str | None, private: bool) -> str:
     try:
         validate_repo_id(hub_model_id)
     except HFValidationError as error:
-        raise InputError(f"--hub_model_id: {error}") from error
+        raise ValueError(f"--hub_model_id: {error}") from error
     api = HfApi(token=token)
     try:
         account = api.whoami()
     except LocalTokenNotFoundError as error:
-        raise InputError("--hub_token: there is none, and `hf auth login` has stored none either") from error
+        raise ValueError("--hub_token: there is none, and `hf auth login` has stored none either") from error
     except HfHubHTTPError as error:
-        raise InputError(f"--hub_token: the Hub does not take it: {_one_line(error, token)}") from error
+        raise ValueError(f"--hub_token: the Hub does not take it: {_one_line(error, token)}") from error
     except (HTTPError, OSError, ValueError) as error:
-        raise InputError(f"--hub_token: cannot ask {api.endpoint} about it: {_one_line(error, token)}") from error
+        raise ValueError(f"--hub_token: cannot ask {api.endpoint} about it: {_one_line(error, token)}") from error
     # `create_repo` is content with a repository that the token can only read, if it exists.
     if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise InputError("--hub_token: it may only read; pushing needs a token that may write")
+        raise ValueError("--hub_token: it may only read; pushing needs a token that may write")
     repo_id = hub_model_id if "/" in hub_model_id else f"{account['name']}/{hub_model_id}"
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         is_public = not api.model_info(repo_id).private
     except (HTTPError, OSError, ValueError) as error:
-        raise InputError(f"--hub_model_id: cannot make {repo_id!r}: {_one_line(error, token)}") from error
+        raise ValueError(f"--hub_model_id: cannot make {repo_id!r}: {_one_line(error, token)}") from error
     if private and is_public:
-        raise InputError(f"--hub_model_id: {repo_id!r} exists and is public, and a private repository is wanted")
+        raise ValueError(f"--hub_model_id: {repo_id!r} exists and is public, and a private repository is wanted")
     return repo_id
 
 
@@ -89,15 +88,16 @@ def push_lora(
         The repository's address.
 
     Raises:
-        InputError: a file that is missing, leads out of the folder, is of no kind that belongs on the Hub, or holds
-            the token; the Hub refused or did not answer. The message says how to push again.
+        ValueError: a file that is missing, leads out of the folder, is of no kind that belongs on the Hub, or holds
+            the token.
+        OSError: the Hub refused or did not answer; the message says how to push again.
 
     Source: [ours].
     """
     sources = {name: _file_to_push(folder, name) for name in dict.fromkeys((CARD, LORA_WEIGHTS, *files))}
     for name, path in code.items():
         if Path(name).name != name or Path(name).suffix != ".py" or not path.is_file():
-            raise InputError(f"{name!r}: {path} is no Python file for the top level of the repository")
+            raise ValueError(f"{name!r}: {path} is no Python file for the top level of the repository")
         sources[name] = path
 
     api = HfApi(token=token)
@@ -107,7 +107,7 @@ def push_lora(
         for name, path in sources.items():
             content = path.read_bytes()
             if secret and secret.encode() in content:
-                raise InputError(f"{path} holds the Hub's token, and is not pushed")
+                raise ValueError(f"{path} holds the Hub's token, and is not pushed")
             copy = Path(staged) / name
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(content)
@@ -120,7 +120,7 @@ def push_lora(
             commands = [["hf", "upload", repo_id, str(folder), ".", *includes]]
             commands += [["hf", "upload", repo_id, str(path), name] for name, path in code.items()]
             again = " && ".join(shlex.join(command) for command in commands)
-            raise InputError(
+            raise OSError(
                 f"--push_to_hub: {repo_id} was not pushed ({_one_line(error, secret)}); nothing is lost, the LoRA is "
                 f"whole in {folder}; push it again with: {again}"
             ) from error
@@ -130,11 +130,11 @@ def push_lora(
 def _file_to_push(folder: Path, name: str) -> Path:
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
-        raise InputError(f"{name!r} leads out of {folder}, and is not pushed")
+        raise ValueError(f"{name!r} leads out of {folder}, and is not pushed")
     if name not in (CARD, LORA_WEIGHTS, KOHYA_WEIGHTS) and path.suffix.lower() not in PICTURES:
-        raise InputError(f"{name!r} is neither the card, nor a LoRA, nor a picture, and is not pushed")
+        raise ValueError(f"{name!r} is neither the card, nor a LoRA, nor a picture, and is not pushed")
     if not path.is_file():
-        raise InputError(f"{path} is missing, and cannot be pushed")
+        raise ValueError(f"{path} is missing, and cannot be pushed")
     return path
 
 

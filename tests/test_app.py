@@ -17,6 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 from hub_server import HubServer
+from huggingface_hub import hf_hub_download
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
@@ -261,51 +262,26 @@ def test_of_this_machine_others_get_the_loras_that_are_named(bare_pipeline, tmp_
     assert difference(image_of(bare_pipeline), strong) > 0
 
 
-FROM_THE_HUB = """
-import sys
-from pathlib import Path
-import torch
-from loras.slot import LoraSlot
-from programs.loading import load_pipeline
-from huggingface_hub import hf_hub_download
-from pipeline_spf_portrait import SPFPortraitPipeline
-from toy_portraits.recipe import BASE_MODEL
-
-hf_hub_download("tester/private", "pytorch_lora_weights.safetensors")  # with the token, into the cache
-print("asked with the token")
-pipeline = load_pipeline(SPFPortraitPipeline, str(BASE_MODEL), torch.float32)
-limit = int(sys.argv[1])
-slot = LoraSlot(pipeline, ["tester/named"], limit)
-for source in ("named", "public", "large", "private", "none", "public/x.safetensors"):
-    source = f"tester/{source}"
-    try:
-        slot.use(source)
-        print(source, pipeline.get_active_adapters())
-    except ValueError as error:
-        print(error)
-print(slot.source)
-"""
-
-
-def test_from_the_hub_others_get_public_loras_of_a_size_without_the_token(tmp_path):
-    content = LORA_FILE.read_bytes()
-    with HubServer("tester", "hf_SECRETofTheTester") as hub:
+def test_from_the_hub_others_get_public_loras_of_a_size_without_the_token(bare_pipeline, tmp_path):
+    content, token, said = LORA_FILE.read_bytes(), "hf_SECRETofTheTester", {}
+    with HubServer("tester", token) as hub, hub.here(tmp_path / "home", token):
         for name in ("public", "large", "private", "named"):
             hub.repos[f"tester/{name}"] = {LORA_FILE.name: content * (3 if name == "large" else 1)}
             hub.add_commit(f"tester/{name}")
         hub.private |= {"tester/private", "tester/named"}
-        environment = hub.environment(tmp_path / "home", token="hf_SECRETofTheTester")
-        result = subprocess.run(
-            [sys.executable, "-c", FROM_THE_HUB, str(2 * len(content))],
-            cwd=ROOT, env=environment, capture_output=True, text=True,
-        )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    _, named, public, large, private, none, file, last = result.stdout.splitlines()
-    assert named == "tester/named ['lora_1']" and public == "tester/public ['lora_2']" and last == "tester/public"
-    assert re.match(f"tester/large: .*at most {2 * len(content) / 1e6:g} MB are downloaded", large)
-    assert private.startswith("tester/private: not found among the public LoRAs of the Hub: ")
-    assert private.replace("tester/private", "tester/none") == none
-    assert file.startswith("tester/public/x.safetensors: no x.safetensors there")
+        hf_hub_download("tester/private", LORA_FILE.name)  # with the token, into the cache
+        slot = LoraSlot(bare_pipeline, ["tester/named"], 2 * len(content))
+        for name in ("named", "public", "large", "private", "none", "public/x.safetensors"):
+            try:
+                slot.use(f"tester/{name}")
+                said[name] = bare_pipeline.get_active_adapters()
+            except ValueError as error:
+                said[name] = str(error)
+    assert said["named"] == ["lora_1"] and said["public"] == ["lora_2"] and slot.source == "tester/public"
+    assert re.match(f"tester/large: .*at most {2 * len(content) / 1e6:g} MB are downloaded", said["large"])
+    assert said["private"].startswith("tester/private: not found among the public LoRAs of the Hub: ")
+    assert said["private"].replace("tester/private", "tester/none") == said["none"]
+    assert said["public/x.safetensors"].startswith("tester/public/x.safetensors: no x.safetensors there")
 
     def asked(name):
         """Methods, and whether with a token, of the requests for a repository's files."""

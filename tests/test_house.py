@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # folder from its own folder as well.
 FLOORS = (
     {"adapters", "attention_processors", "lora_layers", "wording", "sfcm", "pictures", "programs"},
-    {"prompts", "spf_output"},
+    {"prompts"},
     {"spf_arguments", "spf_observer"},
     {"spf_call"},
     {"loras", "pipeline_spf_portrait"},

@@ -1,4 +1,4 @@
-"""Tests of `spf_call.py`: the references beside the portraits, and the adapters of a call."""
+"""Tests of `spf_call.py`: the references beside the portraits, the adapters of a call, and the picture of it."""
 
 import numpy as np
 import pytest
@@ -24,6 +24,7 @@ from pipeline_world import (
     state,
 )
 
+from pictures import captioned_pictures, overlay_heat_map
 from pipeline_spf_portrait import SPFPortraitPipelineOutput
 
 
@@ -39,16 +40,10 @@ def test_target_alone_is_the_stock_call_with_the_full_prompt(world):
     assert np.abs(replaced.images - draw(world.stock, BASE, negative_prompt="bad").images).max() > 1e-3
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"num_images_per_prompt": 2},
-        {"num_images_per_prompt": 2, "seed": [3, 4]},
-        {"guidance_scale": 1.0, "height": 24, "width": 16, "negative_prompt": "bad"},
-    ],
-)
-def test_compare_equals_two_runs_and_leaves_nothing_behind(world, arguments):
-    before, arguments = state(world.ours), {"eta": 1.0, "num_inference_steps": 2, **arguments}
+@pytest.mark.parametrize("seed", [0, [3, 4]])
+def test_compare_equals_two_runs_and_leaves_nothing_behind(world, seed):
+    before = state(world.ours)
+    arguments = {"num_images_per_prompt": 2, "seed": seed, "eta": 1.0, "num_inference_steps": 2}
     output = draw(world.ours, BASE, target_prompt=TARGET, compare=True, **arguments)
     assert isinstance(output, SPFPortraitPipelineOutput)
     assert output.sfcm is None and output.phrases is None
@@ -290,3 +285,38 @@ def test_modules_that_were_trained_whole_are_refused(tokenizer, arguments):
     with pytest.raises(ValueError, match="modules_to_save"):
         draw(world.ours, BASE, **arguments)
     assert state(world.ours) == before
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
+def test_visualize_shows_everything_with_its_words(world, output_type, monkeypatch):
+    shown = {}
+
+    def remember(pictures, captions, columns):
+        shown.update(captions=list(captions), pictures=list(pictures))
+        return captioned_pictures(pictures, captions, columns)
+
+    monkeypatch.setattr("pictures.captioned_pictures", remember)
+    output = draw(
+        world.ours, [BASE, OTHER], target_prompt=TARGET, compare=True, return_sfcm=True, output_type=output_type
+    )
+    picture = world.ours.visualize(output, 1)
+    assert picture.mode == "RGB" and picture.width == 4 * 198 + 6
+    distances = output.phrase_distances[1]
+    captions = [f"a man ({distances[0]:.2f})", f"a purple hat ({distances[1]:.2f})"]
+    assert shown["captions"] == ["original model", TARGET, "SFCM", f"{TARGET} (target)", *captions]
+    images = draw(world.ours, [BASE, OTHER], target_prompt=TARGET, output_type="pil").images
+    assert np.abs(np.asarray(shown["pictures"][1], int) - np.asarray(images[1], int)).max() <= 1
+    assert shown["pictures"][4] == overlay_heat_map(shown["pictures"][0], output.phrase_maps[1, 0])
+
+
+def test_visualize_of_less(world):
+    assert world.ours.visualize(draw(world.ours, BASE, compare=True)).width == 2 * 198 + 6
+    maps = draw(world.ours, BASE, return_sfcm=True)
+    assert world.ours.visualize(maps, columns=9).width == 5 * 198 + 6
+    with pytest.raises(ValueError, match="return_sfcm"):
+        world.ours.visualize(draw(world.ours, BASE))
+    with pytest.raises(ValueError, match="latent"):
+        world.ours.visualize(draw(world.ours, BASE, compare=True, output_type="latent"))
+    for index in (1, -1):
+        with pytest.raises(IndexError, match=f"no image {index}: the output has 1"):
+            world.ours.visualize(maps, index)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from loras.card import CardFacts, write_model_card
 from loras.hub import create_hub_repo, push_lora
 from loras.loading import ReferenceLora
 from loras.writing import save_kohya_lora
+from programs.loading import InputError
 from prompts import PromptPair
 
 
@@ -63,7 +65,16 @@ def make_repository(sharing: Any, output_dir: Path) -> str:
             "--hub_token: every user of this machine can see a flag while the run lasts; HF_TOKEN or `hf auth login` "
             "gives the token unseen"
         )
-    return create_hub_repo(name, sharing.hub_token, sharing.hub_private_repo)
+    with _as_mistake():
+        return create_hub_repo(name, sharing.hub_token, sharing.hub_private_repo)
+
+
+@contextmanager
+def _as_mistake() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise InputError(str(error)) from error
 
 
 def share(output_dir: Path, facts: CardFacts, token: str | None) -> None:
@@ -83,7 +94,8 @@ def share(output_dir: Path, facts: CardFacts, token: str | None) -> None:
     if facts.repo_id is None:
         return
     files = [*facts.pictures, *([KOHYA_WEIGHTS] if facts.has_kohya else [])]
-    logger.info("The LoRA is on the Hub: %s", push_lora(output_dir, facts.repo_id, token, PIPELINE_CODE, files))
+    with _as_mistake():
+        logger.info("The LoRA is on the Hub: %s", push_lora(output_dir, facts.repo_id, token, PIPELINE_CODE, files))
 
 
 def card_facts(
