@@ -26,7 +26,7 @@ from typing import Any
 
 from programs.console import import_libraries, phase_bar, without_warning
 from training import arguments
-from training.arguments import flat, has_sfcm_bank, uses_enhancement
+from training.arguments import Flags, flat, has_sfcm_bank, uses_enhancement
 
 
 if __name__ == "__main__":
@@ -65,29 +65,20 @@ from pictures import picture_grid
 from pipeline_spf_portrait import SPFPortraitPipeline, overlay_heat_map
 from programs.interruption import Interrupted, StopRequest, catch_stop_signals, leave_stop_signals
 from programs.loading import InputError
+from programs.run_folder import find_checkpoints
 from sfcm import SFCM_MODES, epsilon_scale, free_regions, noise_difference, phrase_attention_maps
 from training.caches import TensorCache, fingerprint, module_fingerprint
 from training.checkpoints import (
     HIDDEN_PREFIX,
     CheckpointError,
-    find_checkpoints,
     lock_folder,
     remove_leftovers,
     save_checkpoint,
     what_is_safe,
 )
-from training.data import bucketed_batch_indices, derive_seed, draw_latents, revisited_batch
-from training.flags import WITH_KEPT_ROWS
-from training.inputs import (
-    Inputs,
-    Sample,
-    TrainingSet,
-    check_inputs,
-    check_nothing_came,
-    check_record,
-    print_dry_run,
-    resume_record,
-)
+from training.drawing import draw_latents
+from training.flag_rules import WITH_KEPT_ROWS
+from training.inputs import Inputs, check_inputs, print_dry_run
 from training.losses import (
     ENHANCEMENT_LOSSES,
     compose_prediction,
@@ -118,7 +109,9 @@ from training.prompt_table import (
     encode_prompts,
     make_prompt_table,
 )
+from training.resuming import check_nothing_came, check_record, resume_record
 from training.sharing import make_repository, share
+from training.training_set import Sample, TrainingSet, bucketed_batch_indices, derive_seed, revisited_batch
 
 
 logger = get_logger(__name__)
@@ -1193,7 +1186,7 @@ def write_checkpoint(run: Run) -> None:
     args, scaler = run.args, run.accelerator.scaler
     state = {
         "record": resume_record(
-            args, run.inputs.references, run.training_set.batch_size, run.accelerator.mixed_precision
+            as_flags(args), run.inputs.references, run.training_set.batch_size, run.accelerator.mixed_precision
         ),
         "data": run.inputs.data_fingerprint,
         "stage": run.stage,
@@ -1322,7 +1315,7 @@ def train(args: argparse.Namespace, inputs: Inputs) -> None:
         return
     if inputs.resume is not None:
         batch_size = args.train_batch_size * accelerator.num_processes
-        now = resume_record(args, inputs.references, batch_size, accelerator.mixed_precision)
+        now = resume_record(as_flags(args), inputs.references, batch_size, accelerator.mixed_precision)
         check_record(inputs.resume.folder, inputs.resume.state["record"], now)
 
     with keep_folder(args, accelerator), logging_redirect_tqdm():
@@ -1338,7 +1331,7 @@ def train_in_folder(args: argparse.Namespace, inputs: Inputs, accelerator: Accel
     """Both stages, in a folder that is this run's alone."""
     repo_id = None
     if accelerator.is_main_process:
-        check_nothing_came(args, inputs.resume)
+        check_nothing_came(args, args, inputs.resume)
     if args.push_to_hub and accelerator.is_main_process:
         repo_id = make_repository(args)
     logger.info("Loading %s", args.pretrained_model_name_or_path)
@@ -1547,6 +1540,11 @@ def tracker_config(args: argparse.Namespace) -> dict[str, bool | int | float | s
     }
 
 
+def as_flags(args: argparse.Namespace) -> Flags:
+    """All flags, where a function takes groups of them."""
+    return Flags(*[args] * 13, {})
+
+
 def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags, all in one."""
     return argparse.Namespace(**flat(arguments.parse_args(input_args)))
@@ -1560,7 +1558,7 @@ def main(input_args: Sequence[str] | None = None) -> None:
 def run_program(args: argparse.Namespace) -> None:
     """Check everything first, so that a mistake in the input ends at once with one line."""
     try:
-        inputs = check_inputs(args)
+        inputs = check_inputs(as_flags(args))
     except (ValueError, OSError) as error:
         raise SystemExit(f"train_spf_portrait_lora.py: error: {error}") from error
     try:

@@ -18,9 +18,10 @@ from PIL import Image
 
 from loras.files import clean_source, find_lora, read_lora
 from programs.loading import InputError, naming, naming_flag
+from programs.picture_files import load_picture
+from programs.records import read_json_lines, read_phrases, read_target
+from programs.run_folder import find_checkpoints
 from prompts import PromptPair, has_phrase, make_prompt_pair
-from training.checkpoints import find_checkpoints
-from training.data import PortraitRow, load_image, read_json_lines, read_phrases, read_target
 
 
 ORIGINAL_MODEL = "original model"  # how the report calls it, and so no LoRA
@@ -204,7 +205,7 @@ def read_masks(folder: Path, names: Sequence[str], size: tuple[int, int]) -> np.
     for name in names:
         path = folder / f"{name}.png"
         try:
-            picture = load_image(PortraitRow(f"--region_masks {folder}", path, "", ""))
+            picture = load_picture(path, f"--region_masks {folder}")
         except FileNotFoundError as error:
             raise InputError(f"--region_masks {folder}: {path.name} is missing") from error
         except ValueError as error:

@@ -19,10 +19,10 @@ FLOORS = (
      "benchmarks", "tests"},
 )  # fmt: skip
 # The evaluation knows the toy world's targets, whose regions its renderer draws.
-ALSO = {("evaluation", "toy_portraits"), ("evaluation", "training")}
+ALSO = {("evaluation", "toy_portraits")}
 PURE = {
     "prompts": {"transformers"}, "sfcm": {"torch"}, "training/losses": {"torch"}, "evaluation/measures": {"numpy"},
-    "programs/console": {"tqdm"},
+    "programs/console": {"tqdm"}, "programs/picture_files": {"PIL"}, "programs/records": set(),
 }  # fmt: skip
 # Every Python file that belongs to the repository; hidden folders hold environments and caches.
 FILES = sorted(

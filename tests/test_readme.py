@@ -27,6 +27,7 @@ from prompts import make_prompt_pair
 from toy_portraits import demo
 from train_spf_portrait_lora import parse_args
 from training.data import load_rows
+from training.flags import ColumnFlags, DataFlags
 
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -262,7 +263,7 @@ def rows_of(block, folder, **options):
     for record in records:
         Image.new("RGB", (8, 8)).save(folder / record["file_name"])
     (folder / "metadata.jsonl").write_text(block, encoding="utf-8")
-    rows = load_rows(train_data_dir=folder, **options)
+    rows = load_rows(DataFlags(train_data_dir=folder, **options), ColumnFlags())
     assert len(rows) == len(records)
     return rows
 

@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +20,8 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
+
+from programs.run_folder import find_checkpoints
 
 
 logger = logging.getLogger(__name__)
@@ -234,16 +235,6 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------------------- reading
-
-
-def find_checkpoints(output_dir: Path) -> list[Path]:
-    """The folders `checkpoint-<step>` in a folder, by step, whole or not. Source: [ours]."""
-    found = [
-        path
-        for path in output_dir.glob("checkpoint-*")
-        if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()
-    ]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
 def check_checkpoint(folder: Path) -> None:
