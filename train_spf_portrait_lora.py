@@ -49,14 +49,7 @@ from training.checkpoints import (
 )
 from training.engine import Engine, make_accelerator, tracker_config
 from training.enhancement import Enhancement, load_clip, load_decoder
-from training.inputs import (
-    Inputs,
-    check_inputs,
-    check_nothing_came,
-    check_record,
-    print_dry_run,
-    resume_record,
-)
+from training.inputs import Inputs, check_inputs, print_dry_run
 from training.maps import MapMaker
 from training.models import Models, load_models, weight_dtype
 from training.objectives import make_objectives
@@ -68,19 +61,13 @@ from training.portraits import (
     portraits_of,
 )
 from training.prompt_table import clip_phrase_distances, make_prompt_table
+from training.resuming import check_nothing_came, check_record, resume_record
 from training.saving import Checkpoints, save_result, say_what_is_there
 from training.sharing import card_facts, make_repository, share
 from training.validation import draw_validation, validation_path
 
 
 logger = get_logger(__name__)
-
-
-def old(flags):
-    import argparse
-
-    from training.arguments import flat
-    return argparse.Namespace(**flat(flags))
 
 
 # ----------------------------------------------------------------------------------------------- what a run is made of
@@ -310,7 +297,7 @@ def train(flags: Flags, inputs: Inputs) -> None:
         print_dry_run(inputs, clip_phrase_distances(clip, tokenizer, inputs.pairs)[0])
         return
     batch_size = flags.loop.train_batch_size * accelerator.num_processes
-    record = resume_record(old(flags), inputs.references, batch_size, accelerator.mixed_precision)
+    record = resume_record(flags, inputs.references, batch_size, accelerator.mixed_precision)
     if resume is not None:
         check_record(resume.folder, resume.state["record"], record)
     # Inside, no other run writes into --output_dir.
@@ -323,7 +310,7 @@ def train_in_folder(flags: Flags, inputs: Inputs, accelerator: Accelerator, reco
     """Both stages, in a folder that is this run's alone."""
     output_dir, repo_id = Path(flags.output.output_dir), None
     if accelerator.is_main_process:
-        check_nothing_came(old(flags), inputs.resume)
+        check_nothing_came(flags.loop, flags.output, inputs.resume)
         if flags.sharing.push_to_hub:
             repo_id = make_repository(flags.sharing, output_dir)
     logger.info("Loading %s", flags.model.pretrained_model_name_or_path)
@@ -357,7 +344,7 @@ def run_program(flags: Flags) -> None:
     """Check everything first, so that a mistake in the input ends at once with one line."""
     start = "train_spf_portrait_lora.py: error: "
     try:
-        inputs = check_inputs(old(flags))
+        inputs = check_inputs(flags)
     except (ValueError, OSError) as error:
         raise SystemExit(f"{start}{error}") from error
     try:

@@ -35,9 +35,10 @@ CACHES = {
 
 def prepare(flags: list[str], steps: int, stage: int = 2) -> trainer.Run:
     """A run at the start of a stage of so many steps."""
-    args = argparse.Namespace(**flat(parse_args(flags)))
+    given = parse_args(flags)
+    args = argparse.Namespace(**flat(given))
     accelerator = trainer.make_accelerator(args)
-    run = trainer.prepare_run(args, check_inputs(args), accelerator)
+    run = trainer.prepare_run(args, check_inputs(given), accelerator)
     run.response_unet = accelerator.prepare(run.unet)
     if stage == 2:
         trainer.start_stage2(run)

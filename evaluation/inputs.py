@@ -20,10 +20,11 @@ from loras.finding import clean_source, find_lora
 from loras.reading import read_lora
 from programs.checkpoints import find_checkpoints
 from programs.loading import InputError, naming, naming_flag
+from programs.picture_files import load_picture
+from programs.records import read_json_lines, read_phrases, read_target
 from prompts import PromptPair, make_prompt_pair
 from toy_portraits.judge import base_prompts
 from toy_portraits.world import TARGETS
-from training.data import PortraitRow, load_image, read_json_lines, read_phrases, read_target
 from wording import has_phrase
 
 
@@ -210,7 +211,7 @@ def read_masks(folder: Path, names: Sequence[str], size: tuple[int, int]) -> np.
     for name in names:
         path = folder / f"{name}.png"
         try:
-            picture = load_image(PortraitRow(f"--region_masks {folder}", path, "", ""))
+            picture = load_picture(path, f"--region_masks {folder}")
         except FileNotFoundError as error:
             raise InputError(f"--region_masks {folder}: {path.name} is missing") from error
         except ValueError as error:

@@ -23,10 +23,11 @@ FLOORS = (
      "benchmarks", "tests"},
 )  # fmt: skip
 # The evaluation knows the toy world's targets, whose regions its renderer draws.
-ALSO = {("evaluation", "toy_portraits"), ("evaluation", "training")}
+ALSO = {("evaluation", "toy_portraits")}
 PURE = {
     "wording": set(), "prompts": {"wording", "transformers"}, "sfcm": {"torch"}, "training/losses": {"torch"},
-    "evaluation/measures": {"numpy"}, "programs/console": {"tqdm"},
+    "evaluation/measures": {"numpy"}, "programs/console": {"tqdm"}, "programs/picture_files": {"PIL"},
+    "programs/records": set(),
 }  # fmt: skip
 # Every Python file that belongs to the repository; hidden folders hold environments and caches.
 FILES = sorted(

@@ -31,6 +31,7 @@ from prompts import make_prompt_pair
 from toy_portraits import demo
 from training.arguments import parse_args
 from training.data import load_rows
+from training.flags import ColumnFlags, DataFlags
 
 
 README = ROOT / "README.md"
@@ -326,7 +327,7 @@ def pairs_of(block, folder, **options):
     for record in records:
         Image.new("RGB", (8, 8)).save(folder / record["file_name"])
     (folder / "metadata.jsonl").write_text(block, encoding="utf-8")
-    rows = load_rows(train_data_dir=folder, **options)
+    rows = load_rows(DataFlags(train_data_dir=folder, **options), ColumnFlags())
     assert len(rows) == len(records)
     return [
         make_prompt_pair(row.base_prompt, row.target_prompt, row.full_prompt, row.base_phrases, row.free_phrases)

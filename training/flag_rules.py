@@ -16,6 +16,26 @@ from typing import Any, NamedTuple
 from programs.console import in_home
 
 
+# Names of what other modules and libraries have; a test compares them.
+DUAL_PATH_MODES = ("two_pass", "single_pass")
+INTERPOLATION_MODES = ("lanczos", "bicubic", "bilinear", "box", "hamming", "nearest")
+ENHANCEMENT_LOSSES = ("difference", "direct")
+SFCM_MODES = (
+    "averaged_target", "averaged", "averaged_noise", "averaged_product", "averaged_target_hard", "attention", "noise",
+    "paper", "none",
+)  # fmt: skip
+SCHEDULERS = (
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+)  # fmt: skip
+TRACKERS = (
+    "all", "aim", "tensorboard", "wandb", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab", "trackio",
+)  # fmt: skip
+# Ways to keep the portrait, and those that add a row that keeps a prediction to each training portrait's.
+PRESERVATIONS = ("spf", "none", "prior", "dop", "cat", "mask")
+WITH_KEPT_ROWS = ("prior", "dop", "cat")
+CARD_TAG = "\n- spf-portrait\n"  # as the metadata of a model card has it
+
+
 class Rule(NamedTuple):
     """What a number must be, and how a refusal says it."""
 
@@ -66,7 +86,10 @@ def check_folder(name: str, folder: str | Path | None) -> None:
 
 @dataclass(frozen=True)
 class FlagGroup:
-    """Flags that belong together; `ValueError` at the first whose value cannot work."""
+    """Flags that belong together, under their docstring; `ValueError` at the first whose value cannot work."""
+
+    def __init_subclass__(cls) -> None:
+        cls._argument_group_name = cls.__doc__.removesuffix(".")  # as the parser asks for it
 
     def __post_init__(self) -> None:
         for one in fields(self):

@@ -14,9 +14,18 @@ from training.flag_rules import (
     ABOVE_0,
     AT_LEAST_1,
     BELOW_2_32,
+    CARD_TAG,
+    DUAL_PATH_MODES,
+    ENHANCEMENT_LOSSES,
+    INTERPOLATION_MODES,
     NOT_NEGATIVE,
+    PRESERVATIONS,
+    SCHEDULERS,
+    SFCM_MODES,
     SHARE,
     SHARE_BELOW_1,
+    TRACKERS,
+    WITH_KEPT_ROWS,
     FlagGroup,
     check_folder,
     flag,
@@ -26,38 +35,17 @@ from training.flag_rules import (
 from training.optimizers import OPTIMIZERS, check_optimizer
 
 
-# Names of what other modules and libraries have; a test compares them.
-DUAL_PATH_MODES = ("two_pass", "single_pass")
-INTERPOLATION_MODES = ("lanczos", "bicubic", "bilinear", "box", "hamming", "nearest")
-ENHANCEMENT_LOSSES = ("difference", "direct")
-SFCM_MODES = (
-    "averaged_target", "averaged", "averaged_noise", "averaged_product", "averaged_target_hard", "attention", "noise",
-    "paper", "none",
-)  # fmt: skip
-SCHEDULERS = (
-    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
-)  # fmt: skip
-TRACKERS = (
-    "all", "aim", "tensorboard", "wandb", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab", "trackio",
-)  # fmt: skip
-# Ways to keep the portrait, and those that add a row that keeps a prediction to each training portrait's.
-PRESERVATIONS = ("spf", "none", "prior", "dop", "cat", "mask")
-WITH_KEPT_ROWS = ("prior", "dop", "cat")
-CARD_TAG = "\n- spf-portrait\n"  # as the metadata of a model card has it
-
-
 @dataclass(frozen=True)
 class ModelFlags(FlagGroup):
     """The models, and how they compute."""
 
-    _argument_group_name = "model"
-    pretrained_model_name_or_path: str = path(MISSING, "Stable Diffusion 1.x/2.x: a folder or a Hub id.")
+    pretrained_model_name_or_path: str = path(
+        MISSING, "Stable Diffusion 1.x or 2.x: a folder or an id of the Hub, with weights in safetensors."
+    )
     revision: str | None = flag(None, "Revision of the Hub id.")
     variant: str | None = flag(None, "Variant of the weight files, such as fp16.")
     prediction_type: str | None = flag(
-        None,
-        "What the UNet predicts; as the model's scheduler says if not given.",
-        choices=("epsilon", "v_prediction"),
+        None, "What the UNet predicts; else as the model's scheduler says.", choices=("epsilon", "v_prediction")
     )
     pretrained_vae_model_name_or_path: str | None = path(None, "Another VAE than the model's: a folder or Hub id.")
     tiny_vae_model_name_or_path: str | None = path(None, "AutoencoderTiny that decodes for the enhancement loss.")
@@ -87,9 +75,8 @@ class ModelFlags(FlagGroup):
 class DataFlags(FlagGroup):
     """The training portraits and what is kept of them."""
 
-    _argument_group_name = "data"
     train_data_dir: str | None = path(
-        None, "Folder with pictures and metadata.jsonl or metadata.csv, or a caption beside each."
+        None, "Folder of pictures with metadata.jsonl or .csv or a caption beside each; or give --dataset_name."
     )
     dataset_name: str | None = path(None, "A `datasets` id or path, instead of --train_data_dir.")
     dataset_config_name: str | None = flag(None, "Configuration of the data set.")
@@ -97,7 +84,7 @@ class DataFlags(FlagGroup):
     free_phrases: list[str] | None = flag(
         None, "Phrases that may change along with the target, for all base prompts that have them.", action="extend"
     )
-    max_train_samples: int | None = flag(None, "Train on this many portraits only.")
+    max_train_samples: int | None = flag(None, "Train on this many portraits only, a choice by --seed.", AT_LEAST_1)
     caption_extension: str = flag(
         ".txt",
         "Ending of the captions beside the pictures, a.png and a.txt, out of which the target is taken where they "
@@ -126,7 +113,6 @@ class DataFlags(FlagGroup):
 class ColumnFlags(FlagGroup):
     """What the columns of the data are called."""
 
-    _argument_group_name = "columns of the data"
     image_column: str = flag("image", "Column of the pictures, with --dataset_name.")
     base_prompt_column: str = flag("base_prompt", "Column of the base prompts.")
     caption_column: str | None = flag(
@@ -139,8 +125,7 @@ class ColumnFlags(FlagGroup):
         "free_phrases", "Optional column of the phrases that may change along with the target, as lists."
     )
     mask_column: str = flag(
-        "mask",
-        "Column of the masks of --preservation mask, with --dataset_name; a folder's is mask_file_name.",
+        "mask", "Column of the masks of --preservation mask, with --dataset_name; a folder's is mask_file_name."
     )
 
     def check(self) -> None:
@@ -152,8 +137,9 @@ class ColumnFlags(FlagGroup):
 class PictureFlags(FlagGroup):
     """How a picture becomes pixels of the training."""
 
-    _argument_group_name = "pictures"
-    resolution: int = flag(512, "Side of the training pictures, in pixels.", AT_LEAST_1)
+    resolution: int = flag(
+        512, "Side of the training pictures in pixels, a multiple of 64 for SD 1.5; the middle is cut out.", AT_LEAST_1
+    )
     aspect_ratio_buckets: str | None = flag(
         None, "Several sizes instead, as height,width;height,width: each portrait has the nearest in shape."
     )
@@ -172,9 +158,10 @@ class PictureFlags(FlagGroup):
 class LoraFlags(FlagGroup):
     """The LoRA, and those that it is trained on top of."""
 
-    _argument_group_name = "LoRA"
     rank: int = flag(16, "Rank of the LoRA.", AT_LEAST_1)
-    lora_alpha: float | None = flag(None, "Alpha of the LoRA; the rank if not given.", ABOVE_0)
+    lora_alpha: float | None = flag(
+        None, "Alpha of the LoRA, which is scaled by alpha / rank; the rank if not given.", ABOVE_0
+    )
     lora_target: str = flag("cross", "Cross-attention projections, or self-attention's too.", choices=("cross", "all"))
     lora_layers: list[str] | None = flag(
         None,
@@ -183,7 +170,7 @@ class LoraFlags(FlagGroup):
         nargs=None,
     )
     lora_dropout: float = flag(0.0, "Dropout in front of the LoRA, in [0, 1).", SHARE_BELOW_1)
-    use_dora: bool = flag(False, "Weight-decomposed LoRA (DoRA).")
+    use_dora: bool = flag(False, "Weight-decomposed LoRA (DoRA); needs --dual_path two_pass, and no --reference_lora.")
     reference_lora: list[str] | None = path(
         None,
         "Earlier LoRAs to train on top of: files, folders or Hub ids. They stay as they are, in both paths.",
@@ -193,7 +180,7 @@ class LoraFlags(FlagGroup):
         1.0, "How strongly they are active: one value for all, or one for each."
     )
     stage1_lora_path: str | None = path(
-        None, "Folder or file of a LoRA that takes stage 1's place (needs --stage1_steps 0)."
+        None, "Folder or file of a LoRA, of any rank and layers, that takes stage 1's place; needs --stage1_steps 0."
     )
 
     def check(self) -> None:
@@ -217,7 +204,6 @@ class LoraFlags(FlagGroup):
 class MethodFlags(FlagGroup):
     """How the attribute is taught and the portrait kept."""
 
-    _argument_group_name = "method"
     preservation: str = flag(
         "spf",
         "How the portrait is kept. All but `spf` have one stage of --stage1_steps and --stage2_steps together: "
@@ -236,16 +222,22 @@ class MethodFlags(FlagGroup):
         "`paper`: feature alignment and response enhancement. `composed`: predictions composed by the SFCM.",
         choices=("composed", "paper", "both"),
     )
-    dual_path: str = flag("two_pass", "Two passes, or one batched pass, for the two paths.", choices=DUAL_PATH_MODES)
+    dual_path: str = flag(
+        "two_pass",
+        "Two passes, or one that takes more memory and gives the same up to rounding.",
+        choices=DUAL_PATH_MODES,
+    )
     base_prompt_share: float = flag(
         0.6,
-        "Share of the alignment rows, in [0, 1), that ask for no change: 2/3 base prompt, 1/3 empty prompt.",
+        "Share of alignment rows, in [0, 1), that ask for no change: 2/3 base prompt, 1/3 empty prompt.",
         SHARE_BELOW_1,
     )
     snr_gamma: float | None = flag(
         None, "Min-SNR weighting of the diffusion loss; 5.0 is usual. None if not given.", ABOVE_0
     )
-    noise_offset: float = flag(0.0, "Offset of the diffusion loss's noise a channel; 0.1 is usual.", NOT_NEGATIVE)
+    noise_offset: float = flag(
+        0.0, "Offset of the diffusion loss's noise that a channel shares; 0.1 is usual.", NOT_NEGATIVE
+    )
 
     def check(self) -> None:
         if self.unrelated_prompts is not None and self.preservation != "cat":
@@ -260,17 +252,14 @@ class MethodFlags(FlagGroup):
 class ComposedFlags(FlagGroup):
     """The composed objective."""
 
-    _argument_group_name = "composed objective"
     composed_init: str = flag(
         "zero",
-        "Whether `composed` starts from the original model or from stage 1, which teaches it in either case.",
+        "Start `composed` from the original model or from stage 1, which teaches in either case.",
         choices=("zero", "stage1"),
     )
     teacher_scale: float = flag(1.6, "Factor on what stage 1 changes inside the map (composed).", NOT_NEGATIVE)
     teacher_base_weight: float = flag(
-        0.5,
-        "Of what stage 1 changes with the base prompt alone, the share to take away from that, in [0, 1].",
-        SHARE,
+        0.5, "Of what stage 1 changes with the base prompt alone, the share to take away from that, in [0, 1].", SHARE
     )
     composed_timestep_power: float = flag(
         0.5, "Draw composed alignment's timesteps with density (noise/signal)^power; 0 is uniform.", NOT_NEGATIVE
@@ -280,28 +269,34 @@ class ComposedFlags(FlagGroup):
         "Steps that learn from each composed target, which costs more to make than to learn; 1 makes each anew.",
         AT_LEAST_1,
     )
-    sfcm_gamma: float = flag(2.0, "Exponent of the map in the composition.", ABOVE_0)
+    sfcm_gamma: float = flag(2.0, "Exponent of the map in the composition; larger narrows it.", ABOVE_0)
 
 
 @dataclass(frozen=True)
 class PaperFlags(FlagGroup):
     """The paper's objective."""
 
-    _argument_group_name = "paper's objective"
     lambda_text: float = flag(20.0, "Weight of the text-consistent loss (paper).", NOT_NEGATIVE)
     lambda_fine: float = flag(6.0, "Weight of the fine-grained loss (paper).", NOT_NEGATIVE)
     lambda_enh: float = flag(20.0, "Weight of the enhancement loss (paper).", NOT_NEGATIVE)
     lambda_base: float = flag(10.0, "Weight of keeping predictions for unchanged prompts (paper).", NOT_NEGATIVE)
-    enhancement_loss: str = flag("difference", "Form of the enhancement loss.", choices=(*ENHANCEMENT_LOSSES, "none"))
+    enhancement_loss: str = flag(
+        "difference",
+        "Form of the enhancement loss; `direct`: the plain CLIP score.",
+        choices=(*ENHANCEMENT_LOSSES, "none"),
+    )
     enhancement_weighting: str = flag(
         "alpha_bar",
         "Weigh the enhancement loss by the signal's share, since at high noise its portrait is a guess; or not.",
         choices=("alpha_bar", "none"),
     )
-    enhancement_every: int = flag(1, "Compute the enhancement loss in every so manieth step alone.", AT_LEAST_1)
+    enhancement_every: int = flag(
+        1, "Compute the enhancement loss in every so manieth step of stage 2, with as much more weight.", AT_LEAST_1
+    )
     alignment_layers: str = flag(
         "all",
-        "Cross-attention layers the paper's losses align: all, or those whose attention the phrases' maps show.",
+        "Cross-attention layers the paper's losses align: all, or those of the resolution that the phrases' maps "
+        "are taken from.",
         choices=("all", "phrase_map"),
     )
 
@@ -310,10 +305,10 @@ class PaperFlags(FlagGroup):
 class AlignmentFlags(FlagGroup):
     """The portraits that both paths are aligned on, and their maps."""
 
-    _argument_group_name = "alignment portraits and maps"
     alignment_source: str = flag(
         "generated",
-        "Portraits both paths are aligned on: drawn by the original model, the training portraits, or both.",
+        "Portraits both paths are aligned on: drawn by the original model from the base prompts, the training "
+        "portraits, or both.",
         choices=("generated", "data", "both"),
     )
     alignment_phrase_dropout: float = flag(
@@ -327,16 +322,28 @@ class AlignmentFlags(FlagGroup):
     reference_target_prompt: list[str] | None = flag(
         None, "Targets of the earlier LoRAs, each to be asked for in half of the drawn portraits.", action="extend"
     )
-    sfcm_mode: str = flag("averaged_target", "How the map is made.", choices=SFCM_MODES)
+    sfcm_mode: str = flag(
+        "averaged_target",
+        "How the map is made: of what the target's words change (`averaged_target`), of what differs between the "
+        "two paths (`averaged`), in its literal form (`paper`); `none` aligns everything.",
+        choices=SFCM_MODES,
+    )
     sfcm_noise_samples: int = flag(4, "Noise samples a portrait's map is averaged over.", AT_LEAST_1)
-    sfcm_timesteps: tuple[int, int] = flag((600, 950), "Timesteps of those samples.", metavar=("LOW", "HIGH"))
-    sfcm_refresh_steps: int = flag(0, "Make the averaged maps anew every so many steps; 0 is never.", NOT_NEGATIVE)
+    sfcm_timesteps: tuple[int, int] = flag(
+        (600, 950), "Lowest and highest timestep of those samples.", metavar=("LOW", "HIGH")
+    )
+    sfcm_refresh_steps: int = flag(
+        0, "Make the averaged maps anew every so many steps of stage 2; 0 is never.", NOT_NEGATIVE
+    )
     sfcm_dir: str | None = path(
         None,
-        "Folder of maps to use instead, a greyscale picture for each alignment portrait: 00000.png and so on.",
+        "Folder of maps to use instead, a greyscale picture for each alignment portrait, white where the target "
+        "may change it: 00000.png and so on.",
     )
     save_alignment: bool = flag(
-        False, "Write the alignment portraits and their maps to OUTPUT_DIR/alignment, to be looked at or corrected."
+        False,
+        "Write the alignment portraits to OUTPUT_DIR/alignment and their maps to its folder sfcm, to be looked at "
+        "or corrected.",
     )
 
     def check(self) -> None:
@@ -353,14 +360,15 @@ class AlignmentFlags(FlagGroup):
 class OptimizerFlags(FlagGroup):
     """The optimizer."""
 
-    _argument_group_name = "optimizer"
-    learning_rate: float = flag(1e-4, "Learning rate; 1.0 is usual for prodigy.", ABOVE_0)
+    learning_rate: float = flag(1e-4, "Learning rate in both stages; 1.0 is usual for prodigy.", ABOVE_0)
     scale_lr: bool = flag(False, "Multiply it by accumulation, batch size and number of processes.")
-    optimizer: str = flag("adamw", "prodigy needs prodigyopt.", choices=OPTIMIZERS)
-    use_8bit_adam: bool = flag(False, "AdamW's state in 8 bits, from bitsandbytes.")
+    optimizer: str = flag("adamw", "prodigy needs prodigyopt: pip install prodigyopt.", choices=OPTIMIZERS)
+    use_8bit_adam: bool = flag(False, "AdamW's state in 8 bits, which needs pip install bitsandbytes.")
     adam_beta1: float = flag(0.9, "Decay of the gradient's running mean.", SHARE_BELOW_1)
     adam_beta2: float = flag(0.999, "Decay of the squared gradient's running mean.", SHARE_BELOW_1)
-    adam_weight_decay: float = flag(1e-2, "Weight decay.", NOT_NEGATIVE)
+    adam_weight_decay: float = flag(
+        1e-2, "Weight decay, of both optimizers as all that adam_ stands before.", NOT_NEGATIVE
+    )
     adam_epsilon: float = flag(1e-8, "Added to the denominator of the update.", ABOVE_0)
     max_grad_norm: float = flag(1.0, "Largest norm of the gradient.", ABOVE_0)
 
@@ -372,29 +380,31 @@ class OptimizerFlags(FlagGroup):
 class LoopFlags(FlagGroup):
     """Batches, schedules and checkpoints."""
 
-    _argument_group_name = "loop"
     train_batch_size: int = flag(4, "Portraits a step and process.", AT_LEAST_1)
     gradient_accumulation_steps: int = flag(1, "Batches an update.", AT_LEAST_1)
     lr_scheduler: str = flag("constant", "Learning rate over the steps of stage 1.", choices=SCHEDULERS)
     stage2_lr_scheduler: str = flag("cosine", "The same for stage 2.", choices=SCHEDULERS)
-    lr_warmup_steps: int = flag(0, "Warm-up steps of each stage's scheduler.", NOT_NEGATIVE)
-    lr_num_cycles: int = flag(1, "Hard restarts of cosine_with_restarts.", AT_LEAST_1)
+    lr_warmup_steps: int = flag(0, "Warm-up steps of each stage's scheduler, of every one but constant.", NOT_NEGATIVE)
+    lr_num_cycles: int = flag(1, "How many cycles cosine_with_restarts has.", AT_LEAST_1)
     lr_power: float = flag(1.0, "Power of polynomial.", ABOVE_0)
     seed: int = flag(0, "Seed of everything random in the training.", NOT_NEGATIVE, BELOW_2_32)
-    checkpointing_steps: int = flag(500, "Write one every so many steps; 0: never.", NOT_NEGATIVE)
-    checkpoints_total_limit: int | None = flag(None, "Keep this many of them; all if not given.", AT_LEAST_1)
-    resume_from_checkpoint: str | None = path(None, "Go on from a checkpoint: latest, or a folder (of --output_dir).")
+    checkpointing_steps: int = flag(
+        500, "Write a checkpoint every so many steps; 0 writes one only when the run is asked to stop.", NOT_NEGATIVE
+    )
+    checkpoints_total_limit: int | None = flag(None, "Keep the last so many of them; all if not given.", AT_LEAST_1)
+    resume_from_checkpoint: str | None = path(
+        None, "Go on from a checkpoint: latest, or a folder, which may be a name inside --output_dir."
+    )
 
 
 @dataclass(frozen=True)
 class OutputFlags(FlagGroup):
     """What the run writes and shows."""
 
-    _argument_group_name = "output"
     output_dir: str = path("spf-portrait-lora", "Where the LoRA and the pictures are written.")
     logging_dir: str = path("logs", "Folder of the tracker's logs, inside --output_dir.")
     report_to: str = flag(
-        "tensorboard", "Where losses and pictures are shown while training.", choices=(*TRACKERS, "none")
+        "tensorboard", "Tracker of accelerate for losses and pictures; or all, or none.", choices=(*TRACKERS, "none")
     )
     validation_base_prompt: str | None = flag(None, "Base prompt of the pictures; the first portrait's if not given.")
     validation_target_prompt: str | None = flag(None, "Their target; the first portrait's if not given.")
@@ -416,13 +426,12 @@ class OutputFlags(FlagGroup):
 class SharingFlags(FlagGroup):
     """The Hub, and other formats."""
 
-    _argument_group_name = "sharing"
-    push_to_hub: bool = flag(False, "Push LoRA, card and pipeline at the end.")
-    hub_model_id: str | None = flag(None, "Repository; the name of --output_dir if not given.")
+    push_to_hub: bool = flag(False, "Upload LoRA, model card, last picture and pipeline at the end.")
+    hub_model_id: str | None = flag(None, "Repository, as user/name or name; the name of --output_dir if not given.")
     hub_token: str | None = flag(
         None,
-        "Token to push with, which every user of the machine can see while the run lasts; that of HF_TOKEN or "
-        "`hf auth login`, which they cannot see, if not given.",
+        "Token to push with, which every user of the machine can see while the run lasts; that of HF_TOKEN or `hf "
+        "auth login`, which they cannot see, if not given.",
     )
     hub_private_repo: bool = flag(False, "Make the repository private.")
     hub_license: str = flag("creativeml-openrail-m", "Licence the model card names.")

@@ -15,12 +15,12 @@ from programs.console import phase_bar
 from sfcm import SFCM_MODES, free_regions, noise_difference, phrase_attention_maps
 from training.arguments import has_sfcm_bank
 from training.batches import Batch, send
-from training.data import derive_seed
 from training.dual_path import dual_path
 from training.flags import AlignmentFlags
 from training.models import Models
 from training.portraits import Portraits
 from training.prompt_table import FULL, PromptTable
+from training.training_set import derive_seed
 
 
 class MapMaker:

@@ -19,10 +19,11 @@ from programs.console import phase_bar
 from programs.interruption import leave_stop_signals
 from training.arguments import Flags
 from training.caches import TensorCache, fingerprint, module_fingerprint
-from training.data import bucketed_batch_indices, derive_seed, draw_latents
+from training.drawing import draw_latents
 from training.flags import AlignmentFlags
-from training.inputs import Inputs, Sample, TrainingSet
+from training.inputs import Inputs
 from training.models import Models
+from training.training_set import Sample, TrainingSet, bucketed_batch_indices, derive_seed
 
 
 @dataclass

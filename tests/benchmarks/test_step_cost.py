@@ -18,7 +18,7 @@ from test_train import (  # noqa: F401  (fixtures)
 
 import train_spf_portrait_lora as script
 from benchmarks import step_cost
-from training.data import revisited_batch
+from training.training_set import revisited_batch
 
 
 KEPT = 2

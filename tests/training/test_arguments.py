@@ -2,12 +2,14 @@
 
 import inspect
 import os
+import re
 from dataclasses import fields
 
 import pytest
 import yaml
 
 from training.arguments import flat, parse_args
+from training.flags_page import PAGE, page
 from training.run_file import RUN_FILE, write_run_file
 
 
@@ -45,6 +47,15 @@ def test_a_flag_is_in_one_group_and_what_is_on_or_off_can_be_said_either_way():
     assert all(inspect.getdoc(group) for group in flags[:-1])
     said = [f"--no-{name}" for name, value in flat(flags).items() if isinstance(value, bool)]
     assert {value for value in flat(parse_args([MODEL, *said])).values() if isinstance(value, bool)} == {False}
+
+
+def test_the_page_of_flags_is_current():
+    assert PAGE.read_text(encoding="utf-8") == page(), "run `python -m training.flags_page`"
+    rows = re.findall(r"^\| `--(\w+)` \| (.+?) \| .+ \|$", page(), re.MULTILINE)
+    assert [name for name, _ in rows] == [*flat(parse_args([MODEL]))]
+    defaults = {"center_crop": "on", "random_flip": "off", "rank": "`16`", "sfcm_timesteps": "`600 950`"}
+    defaults |= {"pretrained_model_name_or_path": "required", "lora_alpha": "not given"}
+    assert defaults.items() <= dict(rows).items()
 
 
 # ---------------------------------------------------------------------------------------------------------- run files

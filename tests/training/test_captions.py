@@ -8,8 +8,9 @@ import pytest
 from test_train import fresh_accelerator, make_flags, refusal, train, world, write_data  # noqa: F401
 
 from prompts import make_prompt_pair
-from train_spf_portrait_lora import parse_args
 from training import inputs as inputs_module
+from training.alignment_prompts import thin_out
+from training.arguments import parse_args
 from training.data import PortraitRow
 
 
@@ -129,6 +130,6 @@ def test_a_phrase_that_stands_twice_may_be_replaced_once(world, tmp_path, capsys
 def test_a_copy_of_a_replaced_phrase_is_protected_in_every_drawn_prompt():
     pair = make_prompt_pair("a hat, a man, a wall, a hat", [("a hat", "a red coat")])
     random = np.random.default_rng(0)
-    drawn = [inputs_module.thin_out(pair, 0.3, random) for _ in range(300)]
+    drawn = [thin_out(pair, 0.3, random) for _ in range(300)]
     assert all(("a hat" in own.base_phrases) == (own.base_prompt.count("a hat") == 2) for own in drawn)
     assert {own.base_prompt for own in drawn} >= {"a hat, a man, a hat", "a hat, a hat", "a hat, a man"}

@@ -25,7 +25,9 @@ from test_train import (  # noqa: F401  (fixtures)
 import train_spf_portrait_lora as script
 from prompts import make_prompt_pair
 from sfcm import SFCM_MODES, phrase_attention_maps
-from training import inputs as inputs_module
+from training.alignment_prompts import thin_out
+from training.arguments import parse_args
+from training.inputs import validation_pair
 
 
 HATS = [{**row, "free_phrases": [row["base_prompt"].split(", ")[1]]} for row in ROWS]
@@ -163,8 +165,8 @@ def test_other_prompts_of_the_pictures_have_the_free_phrases_they_name(world):  
     flags = ["--pretrained_model_name_or_path=x", "--train_data_dir=x", "--free_phrases", "a red hat"]
     given = {"a man, a red hat": ("a red hat",), "a man, a green hat": ("a green hat",), "a man": ()}
     for base_prompt, free in given.items():
-        args = script.parse_args([*flags, f"--validation_base_prompt={base_prompt}"])
-        assert inputs_module._validation_pair(args, first, world.tokenizer).free_phrases == free
+        args = parse_args([*flags, f"--validation_base_prompt={base_prompt}"])
+        assert validation_pair(args, first, world.tokenizer).free_phrases == free
 
 
 @pytest.mark.parametrize("free", [[], pytest.param(["a woman"], marks=pytest.mark.slow)])
@@ -186,7 +188,7 @@ def test_a_run_does_not_go_on_with_other_free_phrases(world, tmp_path, free):  #
 def test_a_thinned_out_prompt_keeps_those_that_are_left_and_one_that_is_protected():
     pair = make_prompt_pair("a woman, a hat, a red scarf, a tie", "red hair", free_phrases=["a hat", "a tie"])
     random = np.random.default_rng(0)
-    pairs = [inputs_module.thin_out(pair, 0.7, random) for _ in range(200)]
+    pairs = [thin_out(pair, 0.7, random) for _ in range(200)]
     for thin in pairs:
         assert thin.base_phrases == tuple(thin.base_prompt.split(", "))
         assert thin.free_phrases == tuple(phrase for phrase in thin.base_phrases if phrase in ("a hat", "a tie"))
@@ -197,7 +199,7 @@ def test_a_thinned_out_prompt_keeps_those_that_are_left_and_one_that_is_protecte
 def test_a_free_part_of_another_phrase_is_not_written_twice():
     pair = make_prompt_pair("a woman, a hat, a red scarf", "red hair", free_phrases=["scarf"])
     random = np.random.default_rng(0)
-    prompts = {inputs_module.thin_out(pair, 0.5, random).base_prompt for _ in range(200)}
+    prompts = {thin_out(pair, 0.5, random).base_prompt for _ in range(200)}
     assert "a woman, a red scarf" in prompts and "a woman, scarf" in prompts
     assert all(prompt.count("scarf") <= 1 for prompt in prompts)
 
@@ -205,5 +207,5 @@ def test_a_free_part_of_another_phrase_is_not_written_twice():
 def test_without_free_phrases_the_choice_is_what_it_was():
     pair = make_prompt_pair("a woman, a hat, a red scarf", "red hair")
     free = make_prompt_pair("a woman, a hat, a red scarf", "red hair", free_phrases=["a hat"])
-    kept = [inputs_module.thin_out(own, 0.4, np.random.default_rng(5)).base_prompt for own in (pair, free)]
+    kept = [thin_out(own, 0.4, np.random.default_rng(5)).base_prompt for own in (pair, free)]
     assert kept[0] == kept[1]

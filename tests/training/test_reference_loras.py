@@ -1,6 +1,5 @@
 """Tests of training on top of earlier LoRAs: the merge, the two paths, what is saved, resumed, told and refused."""
 
-import argparse
 import hashlib
 import json
 import re
@@ -42,7 +41,9 @@ from loras.loading import ReferenceLora, merge_loras
 from pipeline_spf_portrait import SPFPortraitPipeline
 from programs.loading import InputError
 from prompts import make_prompt_pair
-from training import inputs as inputs_module
+from training.alignment_prompts import ask_for_reference_targets
+from training.flags import LoraFlags
+from training.model_checks import find_references
 from training.models import load_base_model
 
 
@@ -165,8 +166,7 @@ def test_a_reference_is_a_file_a_folder_or_neither(world, earlier, tmp_path):  #
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
 
     def find(name, scale):
-        flags = {"reference_lora": [name], "reference_lora_scale": [scale], "cache_dir": None, "use_dora": False}
-        return inputs_module.find_references(argparse.Namespace(**flags))
+        return find_references(LoraFlags(reference_lora=[name], reference_lora_scale=[scale]), None)
 
     assert find(str(folder), 0.5) == (ReferenceLora(str(folder), file, None, digest, 0.5),)
     assert find(str(file), 1.0) == (ReferenceLora(str(file), file, None, digest, 1.0),)
@@ -238,7 +238,7 @@ def test_each_layer_of_a_kohya_file_has_its_own_alpha(world, earlier, tmp_path):
         state[name.replace(".alpha", ".lora_up.weight")] /= 4
     save_file(state, path)
     args = script.parse_args([f"--pretrained_model_name_or_path={world.model}", f"--reference_lora={path}"])
-    pipeline = load_base_model(SPFPortraitPipeline, args, torch.float32, inputs_module.find_references(args))
+    pipeline = load_base_model(SPFPortraitPipeline, args, torch.float32, find_references(args, None))
     assert largest(predict(pipeline), predict(activate(stock(world), [earlier["hair"]], [1.0]))) < CLOSE
 
 
@@ -334,21 +334,21 @@ def drawn(count: int = 6) -> list:
 @pytest.mark.parametrize("count, asked", [(1, 1), (6, 3), (7, 4)])
 def test_half_of_the_drawn_portraits_are_asked_for_what_is_there_already(count, asked):
     pairs = drawn(count)
-    found = inputs_module.ask_for_reference_targets(pairs, ["sunglasses"], seed=0)
+    found = ask_for_reference_targets(pairs, ["sunglasses"], seed=0)
     changed = [(old, new) for old, new in zip(pairs, found, strict=True) if old != new]
     assert len(changed) == asked
     for old, new in changed:
         assert new.base_prompt == f"{old.base_prompt.rstrip('.')}, sunglasses"
         assert new.full_prompt == f"{old.base_prompt.rstrip('.')}, sunglasses, red hair"
         assert new.base_phrases == (*old.base_phrases, "sunglasses") and new.target_prompts == old.target_prompts
-    assert found == inputs_module.ask_for_reference_targets(pairs, ["sunglasses"], seed=0)
+    assert found == ask_for_reference_targets(pairs, ["sunglasses"], seed=0)
 
 
 def test_several_targets_come_alone_together_and_not_at_all():
-    found = inputs_module.ask_for_reference_targets(drawn(40), ["sunglasses", "a scarf"], seed=1)
+    found = ask_for_reference_targets(drawn(40), ["sunglasses", "a scarf"], seed=1)
     kinds = [("sunglasses" in pair.base_prompt, "a scarf" in pair.base_prompt) for pair in found]
     assert len(set(kinds)) == 4 and [sum(column) for column in zip(*kinds)] == [20, 20]
-    other = inputs_module.ask_for_reference_targets(drawn(40), ["sunglasses", "a scarf"], seed=2)
+    other = ask_for_reference_targets(drawn(40), ["sunglasses", "a scarf"], seed=2)
     assert found != other
 
 
@@ -358,7 +358,7 @@ def test_a_prompt_that_has_the_target_stays_and_a_phrase_that_contradicts_it_giv
         make_prompt_pair("A man with brown hair, in a suit.", [("a suit", "a robe")], free_phrases=["brown hair"]),
         make_prompt_pair("a man in a suit", "a crown"),
     ]
-    found = set(inputs_module.ask_for_reference_targets(pairs * 20, ["blonde hair"], seed=0))
+    found = set(ask_for_reference_targets(pairs * 20, ["blonde hair"], seed=0))
     assert {pair.base_prompt for pair in found} == {
         "a woman, Blonde Hair", "A man with brown hair, in a suit.", "A man with blonde hair, in a suit.",
         "a man in a suit", "a man in a suit, blonde hair",
@@ -369,7 +369,7 @@ def test_a_prompt_that_has_the_target_stays_and_a_phrase_that_contradicts_it_giv
 
 
 def test_a_new_target_with_the_same_noun_is_warned_about(caplog):
-    inputs_module.ask_for_reference_targets(drawn(), ["blonde hair", "a scarf"], seed=0)
+    ask_for_reference_targets(drawn(), ["blonde hair", "a scarf"], seed=0)
     (record,) = caplog.records
     assert record.message == "--reference_target_prompt 'blonde hair' may contradict the new target 'red hair'"
 
@@ -377,7 +377,7 @@ def test_a_new_target_with_the_same_noun_is_warned_about(caplog):
 @pytest.mark.parametrize("text", ["red hair", "Red  Hair", "hair", "long red hair"])
 def test_an_earlier_target_is_not_the_new_one(text):
     with pytest.raises(ValueError, match=f"--reference_target_prompt '{text}' overlaps .* 'red hair'"):
-        inputs_module.ask_for_reference_targets(drawn(), [text], seed=0)
+        ask_for_reference_targets(drawn(), [text], seed=0)
 
 
 def test_the_portraits_are_drawn_from_those_prompts(world, earlier, tmp_path, monkeypatch):  # noqa: F811

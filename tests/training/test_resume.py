@@ -43,7 +43,7 @@ from test_train import (  # noqa: F401  (fixtures)
 import train_spf_portrait_lora as script
 from programs.checkpoints import find_checkpoints
 from toy_portraits.recipe import training_flags
-from training import inputs as inputs_module
+from training import resuming
 from training.checkpoints import (
     HIDDEN_PREFIX,
     MANIFEST,
@@ -52,6 +52,7 @@ from training.checkpoints import (
     check_checkpoint,
     read_state,
 )
+from training.training_set import TrainingSet
 
 
 SCRIPT = ROOT / "train_spf_portrait_lora.py"
@@ -175,7 +176,7 @@ def test_each_part_of_a_checkpoint_is_needed(world, whole_run, tmp_path, monkeyp
             state["optimizer"] = {"state": {}, "param_groups": groups}
         else:
             state["lr_scheduler"] = {**other["lr_scheduler"], "last_epoch": 0, "_step_count": 1}
-        monkeypatch.setattr(inputs_module, "read_state", lambda _: state)
+        monkeypatch.setattr(resuming, "read_state", lambda _: state)
     train(world, again, **{**STEPS, **options}, resume_from_checkpoint="latest")
     assert weights(again) != weights(whole)
 
@@ -184,13 +185,13 @@ def test_each_part_of_a_checkpoint_is_needed(world, whole_run, tmp_path, monkeyp
 @pytest.mark.parametrize("name", ["both", "accumulation", "pictures of each step", "buckets"])
 def test_no_sample_comes_twice_and_none_is_left_out(world, whole_run, tmp_path, monkeypatch, name, step):  # noqa: F811
     options = {**STEPS, **OPTIONS[name]}
-    read, batch_pixels = [], inputs_module.TrainingSet.batch_pixels
+    read, batch_pixels = [], TrainingSet.batch_pixels
 
     def watched(self, micro_step):
         read.append(micro_step)
         return batch_pixels(self, micro_step)
 
-    monkeypatch.setattr(inputs_module.TrainingSet, "batch_pixels", watched)
+    monkeypatch.setattr(TrainingSet, "batch_pixels", watched)
     batches = watch(monkeypatch, "draw_batch")
 
     def drawn() -> list[tuple]:

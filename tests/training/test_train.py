@@ -31,10 +31,10 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextC
 
 import train_spf_portrait_lora as script
 from prompts import make_prompt_pair
-from training import inputs as inputs_module
-from training.data import derive_seed
-from training.flags import SCHEDULERS
+from training.alignment_prompts import thin_out
+from training.flag_rules import SCHEDULERS
 from training.prompt_table import BASE, EMPTY, FULL
+from training.training_set import derive_seed
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -468,8 +468,8 @@ PAIR = make_prompt_pair("a woman, a green hat, a red scarf, a tie", [("a green h
 
 def test_drawn_portraits_leave_out_phrases_by_chance():
     random = np.random.default_rng(0)
-    assert inputs_module.thin_out(PAIR, 0.0, random) == PAIR
-    pairs = [inputs_module.thin_out(PAIR, 0.5, random) for _ in range(400)]
+    assert thin_out(PAIR, 0.0, random) == PAIR
+    pairs = [thin_out(PAIR, 0.5, random) for _ in range(400)]
     for pair in pairs:
         phrases = pair.base_prompt.split(", ")
         assert phrases == [phrase for phrase in PAIR.base_prompt.split(", ") if phrase in phrases]
@@ -479,7 +479,7 @@ def test_drawn_portraits_leave_out_phrases_by_chance():
     counts = Counter(phrase for pair in pairs for phrase in pair.base_phrases)
     # One of three phrases always stays, so a phrase does a little more often than every second time.
     assert all(count / 400 == pytest.approx(0.5 + 1 / 24, abs=0.08) for count in counts.values()) and len(counts) == 3
-    assert {len(inputs_module.thin_out(PAIR, 0.999, random).base_phrases) for _ in range(20)} == {1}
+    assert {len(thin_out(PAIR, 0.999, random).base_phrases) for _ in range(20)} == {1}
 
 
 def test_thinned_out_prompts_are_those_the_losses_ask_about(world, tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ from test_train import (  # noqa: F401 (fixtures)
 )
 
 import train_spf_portrait_lora as script
-from training.data import load_image
+from programs.picture_files import load_picture
 from training.losses import diffusion_loss
 
 
@@ -271,7 +271,7 @@ def test_the_interpolation_mode(world, tmp_path, monkeypatch):  # noqa: F811
     runs = watch_runs(monkeypatch)
     train(world, tmp_path / "output", image_interpolation_mode="nearest", stage2_steps=0)
     pixels = (runs[0].training_set.pixels(script.Sample(5)) + 1) * 127.5
-    whole = np.asarray(load_image(runs[0].inputs.rows[5])).reshape(-1, 3)
+    whole = np.asarray(load_picture(runs[0].inputs.rows[5].image, "")).reshape(-1, 3)
     colors = {tuple(color) for color in whole.tolist()}
     assert {tuple(color) for color in pixels.flatten(1).T.round().int().tolist()} <= colors
 

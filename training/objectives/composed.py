@@ -15,7 +15,6 @@ from attention_processors import CrossAttentionFeatures
 from families.prompt_embeds import PromptEmbeds
 from training.arguments import Flags
 from training.batches import Batch, BatchDrawer, send
-from training.data import revisited_batch
 from training.flags import ComposedFlags, MethodFlags
 from training.losses import compose_prediction, diffusion_loss
 from training.maps import MapMaker
@@ -23,6 +22,7 @@ from training.models import STAGE1_ADAPTER, Models
 from training.objectives.objective import Objective, Parts
 from training.portraits import Portraits
 from training.prompt_table import FULL, PromptTable
+from training.training_set import revisited_batch
 
 
 # Batches whose composed targets are kept at a time: latents, a few megabytes for Stable Diffusion.
