@@ -43,6 +43,7 @@ try:
     from .pictures import captioned_pictures, overlay_heat_map
     from .prompts import (
         PromptPair,
+        PromptTokens,
         find_weights,
         locate_phrases,
         make_prompt_pair,
@@ -53,12 +54,12 @@ try:
     )
     from .sfcm import (
         SFCM_MODES,
+        clip_distances,
         epsilon_scale,
         free_regions,
         guidance_map,
         noise_difference,
         phrase_attention_maps,
-        phrase_distances,
     )
 except ImportError:
     import adapters as _adapters
@@ -71,11 +72,12 @@ except ImportError:
     active_adapters, adapter_scales = _adapters.active_adapters, _adapters.adapter_scales
     original_rows, capture_cross_attention = _adapters.original_rows, _attention.capture_cross_attention
     captioned_pictures, overlay_heat_map = _pictures.captioned_pictures, _pictures.overlay_heat_map
-    PromptPair, make_prompt_pair, phrase_mask = _prompts.PromptPair, _prompts.make_prompt_pair, _prompts.phrase_mask
+    PromptPair, PromptTokens, phrase_mask = _prompts.PromptPair, _prompts.PromptTokens, _prompts.phrase_mask
+    make_prompt_pair = _prompts.make_prompt_pair
     locate_phrases, split_phrases = _prompts.locate_phrases, _prompts.split_phrases
     tokenize_prompt_pair, find_weights = _prompts.tokenize_prompt_pair, _prompts.find_weights
     suggest_replacements = _prompts.suggest_replacements
-    SFCM_MODES, noise_difference, phrase_distances = _sfcm.SFCM_MODES, _sfcm.noise_difference, _sfcm.phrase_distances
+    SFCM_MODES, noise_difference, clip_distances = _sfcm.SFCM_MODES, _sfcm.noise_difference, _sfcm.clip_distances
     free_regions, guidance_map = _sfcm.free_regions, _sfcm.guidance_map
     epsilon_scale, phrase_attention_maps = _sfcm.epsilon_scale, _sfcm.phrase_attention_maps
 
@@ -1003,7 +1005,7 @@ class SPFPortraitPipeline(StableDiffusionPipeline):
         width = max(map(len, texts))
         free = [torch.tensor([phrase in pair.free_phrases for phrase in pair.base_phrases]) for pair in pairs]
         # Only maps ask for the distances, and a call without maps may come without a text encoder on the device.
-        distances = self._phrase_distances(pairs, positions) if observed else [torch.zeros(len(row)) for row in texts]
+        distances = self._phrase_distances(pairs, tokens) if observed else [torch.zeros(len(row)) for row in texts]
         return self._phrase_rows(
             texts,
             [tuple(target.text for target in pair.target_prompts) for pair in pairs],
@@ -1056,21 +1058,7 @@ class SPFPortraitPipeline(StableDiffusionPipeline):
             distances=repeat(distances),
         )
 
-    def _phrase_distances(
-        self, pairs: Sequence[PromptPair], positions: Sequence[Sequence[Sequence[int]]]
-    ) -> list[Tensor]:
-        """Per prompt the (P,) float32 distances of its phrases to the target, by the original text encoder.
-
-        A phrase that was cut off stands for nothing, as the target itself would: a prompt may name many of them.
-        """
-        rows = [
-            [*(text if tokens else pair.target_text for text, tokens in zip(pair.base_phrases, row)), pair.target_text]
-            for pair, row in zip(pairs, positions, strict=True)
-        ]
-        texts = list(dict.fromkeys(text for row in rows for text in row))
-        inputs = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+    def _phrase_distances(self, pairs: Sequence[PromptPair], tokens: Sequence[PromptTokens]) -> list[Tensor]:
+        """Per prompt the (P,) float32 distances of its phrases to the target, by the original text encoder."""
         with self._original_text_encoder():
-            embeds = self.text_encoder(inputs.input_ids.to(self._execution_device)).pooler_output.float().cpu()
-        embed_of = dict(zip(texts, embeds, strict=True))
-        groups = [torch.stack([embed_of[text] for text in row])[None] for row in rows]
-        return [phrase_distances(group[:, :-1], group[:, -1])[0] for group in groups]
+            return clip_distances(self.text_encoder, self.tokenizer, pairs, tokens, self._execution_device)

@@ -97,6 +97,7 @@ from training.models import (
     load_base_model,
     load_clip,
     load_decoder,
+    load_text_part,
     lora_config,
     use_xformers,
 )
@@ -106,8 +107,8 @@ from training.prompt_table import (
     EMPTY,
     FULL,
     PromptTable,
-    clip_phrase_distances,
     embed_pixels,
+    embed_targets,
     encode_prompts,
     make_prompt_table,
 )
@@ -172,7 +173,8 @@ class Run:
     response_unet: torch.nn.Module
     noise_scheduler: DDPMScheduler
     clip: CLIPModel | None
-    clip_processor: CLIPImageProcessorPil
+    clip_processor: CLIPImageProcessorPil | None
+    target_embeds: torch.Tensor | None
     decoder: AutoencoderKL | AutoencoderTiny
     table: PromptTable
     training_set: TrainingSet
@@ -211,9 +213,9 @@ def prepare_run(args: argparse.Namespace, inputs: Inputs, accelerator: Accelerat
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     pipeline = load_base_model(SPFPortraitPipeline, args, weight_dtype, inputs.references).to(device)
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    clip, clip_tokenizer, clip_processor = load_clip(args, device)
+    clip, clip_tokenizer, clip_processor = load_clip(args, device) if uses_enhancement(args) else (None, None, None)
     decoder = load_decoder(args, pipeline, weight_dtype, device)
-    for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder, clip, decoder):
+    for module in filter(None, (pipeline.unet, pipeline.vae, pipeline.text_encoder, clip, decoder)):
         module.requires_grad_(False)
 
     unet, earlier = pipeline.unet, args.stage1_lora_path if inputs.resume is None else inputs.resume.folder
@@ -234,8 +236,6 @@ def prepare_run(args: argparse.Namespace, inputs: Inputs, accelerator: Accelerat
         pipeline,
         inputs.pairs,
         inputs.tokens,
-        clip,
-        clip_tokenizer,
         encode=args.cache_text_embeddings,
         cache=TensorCache(cache),
         shown=accelerator.is_local_main_process,
@@ -252,6 +252,7 @@ def prepare_run(args: argparse.Namespace, inputs: Inputs, accelerator: Accelerat
         noise_scheduler=noise_scheduler,
         clip=clip,
         clip_processor=clip_processor,
+        target_embeds=None if clip is None else embed_targets(clip, clip_tokenizer, inputs.pairs),
         decoder=decoder,
         table=table,
         training_set=training_set,
@@ -345,8 +346,6 @@ def release_unused(run: Run) -> None:
         released.append("vae")
     if args.cache_text_embeddings:
         released.append("text_encoder")
-    if not uses_enhancement(args):
-        run.clip = None
     run.released = tuple(released)
     for name in released:
         getattr(run.pipeline, name).to("cpu")
@@ -914,7 +913,7 @@ def enhancement_loss(run: Run, batch: Batch, model_pred: torch.Tensor) -> torch.
     losses = ENHANCEMENT_LOSSES[run.args.enhancement_loss](
         embed_pixels(run.clip, run.clip_processor, decode_for_clip(run, latents)),
         image_embeds,
-        run.table.target_embeds[batch.pairs],
+        run.target_embeds[batch.pairs],
     )
     if run.args.enhancement_weighting == "alpha_bar":
         losses = scheduler.alphas_cumprod.to(run.device)[batch.timesteps] * losses
@@ -1298,8 +1297,8 @@ def train(args: argparse.Namespace, inputs: Inputs) -> None:
     if args.allow_tf32:
         torch.set_float32_matmul_precision("high")
     if args.dry_run:
-        clip, clip_tokenizer, _ = load_clip(args, accelerator.device)
-        print_dry_run(inputs, clip_phrase_distances(clip, clip_tokenizer, inputs.pairs)[0])
+        text_part = load_text_part(inputs.family, args)
+        print_dry_run(inputs, inputs.family.distances(text_part, inputs.pairs, inputs.tokens))
         return
     if inputs.resume is not None:
         batch_size = args.train_batch_size * accelerator.num_processes

@@ -42,6 +42,7 @@ from prompts import (
     take_out,
     tokenize_prompt_pair,
 )
+from training.arguments import uses_enhancement
 from training.caches import fingerprint
 from training.checkpoints import check_checkpoint, find_checkpoints, latest_checkpoint, read_state
 from training.data import (
@@ -323,6 +324,8 @@ def check_models(args: argparse.Namespace) -> tuple[type[StableDiffusion], Model
             f"--sfcm_timesteps: HIGH is {args.sfcm_timesteps[1]}, above the model's "
             f"{facts.num_train_timesteps} timesteps"
         )
+    if not uses_enhancement(args):
+        return family, facts
     with naming_flag("clip_model_name_or_path", args.clip_model_name_or_path):
         check_model_name(args.clip_model_name_or_path, kind=None)
         config = AutoConfig.from_pretrained(args.clip_model_name_or_path, cache_dir=args.cache_dir)
@@ -581,12 +584,12 @@ def _validation_pair(args: argparse.Namespace, first: PromptPair, tokenizer: CLI
     return pair
 
 
-def print_dry_run(inputs: Inputs, distances: torch.Tensor) -> None:
+def print_dry_run(inputs: Inputs, distances: Sequence[torch.Tensor]) -> None:
     """Print each different pair of prompts, its phrases, their token positions and CLIP distances to the target."""
     for reference in inputs.references:
         print(f"earlier LoRA   {reference.name}  (scale {reference.scale:g})")
     seen = set()
-    for row, pair, tokens, row_distances in zip(inputs.rows, inputs.pairs, inputs.tokens, distances.tolist()):
+    for row, pair, tokens, row_distances in zip(inputs.rows, inputs.pairs, inputs.tokens, distances):
         if (pair, row.caption) in seen:
             continue
         seen.add((pair, row.caption))
@@ -598,7 +601,7 @@ def print_dry_run(inputs: Inputs, distances: torch.Tensor) -> None:
         target = _one_line(pair.target_text)
         print(f"  target       {target}  (tokens {_ranges(tokens.target_positions)} of the full prompt)")
         rivals = dict(suggest_replacements(pair))
-        for phrase, positions, distance in zip(pair.base_phrases, tokens.phrase_positions, row_distances):
+        for phrase, positions, distance in zip(pair.base_phrases, tokens.phrase_positions, row_distances.tolist()):
             kind = "free phrase" if phrase in pair.free_phrases else "phrase"
             rival = f"; may contradict the target {rivals[phrase]!r}" if phrase in rivals else ""
             where = f"tokens {_ranges(positions)}, CLIP distance {distance:.3f}{rival}"

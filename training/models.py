@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import XFormersAttnProcessor
 from peft import LoraConfig
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
@@ -56,6 +56,23 @@ def load_base_model(
         pipeline.scheduler = type(pipeline.scheduler).from_config(config, prediction_type=args.prediction_type)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def load_text_part(family: type[StableDiffusion], args: argparse.Namespace) -> DiffusionPipeline:
+    """The base model as far as it reads prompts, without denoiser and VAE."""
+    return load_pipeline(
+        family.pipeline_class,
+        args.pretrained_model_name_or_path,
+        torch.float32,
+        "pretrained_model_name_or_path",
+        revision=args.revision,
+        cache_dir=args.cache_dir,
+        variant=args.variant,
+        safety_checker=None,
+        requires_safety_checker=False,
+        vae=None,
+        **{family.denoiser: None},
+    )
 
 
 def load_clip(
