@@ -336,22 +336,9 @@ class SPFCall:
     def _phrase_distances(
         self, pairs: Sequence[prompts.PromptPair], tokens: Sequence[prompts.PromptTokens]
     ) -> list[Tensor]:
-        """Per prompt the (P,) float32 distances of its phrases to the target, by the original text encoder.
-
-        A phrase that was cut off stands for nothing, as the target itself would: a prompt may name many of them.
-        """
-        rows = [
-            [*(text if at else pair.target_text for text, at in zip(pair.base_phrases, row.phrase_positions))]
-            + [pair.target_text]
-            for pair, row in zip(pairs, tokens, strict=True)
-        ]
-        texts = list(dict.fromkeys(text for row in rows for text in row))
-        inputs = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+        """Per prompt the (P,) float32 distances of its phrases to the target, by the original text encoder."""
         with self._original_text_encoders():
-            embeds = self.text_encoder(inputs.input_ids.to(self._execution_device)).pooler_output.float().cpu()
-        embed_of = dict(zip(texts, embeds, strict=True))
-        groups = [torch.stack([embed_of[text] for text in row])[None] for row in rows]
-        return [sfcm.phrase_distances(group[:, :-1], group[:, -1])[0] for group in groups]
+            return sfcm.clip_distances(self.text_encoder, self.tokenizer, pairs, tokens, self._execution_device)
 
 
 def uncompiled(model: torch.nn.Module) -> torch.nn.Module:

@@ -51,7 +51,7 @@ from training.engine import Engine, make_accelerator, tracker_config
 from training.enhancement import Enhancement, load_clip, load_decoder
 from training.inputs import Inputs, check_inputs, print_dry_run
 from training.maps import MapMaker
-from training.models import Models, load_models, weight_dtype
+from training.models import Models, load_models, load_text_part, weight_dtype
 from training.objectives import make_objectives
 from training.objectives.objective import Objective, Parts
 from training.portraits import (
@@ -60,7 +60,7 @@ from training.portraits import (
     make_training_set,
     portraits_of,
 )
-from training.prompt_table import clip_phrase_distances, make_prompt_table
+from training.prompt_table import embed_targets, make_prompt_table
 from training.resuming import check_nothing_came, check_record, resume_record
 from training.saving import Checkpoints, save_result, say_what_is_there
 from training.sharing import card_facts, make_repository, share
@@ -82,7 +82,6 @@ def prepare(flags: Flags, inputs: Inputs, accelerator: Accelerator) -> Parts:
     device, data, seed = accelerator.device, flags.data, flags.loop.seed
     shown = accelerator.is_local_main_process
     earlier = flags.lora.stage1_lora_path if inputs.resume is None else inputs.resume.folder
-    clip, clip_tokenizer, processor = load_clip(flags.model.clip_model_name_or_path, flags.model.cache_dir, device)
     models = load_models(inputs.family, flags.model, flags.lora, accelerator, inputs.references, earlier)
     cache = TensorCache(None if flags.model.cache_dir is None else Path(flags.model.cache_dir) / "spf-portrait")
     table = make_prompt_table(
@@ -90,8 +89,6 @@ def prepare(flags: Flags, inputs: Inputs, accelerator: Accelerator) -> Parts:
         models.pipeline,
         inputs.pairs,
         inputs.tokens,
-        clip,
-        clip_tokenizer,
         encode=data.cache_text_embeddings,
         cache=cache,
         shown=shown,
@@ -101,9 +98,11 @@ def prepare(flags: Flags, inputs: Inputs, accelerator: Accelerator) -> Parts:
         training.encode(cache, shown)
     enhancement = None
     if uses_enhancement(flags.method, flags.paper):
+        clip, tokenizer, processor = load_clip(flags.model.clip_model_name_or_path, flags.model.cache_dir, device)
+        targets = embed_targets(clip, tokenizer, inputs.pairs)
         decoder = load_decoder(flags.model, models.pipeline.vae, weight_dtype(accelerator), device)
         steps = flags.method.stage1_steps, flags.loop.gradient_accumulation_steps
-        enhancement = Enhancement(models, clip, processor, decoder, table.target_embeds, flags.paper, steps)
+        enhancement = Enhancement(models, clip, processor, decoder, targets, flags.paper, steps)
         if data.cache_latents:
             enhancement.embed(training, shown)
     decodes = enhancement is not None and enhancement.decoder is models.pipeline.vae
@@ -291,10 +290,8 @@ def train(flags: Flags, inputs: Inputs) -> None:
     if flags.model.allow_tf32:
         torch.set_float32_matmul_precision("high")
     if flags.output.dry_run:
-        clip, tokenizer, _ = load_clip(
-            flags.model.clip_model_name_or_path, flags.model.cache_dir, accelerator.device
-        )
-        print_dry_run(inputs, clip_phrase_distances(clip, tokenizer, inputs.pairs)[0])
+        text_part = load_text_part(inputs.family, flags.model)
+        print_dry_run(inputs, inputs.family.distances(text_part, inputs.pairs, inputs.tokens))
         return
     batch_size = flags.loop.train_batch_size * accelerator.num_processes
     record = resume_record(flags, inputs.references, batch_size, accelerator.mixed_precision)

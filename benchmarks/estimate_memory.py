@@ -198,12 +198,14 @@ def make_models(flags: str) -> Models:
     """The models with shapes alone, on the meta device."""
     args = parse_flags(flags)
     with torch.device("meta"):
+        clip = CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=768)).requires_grad_(False)
+        del clip.text_model, clip.text_projection
         return Models(
             args,
             make_unet_with_lora(args),
             make_vae().bfloat16().requires_grad_(False),
             CLIPTextModel(CLIPTextConfig(**TEXT)).bfloat16().requires_grad_(False),
-            CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=768)).requires_grad_(False),
+            clip,
         )
 
 
@@ -300,7 +302,8 @@ def encoding_peak(modules: list[nn.Module], vae: AutoencoderKL) -> int:
 
 
 def preparing_peak(models: Models) -> int:
-    return encoding_peak([models.unet, models.text_encoder, models.clip], models.vae)
+    judges = [models.clip] if uses_enhancement(models.args) else []
+    return encoding_peak([models.unet, models.text_encoder, *judges], models.vae)
 
 
 @torch.no_grad()

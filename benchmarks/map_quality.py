@@ -27,7 +27,6 @@ import numpy as np
 import torch
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image, ImageDraw, ImageFont
-from transformers import CLIPModel, CLIPTokenizer
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -281,11 +280,9 @@ def prompt_pairs(prompts: Sequence[ToyPrompt]) -> list[PromptPair]:
 
 @dataclass(frozen=True)
 class Tools:
-    """The toy model with the LoRAs to be looked at, CLIP, and the judge."""
+    """The toy model with the LoRAs to be looked at, and the judge."""
 
     pipeline: SPFPortraitPipeline
-    clip: CLIPModel
-    clip_tokenizer: CLIPTokenizer
     judge: PortraitJudge
     device: str
 
@@ -316,17 +313,14 @@ def load_tools(device: str) -> Tools:
     diffusers_logging.disable_progress_bar()
     pipeline = SPFPortraitPipeline.from_pretrained(BASE_MODEL, dtype=torch.float32).to(device)
     pipeline.set_progress_bar_config(disable=True)
-    clip = CLIPModel.from_pretrained(BASE_MODEL / "clip").to(device)
-    return Tools(
-        pipeline, clip, CLIPTokenizer.from_pretrained(BASE_MODEL / "clip"), PortraitJudge.from_pretrained(), device
-    )
+    return Tools(pipeline, PortraitJudge.from_pretrained(), device)
 
 
 def prompt_table(tools: Tools, pairs: Sequence[PromptPair]) -> tuple[PromptTable, torch.Tensor]:
     """What the training knows of the prompts, and (B, 1, T) weights that average over each target's tokens."""
     tokenizer = tools.pipeline.tokenizer
     tokens = [tokenize_prompt_pair(pair, tokenizer) for pair in pairs]
-    table = make_prompt_table(StableDiffusion, tools.pipeline, pairs, tokens, tools.clip, tools.clip_tokenizer)
+    table = make_prompt_table(StableDiffusion, tools.pipeline, pairs, tokens)
     length = tokenizer.model_max_length
     weights = torch.tensor([phrase_mask([row.target_positions], length) for row in tokens], device=tools.device)
     return table, weights

@@ -21,6 +21,7 @@ from families.prompt_embeds import PromptEmbeds
 from pipeline_spf_portrait import SPFPortraitPipeline
 from programs.loading import check_model_name, load_tokenizer, naming_flag
 from prompts import PromptPair, PromptTokens, tokenize_prompt_pair
+from sfcm import clip_distances
 
 
 MODEL, VAE, TINY_VAE = (
@@ -120,6 +121,14 @@ class StableDiffusion:
     def encode(pipeline: SPFPortraitPipeline, ids: Tensor) -> PromptEmbeds:
         """Prompts, as tokens (B, T) of the pipeline's tokenizer, for the UNet."""
         return PromptEmbeds(pipeline.text_encoder(ids)[0])
+
+    @staticmethod
+    def distances(
+        pipeline: SPFPortraitPipeline, pairs: Sequence[PromptPair], tokens: Sequence[PromptTokens]
+    ) -> list[Tensor]:
+        """CLIP distances (P,) of each pair's phrases to its target, as the pipeline itself has them."""
+        encoder = pipeline.text_encoder
+        return clip_distances(encoder, pipeline.tokenizer, pairs, tokens, encoder.device)
 
     @staticmethod
     def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:

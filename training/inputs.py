@@ -30,7 +30,7 @@ from prompts import (
     tokenize_prompt_pair,
 )
 from training.alignment_prompts import alignment_count, alignment_pairs
-from training.arguments import Flags
+from training.arguments import Flags, uses_enhancement
 from training.caches import fingerprint
 from training.data import PortraitRow, check_images, load_rows
 from training.flags import PictureFlags
@@ -96,7 +96,8 @@ def check_inputs(flags: Flags) -> Inputs:
     """
     references = find_references(flags.lora, flags.model.cache_dir)
     resume = find_resume(flags, references)
-    family, facts = check_models(flags.model, flags.alignment.sfcm_timesteps[1])
+    enhances = uses_enhancement(flags.method, flags.paper)
+    family, facts = check_models(flags.model, flags.alignment.sfcm_timesteps[1], enhances)
     (tokenizer,) = facts.tokenizers
     check_references(references, facts.denoiser_config, facts.text_config)
     check_lora(flags.lora, flags.method.dual_path, facts.denoiser_config)

@@ -23,12 +23,15 @@ from programs.loading import check_model_name, load_tokenizer, naming_flag
 from training.flags import LoraFlags, ModelFlags
 
 
-def check_models(model: ModelFlags, last_timestep: int) -> tuple[type[StableDiffusion], ModelFacts]:
+def check_models(
+    model: ModelFlags, last_timestep: int, enhances: bool
+) -> tuple[type[StableDiffusion], ModelFacts]:
     """Read all of the models that needs no weights.
 
     Args:
         model: the flags.
         last_timestep: the higher of --sfcm_timesteps.
+        enhances: whether the enhancement loss is computed, for which alone there is a second CLIP.
 
     Returns:
         The family of the base model, and what is known of it.
@@ -45,6 +48,8 @@ def check_models(model: ModelFlags, last_timestep: int) -> tuple[type[StableDiff
         raise ValueError(
             f"--sfcm_timesteps: HIGH is {last_timestep}, above the model's {facts.num_train_timesteps} timesteps"
         )
+    if not enhances:
+        return family, facts
     with naming_flag("clip_model_name_or_path", model.clip_model_name_or_path):
         check_model_name(model.clip_model_name_or_path, kind=None)
         config = AutoConfig.from_pretrained(model.clip_model_name_or_path, cache_dir=model.cache_dir)

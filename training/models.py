@@ -71,6 +71,23 @@ def load_base_model(
     return pipeline
 
 
+def load_text_part(family: type[StableDiffusion], model: ModelFlags) -> StableDiffusionPipeline:
+    """The base model as far as it reads prompts, without denoiser and VAE."""
+    return load_pipeline(
+        family.pipeline_class,
+        model.pretrained_model_name_or_path,
+        torch.float32,
+        "pretrained_model_name_or_path",
+        revision=model.revision,
+        cache_dir=model.cache_dir,
+        variant=model.variant,
+        safety_checker=None,
+        requires_safety_checker=False,
+        vae=None,
+        **{family.denoiser: None},
+    )
+
+
 @torch.no_grad()
 def load_adapter(pipeline: StableDiffusionPipeline, path: str | Path) -> None:
     """Load the LoRA in a file or folder as the one in training, with the rank, alpha, layers and numbers it has."""

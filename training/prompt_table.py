@@ -14,13 +14,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
+from torch.nn.utils.rnn import pad_sequence
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from families.prompt_embeds import PromptEmbeds
 from families.stable_diffusion import StableDiffusion
 from programs.console import phase_bar
 from prompts import PromptPair, PromptTokens, phrase_mask
-from sfcm import phrase_distances
 from training.caches import TensorCache, fingerprint, module_fingerprint
 
 
@@ -57,40 +57,7 @@ class PromptTable:
     phrase_mask: torch.Tensor  # (N, P) bool
     free_mask: torch.Tensor  # (N, P) bool, those of them that may change along with the target
     distances: torch.Tensor  # (N, P) CLIP distances
-    target_embeds: torch.Tensor  # (N, E') CLIP text embeddings of the targets
     positions: TokenPositions
-
-
-@torch.no_grad()
-def encode_clip_texts(clip: CLIPModel, tokenizer: CLIPTokenizer, texts: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Projected CLIP text embedding (E',) float32 of each different text."""
-    unique = list(dict.fromkeys(texts))
-    embeds = {}
-    for start in range(0, len(unique), 64):
-        chunk = unique[start : start + 64]
-        inputs = tokenizer(chunk, padding="max_length", truncation=True, return_tensors="pt").to(clip.device)
-        features = clip.get_text_features(
-            input_ids=inputs.input_ids, attention_mask=inputs.attention_mask
-        ).pooler_output
-        embeds |= dict(zip(chunk, features.float(), strict=True))
-    return embeds
-
-
-def clip_phrase_distances(
-    clip: CLIPModel, tokenizer: CLIPTokenizer, pairs: Sequence[PromptPair]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Distances (N, P) of the base phrases to their targets, the mask (N, P) of phrases, target embeddings (N, E')."""
-    embeds = encode_clip_texts(
-        clip, tokenizer, [text for pair in pairs for text in (*pair.base_phrases, pair.target_text)]
-    )
-    targets = torch.stack([embeds[pair.target_text] for pair in pairs])
-    width = max(len(pair.base_phrases) for pair in pairs)
-    phrases = targets.new_zeros(len(pairs), width, targets.shape[-1])
-    mask = torch.zeros(len(pairs), width, dtype=torch.bool, device=targets.device)
-    for i, pair in enumerate(pairs):
-        phrases[i, : len(pair.base_phrases)] = torch.stack([embeds[phrase] for phrase in pair.base_phrases])
-        mask[i, : len(pair.base_phrases)] = True
-    return phrase_distances(phrases, targets), mask, targets
 
 
 @torch.no_grad()
@@ -99,8 +66,6 @@ def make_prompt_table(
     pipeline: DiffusionPipeline,
     pairs: Sequence[PromptPair],
     pair_tokens: Sequence[PromptTokens],
-    clip: CLIPModel,
-    clip_tokenizer: CLIPTokenizer,
     *,
     encode: bool = True,
     cache: TensorCache | None = None,
@@ -113,8 +78,6 @@ def make_prompt_table(
         pipeline: the diffusion model; the table lies on the device of its text encoder.
         pairs: N pairs of prompts.
         pair_tokens: their tokens, from the family's `locate`.
-        clip: the model that measures phrases against targets.
-        clip_tokenizer: its tokenizer.
         encode: False leaves the prompts to `encode_prompts` in each step.
         cache: where text embeddings are looked up and kept; None computes them.
         shown: whether a bar shows it.
@@ -143,8 +106,8 @@ def make_prompt_table(
     base_positions, position_mask = _pad_rows([base for base, _ in positions])
     full_positions, _ = _pad_rows([full for _, full in positions])
 
-    distances, mask, targets = clip_phrase_distances(clip, clip_tokenizer, pairs)
-    weights, free = torch.zeros(*mask.shape, length), torch.zeros(mask.shape, dtype=torch.bool)
+    distances = pad_sequence(family.distances(pipeline, pairs, pair_tokens), batch_first=True)
+    weights, free = torch.zeros(*distances.shape, length), torch.zeros(distances.shape, dtype=torch.bool)
     for i, (pair, tokens) in enumerate(zip(pairs, pair_tokens, strict=True)):
         free[i, : len(pair.base_phrases)] = torch.tensor([phrase in pair.free_phrases for phrase in pair.base_phrases])
         weights[i, : len(tokens.phrase_positions)] = torch.tensor(phrase_mask(tokens.phrase_positions, length))
@@ -155,10 +118,9 @@ def make_prompt_table(
         response_rows=torch.tensor([unique[ids] for ids in response], device=device),
         phrase_weights=weights.to(device),
         # A phrase that was cut off is nowhere in the image, like the padding of a shorter prompt.
-        phrase_mask=mask & weights.any(-1).to(mask.device),
+        phrase_mask=weights.any(-1).to(device),
         free_mask=(free & weights.any(-1)).to(device),
-        distances=distances,
-        target_embeds=targets,
+        distances=distances.to(device),
         positions=TokenPositions(
             base_positions.to(device),
             full_positions.to(device),
@@ -219,6 +181,19 @@ def _row_mask(rows: Sequence[Sequence[int]], length: int) -> torch.Tensor:
     for i, row in enumerate(rows):
         mask[i, list(row)] = True
     return mask
+
+
+@torch.no_grad()
+def embed_targets(clip: CLIPModel, tokenizer: CLIPTokenizer, pairs: Sequence[PromptPair]) -> torch.Tensor:
+    """Projected CLIP text embeddings (N, E') float32 of the pairs' targets; CLIP loses its text tower by it."""
+    texts, embeds = list(dict.fromkeys(pair.target_text for pair in pairs)), []
+    for start in range(0, len(texts), 64):
+        inputs = tokenizer(texts[start : start + 64], padding="max_length", truncation=True, return_tensors="pt")
+        inputs = inputs.to(clip.device)
+        features = clip.get_text_features(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask)
+        embeds.append(features.pooler_output.float())
+    del clip.text_model, clip.text_projection
+    return torch.cat(embeds)[[texts.index(pair.target_text) for pair in pairs]]
 
 
 def embed_pixels(clip: CLIPModel, processor: CLIPImageProcessorPil, pixels: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from programs.loading import InputError
 from prompts import make_prompt_pair, tokenize_prompt_pair
 from toy_portraits.recipe import BASE_MODEL
 from training.arguments import parse_args
+from training.prompt_table import make_prompt_table
 from training.sharing import PIPELINE_CODE
 
 
@@ -133,6 +134,20 @@ def test_prompts_are_encoded_as_the_stock_pipeline_does(pipeline):
 def test_tokens_are_located_by_its_one_tokenizer(pipeline):
     pair = make_prompt_pair("a woman, a green hat", "red hair")
     assert StableDiffusion.locate(pair, (pipeline.tokenizer,)) == tokenize_prompt_pair(pair, pipeline.tokenizer)
+
+
+def test_training_and_pipeline_have_the_same_distances(pipeline):
+    pairs = [make_prompt_pair("a woman, a green hat", "red hair"), make_prompt_pair("a man, a white jacket", "red hair")]
+    tokens = [StableDiffusion.locate(pair, (pipeline.tokenizer,)) for pair in pairs]
+    table = make_prompt_table(StableDiffusion, pipeline, pairs, tokens)
+    drawn = pipeline(
+        [pair.base_prompt for pair in pairs],
+        target_prompt="red hair",
+        return_sfcm=True,
+        num_inference_steps=1,
+        output_type="latent",
+    )
+    assert table.distances.min() > 1e-3 and torch.equal(table.distances, drawn.phrase_distances)
 
 
 def test_predictions_are_the_unets(unet):

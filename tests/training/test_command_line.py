@@ -395,7 +395,8 @@ def test_clip_with_a_file_missing(forked_refusal, world, tmp_path, file):
     for path in clip.iterdir():
         if path.name == file or (file == "tokenizer" and path.name in ("vocab.json", "merges.txt", "tokenizer.json")):
             path.unlink()
-    assert_named(forked_refusal(clip_model_name_or_path=clip), [f"--clip_model_name_or_path {clip}"])
+    line = forked_refusal(clip_model_name_or_path=clip, stage2_objective="paper")
+    assert_named(line, [f"--clip_model_name_or_path {clip}"])
 
 
 @pytest.mark.slow

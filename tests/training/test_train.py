@@ -270,6 +270,14 @@ def test_only_the_adapter_in_training_moves(world, tmp_path, monkeypatch):
         assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
 
 
+def test_composed_alignment_needs_no_clip_of_its_own(world, tmp_path, monkeypatch):
+    """A wrong name of one is nothing to it."""
+    monkeypatch.setattr(script.CLIPModel, "from_pretrained", forbidden)
+    flags = {"stage1_steps": 1, "stage2_steps": 1, "clip_model_name_or_path": tmp_path / "nowhere"}
+    output = train(world, tmp_path / "output", stage2_objective="composed", **flags)
+    assert (output / WEIGHTS).is_file()
+
+
 def test_the_end_says_what_lies_where_and_how_to_draw(world, tmp_path, caplog):
     with caplog.at_level("INFO"):
         output = train(world, tmp_path / "output", stage1_steps=1, stage2_steps=0, num_validation_images=1)
@@ -955,7 +963,8 @@ def test_accumulation_draws_anew_reduces_once_and_logs_the_mean(world, tmp_path,
 
 
 def test_a_dry_run_prints_prompts_and_writes_nothing(world, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(script.SPFPortraitPipeline, "from_pretrained", forbidden)
+    for large in (script.UNet2DConditionModel, script.AutoencoderKL, script.CLIPModel):
+        monkeypatch.setattr(large, "from_pretrained", forbidden)
     monkeypatch.chdir(tmp_path)
     data = write_data(tmp_path / "data", [*ROWS[:2], {**ROWS[0], "file_name": "2.png"}, *REPLACED[3:4]])
     train(world, tmp_path / "output", train_data_dir=data, dry_run=True, report_to="tensorboard")
@@ -1054,7 +1063,10 @@ WRONG_FLAGS = [
     ({"free_phrases": "red hair"}, ["--free_phrases", "'red hair'"]),
     ({"free_phrases_column": "loose"}, ["--free_phrases_column", "'loose'"]),
     ({"pretrained_model_name_or_path": "missing"}, ["--pretrained_model_name_or_path", "missing"]),
-    ({"clip_model_name_or_path": "missing"}, ["--clip_model_name_or_path", "missing"]),
+    (
+        {"clip_model_name_or_path": "missing", "stage2_objective": "paper"},
+        ["--clip_model_name_or_path", "missing"],
+    ),
     ({"validation_target_prompt": "a woman"}, ["--validation_target_prompt", "'a woman'"]),
     ({"validation_base_prompt": "", "validation_target_prompt": "a hat"}, ["--validation_base_prompt"]),
     *(
