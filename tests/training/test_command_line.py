@@ -186,7 +186,6 @@ def test_a_wrong_row(forked_refusal, tmp_path, rows, parts):
     "flags, parts",
     [
         ({"rank": 0}, ["--rank must be at least 1, got 0"]),
-        ({"lora_layers": "attn2.to_k,attn7.to_v"}, ["--lora_layers", "'attn7.to_v'"]),
         ({"pretrained_model_name_or_path": "missing"}, ["--pretrained_model_name_or_path missing"]),
     ],
     ids=identify,
@@ -252,26 +251,26 @@ def png_of_absurd_size(path: Path, side: int = 60_000) -> None:
 
 
 @pytest.mark.parametrize("kind", ["absurd size", pytest.param("half", marks=pytest.mark.slow)])
-def test_a_picture_that_does_not_decode(refusal, tmp_path, kind):
+def test_a_picture_that_does_not_decode(forked_refusal, tmp_path, kind):
     data = write_data(tmp_path / "data")
     if kind == "absurd size":
         png_of_absurd_size(data / "3.png")
     else:
         whole = (data / "3.png").read_bytes()
         (data / "3.png").write_bytes(whole[: len(whole) // 2])
-    line = refusal(train_data_dir=data)
+    line = forked_refusal(train_data_dir=data)
     assert_named(line, [f"{data / 'metadata.jsonl'}, line 4", str(data / "3.png")])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dots", "dots inside", "absolute", "link"])
-def test_a_picture_outside_the_data_folder(refusal, tmp_path, kind):
+def test_a_picture_outside_the_data_folder(forked_refusal, tmp_path, kind):
     names = {"dots": "../0.png", "dots inside": "a/../../0.png", "absolute": str(tmp_path / "0.png"), "link": "l.png"}
     data = write_data(tmp_path / "data", [ROWS[0], {**ROWS[1], "file_name": names[kind]}])
     shutil.copy(data / "0.png", tmp_path / "0.png")
     (data / "l.png").symlink_to(tmp_path / "0.png")
     reason = "is not in the folder" if kind == "absolute" else "out of the folder"
-    assert_named(refusal(train_data_dir=data), [f"{data / 'metadata.jsonl'}, line 2", names[kind], reason])
+    assert_named(forked_refusal(train_data_dir=data), [f"{data / 'metadata.jsonl'}, line 2", names[kind], reason])
 
 
 # ------------------------------------------------------------------------------------------------------------- models
