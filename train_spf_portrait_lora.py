@@ -62,6 +62,7 @@ from training.portraits import (
 )
 from training.prompt_table import embed_targets, make_prompt_table
 from training.resuming import check_nothing_came, check_record, resume_record
+from training.run_file import write_run_file
 from training.saving import Checkpoints, save_result, say_what_is_there
 from training.sharing import card_facts, make_repository, share
 from training.validation import draw_validation, validation_path
@@ -319,6 +320,7 @@ def train_in_folder(flags: Flags, inputs: Inputs, accelerator: Accelerator, reco
     if accelerator.is_main_process:
         for folder in (output_dir, output_dir / "stage1"):
             remove_leftovers(folder)
+        write_run_file(flags.asked, output_dir)
         accelerator.init_trackers("spf-portrait", config=tracker_config(flags))
     logger.info(
         "%d portraits, %d processes, %d steps of stage 1, %d of stage 2",

@@ -137,7 +137,7 @@ def test_tokens_are_located_by_its_one_tokenizer(pipeline):
 
 
 def test_training_and_pipeline_have_the_same_distances(pipeline):
-    pairs = [make_prompt_pair("a woman, a green hat", "red hair"), make_prompt_pair("a man, a white jacket", "red hair")]
+    pairs = [make_prompt_pair(base, "red hair") for base in ("a woman, a green hat", "a man, a white jacket")]
     tokens = [StableDiffusion.locate(pair, (pipeline.tokenizer,)) for pair in pairs]
     table = make_prompt_table(StableDiffusion, pipeline, pairs, tokens)
     drawn = pipeline(
