@@ -236,10 +236,12 @@ class _Handler(BaseHTTPRequestHandler):
     def tree(self, repo_id: str) -> None:
         if self.may_read(repo_id):
             files = self.hub.repos[repo_id].items()
-            self.send_json([
-                {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-                for path, content in sorted(files)
-            ])
+            self.send_json(
+                [
+                    {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                    for path, content in sorted(files)
+                ]
+            )
 
     def resolve(self, repo_id: str, revision: str, path: str) -> None:
         if not self.may_read(repo_id):

@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LORA_FILE = LORA / "pytorch_lora_weights.safetensors"
 PROMPT, TARGET = "a man, black hair, a white jacket", "blonde hair"
 PHRASES = PROMPT.split(", ")
+FEW = 6  # steps of a drawing
 CHROMIUM = "/usr/bin/chromium"
 QUIET = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
@@ -417,12 +418,14 @@ class Page:
     def set_number(self, label, value):
         self.page.get_by_label(f"number input for {label}").fill(str(value))
 
-    def draw(self, seed):
+    def draw(self, seed, steps=FEW):
         """Draw with this seed and wait for it; each call of a test has another seed, so that the wait can end."""
         more = self.page.get_by_role("button", name="More")
         if not self.page.get_by_label("Seed").is_visible():
             more.click()
         self.page.get_by_label("Seed").fill(str(seed))
+        if steps is not None:  # else as the page has them at first
+            self.set_number("Steps", steps)
         self.button.click()
         self.page.locator("#status").get_by_text(f"seed {seed},").wait_for(timeout=300_000)
         return {name: self.image(name) for name in ("original", "adapted", "sfcm", "overview")}
@@ -449,7 +452,7 @@ def page(browser, server):
 
 
 def direct(pipeline, seed, prompt=PROMPT, **options):
-    arguments = {"target_scale": 1.0, "num_inference_steps": 25, "guidance_scale": 5.0, "replaces": "black hair"}
+    arguments = {"target_scale": 1.0, "num_inference_steps": FEW, "guidance_scale": 5.0, "replaces": "black hair"}
     arguments |= options
     return draw(pipeline, prompt, TARGET, seed=seed, **arguments)
 
@@ -457,7 +460,7 @@ def direct(pipeline, seed, prompt=PROMPT, **options):
 @pytest.mark.slow
 def test_the_page_draws_what_the_pipeline_draws(page, pipeline):
     page.fill_prompt()
-    found, expected = page.draw(1), direct(pipeline, 1)
+    found, expected = page.draw(1, None), direct(pipeline, 1, num_inference_steps=25)
     assert difference(found["original"], expected.reference_images[0]) <= 1
     assert difference(found["adapted"], expected.images[0]) <= 1
     assert difference(found["original"], found["adapted"]) > 50
@@ -502,8 +505,9 @@ def test_errors_are_shown_and_the_page_goes_on(page, pipeline):
     assert page.error() == "Prompt: 60 tokens are more than the 30 that the text encoder takes."
     prompt = "a man, a white jacket, (a hat:1.2)"
     page.fill("Prompt", prompt)
-    found = page.draw(4)["adapted"]
-    assert difference(found, direct(pipeline, 4, prompt, replaces="").images[0]) <= 1
+    found = page.draw(4, None)["adapted"]
+    expected = direct(pipeline, 4, prompt, replaces="", num_inference_steps=25)
+    assert difference(found, expected.images[0]) <= 1
     assert "Weights are not read here: (a hat:1.2) is drawn" in page.page.locator("#status").inner_text()
 
 

@@ -276,30 +276,36 @@ def make_and_push(server: HubServer, output: Path, home: Path, cases: list) -> l
     return results
 
 
-def test_a_push_and_the_way_back(world, output, tmp_path):
+@pytest.fixture
+def pushed(output, tmp_path):
+    """A Hub with what was pushed to it; a name alone goes to the token's user."""
     with HubServer("tester", SECRET) as server:
-        # A name alone goes to the token's user.
-        assert make_and_push(server, output, tmp_path, [["x", SECRET, False, True]]) == [
-            [None, "tester/x", f"{server.url}/tester/x"]
-        ]
-        pushed = {"README.md", LORA_WEIGHTS, KOHYA_WEIGHTS, PICTURE, *CODE}
-        assert server.repos["tester/x"].keys() == pushed
-        for name, content in server.repos["tester/x"].items():
-            assert content == CODE.get(name, output / name).read_bytes()
-        assert len(server.commits["tester/x"]) == 2  # the empty one, and ours
-        assert all(SECRET.encode() not in request.body for request in server.requests)
-        assert any(SECRET in request.headers.get("authorization", "") for request in server.requests)
+        results = make_and_push(server, output, tmp_path / "pusher", [["x", SECRET, False, True]])
+        assert results == [[None, "tester/x", f"{server.url}/tester/x"]]
+        yield server
 
-        # A reader without a token, elsewhere, runs the examples of the card.
-        card = ModelCard(server.repos["tester/x"]["README.md"].decode())
-        blocks = [
-            block.replace("dtype=torch.float16", "safety_checker=None").replace('.to("cuda")', "")
-            for block in code_blocks(card)
-        ]
-        job = json.dumps([blocks, KOHYA_WEIGHTS, [FULL, BASE, TARGET]])
-        (tmp_path / "elsewhere").mkdir()
-        said = run_python(LOAD, job, cwd=tmp_path / "elsewhere", env=server.environment(tmp_path / "reader"))
-        assert said == "SPFPortraitPipeline False"  # the siblings came from the repository
+
+def test_a_push_holds_what_is_listed_and_no_more(pushed, output):
+    repository = pushed.repos["tester/x"]
+    assert repository.keys() == {"README.md", LORA_WEIGHTS, KOHYA_WEIGHTS, PICTURE, *CODE}
+    for name, content in repository.items():
+        assert content == CODE.get(name, output / name).read_bytes()
+    assert len(pushed.commits["tester/x"]) == 2  # the empty one, and ours
+    assert all(SECRET.encode() not in request.body for request in pushed.requests)
+    assert any(SECRET in request.headers.get("authorization", "") for request in pushed.requests)
+
+
+@pytest.mark.slow
+def test_a_reader_without_a_token_runs_the_examples_of_the_card(pushed, world, output, tmp_path):
+    card = ModelCard(pushed.repos["tester/x"]["README.md"].decode())
+    blocks = [
+        block.replace("dtype=torch.float16", "safety_checker=None").replace('.to("cuda")', "")
+        for block in code_blocks(card)
+    ]
+    job = json.dumps([blocks, KOHYA_WEIGHTS, [FULL, BASE, TARGET]])
+    (tmp_path / "elsewhere").mkdir()
+    said = run_python(LOAD, job, cwd=tmp_path / "elsewhere", env=pushed.environment(tmp_path / "reader"))
+    assert said == "SPFPortraitPipeline False"  # the siblings came from the repository
     images = np.load(tmp_path / "elsewhere" / "images.npy")
     expected = draw(world, output / LORA_WEIGHTS)
     stock, custom, custom_full, without, kohya = images

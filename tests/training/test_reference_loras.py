@@ -16,7 +16,6 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load, load_file, save_file
-from test_hub_training import run_trainer
 from test_resume import STEPS, assert_same_ending, one_thread  # noqa: F401  (fixture)
 from test_train import (  # noqa: F401  (fixtures)
     LAYERS,
@@ -447,8 +446,7 @@ def test_our_pipeline_compares_with_the_merged_model(world, earlier, on_top):  #
 
 @pytest.mark.slow
 def test_a_reference_of_the_hub_is_found_and_named(world, earlier, tmp_path):  # noqa: F811
-    token = "hf_SECRETofTheTester"
-    with HubServer("tester", token) as server:
+    with HubServer("tester", "hf_SECRETofTheTester") as server, server.here(tmp_path / "home"):
         server.repos["tester/hair"] = {WEIGHTS: (earlier["hair"] / WEIGHTS).read_bytes()}
         server.repos["tester/loras"] = {"kohya/hair.safetensors": earlier["hair of kohya"].read_bytes()}
         for repository in server.repos:
@@ -459,16 +457,14 @@ def test_a_reference_of_the_hub_is_found_and_named(world, earlier, tmp_path):  #
                 "tester/loras/kohya/hair.safetensors": "loras), file `kohya/hair.safetensors`, at scale 1",
             }.items()
         ):
-            flags = make_flags(world, tmp_path / f"output {i}", reference_lora=name, cache_dir=tmp_path / "cache")
-            run = run_trainer(flags, tmp_path, server.environment(tmp_path / "home"))
-            assert run.returncode == 0, run.stderr
-            assert told in (tmp_path / f"output {i}" / "README.md").read_text(encoding="utf-8")
+            AcceleratorState._reset_state(reset_partial_state=True)
+            output = train(world, tmp_path / f"output {i}", reference_lora=name, cache_dir=tmp_path / "cache")
+            assert told in (output / "README.md").read_text(encoding="utf-8")
         for name, told in {"tester/none": "nor found on the Hub", "tester/loras": "name the file, as in"}.items():
-            flags = make_flags(world, tmp_path / "output", reference_lora=name)
-            run = run_trainer(flags, tmp_path, server.environment(tmp_path / "home"))
-            assert run.returncode == 1 and "Traceback" not in run.stderr
-            last = run.stderr.splitlines()[-1]
-            assert f"error: --reference_lora {name}: " in last and told in last
+            with pytest.raises(SystemExit) as stop:
+                train(world, tmp_path / "output", reference_lora=name)
+            assert f"error: --reference_lora {name}: " in stop.value.code and told in stop.value.code
+            assert "\n" not in stop.value.code
     assert difference(tmp_path / "output 0", tmp_path / "output 1") < 1e-6
 
 
