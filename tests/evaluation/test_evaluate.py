@@ -316,7 +316,7 @@ def test_the_memory_of_measuring_does_not_grow_with_the_number_of_portraits(tmp_
     measured = {"change_outside", "ssim", "clip_t_inside", "direction", "leak", "dino", "seg_cons"}
     assert measured <= set(first.split())
     # The libraries alone take some 550; a single portrait in float64 is 6, and torchmetrics' SSIM took 1300 for each.
-    assert int(many) < int(few) + 32 and int(many) < 1024
+    assert int(many) < int(few) + 40 and int(many) < 1024
 
 
 TOY = ("--toy", "blonde_hair")
