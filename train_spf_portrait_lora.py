@@ -41,12 +41,7 @@ from programs.loading import InputError
 from training.alignment import prepare_alignment
 from training.batches import make_drawer
 from training.caches import TensorCache
-from training.checkpoints import (
-    CheckpointError,
-    lock_folder,
-    remove_leftovers,
-    what_is_safe,
-)
+from training.checkpoints import CheckpointError, lock_folder, remove_leftovers, what_is_safe
 from training.engine import Engine, make_accelerator, tracker_config
 from training.enhancement import Enhancement, load_clip, load_decoder
 from training.inputs import Inputs, check_inputs, print_dry_run
@@ -54,12 +49,7 @@ from training.maps import MapMaker
 from training.models import Models, load_models, load_text_part, weight_dtype
 from training.objectives import make_objectives
 from training.objectives.objective import Objective, Parts
-from training.portraits import (
-    TrainingPortraits,
-    draw_portraits,
-    make_training_set,
-    portraits_of,
-)
+from training.portraits import TrainingPortraits, draw_portraits, make_training_set, portraits_of
 from training.prompt_table import embed_targets, make_prompt_table
 from training.resuming import check_nothing_came, check_record, resume_record
 from training.run_file import write_run_file
