@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,9 +31,13 @@ from test_prompts import write_vocabulary
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
 import train_spf_portrait_lora as script
+from pipeline_spf_portrait import SPFPortraitPipeline
 from prompts import make_prompt_pair
+from sfcm import SFCM_MODES
 from training.alignment_prompts import thin_out
 from training.flag_rules import SCHEDULERS
+from training.models import STAGE1_ADAPTER
+from training.objectives.objective import Parts
 from training.prompt_table import BASE, EMPTY, FULL
 from training.training_set import derive_seed
 
@@ -40,6 +45,7 @@ from training.training_set import derive_seed
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = "pytorch_lora_weights.safetensors"
 CARD = "README.md"
+RUN_FILE = "run.yaml"
 LAYERS = 7  # of cross-attention, and as many of self-attention
 OBJECTIVES = ("composed", "paper", "both")
 # Adam divides a gradient of rounding errors by its own size; a larger epsilon keeps such errors small.
@@ -172,20 +178,21 @@ def adapter_state(unet: torch.nn.Module, name: str) -> dict[str, torch.Tensor]:
     return {f"unet.{name}": value.clone() for name, value in state.items()}
 
 
-def watch(monkeypatch, name: str) -> list:
-    """Results of every call of a function of the script, still on their way to the caller."""
-    results, function = [], getattr(script, name)
+def watch(monkeypatch, owner: Any, name: str) -> list:
+    """Results of every call of a function of a module or class, still on their way to the caller."""
+    results, function = [], getattr(owner, name)
 
     def watched(*args, **kwargs):
         results.append(function(*args, **kwargs))
         return results[-1]
 
-    monkeypatch.setattr(script, name, watched)
+    monkeypatch.setattr(owner, name, watched)
     return results
 
 
-def watch_runs(monkeypatch) -> list:
-    return watch(monkeypatch, "prepare_run")
+def watch_runs(monkeypatch) -> list[Parts]:
+    """What every run is made of."""
+    return watch(monkeypatch, script, "prepare")
 
 
 # ----------------------------------------------------------------------------------------------------- both stages
@@ -197,7 +204,7 @@ def test_both_stages_train_and_write_their_files(world, trained, objective, dual
     output = trained(stage2_objective=objective, dual_path=dual_path, num_validation_images=2, report_to="tensorboard")
     pictures = {f"validation/{name}.png" for name in ("step_000000", "step_000004", "alignment")}
     logs = {path for path in files(output) if path.startswith("logs/")}
-    assert files(output) - logs == {WEIGHTS, CARD, f"stage1/{WEIGHTS}", *pictures}
+    assert files(output) - logs == {WEIGHTS, CARD, RUN_FILE, f"stage1/{WEIGHTS}", *pictures}
     assert not [path for path in output.rglob("*") if path.is_dir() and path.name.startswith(".")]
     for picture in pictures:
         with Image.open(output / picture) as image:
@@ -263,7 +270,7 @@ def test_only_the_adapter_in_training_moves(world, tmp_path, monkeypatch):
     after = unet.state_dict()
     moved = {name for name, value in before.items() if not torch.equal(after[name], value)}
     assert moved == {name for name in before if ".default." in name}
-    assert difference(adapter_state(unet, script.STAGE1_ADAPTER), load_file(output / "stage1" / WEIGHTS)) == 0
+    assert difference(adapter_state(unet, STAGE1_ADAPTER), load_file(output / "stage1" / WEIGHTS)) == 0
     for name, parameter in unet.named_parameters():
         assert parameter.requires_grad == (".lora_" in name and ".default." in name), name
     for model in (runs[0].pipeline.vae, runs[0].pipeline.text_encoder, runs[0].clip):
@@ -272,7 +279,7 @@ def test_only_the_adapter_in_training_moves(world, tmp_path, monkeypatch):
 
 def test_composed_alignment_needs_no_clip_of_its_own(world, tmp_path, monkeypatch):
     """A wrong name of one is nothing to it."""
-    monkeypatch.setattr(script.CLIPModel, "from_pretrained", forbidden)
+    monkeypatch.setattr(CLIPModel, "from_pretrained", forbidden)
     flags = {"stage1_steps": 1, "stage2_steps": 1, "clip_model_name_or_path": tmp_path / "nowhere"}
     output = train(world, tmp_path / "output", stage2_objective="composed", **flags)
     assert (output / WEIGHTS).is_file()
@@ -293,13 +300,13 @@ def test_the_end_says_what_lies_where_and_how_to_draw(world, tmp_path, caplog):
 
 def test_without_stage_2_it_is_a_plain_lora(trained):
     plain = trained(stage2_steps=0)
-    assert files(plain) == {WEIGHTS, CARD}
+    assert files(plain) == {WEIGHTS, CARD, RUN_FILE}
     assert difference(plain, trained() / "stage1") == 0
 
 
 def test_without_stage_1_the_papers_objective_starts_from_nothing(world, tmp_path):
     output = train(world, tmp_path / "output", stage1_steps=0, stage2_objective="paper")
-    assert files(output) == {WEIGHTS, CARD}
+    assert files(output) == {WEIGHTS, CARD, RUN_FILE}
 
 
 @pytest.mark.parametrize("as_file", [False, True])
@@ -317,7 +324,7 @@ def test_without_stage_1_the_papers_objective_starts_from_nothing(world, tmp_pat
 def test_an_earlier_lora_takes_stage_1s_place(world, trained, tmp_path, monkeypatch, flags, start, as_file):
     stage1 = trained() / "stage1" / WEIGHTS
     states, step = [], script.train_step
-    names = ["default"] if flags["stage2_objective"] == "paper" else ["default", script.STAGE1_ADAPTER]
+    names = ["default"] if flags["stage2_objective"] == "paper" else ["default", STAGE1_ADAPTER]
 
     def copy_and_step(run, *args):
         states.append({name: adapter_state(run.unet, name) for name in names})
@@ -327,7 +334,7 @@ def test_an_earlier_lora_takes_stage_1s_place(world, trained, tmp_path, monkeypa
     runs = watch_runs(monkeypatch)
     path = stage1 if as_file else stage1.parent
     output = train(world, tmp_path / "output", stage1_steps=0, stage1_lora_path=path, rank=16, **flags)
-    assert files(output) == {WEIGHTS, CARD}
+    assert files(output) == {WEIGHTS, CARD, RUN_FILE}
     earlier = load_file(stage1)
     student, later = states[0]["default"], states[1]["default"]
     if start == "zero":
@@ -336,8 +343,8 @@ def test_an_earlier_lora_takes_stage_1s_place(world, trained, tmp_path, monkeypa
     assert difference(student, earlier) == 0
     assert difference(later, states[0]["default"]) > 0.001
     for state in states:
-        if script.STAGE1_ADAPTER in state:
-            assert difference(state[script.STAGE1_ADAPTER], earlier) == 0
+        if STAGE1_ADAPTER in state:
+            assert difference(state[STAGE1_ADAPTER], earlier) == 0
     scales = [layer.scaling for layer in runs[0].unet.modules() if isinstance(layer, BaseTunerLayer)]
     assert {scale for scaling in scales for scale in scaling.values()} == {2.0}
     assert difference(output, stage1) > 0.005
@@ -373,7 +380,7 @@ def test_validation_does_not_change_the_training(world, trained, tmp_path):
     flags = {"stage2_objective": "both"}
     output = train(world, tmp_path / "output", num_validation_images=1, validation_steps=1, **flags)
     pictures = {f"validation/step_{step:06d}.png" for step in range(5)} | {"validation/alignment.png"}
-    assert files(output) == {WEIGHTS, CARD, f"stage1/{WEIGHTS}", *pictures}
+    assert files(output) == {WEIGHTS, CARD, RUN_FILE, f"stage1/{WEIGHTS}", *pictures}
     assert difference(output, trained(**flags)) == 0
 
 
@@ -395,7 +402,7 @@ def test_validation_shows_the_original_model_and_the_adapted_one(world, tmp_path
 
 
 def test_validation_takes_prompts_of_its_own(world, tmp_path, monkeypatch):
-    inputs = watch(monkeypatch, "check_inputs")
+    inputs = watch(monkeypatch, script, "check_inputs")
     flags = {"validation_base_prompt": "a man, a scarf", "validation_target_prompt": "a red hat"}
     train(world, tmp_path / "output", num_validation_images=1, stage2_steps=0, **flags)
     assert inputs[0].validation_pair.full_prompt == "a man, a scarf, a red hat"
@@ -406,7 +413,7 @@ def test_validation_takes_prompts_of_its_own(world, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("source, counts", [("generated", (3, 0)), ("data", (0, 6)), ("both", (3, 6))])
 def test_alignment_sources(world, tmp_path, monkeypatch, source, counts):
-    runs, alignments = watch_runs(monkeypatch), watch(monkeypatch, "prepare_alignment")
+    runs, alignments = watch_runs(monkeypatch), watch(monkeypatch, script, "prepare_alignment")
     train(world, tmp_path / "output", alignment_source=source, stage2_objective="both")
     training, (alignment,) = runs[0].training, alignments
     drawn, taken = counts
@@ -421,7 +428,7 @@ def test_alignment_sources(world, tmp_path, monkeypatch, source, counts):
 
 def test_alignment_portraits_are_the_original_models_own(world, trained, tmp_path, monkeypatch):
     """Drawn after stage 1, and yet without its LoRA; the batch size is no matter."""
-    alignments = watch(monkeypatch, "prepare_alignment")
+    alignments = watch(monkeypatch, script, "prepare_alignment")
     runs = watch_runs(monkeypatch)
     train(world, tmp_path / "output", learning_rate=1.0, train_batch_size=1)
     pipeline = StableDiffusionPipeline.from_pretrained(world.model, safety_checker=None)
@@ -443,7 +450,7 @@ def test_alignment_portraits_are_the_original_models_own(world, trained, tmp_pat
 def test_processes_share_the_alignment_portraits(world, tmp_path, monkeypatch, processes):
     """Any number of them: three portraits are two shares of two, or three of one and two idle ones."""
     runs = watch_runs(monkeypatch)
-    alignments = watch(monkeypatch, "prepare_alignment")
+    alignments = watch(monkeypatch, script, "prepare_alignment")
     train(world, tmp_path / "output", stage1_steps=1, stage2_steps=1)
     shares = []
     for index in range(processes):
@@ -460,8 +467,8 @@ def test_processes_share_the_alignment_portraits(world, tmp_path, monkeypatch, p
 
 
 def test_more_alignment_portraits_than_prompts(world, tmp_path, monkeypatch):
-    alignments = watch(monkeypatch, "prepare_alignment")
-    inputs = watch(monkeypatch, "check_inputs")
+    alignments = watch(monkeypatch, script, "prepare_alignment")
+    inputs = watch(monkeypatch, script, "check_inputs")
     train(world, tmp_path / "output", num_alignment_images=8, max_train_samples=3, alignment_phrase_dropout=0)
     pairs = inputs[0].pairs
     assert alignments[0].pair_index.tolist() == list(range(3, 11))
@@ -491,7 +498,7 @@ def test_drawn_portraits_leave_out_phrases_by_chance():
 
 
 def test_thinned_out_prompts_are_those_the_losses_ask_about(world, tmp_path, monkeypatch):
-    runs, batches = watch_runs(monkeypatch), watch(monkeypatch, "draw_batch")
+    runs, batches = watch_runs(monkeypatch), watch(monkeypatch, script, "draw_batch")
     flags = {"alignment_phrase_dropout": 0.9, "train_batch_size": 3, "base_prompt_share": 0}
     train(world, tmp_path / "output", **flags)
     pairs, table = runs[0].inputs.pairs, runs[0].table
@@ -506,10 +513,10 @@ def test_thinned_out_prompts_are_those_the_losses_ask_about(world, tmp_path, mon
         assert table.phrase_mask[pair_index].sum() == len(pairs[pair_index].base_phrases)
 
 
-@pytest.mark.parametrize("mode", script.SFCM_MODES)
+@pytest.mark.parametrize("mode", SFCM_MODES)
 def test_every_sfcm_mode_trains(trained, mode):
     output = trained(sfcm_mode=mode, stage2_objective="both")
-    assert files(output) == {WEIGHTS, CARD, f"stage1/{WEIGHTS}"}
+    assert files(output) == {WEIGHTS, CARD, RUN_FILE, f"stage1/{WEIGHTS}"}
     if mode != "none":
         # A gain of Adam's first steps: even a small change of the loss moves some weight.
         assert difference(output, trained(sfcm_mode="none", stage2_objective="both")) > 1e-4
@@ -517,7 +524,7 @@ def test_every_sfcm_mode_trains(trained, mode):
 
 def test_the_bank_of_maps_does_not_depend_on_the_batch_size(world, tmp_path, monkeypatch):
     """Else a run on two processes would be another one than a run on one with the double batch."""
-    alignments = watch(monkeypatch, "prepare_alignment")
+    alignments = watch(monkeypatch, script, "prepare_alignment")
     lora = train(world, tmp_path / "first", stage2_steps=0)
     for size in (1, 4):
         flags = {"stage1_steps": 0, "stage1_lora_path": lora, "train_batch_size": size, "alignment_source": "data"}
@@ -527,7 +534,7 @@ def test_the_bank_of_maps_does_not_depend_on_the_batch_size(world, tmp_path, mon
 
 
 def test_the_bank_is_refreshed_with_the_student(world, tmp_path, monkeypatch):
-    banks = watch(monkeypatch, "fill_sfcm_bank")
+    banks = watch(monkeypatch, script, "fill_sfcm_bank")
     train(world, tmp_path / "output", stage2_steps=5, sfcm_refresh_steps=2)
     banks = [torch.stack(bank) for bank in banks]
     assert len(banks) == 1 + 2
@@ -535,8 +542,8 @@ def test_the_bank_is_refreshed_with_the_student(world, tmp_path, monkeypatch):
 
 
 def test_no_change_is_asked_of_rows_with_the_base_or_the_empty_prompt(world, tmp_path, monkeypatch):
-    batches, targets = watch(monkeypatch, "draw_batch"), watch(monkeypatch, "compose_prediction")
-    predictions, maps = watch(monkeypatch, "composed_predictions"), watch(monkeypatch, "alignment_sfcm")
+    batches, targets = watch(monkeypatch, script, "draw_batch"), watch(monkeypatch, script, "compose_prediction")
+    predictions, maps = watch(monkeypatch, script, "composed_predictions"), watch(monkeypatch, script, "alignment_sfcm")
     train(world, tmp_path / "output", train_batch_size=6, base_prompt_share=0.5, learning_rate=0.1)
     composed = batches[2:]
     assert len(composed) == len(targets) == len(predictions) == len(maps) == 2
@@ -555,8 +562,8 @@ def test_the_teachers_change_is_scaled_and_rid_of_the_base_prompts(
     world, tmp_path, monkeypatch, scale, base_weight, dual_path
 ):
     """Only inside the map, and from the original model on."""
-    predictions, targets = watch(monkeypatch, "composed_predictions"), watch(monkeypatch, "compose_prediction")
-    maps = watch(monkeypatch, "alignment_sfcm")
+    predictions, targets = watch(monkeypatch, script, "composed_predictions"), watch(monkeypatch, script, "compose_prediction")
+    maps = watch(monkeypatch, script, "alignment_sfcm")
     train(
         world,
         tmp_path / "output",
@@ -577,7 +584,7 @@ def test_the_teachers_change_is_scaled_and_rid_of_the_base_prompts(
 
 def test_a_map_of_the_target_alone_leaves_out_what_the_lora_does_to_any_prompt(world, tmp_path, monkeypatch):
     """Without a target in the full prompts its difference is zero, and that of the two paths is not."""
-    runs, alignments = watch_runs(monkeypatch), watch(monkeypatch, "prepare_alignment")
+    runs, alignments = watch_runs(monkeypatch), watch(monkeypatch, script, "prepare_alignment")
     train(world, tmp_path / "output", stage1_steps=1, stage2_steps=1)
     run, differences = runs[0], []
     make_sfcm = script.make_sfcm
@@ -611,12 +618,12 @@ def test_the_second_stage_has_a_schedule_of_its_own(world, tmp_path, monkeypatch
 def test_every_schedule_works_without_a_stage_1(world, tmp_path, scheduler):
     flags = {"stage1_steps": 0, "stage2_steps": 1, "stage2_objective": "paper", "enhancement_loss": "none"}
     output = train(world, tmp_path / "output", lr_scheduler=scheduler, stage2_lr_scheduler=scheduler, **flags)
-    assert files(output) == {WEIGHTS, CARD}
+    assert files(output) == {WEIGHTS, CARD, RUN_FILE}
 
 
 @pytest.mark.parametrize("kind", ["direct", "none"])
 def test_the_other_enhancement_losses(world, tmp_path, trained, monkeypatch, kind):
-    steps = watch(monkeypatch, "train_step")
+    steps = watch(monkeypatch, script, "train_step")
     output = train(world, tmp_path / "output", stage2_objective="paper", enhancement_loss=kind)
     assert ("enhancement" in steps[-1]) == (kind == "direct")
     assert difference(output, trained(stage2_objective="paper")) > 1e-4
@@ -642,12 +649,12 @@ def test_lora_on_self_attention_too(world, trained):
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_the_target_of_the_diffusion_loss(world, tmp_path, monkeypatch, prediction_type):
     model = copy_model(world, tmp_path, {"scheduler/scheduler_config.json": {"prediction_type": prediction_type}})
-    runs, batches, targets = watch_runs(monkeypatch), watch(monkeypatch, "draw_batch"), []
+    runs, batches, targets = watch_runs(monkeypatch), watch(monkeypatch, script, "draw_batch"), []
     loss = script.diffusion_loss
     monkeypatch.setattr(script, "diffusion_loss", lambda pred, target: targets.append(target) or loss(pred, target))
     flags = {"stage2_objective": "both", "stage1_steps": 1, "stage2_steps": 1}
     output = train(world, tmp_path / "output", pretrained_model_name_or_path=model, **flags)
-    assert files(output) == {WEIGHTS, CARD, f"stage1/{WEIGHTS}"}
+    assert files(output) == {WEIGHTS, CARD, RUN_FILE, f"stage1/{WEIGHTS}"}
     batch, latents = batches[0], torch.stack([runs[0].training.latents[i] for i in batches[0].index])
     alpha_bar = runs[0].noise_scheduler.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
     torch.testing.assert_close(batch.noisy_latents, alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * batch.noise)
@@ -705,7 +712,7 @@ REPLACED = [
 )
 def test_data_of_every_kind(world, tmp_path, monkeypatch, rows, flags, full_prompt, phrases):
     data = write_data(tmp_path / "data", rows)
-    inputs = watch(monkeypatch, "check_inputs")
+    inputs = watch(monkeypatch, script, "check_inputs")
     flags = {"stage1_steps": 1, "stage2_steps": 1, "stage2_objective": "both", "num_validation_images": 1, **flags}
     output = train(world, tmp_path / "output", train_data_dir=data, **flags)
     assert (output / WEIGHTS).is_file()
@@ -947,7 +954,7 @@ def test_accumulation_draws_anew_reduces_once_and_logs_the_mean(world, tmp_path,
         "step_terms",
         lambda *args: [partial(watched, term=term) for term in step_terms(*args)],
     )
-    means = watch(monkeypatch, "train_step")
+    means = watch(monkeypatch, script, "train_step")
     flags = {"stage1_steps": 1, "stage2_steps": 1, "stage2_objective": "both", "gradient_accumulation_steps": 2}
     train(world, tmp_path / "output", **flags)
     assert micro_steps == [0, 1] + [2] * 3 + [3] * 3
@@ -963,7 +970,7 @@ def test_accumulation_draws_anew_reduces_once_and_logs_the_mean(world, tmp_path,
 
 
 def test_a_dry_run_prints_prompts_and_writes_nothing(world, tmp_path, capsys, monkeypatch):
-    for large in (script.UNet2DConditionModel, script.AutoencoderKL, script.CLIPModel):
+    for large in (script.UNet2DConditionModel, script.AutoencoderKL, CLIPModel):
         monkeypatch.setattr(large, "from_pretrained", forbidden)
     monkeypatch.chdir(tmp_path)
     data = write_data(tmp_path / "data", [*ROWS[:2], {**ROWS[0], "file_name": "2.png"}, *REPLACED[3:4]])
@@ -993,8 +1000,8 @@ def refusal(world, tmp_path, monkeypatch, capsys):
 
     def refuse(**changes) -> str:
         # Not before: a test may have something trained first.
-        monkeypatch.setattr(script.SPFPortraitPipeline, "from_pretrained", forbidden)
-        monkeypatch.setattr(script.CLIPModel, "from_pretrained", forbidden)
+        monkeypatch.setattr(SPFPortraitPipeline, "from_pretrained", forbidden)
+        monkeypatch.setattr(CLIPModel, "from_pretrained", forbidden)
         monkeypatch.chdir(tmp_path)
         before = sorted(tmp_path.rglob("*"))
         capsys.readouterr()
@@ -1309,7 +1316,7 @@ def test_what_stage_1_saved_is_whole_when_stage_2_explodes(world, trained, tmp_p
     monkeypatch.setattr(script, "train_step", train_step)
     with pytest.raises(SystemExit, match=f"'{name}' is nan at step 3"):
         train(world, tmp_path / "output", stage2_objective=objective)
-    assert files(tmp_path / "output") == {f"stage1/{WEIGHTS}"}
+    assert files(tmp_path / "output") == {RUN_FILE, f"stage1/{WEIGHTS}"}
     assert difference(tmp_path / "output" / "stage1", whole) == 0
 
 
@@ -1332,7 +1339,7 @@ def test_accelerate_launches_the_script(world, trained, tmp_path):
     assert "Traceback" not in result.stderr
     found = {path for path in files(tmp_path / "output") if not path.startswith("logs/")}
     pictures = {f"validation/{name}.png" for name in ("step_000000", "step_000004", "alignment")}
-    assert found == {WEIGHTS, CARD, f"stage1/{WEIGHTS}", *pictures}
+    assert found == {WEIGHTS, CARD, RUN_FILE, f"stage1/{WEIGHTS}", *pictures}
     assert difference(tmp_path / "output", trained()) < 1e-6
 
 
@@ -1361,5 +1368,5 @@ def test_two_processes_train_as_one_with_the_double_batch(world, tmp_path, flags
     assert result.returncode == 0, result.stderr
     assert "2 processes" in result.stderr, f"the processes did not find each other: {result.stderr}"
     one = train(world, tmp_path / "one", train_batch_size=2, **SMOOTH, **flags)
-    assert files(tmp_path / "two") == {WEIGHTS, CARD, f"stage1/{WEIGHTS}"}
+    assert files(tmp_path / "two") == {WEIGHTS, CARD, RUN_FILE, f"stage1/{WEIGHTS}"}
     assert difference(tmp_path / "two", one) < 1e-4 < difference(one / "stage1", one) / 10
