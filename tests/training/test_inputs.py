@@ -4,7 +4,6 @@ import shutil
 
 import pytest
 import torch
-from accelerate.tracking import get_available_trackers
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from test_train import ROWS, WEIGHTS, copy_model, difference, forbidden, make_flags, train, write_data
@@ -321,25 +320,3 @@ def test_a_wrong_earlier_lora_ends_the_program(refusal, trained, tmp_path, kind)
         save_file({name.replace("unet.", "text_encoder."): value for name, value in state.items()}, path)
     message = refusal(stage1_steps=0, stage1_lora_path=path if kind == "missing" else path.parent)
     assert "--stage1_lora_path" in message and str(path.parent) in message
-
-
-@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
-def test_engines_that_shard_are_refused(world, tmp_path, monkeypatch, engine):
-    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
-    with pytest.raises(SystemExit, match=f"error: accelerate is set to {engine}"):
-        train(world, tmp_path / "output")
-    assert not (tmp_path / "output").exists()
-
-
-def test_fp16_needs_a_gpu(world, tmp_path):
-    with pytest.raises(SystemExit, match="error: --mixed_precision fp16 needs a GPU"):
-        train(world, tmp_path / "output", mixed_precision="fp16")
-    assert not (tmp_path / "output").exists()
-
-
-def test_a_tracker_without_its_package(world, tmp_path, capsys):
-    if "wandb" in {tracker.value for tracker in get_available_trackers()}:
-        pytest.skip("wandb is installed")
-    with pytest.raises(SystemExit):
-        train(world, tmp_path / "output", report_to="wandb")
-    assert "--report_to wandb" in capsys.readouterr().err and not (tmp_path / "output").exists()
