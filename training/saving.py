@@ -5,7 +5,6 @@ Source: [ours].
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from safetensors import SafetensorError
 
 from loras import CARD, LORA_WEIGHTS
@@ -27,7 +27,7 @@ from training.portraits import Portraits
 from training.validation import validation_path
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 def save_lora(models: Models, folder: Path) -> None:

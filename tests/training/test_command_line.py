@@ -1,6 +1,6 @@
 """Tests of the trainer's command line: whatever is wrong with what it is given ends it with one line.
 
-The tables of wrong values are test_train.py's, which runs them in its own process. Here the script is the program: in
+The tables of wrong values are test_inputs.py's, which runs them in its own process. Here the script is the program: in
 a process of its own, or, since importing the libraries takes most of such a process's time, in the fork of one that
 has imported them.
 """
@@ -21,7 +21,8 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from hub_server import HubServer
 from safetensors.torch import load_file, save_file
-from test_train import ROWS, WRONG_FLAGS, WRONG_ROWS, copy_model, make_flags, write_data
+from test_inputs import WRONG_FLAGS, WRONG_ROWS
+from test_train import ROWS, copy_model, make_flags, write_data
 
 
 SCRIPT = Path(__file__).resolve().parents[2] / "train_spf_portrait_lora.py"
