@@ -35,7 +35,6 @@ from test_train import (  # noqa: F401  (fixtures)
     fresh_accelerator,
     make_flags,
     train,
-    watch,
     world,
     write_data,
 )
@@ -43,7 +42,8 @@ from test_train import (  # noqa: F401  (fixtures)
 import train_spf_portrait_lora as script
 from programs.checkpoints import find_checkpoints
 from toy_portraits.recipe import training_flags
-from training import resuming
+from training import models, resuming
+from training.batches import Batch, BatchDrawer
 from training.checkpoints import (
     HIDDEN_PREFIX,
     MANIFEST,
@@ -52,6 +52,7 @@ from training.checkpoints import (
     check_checkpoint,
     read_state,
 )
+from training.run_file import RUN_FILE
 from training.training_set import TrainingSet
 
 
@@ -73,6 +74,11 @@ def one_thread():
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, hidden ones too."""
     return {name: (folder / name).read_bytes() for name in files(folder)}
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    """The same without what a run was asked for, where the folder's name is."""
+    return {name: content for name, content in contents(folder).items() if name != RUN_FILE}
 
 
 def weights(folder: Path) -> bytes:
@@ -154,7 +160,7 @@ def test_a_run_goes_on_to_the_same_bits(world, whole_run, tmp_path, name, step):
     assert (again / "stage1").exists() == (step <= BORDER)
 
 
-@pytest.mark.parametrize("without", ["optimizer", "lr_scheduler", "alignment", "teacher", "LoRA"])
+@pytest.mark.parametrize("without", ["optimizer", "lr_scheduler", "alignment", "objectives", "LoRA"])
 def test_each_part_of_a_checkpoint_is_needed(world, whole_run, tmp_path, monkeypatch, without):  # noqa: F811
     """Had the training no use for one of them, the comparisons above would not show that it is kept."""
     options = {"stage2_objective": "both", "lr_warmup_steps": 2}
@@ -164,13 +170,15 @@ def test_each_part_of_a_checkpoint_is_needed(world, whole_run, tmp_path, monkeyp
     if without == "LoRA":
         # Of stage 1: the first step of a warm-up moves nothing.
         earlier = whole / f"checkpoint-{BORDER - 1}" / WEIGHTS
-        monkeypatch.setattr(script, "load_adapter", lambda unet, _, load=script.load_adapter: load(unet, earlier))
+        load = models.load_adapter
+        monkeypatch.setattr(models, "load_adapter", lambda pipeline, _: load(pipeline, earlier))
     else:
         state, other = read_state(folder), read_state(whole / f"checkpoint-{step - 1}")
         if without == "alignment":
             state["alignment"]["sfcm"] = [value * 0.5 for value in state["alignment"]["sfcm"]]
-        elif without == "teacher":
-            state["teacher"] = {key: value * 0.5 for key, value in state["teacher"].items()}
+        elif without == "objectives":
+            teacher = state["objectives"]["Composed"]
+            teacher |= {key: value * 0.5 for key, value in teacher.items()}
         elif without == "optimizer":
             groups = state["optimizer"]["param_groups"]
             state["optimizer"] = {"state": {}, "param_groups": groups}
@@ -186,13 +194,18 @@ def test_each_part_of_a_checkpoint_is_needed(world, whole_run, tmp_path, monkeyp
 def test_no_sample_comes_twice_and_none_is_left_out(world, whole_run, tmp_path, monkeypatch, name, step):  # noqa: F811
     options = {**STEPS, **OPTIONS[name]}
     read, batch_pixels = [], TrainingSet.batch_pixels
+    batches, noised = [], BatchDrawer._noised
 
-    def watched(self, micro_step):
+    def watched_pixels(self, micro_step) -> torch.Tensor:
         read.append(micro_step)
         return batch_pixels(self, micro_step)
 
-    monkeypatch.setattr(TrainingSet, "batch_pixels", watched)
-    batches = watch(monkeypatch, "draw_batch")
+    def watched_batch(self, *args, **kwargs) -> Batch:
+        batches.append(noised(self, *args, **kwargs))
+        return batches[-1]
+
+    monkeypatch.setattr(TrainingSet, "batch_pixels", watched_pixels)
+    monkeypatch.setattr(BatchDrawer, "_noised", watched_batch)
 
     def drawn() -> list[tuple]:
         return [(batch.index.tolist(), batch.rows.tolist(), batch.noise.sum().item()) for batch in batches]
@@ -259,14 +272,14 @@ def test_the_data_may_lie_elsewhere(world, whole_run, tmp_path):  # noqa: F811
 
 def test_latest_without_a_checkpoint_starts_anew(world, whole_run, tmp_path):  # noqa: F811
     again = train(world, tmp_path / "output", **STEPS, resume_from_checkpoint="latest")
-    assert contents(again) == contents(whole_run())
+    assert results(again) == results(whole_run())
 
 
 def test_latest_after_the_end_writes_the_same_lora(world, whole_run, tmp_path):  # noqa: F811
     again = Path(shutil.copytree(whole_run(), tmp_path / "output"))
     (again / WEIGHTS).unlink()
     train(world, again, **STEPS, resume_from_checkpoint="latest")
-    assert contents(again) == contents(whole_run())
+    assert results(again) == results(whole_run())
 
 
 @pytest.mark.parametrize("resume", [None, "latest"])
@@ -291,7 +304,7 @@ def test_a_finished_lora_is_not_written_over_for_damaged_checkpoints(world, whol
 @pytest.mark.parametrize("came", ["LoRA", "checkpoint"])
 def test_what_another_run_wrote_before_the_lock_is_seen(world, whole_run, tmp_path, monkeypatch, came):  # noqa: F811
     """It ended after this one had looked, and before this one kept others out."""
-    output, keep = tmp_path / "output", script.keep_folder
+    output, keep = tmp_path / "output", script.lock_folder
 
     def finish_and_keep(*args):
         if came == "LoRA":
@@ -302,7 +315,7 @@ def test_what_another_run_wrote_before_the_lock_is_seen(world, whole_run, tmp_pa
         return keep(*args)
 
     whole_run()
-    monkeypatch.setattr(script, "keep_folder", finish_and_keep)
+    monkeypatch.setattr(script, "lock_folder", finish_and_keep)
     message = f"--output_dir {output} holds the {WEIGHTS}|another run has written checkpoints meanwhile"
     with pytest.raises(SystemExit, match=message):
         train(world, output, **STEPS)
@@ -335,7 +348,7 @@ def test_a_damaged_checkpoint_costs_its_steps_alone(world, whole_run, tmp_path, 
         flip_a_byte(again / f"checkpoint-{step}" / STATE_TENSORS)
     train(world, again, **STEPS, resume_from_checkpoint="latest")
     assert "checkpoint-5 is damaged" in caplog.text and "checkpoint-4 is damaged" in caplog.text
-    assert contents(again) == contents(whole_run()), "the damaged ones were not replaced"
+    assert results(again) == results(whole_run()), "the damaged ones were not replaced"
 
 
 def test_a_checkpoint_can_be_named(world, whole_run, tmp_path):  # noqa: F811
@@ -343,7 +356,7 @@ def test_a_checkpoint_can_be_named(world, whole_run, tmp_path):  # noqa: F811
     whole = whole_run()
     again = Path(shutil.copytree(whole, tmp_path / "first" / "output"))
     train(world, again, **STEPS, resume_from_checkpoint="checkpoint-3")
-    assert contents(again) == contents(whole)
+    assert results(again) == results(whole)
     AcceleratorState._reset_state(reset_partial_state=True)
     other = train(world, tmp_path / "second", **STEPS, resume_from_checkpoint=whole / "checkpoint-3")
     assert_same_ending(other, whole)
@@ -383,7 +396,7 @@ def test_no_file_is_a_pickle(world, tmp_path):  # noqa: F811
     assert {Path(name).suffix for name in files(output)} >= {".safetensors", ".json", ".png", ".md"}
     for name in files(output):
         # TensorBoard's own files among them.
-        known = Path(name).suffix in (".safetensors", ".json", ".png", ".md", ".yml") or "tfevents" in name
+        known = Path(name).suffix in (".safetensors", ".json", ".png", ".md", ".yml", ".yaml") or "tfevents" in name
         # Pickles begin with the protocol, and torch's files are zip archives.
         start = (output / name).read_bytes()[:2]
         assert known and start[:1] != b"\x80" and start != b"PK", name
@@ -626,7 +639,7 @@ def test_a_signal_leaves_a_whole_checkpoint(world, tmp_path, place, number):  # 
 def test_the_advice_names_a_checkpoint_that_is_there(world, whole_run, tmp_path, monkeypatch, caplog):  # noqa: F811
     """A run that came from elsewhere and was stopped before its first step has none in its own folder."""
     folder = whole_run() / f"checkpoint-{BORDER}"
-    monkeypatch.setattr(script, "prepare_alignment", lambda run: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(script, "prepare_alignment", lambda *_: signal.raise_signal(signal.SIGTERM))
     with caplog.at_level(logging.WARNING), pytest.raises(SystemExit) as caught:
         train(world, tmp_path / "output", **STEPS, resume_from_checkpoint=folder)
     assert caught.value.code == 128 + signal.SIGTERM
@@ -959,7 +972,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(undisturbed, zygote, tmp_path, 
             continue
         break
     assert facts["kills"] and not missed(facts), facts
-    assert contents(output) == contents(reference.output)
+    assert results(output) == results(reference.output)
     record(reference.shared / "runs.json", number, facts, KILL_RUNS[precision])
 
 
