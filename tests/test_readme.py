@@ -29,9 +29,8 @@ from benchmarks import preservation
 from pipeline_spf_portrait import SPFPortraitPipeline, SPFPortraitPipelineOutput
 from prompts import make_prompt_pair
 from toy_portraits import demo
-from training.arguments import parse_args
+from training.arguments import flat, parse_args
 from training.data import load_rows
-from training.flags import ColumnFlags, DataFlags
 
 
 README = ROOT / "README.md"
@@ -91,13 +90,6 @@ def flags_in_help(parse, capsys):
     return {flag for line in listed for flag in re.findall(r"--\w[\w-]*", line)}
 
 
-def default_of(flags, name):
-    """A value of the trainer's flags, in whichever group it stands."""
-    groups = flags if isinstance(flags, tuple) else (flags,)
-    (value,) = [getattr(group, name) for group in groups if hasattr(group, name)]
-    return value
-
-
 # ------------------------------------------------------------------------------------------------------------ the page
 
 
@@ -109,7 +101,7 @@ def test_the_readme_is_one_page():
 def test_the_readme_leads_to_every_page_of_docs():
     table = section(README.read_text(encoding="utf-8"), "Where to read on")
     linked = set(re.findall(r"\]\(docs/([\w-]+\.md)\)", table))
-    assert linked == {page.name for page in PAGES[1:]} | {"flags.md"}
+    assert linked == {page.name for page in (ROOT / "docs").glob("*.md")}
 
 
 def anchors(page):
@@ -147,10 +139,16 @@ def test_every_file_they_name_exists():
 def test_the_drawn_house_is_the_one_whose_imports_are_walked():
     (drawing,) = [block for block in blocks("", [ROOT / "CONTRIBUTING.md"]) if block.startswith("floor")]
     drawn = [part.split() for part in re.split(r"floor \d", drawing)[:0:-1]]
-    assert len(drawn) == len(FLOORS)
-    for floor, names in zip(FLOORS, drawn, strict=True):
-        patterns = [name.removesuffix("/").removesuffix(".py") for name in names]
-        assert [name for name in floor if not any(fnmatch(name, pattern) for pattern in patterns)] == []
+    patterns = [[name.removesuffix("/").removesuffix(".py") for name in names] for names in drawn]
+
+    def drawn_floor(name):
+        (floor,) = [i for i, names in enumerate(patterns) if any(fnmatch(name, pattern) for pattern in names)]
+        return floor
+
+    # A drawn floor is one or several of those that are walked.
+    floors = [{drawn_floor(name) for name in floor} for floor in FLOORS]
+    assert all(len(floor) == 1 for floor in floors)
+    assert (own := [*map(min, floors)]) == sorted(own) and set(own) == set(range(len(drawn)))
 
 
 # ----------------------------------------------------------------------------------------------------------- the flags
@@ -172,13 +170,13 @@ def test_every_flag_named_in_the_prose_is_a_flag(capsys):
 
 
 def test_the_choices_table_agrees_with_the_defaults():
-    flags = parse_args([*MODEL, "--train_data_dir", "portraits"])
+    flags = flat(parse_args([*MODEL, "--train_data_dir", "portraits"]))
     table = section(doc("method.md"), "What the paper leaves open and we chose")
     rows = re.findall(r"^\| .*? \| (`--.*?`) \| (`.*?`) \|$", table, re.MULTILINE)
     assert len(rows) >= 10
     for names, cells in rows:
         for name, cell in zip(names.split(", "), cells.split(", "), strict=True):
-            default = default_of(flags, name.strip("`").removeprefix("--"))
+            default = flags[name.strip("`").removeprefix("--")]
             words = default if isinstance(default, tuple | list) else [default]
             assert cell.strip("`").split() == [str(word) for word in words], name
 
@@ -187,7 +185,7 @@ def test_the_map_table_lists_the_modes_that_are_no_benchmarks():
     rows = re.findall(r"^\| `(\w+)` \|", section(doc("method.md"), "The map"), re.MULTILINE)
     for mode in rows:
         flags = parse_args([*MODEL, "--train_data_dir", "portraits", "--sfcm_mode", mode])
-        assert default_of(flags, "sfcm_mode") == mode
+        assert flags.alignment.sfcm_mode == mode
     assert len(rows) == 4
 
 
@@ -199,15 +197,18 @@ def test_the_ablations_and_presets_are_flags_the_trainer_takes():
         parse_args([*MODEL, "--train_data_dir", "portraits", "--mixed_precision", "bf16", *shlex.split(flags)])
 
 
-def test_the_file_of_settings_holds_flags():
-    settings = yaml.safe_load(blocks("yaml", [ROOT / "docs" / "training.md"])[0])
-    words = [
-        word
-        for name, value in settings.items()
-        for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
-    ]
-    flags = parse_args(words)
-    assert {name: default_of(flags, name) for name in settings} == settings
+@pytest.fixture
+def settings(tmp_path, monkeypatch):
+    """The page's file of settings, as run.yaml of the current folder."""
+    (block,) = blocks("yaml", [ROOT / "docs" / "training.md"])
+    (tmp_path / "run.yaml").write_text(block, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return yaml.safe_load(block)
+
+
+def test_the_file_of_settings_holds_flags(settings):
+    flags = flat(parse_args(["run.yaml"]))
+    assert {name: flags[name] for name in settings} == settings
 
 
 # -------------------------------------------------------------------------------------------------------- the commands
@@ -240,13 +241,12 @@ def demo_parser(monkeypatch):
 
 
 def check_training(launched):
-    """A training that a launcher starts; a file of settings has a test above."""
+    """A training that a launcher starts."""
     assert launched.training_script == "train_spf_portrait_lora.py"
-    words = launched.training_script_args
-    parse_args([*MODEL, "--train_data_dir", "portraits", *words[1:]] if words[0] == "run.yaml" else words)
+    parse_args(launched.training_script_args)
 
 
-def test_every_command_is_one_its_program_takes(demo_parser):
+def test_every_command_is_one_its_program_takes(demo_parser, settings):
     launcher, seen = launch_command_parser(), set()
     for words in commands():
         program, rest = next(
@@ -321,13 +321,14 @@ def test_the_table_of_the_pipelines_arguments_is_complete():
     assert set(re.findall(r"^\| `(\w+)` \|", doc("pipeline.md"), re.MULTILINE)) == ours
 
 
-def pairs_of(block, folder, **options):
-    """The prompts of the lines of a block, with little pictures, as the trainer's own reader reads them."""
+def pairs_of(block, folder, *words):
+    """The prompts of the lines of a block, with little pictures, as the trainer reads them with these flags."""
     records = [json.loads(line) for line in block.splitlines()]
     for record in records:
         Image.new("RGB", (8, 8)).save(folder / record["file_name"])
     (folder / "metadata.jsonl").write_text(block, encoding="utf-8")
-    rows = load_rows(DataFlags(train_data_dir=folder, **options), ColumnFlags())
+    flags = parse_args([*MODEL, *words, "--train_data_dir", str(folder)])
+    rows = load_rows(flags.data, flags.columns)
     assert len(rows) == len(records)
     return [
         make_prompt_pair(row.base_prompt, row.target_prompt, row.full_prompt, row.base_phrases, row.free_phrases)
@@ -354,9 +355,7 @@ def test_the_lines_of_data_make_the_full_prompts_it_says(tmp_path):
 def test_the_captions_alone_work_with_one_target_for_the_set(tmp_path):
     _, lines = blocks("json", [ROOT / "docs" / "data.md"])
     command = next(words for words in commands() if "--base_prompt_column" in words)
-    flags = parse_args(command[3:])
-    names = ("base_prompt_column", "target_prompt")
-    pairs = pairs_of(lines, tmp_path, **{name: default_of(flags, name) for name in names})
+    pairs = pairs_of(lines, tmp_path, *command[3:])
     assert [pair.full_prompt for pair in pairs] == [
         "a woman, a brown jacket, a curtain background, blonde hair",
         "a man, a white shirt, blonde hair",

@@ -51,7 +51,7 @@ class ModelFlags(FlagGroup):
     tiny_vae_model_name_or_path: str | None = path(None, "AutoencoderTiny that decodes for the enhancement loss.")
     clip_model_name_or_path: str = path(
         "openai/clip-vit-large-patch14",
-        "CLIP model that measures phrases against the target and judges portraits in the enhancement loss.",
+        "CLIP model that judges portraits; for the enhancement loss alone.",
     )
     cache_dir: str | None = path(
         None, "Where models and data sets from the Hub are kept, and latents and text embeddings, too."

@@ -118,7 +118,7 @@ def test_the_names_are_those_of_the_components_the_flags_and_the_shared_code(pip
     for name in (StableDiffusion.denoiser, *StableDiffusion.text_encoders, *StableDiffusion.tokenizers):
         assert getattr(pipeline, name) is not None
     required = ["--pretrained_model_name_or_path", "model", "--train_data_dir", "portraits"]
-    assert parse_args(required).hub_license == StableDiffusion.licence
+    assert parse_args(required).sharing.hub_license == StableDiffusion.licence
     assert PIPELINE_CODE["pipeline.py"].name == StableDiffusion.pipeline_file
 
 

@@ -35,12 +35,13 @@ from test_train import (  # noqa: F401  (fixtures)
 )
 
 import train_spf_portrait_lora as script
-from adapters import active_adapters
 from loras.loading import ReferenceLora, merge_loras
 from pipeline_spf_portrait import SPFPortraitPipeline
 from programs.loading import InputError
 from prompts import make_prompt_pair
+from training import portraits as portraits_module
 from training.alignment_prompts import ask_for_reference_targets
+from training.arguments import parse_args
 from training.flags import LoraFlags
 from training.model_checks import find_references
 from training.models import load_base_model
@@ -199,12 +200,13 @@ def test_both_paths_are_those_of_the_loras_side_by_side(world, earlier, on_top):
     earlier_loras = [earlier["hair"], earlier["hat"]]
     reference = predict(activate(stock(world), earlier_loras, [1.0, 0.6]))
     response = predict(activate(stock(world), [*earlier_loras, output], [1.0, 0.6, 1.0]))
-    (row,) = {int(run.table.reference_rows[i]) for i, row in enumerate(ROWS) if row["base_prompt"] == PROMPT}
-    embeds = run.table.prompt_embeds.states[row][None]
-    with active_adapters(run.unet, None):
-        assert largest(predict(run.pipeline, embeds), reference) < CLOSE
-    with active_adapters(run.unet, "default"):
-        assert largest(predict(run.pipeline, embeds), response) < CLOSE
+    models, table = run.models, run.table
+    (row,) = {int(table.reference_rows[i]) for i, row in enumerate(ROWS) if row["base_prompt"] == PROMPT}
+    embeds = table.prompt_embeds.states[row][None]
+    with models.adapters.only(None):
+        assert largest(predict(models.pipeline, embeds), reference) < CLOSE
+    with models.adapters.only("default"):
+        assert largest(predict(models.pipeline, embeds), response) < CLOSE
     assert largest(reference, response) > 0.01 and largest(reference, predict(stock(world))) > 0.01
 
 
@@ -213,7 +215,7 @@ def test_the_new_lora_alone_is_saved_and_trained(earlier, on_top):
     for folder in (output, output / "stage1", output / "checkpoint-3"):
         names = load_file(folder / WEIGHTS).keys()
         assert len(names) == LAYERS * 4 * 2 and all(".attn2." in name for name in names)
-    assert all(".default." in name for name, value in run.unet.named_parameters() if value.requires_grad)
+    assert all(".default." in name for name, value in run.models.unet.named_parameters() if value.requires_grad)
 
 
 @pytest.mark.slow
@@ -236,8 +238,8 @@ def test_each_layer_of_a_kohya_file_has_its_own_alpha(world, earlier, tmp_path):
         state[name] = state[name] * 4
         state[name.replace(".alpha", ".lora_up.weight")] /= 4
     save_file(state, path)
-    args = script.parse_args([f"--pretrained_model_name_or_path={world.model}", f"--reference_lora={path}"])
-    pipeline = load_base_model(SPFPortraitPipeline, args, torch.float32, find_references(args, None))
+    flags = parse_args([f"--pretrained_model_name_or_path={world.model}", f"--reference_lora={path}"])
+    pipeline = load_base_model(SPFPortraitPipeline, flags.model, torch.float32, find_references(flags.lora, None))
     assert largest(predict(pipeline), predict(activate(stock(world), [earlier["hair"]], [1.0]))) < CLOSE
 
 
@@ -257,7 +259,7 @@ def test_in_half_precision_it_is_merged_before_it_is_rounded(world, earlier, tmp
     merged = stock(world)
     merge_loras(merged, [str(earlier["hair"])], [1.0])
     for part in ("unet", "text_encoder"):
-        found = getattr(runs[0].pipeline, part).state_dict()
+        found = getattr(runs[0].models.pipeline, part).state_dict()
         for name, weight in getattr(merged, part).state_dict().items():
             own = found[name] if name in found else found[re.sub(r"\.(weight|bias)$", r".base_layer.\1", name)]
             assert own.dtype == torch.bfloat16 and torch.equal(own, weight.bfloat16()), name
@@ -275,7 +277,7 @@ def test_the_single_pass_trains_the_same(world, earlier, tmp_path):  # noqa: F81
 
 @pytest.mark.slow
 def test_cached_text_embeddings_belong_to_the_text_encoder_that_made_them(world, earlier, tmp_path, monkeypatch):  # noqa: F811
-    tables = watch(monkeypatch, "make_prompt_table")
+    tables = watch(monkeypatch, script, "make_prompt_table")
     cache, counts = tmp_path / "cache", []
     for name in (None, "hat", "hair"):
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -380,18 +382,18 @@ def test_an_earlier_target_is_not_the_new_one(text):
 
 
 def test_the_portraits_are_drawn_from_those_prompts(world, earlier, tmp_path, monkeypatch):  # noqa: F811
-    runs = watch_runs(monkeypatch)
-    asked, draw_latents = [], script.draw_latents
+    inputs = watch(monkeypatch, script, "check_inputs")
+    asked, draw_latents = [], portraits_module.draw_latents
 
     def watched(pipeline, prompts, **kwargs):
         asked.extend(prompts)
         return draw_latents(pipeline, prompts, **kwargs)
 
-    monkeypatch.setattr(script, "draw_latents", watched)
+    monkeypatch.setattr(portraits_module, "draw_latents", watched)
     flags = {"reference_lora": earlier["hair"], "reference_target_prompt": ("sunglasses",), "num_alignment_images": 4}
     train(world, tmp_path / "output", **flags)
     assert sum(prompt.endswith(", sunglasses") for prompt in asked) == 2 and len(asked) == 4
-    drawn_pairs = runs[0].inputs.pairs[len(ROWS) :]
+    drawn_pairs = inputs[0].pairs[len(ROWS) :]
     assert [pair.base_prompt for pair in drawn_pairs] == asked
     assert all(("sunglasses" in pair.base_phrases) == ("sunglasses" in pair.full_prompt) for pair in drawn_pairs)
 
