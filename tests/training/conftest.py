@@ -17,5 +17,5 @@ def run(world, tmp_path_factory) -> SimpleNamespace:  # noqa: F811
         parts, inputs = watch(patch, script, "prepare"), watch(patch, script, "check_inputs")
         flags, alignment = watch(patch, script, "parse_args"), watch(patch, script, "prepare_alignment")
         output = tmp_path_factory.mktemp("run") / "output"
-        train(world, output, learning_rate=1.0, train_batch_size=1, stage2_steps=1)
+        train(world, output, learning_rate=1.0, train_batch_size=1, stage2_steps=1, base_prompt_share=0)
     return SimpleNamespace(parts=parts[0], inputs=inputs[0], flags=flags[0], alignment=alignment[0])

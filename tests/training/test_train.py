@@ -163,6 +163,7 @@ def trained(world, tmp_path_factory):
         if key not in RUNS:
             AcceleratorState._reset_state(reset_partial_state=True)
             RUNS[key] = train(world, tmp_path_factory.mktemp("run") / "output", **changes)
+            AcceleratorState._reset_state(reset_partial_state=True)
         return RUNS[key]
 
     return run
