@@ -20,8 +20,8 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
+from programs import writing
 from programs.checkpoints import checkpoint_folder, find_checkpoints
-from programs.writing import whole
 
 
 logger = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ def save_checkpoint(
     place = checkpoint_folder(output_dir, step)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        with whole(place, prefix=f"{HIDDEN_PREFIX}{step}-") as folder:
+        with writing.whole(place, prefix=f"{HIDDEN_PREFIX}{step}-") as folder:
             folder.mkdir()
             write_lora(folder)
             _write_state(folder, state)
@@ -284,6 +284,7 @@ def what_is_safe(output_dir: Path) -> str:
 
 
 def remove_leftovers(output_dir: Path) -> None:
-    """Delete the hidden folders of a run that was killed while it wrote or deleted a checkpoint. Source: [ours]."""
-    for folder in output_dir.glob(f"{HIDDEN_PREFIX}*"):
-        _clean(folder, shutil.rmtree)
+    """Delete the hidden folders of a run that was killed while it wrote or deleted something. Source: [ours]."""
+    for prefix in (HIDDEN_PREFIX, writing.HIDDEN_PREFIX):
+        for folder in output_dir.glob(f"{prefix}*"):
+            _clean(folder, shutil.rmtree)

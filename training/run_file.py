@@ -6,12 +6,13 @@ Source: [ours].
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from programs.writing import whole
 
 
 RUN_FILE = "run.yaml"
@@ -85,10 +86,6 @@ def write_run_file(asked: Mapping[str, Any], folder: Path) -> Path:
         {name: value for name, value in kept.items() if name not in SECRETS}, sort_keys=False, allow_unicode=True
     )
     folder.mkdir(parents=True, exist_ok=True)
-    hidden = folder / f".{RUN_FILE}-{os.getpid()}"
-    try:
-        hidden.write_text(text, encoding="utf-8")
-        os.replace(hidden, folder / RUN_FILE)
-    finally:
-        hidden.unlink(missing_ok=True)
+    with whole(folder / RUN_FILE) as file:
+        file.write_text(text, encoding="utf-8")
     return folder / RUN_FILE

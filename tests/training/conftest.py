@@ -19,3 +19,13 @@ def run(world, tmp_path_factory) -> SimpleNamespace:  # noqa: F811
         output = tmp_path_factory.mktemp("run") / "output"
         train(world, output, learning_rate=1.0, train_batch_size=1, stage2_steps=1, base_prompt_share=0)
     return SimpleNamespace(parts=parts[0], inputs=inputs[0], flags=flags[0], alignment=alignment[0])
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory):
+    """Runs the trainer as a program, see `forks.py`; one for each process of tests."""
+    from forks import Forks
+
+    own = Forks(tmp_path_factory.mktemp("forks"))
+    yield own
+    own.close()

@@ -392,7 +392,7 @@ def test_what_is_at_the_place_is_replaced(tmp_path, damage):
 
 def test_leftovers_go_and_all_else_stays(tmp_path):
     save(tmp_path, 1)
-    for name in (".checkpoint-2-123", ".checkpoint-removed-checkpoint-1-123"):
+    for name in (".checkpoint-2-123", ".checkpoint-removed-checkpoint-1-123", ".saving-123"):
         (tmp_path / name).mkdir()
         write_lora(tmp_path / name)
     (tmp_path / ".hidden").mkdir()

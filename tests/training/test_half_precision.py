@@ -75,7 +75,7 @@ def norm(state: dict[str, torch.Tensor]) -> float:
     return math.sqrt(sum(value.square().sum().item() for value in state.values()))
 
 
-@pytest.mark.parametrize("objective", ["composed", "paper"])
+@pytest.mark.parametrize("objective", ["composed", pytest.param("paper", marks=pytest.mark.slow)])
 def test_stage_2_learns_as_much_under_a_gradient_scaler(world, tmp_path, scaled, monkeypatch, objective):  # noqa: F811
     flags = {"stage2_objective": objective, "composed_init": "stage1", "stage2_steps": 3, **SMOOTH}
     under_scaler = update_of_stage2(train(world, tmp_path / "scaled", **flags))
@@ -114,7 +114,9 @@ def whole_bf16_run(world, tmp_path_factory):  # noqa: F811
 
 
 @pytest.mark.parametrize("step", [1, BORDER, BORDER + 1])
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "composed" else pytest.mark.slow) for name in RESUMED]
+)
 def test_a_bf16_run_goes_on_to_the_same_bits(world, whole_bf16_run, tmp_path, name, step):  # noqa: F811
     whole = whole_bf16_run(name)
     copy_checkpoint(whole, step, tmp_path / "output")
@@ -205,8 +207,7 @@ def test_a_scaler_leaves_out_what_is_not_finite_and_goes_on(world, tmp_path, sca
     assert scaled[0].get_scale() == 2.0**15
 
 
-@pytest.mark.parametrize("step", [1, BORDER, BORDER + 1])
-def test_the_scaler_goes_on_as_it_was(world, tmp_path, scaled, monkeypatch, step):  # noqa: F811
+def test_the_scaler_goes_on_as_it_was(world, tmp_path, scaled, monkeypatch):  # noqa: F811
     """Also from the end of stage 1, whose checkpoint is of another stage than the next step."""
     loss, calls = diffusion.diffusion_loss, []
 
@@ -216,11 +217,13 @@ def test_the_scaler_goes_on_as_it_was(world, tmp_path, scaled, monkeypatch, step
 
     monkeypatch.setattr(diffusion, "diffusion_loss", explode_at_first)
     whole = train(world, tmp_path / "whole", **STEPS)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    copy_checkpoint(whole, step, tmp_path / "again")
-    again = train(world, tmp_path / "again", **STEPS, resume_from_checkpoint="latest")
-    assert [scaler.get_scale() for scaler in scaled] == [2.0**15, 2.0**15]
-    assert_same_ending(again, whole)
+    for step in (1, BORDER, BORDER + 1):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        again = tmp_path / f"{step}"
+        copy_checkpoint(whole, step, again)
+        train(world, again, **STEPS, resume_from_checkpoint="latest")
+        assert_same_ending(again, whole)
+    assert [scaler.get_scale() for scaler in scaled] == [2.0**15] * 4
 
 
 def test_a_scaler_that_skips_for_ever_is_an_error(world, tmp_path, scaled, monkeypatch):  # noqa: F811
