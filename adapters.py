@@ -2,7 +2,7 @@
 
 The Reference Path is the model with its adapters off, the Response Path the same model with one adapter on.
 
-Paper: arXiv 2504.00396.
+Paper: arXiv 2504.00396; what names no source is [ours].
 """
 
 from __future__ import annotations
@@ -32,8 +32,6 @@ class Adapters:
     Attributes:
         names: of the adapters.
         layers: that hold them.
-
-    Source: [ours].
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -172,8 +170,6 @@ def original_rows(model: nn.Module, rows: Callable[[int], Iterable[int]]) -> Ite
     Raises:
         ValueError: an adapter is merged into the weights, so that the layer below is not the original, or replaces
             whole modules.
-
-    Source: [ours].
     """
     adapters = Adapters(model)
     adapters.check()
@@ -207,8 +203,6 @@ def adapter_scales(model: nn.Module, factors: Mapping[str, float]) -> Iterator[N
 
     Raises:
         ValueError: an adapter is merged into the weights, or of a kind that has no strength.
-
-    Source: [ours].
     """
     adapters = Adapters(model)
     adapters.check()

@@ -72,7 +72,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 
 def is_open_to_others(args: argparse.Namespace) -> bool:
-    """Whether anybody but this machine's users can reach the page. Source: [ours]."""
+    """Whether anybody but this machine's users can reach the page."""
     try:
         is_here = args.host == "localhost" or ipaddress.ip_address(args.host).is_loopback
     except ValueError:  # the name of a machine
@@ -123,8 +123,6 @@ def check_lengths(texts: Mapping[str, str], tokenizer: PreTrainedTokenizerBase) 
 
     Raises:
         ValueError: one is too long.
-
-    Source: [ours].
     """
     limit = tokenizer.model_max_length - 2  # without its beginning and end
     for name, text in texts.items():
@@ -148,8 +146,6 @@ def propose_replacement(
     Returns:
         What goes into the field, None if it stays as it is, and what is proposed now. It stays if the proposal is the
         former one, whether or not the user wanted that, and if the user wrote something else.
-
-    Source: [ours].
     """
     try:
         check_lengths({"Prompt": prompt, "Target": target}, tokenizer)
@@ -187,8 +183,6 @@ def draw(
 
     Raises:
         ValueError: what the pipeline says of the prompts and the rest.
-
-    Source: [ours].
     """
     if replaces and not target:
         raise ValueError(f"Nothing is to replace {replaces!r}: the target is empty.")
@@ -220,8 +214,6 @@ def phrase_table(output: SPFPortraitPipelineOutput, free_phrases: str = "") -> l
 
     Returns:
         Texts; the distance is empty where there is no target.
-
-    Source: [ours].
     """
     free = [phrase.strip().lower() for phrase in free_phrases.split(",")]
     rows = []
@@ -361,8 +353,6 @@ def build_demo(slot: LoraSlot, prompt: str = PROMPT[0], target: str = PROMPT[1])
 
     Returns:
         The page, not launched.
-
-    Source: [ours].
     """
     page = Page(slot)
     proposal = propose_replacement(prompt, target, "", "", page.tokenizer)[1]

@@ -5,7 +5,7 @@ processor.
 
 Legend: B batch, C latent channels, H/W latent size, S = h*w image tokens of a layer, T text tokens, N heads,
 D head dim, E size of a text embedding.
-Paper: arXiv 2504.00396.
+Paper: arXiv 2504.00396; what names no source is [ours].
 """
 
 from __future__ import annotations
@@ -128,8 +128,6 @@ class CapturingAttnProcessor:
     Args:
         name: of the layer, under which its features are stored.
         store: that receives them.
-
-    Source: [ours].
     """
 
     def __init__(self, name: str, store: CrossAttentionStore) -> None:
@@ -201,8 +199,6 @@ def find_cross_attention_layers(unet: nn.Module) -> dict[str, Attention]:
 
     Raises:
         ValueError: the model has none.
-
-    Source: [ours].
     """
     layers = {
         name: module
@@ -230,8 +226,6 @@ def phrase_map_resolution(resolutions: Mapping[str, tuple[int, int]]) -> tuple[i
 
     Raises:
         ValueError: `resolutions` is empty.
-
-    Source: [ours].
     """
     if not resolutions:
         raise ValueError("phrase_map_resolution needs at least one layer's resolution")
@@ -270,8 +264,6 @@ class CrossAttentionCapture:
 
     Raises:
         ValueError: an unknown layer name, or no layer at all.
-
-    Source: [ours].
     """
 
     def __init__(self, unet: nn.Module, layer_names: Sequence[str] | None = None) -> None:

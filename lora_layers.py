@@ -78,8 +78,6 @@ def parse_layers(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | No
 
     Raises:
         ValueError: a layer that is not whole, or has no numbers; metadata of another form; one line.
-
-    Source: [ours].
     """
     found: dict[tuple[str, str], dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -117,8 +115,6 @@ def make_layer(name: str, weights: Mapping[str, Tensor], alpha: Any = None) -> L
 
     Raises:
         ValueError: it is not whole, its tensors do not belong together, or they or its alpha are no numbers.
-
-    Source: [ours].
     """
     if missing := sorted({"down", "up"} - weights.keys()):
         raise ValueError(f"layer {name!r} has no lora_{' and no lora_'.join(missing)}")
@@ -136,7 +132,7 @@ def make_layer(name: str, weights: Mapping[str, Tensor], alpha: Any = None) -> L
 
 
 def read_alpha(alpha: Any, layer: str) -> float:
-    """An alpha as a file holds it; a ValueError that names the layer if it is no number. Source: [ours]."""
+    """An alpha as a file holds it; a ValueError that names the layer if it is no number."""
     try:
         value = float(alpha)
     except (TypeError, ValueError, RuntimeError):  # a list, a text, a tensor of several numbers
@@ -147,7 +143,7 @@ def read_alpha(alpha: Any, layer: str) -> float:
 
 
 def missing_metadata(metadata: Mapping[str, Any], model: str) -> list[str]:
-    """What PEFT needs to know of a model's layers, and metadata does not tell. Source: [ours]."""
+    """What PEFT needs to know of a model's layers, and metadata does not tell."""
     given = {key: metadata.get(f"{model}.{key}") for key in _NEEDED}
     return [key for key, kind in _NEEDED.items() if not isinstance(given[key], kind) or given[key] in ("", [])]
 
@@ -161,8 +157,6 @@ def check_fits(lora: Layers, models: Mapping[str, Mapping[str, torch.nn.Module]]
 
     Raises:
         ValueError: it is a LoRA of another model; one line.
-
-    Source: [ours].
     """
     for model, group in lora.items():
         # Beside an earlier LoRA, the layer itself is a `base_layer`. Some versions of transformers have a
@@ -200,8 +194,6 @@ def check_loadable(
 
     Raises:
         ValueError: it is for other models, damaged, or what diffusers takes for something else; one line.
-
-    Source: [ours].
     """
     embedding = next((key for key in tensors if key.startswith(EMBEDDING)), None)
     if embedding is not None:

@@ -1,6 +1,8 @@
 """Pictures side by side, under headers or captions, and heat maps over them.
 
 Legend: h/w size of a map.
+
+Source: [ours].
 """
 
 from __future__ import annotations
@@ -25,8 +27,6 @@ def picture_grid(rows: Sequence[Sequence[Image.Image]], headers: Sequence[str]) 
 
     Returns:
         An RGB image on white.
-
-    Source: [ours].
     """
     factor = max(1, -(-192 // rows[0][0].width))
     width, height = rows[0][0].width * factor, rows[0][0].height * factor
@@ -53,8 +53,6 @@ def captioned_pictures(pictures: Sequence[Image.Image], captions: Sequence[str],
 
     Returns:
         An RGB image on white.
-
-    Source: [ours].
     """
     factor = max(1, -(-192 // pictures[0].width))
     width, height = pictures[0].width * factor, pictures[0].height * factor
@@ -96,8 +94,6 @@ def overlay_heat_map(image: Image.Image, heat_map: torch.Tensor | np.ndarray, op
 
     Raises:
         ValueError: the map is not two-dimensional, or leaves [0, 1].
-
-    Source: [ours].
     """
     values = np.asarray(heat_map.detach().float().cpu() if torch.is_tensor(heat_map) else heat_map, dtype=np.float32)
     if values.ndim != 2:

@@ -3,7 +3,8 @@
 Strings and a tokenizer in, indices out; no tensors. A *target* is added to the base prompt or replaces one of its
 phrases.
 
-Legend: P base phrases, T text tokens (`tokenizer.model_max_length`). Paper: arXiv 2504.00396.
+Legend: P base phrases, T text tokens (`tokenizer.model_max_length`). Paper: arXiv 2504.00396; what names no source is
+[ours].
 """
 
 from __future__ import annotations
@@ -111,14 +112,14 @@ def compose_full_prompt(base_prompt: str, target_prompts: Sequence[TargetPrompt]
 
 
 def suggest_replacements(pair: PromptPair) -> list[tuple[str, str]]:
-    """`suggest_replacement` for each target of a pair that is added. Source: [ours]."""
+    """`suggest_replacement` for each target of a pair that is added."""
     protected = [phrase for phrase in pair.base_phrases if phrase not in pair.free_phrases]
     added = _added(pair.target_prompts)
     return [found for text in added if (found := wording.suggest_replacement(protected, text)) is not None]
 
 
 def said_targets(pair: PromptPair) -> list[str]:
-    """The targets of a pair that are added to a base prompt which says them already. Source: [ours]."""
+    """The targets of a pair that are added to a base prompt which says them already."""
     added = _added(pair.target_prompts)
     return [text for text in added if wording.has_phrase(pair.base_prompt, text)]
 
@@ -224,8 +225,6 @@ def keep_phrases(pair: PromptPair, stays: Sequence[bool]) -> PromptPair:
 
     Raises:
         ValueError: nothing of what stays is to be preserved.
-
-    Source: [ours].
     """
     replaced_spans, spans = _base_spans(pair)
     kept = [phrase for phrase, keep in zip(pair.base_phrases, stays, strict=True) if keep]
@@ -321,8 +320,6 @@ def locate_phrases(
     Raises:
         ValueError: a phrase is not in the prompt, a text is longer than `MAX_CHARACTERS`, or the tokenizer has no
             offsets.
-
-    Source: [ours].
     """
     _check_offsets(tokenizer)
     wording.check_length("prompt", [prompt])

@@ -2,7 +2,7 @@
 
 Legend: B images of one call (prompts times `num_images_per_prompt`), H/W latent size, P base phrases, K targets,
 N calls of the denoiser in a run.
-Paper: arXiv 2504.00396.
+Paper: arXiv 2504.00396; what names no source is [ours].
 """
 
 from __future__ import annotations
@@ -208,8 +208,6 @@ class SPFCall:
         Raises:
             ValueError: latents, or an output without maps and references.
             IndexError: there is no such image; the message says how many there are.
-
-        Source: [ours].
         """
         if not isinstance(output, SPFPortraitPipelineOutput):
             raise ValueError("Nothing to show beside the image: call with `return_sfcm=True` or `compare=True`.")

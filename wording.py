@@ -1,6 +1,8 @@
 """The wording of prompts: the phrases of a text, where they stand in it, and what it says of a target.
 
 Strings in, strings and spans out. Comparisons of texts ignore case and match whole words.
+
+Source: [ours].
 """
 
 from __future__ import annotations
@@ -73,8 +75,6 @@ def suggest_replacement(base_phrases: Sequence[str], target: str) -> tuple[str, 
         (base phrase, target): of the phrases with the target's last word, in any case and with or without a plural s,
         the first. None if there is none. A phrase that says the target already is none ("a red hat" for "a hat"), nor
         is one of several parts ("a woman with a hat"), whose last word is not what it is about.
-
-    Source: [ours].
     """
     parts = split_phrases(target)
     if not parts or not words_of(parts[0]):
@@ -87,14 +87,14 @@ def suggest_replacement(base_phrases: Sequence[str], target: str) -> tuple[str, 
 
 
 def has_phrase(text: str, phrase: str) -> bool:
-    """Whether a phrase stands in a text, as whole words and in any case. Source: [ours]."""
+    """Whether a phrase stands in a text, as whole words and in any case."""
     return bool(_occurrences(text, [phrase])[_pieces(phrase)])
 
 
 def find_weights(text: str) -> str | None:
     """What other programs read as a weight or as a LoRA, "(a blue jacket:1.2)" or "<lora:name:0.8>"; None without it.
 
-    Here it is read as words. Source: [ours].
+    Here it is read as words.
     """
     found = _WEIGHTS.search(text)
     return None if found is None else found.group()
@@ -109,8 +109,6 @@ def take_out(caption: str, target: str) -> str:
 
     Returns:
         "a woman, a brown jacket"; the caption itself if it does not say the target, and "" if it says nothing else.
-
-    Source: [ours].
     """
     parts = caption.split(",")
     wanted = {_bare(part) for part in target.split(",")} - {()}
@@ -269,8 +267,6 @@ def infer_replaced(base_prompt: str, targets: Sequence[str], full_prompt: str) -
 
     Raises:
         ValueError: a target is not in the full prompt.
-
-    Source: [ours].
     """
     spans = locate_targets(base_prompt, targets, full_prompt)
     base_words = list(_WORD.finditer(base_prompt))

@@ -1,7 +1,4 @@
-"""What an evaluation is about, checked before a model is loaded: prompts, LoRAs and masks.
-
-Source: [ours].
-"""
+"""What an evaluation is about, checked before a model is loaded: prompts, LoRAs and masks. Source: [ours]."""
 
 from __future__ import annotations
 
@@ -42,7 +39,7 @@ class LoraSource:
 
 
 def picture_name(prompt: int, seed: int) -> str:
-    """How the files of one prompt and seed are called, without an ending. Source: [ours]."""
+    """How the files of one prompt and seed are called, without an ending."""
     return f"p{prompt:03d}-s{seed}"
 
 
@@ -58,8 +55,6 @@ def read_prompts(args: argparse.Namespace) -> list[PromptPair]:
     Raises:
         InputError: a file that is missing, empty or no JSON lines; no target; a target that the base prompt has
             already; and what `make_prompt_pair` says. The message names flag or file and line.
-
-    Source: [ours].
     """
     if args.toy_prompts:
         pairs = _toy_prompts(args.toy, args.max_prompts or 12, args.seed)
@@ -134,8 +129,6 @@ def find_loras(args: argparse.Namespace) -> list[LoraSource]:
 
     Raises:
         InputError: one that is not there, is no LoRA, or a folder without checkpoints.
-
-    Source: [ours].
     """
     found: list[LoraSource] = []
     sources = [("reference_lora", args.reference_lora, REFERENCE)] if args.reference_lora else []
@@ -202,8 +195,6 @@ def read_masks(folder: Path, names: Sequence[str], size: tuple[int, int]) -> np.
 
     Raises:
         InputError: a mask that is missing or no picture; the message names it.
-
-    Source: [ours].
     """
     if not folder.is_dir():
         raise InputError(f"--region_masks {folder}: no such folder")

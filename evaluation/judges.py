@@ -209,8 +209,6 @@ def load_judges(args: argparse.Namespace, device: str, ask_network: bool = True)
 
     Raises:
         InputError: a model that the flags name cannot be loaded.
-
-    Source: [ours].
     """
     found, reasons = {}, {}
     hub = _Hub(None if ask_network else "not on this machine, and the network is not asked for it")

@@ -4,6 +4,8 @@ Functions of arrays alone; whoever calls them brings pictures and judges.
 
 Legend: B or n portraits, H/W picture size in pixels, E size of an embedding, P prompts, S seeds of each prompt,
 R resamples. Pictures are RGB in 0-255.
+
+Source: [ours].
 """
 
 from __future__ import annotations
@@ -191,8 +193,6 @@ def measure(
 
     Returns:
         Measures of each portrait, (B,), and those of the whole set, NaN for one portrait.
-
-    Source: [ours].
     """
     asked = {
         name: own
@@ -223,8 +223,6 @@ def pixel_change(original: np.ndarray, adapted: np.ndarray, weight: np.ndarray |
     Args:
         original, adapted: (B, H, W, 3) in 0-255.
         weight: (B, H, W) in [0, 1], how much each pixel counts; None counts all alike.
-
-    Source: [ours].
     """
     difference = np.abs(original.astype(np.float64) - adapted).mean(-1)
     if weight is None:
@@ -271,22 +269,20 @@ def _windowed_mean(values: np.ndarray) -> np.ndarray:
 
 def only_inside(original: np.ndarray, adapted: np.ndarray, region: np.ndarray) -> np.ndarray:
     """(B, H, W, 3) uint8: the adapted portraits inside the region, (B, H, W) in [0, 1], and the original ones outside.
-
-    Source: [ours].
     """
     original = original.astype(np.float64)
     return np.rint(original + region[..., None] * (adapted - original)).astype(np.uint8)
 
 
 def cosine(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Cosines of embeddings (B, E): (B,) in [-1, 1], NaN where either is zero or NaN. Source: [ours]."""
+    """Cosines of embeddings (B, E): (B,) in [-1, 1], NaN where either is zero or NaN."""
     first, second = first.astype(np.float64), second.astype(np.float64)
     norms = np.linalg.norm(first, axis=-1) * np.linalg.norm(second, axis=-1)
     return np.divide((first * second).sum(-1), norms, out=np.full(len(norms), np.nan), where=norms > 0)
 
 
 def unit(embeds: np.ndarray) -> np.ndarray:
-    """Embeddings (B, E) at length 1, float64. Source: [ours]."""
+    """Embeddings (B, E) at length 1, float64."""
     embeds = embeds.astype(np.float64)
     return embeds / np.linalg.norm(embeds, axis=-1, keepdims=True)
 
@@ -311,8 +307,6 @@ def label_agreement(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 def nearer_to(images: np.ndarray, target_text: np.ndarray, neutral_text: np.ndarray) -> np.ndarray:
     """1.0 where portraits are nearer to the target's text than to the neutral one, else 0.0; embeddings (B, E) each.
-
-    Source: [ours].
     """
     return (cosine(images, target_text) > cosine(images, neutral_text)).astype(np.float64)
 
@@ -345,7 +339,7 @@ def resample_prompts(prompts: int, resamples: int, seed: int) -> np.ndarray:
 
 
 def interval(samples: np.ndarray) -> tuple[float | None, float | None]:
-    """The 2.5 % and 97.5 % quantiles of (R,) resampled values, NaN left out; None for too few. Source: [ours]."""
+    """The 2.5 % and 97.5 % quantiles of (R,) resampled values, NaN left out; None for too few."""
     samples = samples[~np.isnan(samples)]
     if len(samples) < 2:
         return None, None
@@ -368,5 +362,5 @@ def mean_of(values: np.ndarray) -> float:
 
 
 def estimate_mean(values: np.ndarray, resamples: np.ndarray) -> Estimate:
-    """The mean of (P, S) values with its interval from `resample_prompts`; NaN does not count. Source: [ours]."""
+    """The mean of (P, S) values with its interval from `resample_prompts`; NaN does not count."""
     return Estimate(mean_of(values), *interval(resampled_means(values, resamples)))

@@ -57,13 +57,13 @@ class PictureRow:
 
 
 def format_number(value: float | None) -> str:
-    """Three decimals, or a dash where there is no number. Source: [ours]."""
+    """Three decimals, or a dash where there is no number."""
     # Rounded to zero, a small negative number would keep its sign.
     return "–" if value is None else f"{round(value, 3) + 0.0:.3f}"
 
 
 def without_nan(value: Any) -> Any:
-    """The same for JSON, which has no NaN: None instead. Source: [ours]."""
+    """The same for JSON, which has no NaN: None instead."""
     if isinstance(value, Mapping):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -91,7 +91,7 @@ def prepare_folder(folder: Path) -> None:
 
 def write_tables(folder: Path, document: Mapping[str, Any], portraits: Sequence[Mapping[str, Any]]) -> None:
     """Write the CSV tables: a line for each LoRA and measure, which has a reason where it has no value, and a line for
-    each portrait. Source: [ours].
+    each portrait.
     """
     lines = []
     for lora in document["loras"]:
@@ -116,8 +116,6 @@ def write_report(
         folder: the output folder.
         document: as above.
         pictures: of each LoRA its name and some rows; only those of one are looked at at a time.
-
-    Source: [ours].
     """
     plot = response_plot(document)
     if plot is not None:
@@ -147,8 +145,6 @@ def response_plot(document: Mapping[str, Any]) -> Image.Image | None:
 
     Returns:
         An RGB image at twice the size at which the page shows it, or None where one of the two was not computed.
-
-    Source: [ours].
     """
     response = document["response_measure"]
     points = []

@@ -65,8 +65,6 @@ def estimate_pollution(
         original: of the original model, asked for the target untuned; its `base` is 0.
         reference: of the LoRA that counts as 1; None leaves the index in grey levels.
         resamples: as of `resample_prompts`; LoRA, original and reference are resampled together.
-
-    Source: [ours].
     """
     value, samples = pollution_samples(changes, original, reference, resamples)
     return Estimate(value, *interval(samples))
@@ -166,8 +164,6 @@ def summarise(judged: Sequence[Judged], missing: Mapping[str, str], resamples: i
 
     Returns:
         The document of `report.py`, but for prompts, seeds, region and settings.
-
-    Source: [ours].
     """
     original = judged[0]
     index = resample_prompts(len(original.values["change"]), resamples, seed)
@@ -235,8 +231,6 @@ def choose_checkpoint(
         unit: of the LoRA that pollution is in units of.
         response: the measure of the response; None if there is none.
         index: of `resample_prompts`.
-
-    Source: [ours].
     """
     if response is None:
         return None, "No checkpoint is chosen: without CLIP there is no measure of the response."
@@ -267,8 +261,6 @@ def correlate(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | No
     Returns:
         Per measure its name, its truth's, the correlation (NaN where either is constant) and the number of LoRAs; None
         without the truth, without torchmetrics, or for fewer than three LoRAs.
-
-    Source: [ours].
     """
     if len(entries) < 3 or "truth_kept" not in entries[0]["measures"]:
         return None

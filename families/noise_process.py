@@ -1,6 +1,8 @@
 """How latents are noised, and what a prediction of the denoiser means.
 
 Legend: B batch, C latent channels, H/W latent size.
+
+Source: [ours].
 """
 
 from __future__ import annotations
@@ -85,8 +87,6 @@ class DDPM:
 
         Returns:
             On the CPU, where timesteps are drawn.
-
-        Source: [ours].
         """
         # The betas stay on the CPU; the scheduler moves its own products of them to the device.
         signal = (1 - self._scheduler.betas).cumprod(0)

@@ -1,6 +1,6 @@
 """The model card of a finished LoRA, in Markdown with the metadata that the Hub reads.
 
-Paper: arXiv 2504.00396.
+Paper: arXiv 2504.00396; what names no source is [ours].
 """
 
 from __future__ import annotations
@@ -66,8 +66,6 @@ def write_model_card(folder: Path, facts: CardFacts) -> Path:
 
     Raises:
         ValueError: no target prompt.
-
-    Source: [ours].
     """
     if not facts.targets:
         raise ValueError("targets: a model card needs at least one target prompt")

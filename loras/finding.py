@@ -1,7 +1,4 @@
-"""Where a LoRA lies: a file or folder of this machine, or a repository of the Hub.
-
-Source: [ours].
-"""
+"""Where a LoRA lies: a file or folder of this machine, or a repository of the Hub. Source: [ours]."""
 
 from __future__ import annotations
 
@@ -35,8 +32,6 @@ def clean_source(source: str) -> str:
 
     Raises:
         ValueError: an address that is of no LoRA on the Hub; one line without `source`.
-
-    Source: [ours].
     """
     text = source.strip()
     if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
@@ -74,8 +69,6 @@ def find_lora(source: str, cache_dir: str | None = None) -> Path:
 
     Raises:
         ValueError: there is no such file, or several; one line without `source`.
-
-    Source: [ours].
     """
     path, place = Path(clean_source(source)), find_on_hub(source)
     if path.is_file():
@@ -131,8 +124,6 @@ def download_public_lora(source: str, folder: Path, max_bytes: float) -> Path:
 
     Raises:
         ValueError: no such file in a public repository, or a larger one; one line without `source`.
-
-    Source: [ours].
     """
     place = _parse_id(clean_source(source))
     if place is None:

@@ -1,7 +1,4 @@
-"""A finished LoRA on the Hub: the repository is made before the training, and filled after it.
-
-Source: [ours].
-"""
+"""A finished LoRA on the Hub: the repository is made before the training, and filled after it. Source: [ours]."""
 
 from __future__ import annotations
 
@@ -34,8 +31,6 @@ def create_hub_repo(hub_model_id: str, token: str | None, private: bool) -> str:
     Raises:
         ValueError: a name that the Hub does not take; no token, an unknown one, or one that may not write; a public
             repository where a private one is wanted; the Hub is out of reach. The message never holds the token.
-
-    Source: [ours].
     """
     try:
         validate_repo_id(hub_model_id)
@@ -91,8 +86,6 @@ def push_lora(
         ValueError: a file that is missing, leads out of the folder, is of no kind that belongs on the Hub, or holds
             the token.
         OSError: the Hub refused or did not answer; the message says how to push again.
-
-    Source: [ours].
     """
     sources = {name: _file_to_push(folder, name) for name in dict.fromkeys((CARD, LORA_WEIGHTS, *files))}
     for name, path in code.items():

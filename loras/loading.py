@@ -1,7 +1,4 @@
-"""LoRAs of either format on a pipeline: loaded whole, or merged into its weights.
-
-Source: [ours].
-"""
+"""LoRAs of either format on a pipeline: loaded whole, or merged into its weights. Source: [ours]."""
 
 from __future__ import annotations
 
@@ -62,8 +59,6 @@ def load_lora(pipeline: StableDiffusionPipeline, source: str, adapter_name: str,
 
     Raises:
         ValueError: there is no such LoRA, or it is for another model; one line that begins with `source`.
-
-    Source: [ours].
     """
     active = pipeline.get_active_adapters()
     # On Windows a file cannot be removed while its weights are mapped.
@@ -111,8 +106,6 @@ def merge_loras(pipeline: StableDiffusionPipeline, loras: Sequence[str], scales:
 
     Raises:
         ValueError: one cannot be loaded or does not fit, or their sum is not finite.
-
-    Source: [ours].
     """
     names = [f"merged_{i}" for i in range(len(loras))]
     # Adapters are made of random numbers before they are filled; what is random later is to be as without them.

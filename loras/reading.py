@@ -66,8 +66,6 @@ def read_lora(path: Path) -> LoraFile:
         OSError: it cannot be read.
         ValueError: it is damaged, or holds something other than a LoRA of Stable Diffusion 1.x or 2.x; one line
             without the path.
-
-    Source: [ours].
     """
     try:
         with safe_open(path, "pt") as file:

@@ -42,8 +42,6 @@ def save_kohya_lora(lora: Path, path: Path) -> None:
 
     Raises:
         ValueError: `read_lora` cannot read it; one line that begins with its path.
-
-    Source: [ours].
     """
     with naming(str(lora)):
         layers = read_lora(lora).layers
@@ -87,8 +85,6 @@ def save_diffusers_lora(lora: Path, folder: Path) -> Path:
 
     Raises:
         ValueError: `read_lora` cannot read it; one line that begins with its path.
-
-    Source: [ours].
     """
     with naming(str(lora)):
         file = read_lora(lora)
@@ -109,8 +105,6 @@ def write_diffusers_lora(
 
     Returns:
         The file.
-
-    Source: [ours].
     """
     options = {}
     for model, (state, config) in models.items():

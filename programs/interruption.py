@@ -1,4 +1,7 @@
-"""SIGTERM and Ctrl-C, taken where a run can be left: between two steps, or anywhere in work that is done again."""
+"""SIGTERM and Ctrl-C, taken where a run can be left: between two steps, or anywhere in work that is done again.
+
+Source: [ours].
+"""
 
 from __future__ import annotations
 
@@ -76,8 +79,6 @@ def catch_stop_signals() -> Iterator[StopRequest]:
 
 def leave_stop_signals(worker: int = 0) -> None:
     """For a process that works for the run: a signal to the whole group is the run's, which ends its workers itself.
-
-    Source: [ours].
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

@@ -61,8 +61,6 @@ def check_model_name(name: str, kind: str | None = "StableDiffusionPipeline") ->
 
     Raises:
         ValueError: a single file, or a path where nothing is; one line without `name`.
-
-    Source: [ours].
     """
     path = Path(name)
     if path.is_dir():
@@ -105,8 +103,6 @@ def load_pipeline(
     Raises:
         InputError: it cannot be loaded, is a single file, has weights in pickles alone, or is a model that takes more
             than a prompt and noise.
-
-    Source: [ours].
     """
     hub = {"revision": revision, "cache_dir": cache_dir}
     with naming_flag(flag, name):
@@ -132,7 +128,7 @@ def cast_models(pipeline: StableDiffusionPipeline, dtype: torch.dtype) -> None:
 
 
 def choose_device(name: str | None) -> str:
-    """The device of --device, or the best there is for None; an InputError if it does not work. Source: [ours]."""
+    """The device of --device, or the best there is for None; an InputError if it does not work."""
     if name is None:
         backends = {"cuda": torch.cuda, "mps": torch.backends.mps}
         return next((device for device, backend in backends.items() if backend.is_available()), "cpu")

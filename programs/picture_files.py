@@ -62,8 +62,6 @@ def load_picture(picture: Path | Image.Image, source: str, max_pixels: int = MAX
     Raises:
         FileNotFoundError: the file is gone.
         ValueError: the image is broken, too large, or has more than 8 bits in its one channel.
-
-    Source: [ours].
     """
     where = _name(picture, source)
     image = open_picture(picture, where) if isinstance(picture, Path) else picture
@@ -100,8 +98,6 @@ def upright_size(picture: Path | Image.Image, source: str) -> tuple[int, int]:
     Raises:
         FileNotFoundError: the file is gone.
         ValueError: the image is broken.
-
-    Source: [ours].
     """
     where = _name(picture, source)
     image = open_picture(picture, where) if isinstance(picture, Path) else picture
@@ -130,8 +126,6 @@ def content_key(picture: Path | Image.Image, source: str) -> str:
     Raises:
         FileNotFoundError: the file is gone.
         ValueError: the file cannot be read, or the image is one that `load_picture` refuses.
-
-    Source: [ours].
     """
     if isinstance(picture, Path):
         try:

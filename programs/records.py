@@ -1,7 +1,4 @@
-"""Records of prompts as users write them: lines of JSON, and the targets and phrases in them.
-
-Source: [ours].
-"""
+"""Records of prompts as users write them: lines of JSON, and the targets and phrases in them. Source: [ours]."""
 
 from __future__ import annotations
 
@@ -27,8 +24,6 @@ def read_json_lines(path: Path, name: str) -> tuple[list[str], list[dict[str, An
     Raises:
         OSError: the file cannot be read.
         ValueError: a line is no JSON object with columns.
-
-    Source: [ours].
     """
     sources, records = [], []
     # Lines of bytes: those of a text also end at separators that a JSON string may hold.
@@ -59,8 +54,6 @@ def read_target(value: Any, where: str) -> str | list[Target]:
 
     Raises:
         ValueError: neither.
-
-    Source: [ours].
     """
     if not isinstance(value, list):
         check_text(value, where)
@@ -78,7 +71,7 @@ def read_target(value: Any, where: str) -> str | list[Target]:
 
 
 def read_phrases(value: Any, where: str) -> tuple[str, ...]:
-    """A list of phrases as JSON spells it; a ValueError that begins with `where` if it is none. Source: [ours]."""
+    """A list of phrases as JSON spells it; a ValueError that begins with `where` if it is none."""
     if not (isinstance(value, list) and value):
         raise ValueError(f"{where} must be a list of phrases, got {value!r}.")
     for phrase in value:

@@ -1,7 +1,4 @@
-"""Files and folders that appear whole or not at all.
-
-Source: [ours].
-"""
+"""Files and folders that appear whole or not at all. Source: [ours]."""
 
 from __future__ import annotations
 

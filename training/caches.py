@@ -1,6 +1,8 @@
 """Tensors kept on disk under a name made from all that they depend on, so that nothing ever needs to be invalidated.
 
 A frozen model's outputs are computed once: their key is a fingerprint of the model and of what it was given.
+
+Source: [ours].
 """
 
 from __future__ import annotations
@@ -41,8 +43,6 @@ def fingerprint(*parts: Part) -> str:
 
     Raises:
         TypeError: a part is of another type.
-
-    Source: [ours].
     """
     return hashlib.sha256(_encode(parts)).hexdigest()
 
@@ -58,8 +58,6 @@ def module_fingerprint(module: torch.nn.Module) -> str:
 
     Raises:
         TypeError: the configuration cannot be written as JSON.
-
-    Source: [ours].
     """
     digest = hashlib.sha256(_encode(_read_config(module)))
     for name, tensor in sorted(module.state_dict().items()):
@@ -76,8 +74,6 @@ class TensorCache:
 
     Args:
         folder: where the files are kept; made when the first is written. None: nothing is kept.
-
-    Source: [ours].
     """
 
     def __init__(self, folder: Path | None):
@@ -101,8 +97,6 @@ class TensorCache:
         Raises:
             OSError: a file cannot be read or written; the message names --cache_dir and the file.
             ValueError: `compute` yields another number of tensors than it was asked for.
-
-        Source: [ours].
         """
         tensors: dict[str, torch.Tensor] = {}
         missing: dict[str, int] = {}

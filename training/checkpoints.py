@@ -1,6 +1,8 @@
 """Checkpoints of a training run: folders that are whole or not there at all, and no pickle in them.
 
 A checkpoint's manifest holds the size and the hash of every file, so that a damaged one is told from a whole one.
+
+Source: [ours].
 """
 
 from __future__ import annotations
@@ -52,8 +54,6 @@ def pack_state(state: Any, tensors: dict[str, torch.Tensor], path: str = "state"
 
     Raises:
         TypeError: anything else in the state; the message names its path.
-
-    Source: [ours].
     """
     if isinstance(state, torch.Tensor):
         # A copy: safetensors refuses tensors that share memory, as the views of one optimizer buffer do.
@@ -76,7 +76,7 @@ def pack_state(state: Any, tensors: dict[str, torch.Tensor], path: str = "state"
 
 
 def unpack_state(packed: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """The state that `pack_state` took apart. Source: [ours]."""
+    """The state that `pack_state` took apart."""
     if not isinstance(packed, dict):
         return packed
     ((kind, value),) = packed.items()
@@ -113,8 +113,6 @@ def save_checkpoint(
     Raises:
         CheckpointError: it could not be written, for instance because the disk is full; what there was before is
             untouched, and the message says which checkpoint is whole.
-
-    Source: [ours].
     """
     place = checkpoint_folder(output_dir, step)
     try:
@@ -199,8 +197,6 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
     Raises:
         CheckpointError: another run is in it.
-
-    Source: [ours].
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -231,8 +227,6 @@ def check_checkpoint(folder: Path) -> None:
 
     Raises:
         ValueError: it is not a checkpoint, or damaged; one line that names the folder and the file.
-
-    Source: [ours].
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -257,8 +251,6 @@ def latest_checkpoint(output_dir: Path) -> Path | None:
 
     Returns:
         Its folder, or None where there is none.
-
-    Source: [ours].
     """
     for folder in reversed(find_checkpoints(output_dir)):
         try:
@@ -271,19 +263,19 @@ def latest_checkpoint(output_dir: Path) -> Path | None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The state in a checkpoint that was checked, its tensors on the CPU. Source: [ours]."""
+    """The state in a checkpoint that was checked, its tensors on the CPU."""
     # Read and not mapped: Windows deletes no file that is, and the checkpoint may be pruned while the run goes on.
     tensors = load((folder / STATE_TENSORS).read_bytes())
     return unpack_state(json.loads((folder / STATE_VALUES).read_text(encoding="utf-8")), tensors)
 
 
 def what_is_safe(output_dir: Path) -> str:
-    """One clause on where a run can be taken up again. Source: [ours]."""
+    """One clause on where a run can be taken up again."""
     folder = latest_checkpoint(output_dir)
     return "there is no earlier checkpoint" if folder is None else f"{folder} is whole, and the run can go on from it"
 
 
 def remove_leftovers(output_dir: Path) -> None:
-    """Delete the hidden folders of a run that was killed while it wrote or deleted a checkpoint. Source: [ours]."""
+    """Delete the hidden folders of a run that was killed while it wrote or deleted a checkpoint."""
     for folder in output_dir.glob(f"{HIDDEN_PREFIX}*"):
         _clean(folder, shutil.rmtree)

@@ -1,7 +1,7 @@
 """What a training run is made from, read and checked before any weights are loaded.
 
 Legend: N training portraits, M drawn ones, H/W size in pixels.
-Paper: arXiv 2504.00396; `[ours]` marks what it leaves open.
+Paper: arXiv 2504.00396; what names no source is [ours].
 """
 
 from __future__ import annotations
@@ -235,8 +235,6 @@ def read_maps(folder: Path, count: int) -> list[torch.Tensor]:
 
     Raises:
         ValueError, OSError: names the first that is missing or no picture.
-
-    Source: [ours].
     """
     with naming_flag("sfcm_dir", str(folder)):
         maps = []

@@ -4,7 +4,7 @@ Pure functions of tensors; the reference side is always detached.
 
 Legend: B batch, C latent channels, H/W latent size, S = h*w image tokens of a layer, T text tokens, K matched tokens,
 N heads, D head dim, E size of a CLIP embedding.
-Paper: arXiv 2504.00396.
+Paper: arXiv 2504.00396; what names no source is [ours].
 """
 
 from __future__ import annotations
@@ -207,8 +207,6 @@ def compose_prediction(
 
     Returns:
         (B, C, H, W) float32, detached.
-
-    Source: [ours].
     """
     reference_pred = reference_pred.float()
     change = teacher_full_pred.float() - reference_pred

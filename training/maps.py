@@ -1,7 +1,7 @@
 """The SFCM of a portrait: averaged once for a bank, or of one step's predictions.
 
 Legend: B batch, C channels, H/W latent size, T text tokens, M alignment portraits.
-Paper: arXiv 2504.00396; `[ours]` marks what it leaves open.
+Paper: arXiv 2504.00396; what names no source is [ours].
 """
 
 from __future__ import annotations
@@ -53,8 +53,6 @@ class MapMaker:
 
         Returns:
             M of (1, H, W) float32 in [0, 1].
-
-        Source: [ours].
         """
         maps = {}
         with phase_bar("maps", len(portraits.buckets), "map", shown) as bar:

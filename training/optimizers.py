@@ -1,6 +1,8 @@
 """The optimizers a LoRA can be trained with; those that are not torch's come from packages of their own.
 
 Each is imported where it is made: the names are asked for while flags are read.
+
+Source: [ours].
 """
 
 from __future__ import annotations
@@ -22,8 +24,6 @@ def check_optimizer(name: str, use_8bit_adam: bool) -> None:
 
     Raises:
         ValueError: its package is not installed, or 8 bits were asked of one that has no such form.
-
-    Source: [ours].
     """
     if use_8bit_adam and name != "adamw":
         raise ValueError(f"--use_8bit_adam is a form of --optimizer adamw, not of {name}")
@@ -55,8 +55,6 @@ def make_optimizer(
 
     Raises:
         ImportError: its package is not installed; see `check_optimizer`.
-
-    Source: [ours].
     """
     options = {"lr": learning_rate, "betas": betas, "weight_decay": weight_decay, "eps": epsilon}
     if use_8bit_adam:

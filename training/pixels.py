@@ -48,8 +48,6 @@ def preprocess_image(
 
     Raises:
         ValueError: `centering` or `interpolation` is none of these.
-
-    Source: [ours].
     """
     if interpolation not in INTERPOLATION_MODES:
         raise ValueError(f"interpolation must be one of {list(INTERPOLATION_MODES)}, got {interpolation!r}.")
@@ -76,8 +74,6 @@ def preprocess_mask(
 
     Returns:
         (1, H, W) float32 in [0, 1].
-
-    Source: [ours].
     """
     pixels = preprocess_image(mask.convert("RGB"), size, flip=flip, centering=centering, interpolation="box")
     return pixels[:1] / 2 + 0.5
@@ -95,8 +91,6 @@ def parse_aspect_ratio_buckets(text: str, multiple: int) -> tuple[tuple[int, int
 
     Raises:
         ValueError: names the flag and the part that is wrong.
-
-    Source: [ours].
     """
     buckets: list[tuple[int, int]] = []
     for part in text.split(";"):
@@ -125,8 +119,6 @@ def nearest_bucket(image_size: tuple[int, int], buckets: Sequence[tuple[int, int
     Returns:
         Index of the bucket whose aspect ratio is nearest, on a logarithmic scale; of equally near ones, of the one
         whose area is nearest to the image's; of several such, of the first.
-
-    Source: [ours].
     """
     image_width, image_height = image_size
 

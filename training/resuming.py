@@ -1,7 +1,4 @@
-"""Going on with a run: from which checkpoint, and what must be as it was.
-
-Source: [ours].
-"""
+"""Going on with a run: from which checkpoint, and what must be as it was. Source: [ours]."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What a run leaves behind: the LoRA, checkpoints, and the last lines that say what lies where.
-
-Source: [ours].
-"""
+"""What a run leaves behind: the LoRA, checkpoints, and the last lines that say what lies where. Source: [ours]."""
 
 from __future__ import annotations
 

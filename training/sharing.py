@@ -42,8 +42,6 @@ def pipeline_code(main: Path) -> dict[str, Path]:
     Args:
         main: the file with the pipeline's class; beside it lies what it names in relative imports, all of which
             diffusers' loader copies, and nothing else.
-
-    Source: [ours].
     """
     siblings = re.findall(r"^\s*from \.(\w+) import", main.read_text(encoding="utf-8"), re.MULTILINE)
     return {"pipeline.py": main, **{f"{name}.py": main.with_name(f"{name}.py") for name in siblings}}

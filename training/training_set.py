@@ -100,8 +100,6 @@ def batch_indices(step: int, batch_size: int, count: int, seed: int) -> list[int
     Returns:
         `batch_size` indices in [0, count). Each epoch has an order of its own; a batch at its end runs on into the
         next, so every sample comes exactly once an epoch.
-
-    Source: [ours].
     """
     positions = range(step * batch_size, (step + 1) * batch_size)
     return [_epoch_order(position // count, count, seed)[position % count] for position in positions]
@@ -120,8 +118,6 @@ def bucketed_batch_indices(step: int, batch_size: int, buckets: Sequence[int], s
         `batch_size` indices in [0, len(buckets)). With one bucket in use, those of `batch_indices`. With several, each
         comes once per sample of its own in len(buckets) steps, in an order that differs each time, so that every
         sample comes exactly `batch_size` times in them, and no sample again before all others of its bucket.
-
-    Source: [ours].
     """
     count = len(buckets)
     if len(set(buckets)) == 1:
@@ -149,8 +145,6 @@ def revisited_batch(step: int, kept: int, visits: int, seed: int) -> int:
 
     Returns:
         Number of the batch, from 0, with no gap between cycles.
-
-    Source: [ours].
     """
     cycle, place = divmod(step, kept * visits)
     visit, place = divmod(place, kept)
@@ -160,7 +154,7 @@ def revisited_batch(step: int, kept: int, visits: int, seed: int) -> int:
 
 
 def derive_seed(seed: int, purpose: str) -> int:
-    """A seed of 64 bits that has nothing in common with those of other seeds or purposes. Source: [ours]."""
+    """A seed of 64 bits that has nothing in common with those of other seeds or purposes."""
     return random.Random(f"{seed} {purpose}").getrandbits(64)
 
 

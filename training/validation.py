@@ -1,7 +1,4 @@
-"""The pictures that a run draws of itself.
-
-Source: [ours].
-"""
+"""The pictures that a run draws of itself. Source: [ours]."""
 
 from __future__ import annotations
 

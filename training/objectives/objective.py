@@ -1,7 +1,4 @@
-"""The interface of an objective.
-
-Source: [ours].
-"""
+"""The interface of an objective. Source: [ours]."""
 
 from __future__ import annotations
 
