@@ -32,11 +32,8 @@ _NEEDED = {"r": int, "lora_alpha": (int, float), "target_modules": (str, list)}
 class LoraLayer:
     """What a LoRA adds to the weight of one layer: `alpha / rank * up @ down`.
 
-    Args:
-        down: (rank, in) or, of a convolution, (rank, in, h, w).
-        up: (out, rank) or (out, rank, 1, 1).
-        alpha: any real number.
-        magnitude: (out,) a DoRA's norm of each output's weight, or None.
+    `down` is (rank, in) or, of a convolution, (rank, in, h, w), `up` (out, rank) or (out, rank, 1, 1), and `magnitude`
+    (out,) a DoRA's norm of each output's weight, or None.
     """
 
     down: Tensor
@@ -67,14 +64,10 @@ def parse_key(key: str) -> tuple[str, str, str] | None:
 
 
 def parse_layers(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> Layers:
-    """The layers of a LoRA in diffusers' format.
+    """The layers of a LoRA in diffusers' format; tensors that are no LoRA's are passed over.
 
     Args:
-        tensors: by their names, of which those that are no LoRA's are passed over.
         metadata: what the file says of ranks and alphas; where it has no alpha, that is the rank.
-
-    Returns:
-        The layers, whose weights and alphas are numbers.
 
     Raises:
         ValueError: a layer that is not whole, or has no numbers; metadata of another form; one line.
@@ -106,11 +99,10 @@ def _alpha_of(metadata: Mapping[str, Any], model: str, layer: str) -> Any:
 
 
 def make_layer(name: str, weights: Mapping[str, Tensor], alpha: Any = None) -> LoraLayer:
-    """One layer of its tensors.
+    """One layer of its tensors "down", "up" and, of a DoRA, "magnitude".
 
     Args:
         name: of the layer, for the error.
-        weights: "down", "up" and, of a DoRA, "magnitude".
         alpha: as it stands in the file; None where it has none, and then it is the rank.
 
     Raises:
@@ -152,7 +144,6 @@ def check_fits(lora: Layers, models: Mapping[str, Mapping[str, torch.nn.Module]]
     """Compare a LoRA's layers and shapes with those of a base model, of whose weights nothing but the shape is needed.
 
     Args:
-        lora: as of `parse_layers`.
         models: the modules by name, of each model that may have a LoRA: "unet", "text_encoder".
 
     Raises:
@@ -186,11 +177,7 @@ def check_loadable(
     metadata: Mapping[str, Any] | None,
     models: Mapping[str, Mapping[str, torch.nn.Module]],
 ) -> None:
-    """Whether diffusers loads a LoRA into these models as it is meant.
-
-    Args:
-        tensors, alphas, metadata: as of diffusers' `lora_state_dict`.
-        models: as of `check_fits`.
+    """Whether diffusers loads a LoRA, as of its `lora_state_dict`, into models, as of `check_fits`, as it is meant.
 
     Raises:
         ValueError: it is for other models, damaged, or what diffusers takes for something else; one line.

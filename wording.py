@@ -46,14 +46,10 @@ _NO_PHRASE = {"", *_ARTICLES, "she", "he", "it", "they", "there", "her", "his", 
 
 
 def split_phrases(prompt: str) -> list[str]:
-    """Split a prompt into its noun phrases, at punctuation and at words that join noun phrases.
+    """Split a prompt into its noun phrases, at punctuation and at words that join noun phrases, in its own spelling.
 
-    Args:
-        prompt: "A woman in a brown jacket, with a curtain background".
-
-    Returns:
-        ["A woman", "a brown jacket", "a curtain background"], in order and in the prompt's own spelling. Lone
-        articles and pronouns are left out.
+    "A woman in a brown jacket, with a curtain background" gives ["A woman", "a brown jacket", "a curtain background"].
+    Lone articles and pronouns are left out.
 
     Source: [ours]; the paper names phrases and no parser. Where it errs, give the phrases to `make_prompt_pair`.
     """
@@ -64,11 +60,11 @@ def split_phrases(prompt: str) -> list[str]:
 def suggest_replacement(base_phrases: Sequence[str], target: str) -> tuple[str, str] | None:
     """A base phrase that may contradict the target, as both are about one noun: "black hair", "blonde hair".
 
-    Added beside such a phrase, a target seldom shows; put in its place, it does. It is a proposal: words
-    do not tell that "black hair" and "long hair" can both be true.
+    Added beside such a phrase, a target seldom shows; put in its place, it does. It is a proposal: words do not tell
+    that "black hair" and "long hair" can both be true.
 
     Args:
-        base_phrases: phrases that are not replaced already, such as `PromptPair.base_phrases`.
+        base_phrases: phrases that are not replaced already.
         target: the text that is added; of several phrases ("a red hat with a feather") the first is what it is about.
 
     Returns:
@@ -103,12 +99,8 @@ def find_weights(text: str) -> str | None:
 def take_out(caption: str, target: str) -> str:
     """A caption without the target: what it says between two commas is left out where it is the target.
 
-    Args:
-        caption: "a woman, blonde hair, a brown jacket".
-        target: "blonde hair"; case, a leading article and punctuation do not count.
-
-    Returns:
-        "a woman, a brown jacket"; the caption itself if it does not say the target, and "" if it says nothing else.
+    Case, a leading article and punctuation do not count. The caption itself if it does not say the target, and "" if
+    it says nothing else.
     """
     parts = caption.split(",")
     wanted = {_bare(part) for part in target.split(",")} - {()}
@@ -256,14 +248,8 @@ def locate_targets(base_prompt: str, texts: Sequence[str], full_prompt: str) -> 
 def infer_replaced(base_prompt: str, targets: Sequence[str], full_prompt: str) -> list[str | None]:
     """Tell from a given full prompt which part of the base prompt each target replaces, or None where it is added.
 
-    Args:
-        base_prompt: the base prompt.
-        targets: texts of the targets.
-        full_prompt: the full prompt, as a data set's column gives it.
-
-    Returns:
-        Per target what the base prompt has between the words that surround it in the full prompt, in its own
-        spelling, or None if nothing was left out. Neighbours share one gap, and the first of them gets it.
+    It is what the base prompt has between the words that surround the target in the full prompt, in its own spelling.
+    Neighbours share one gap, and the first of them gets it.
 
     Raises:
         ValueError: a target is not in the full prompt.

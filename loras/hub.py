@@ -65,7 +65,6 @@ def push_lora(
     token: str | None,
     code: Mapping[str, Path],
     files: Sequence[str],
-    commit_message: str = "Upload LoRA, pipeline and model card",
 ) -> str:
     """Upload the model card, the LoRA, what else is listed and the pipeline's code, in one commit.
 
@@ -105,7 +104,8 @@ def push_lora(
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(content)
         try:
-            commit = api.upload_folder(repo_id=repo_id, folder_path=staged, commit_message=commit_message)
+            message = "Upload LoRA, pipeline and model card"
+            commit = api.upload_folder(repo_id=repo_id, folder_path=staged, commit_message=message)
         # The transport of large files raises RuntimeError, and metadata that the Hub does not take a ValueError.
         except (HTTPError, OSError, ValueError, RuntimeError) as error:
             own = [name for name in sources if name not in code]

@@ -7,7 +7,6 @@ Source: [ours].
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from huggingface_hub.utils.sha import sha_fileobj
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
@@ -47,10 +47,6 @@ def pack_state(state: Any, tensors: dict[str, torch.Tensor], path: str = "state"
     Args:
         state: dicts with keys of texts and numbers, lists, tuples, tensors, texts, numbers, booleans and None.
         tensors: filled with copies on the CPU, each under a name of its own that tells its path in the state.
-        path: of `state` itself.
-
-    Returns:
-        What `json.dumps` takes.
 
     Raises:
         TypeError: anything else in the state; the message names its path.
@@ -101,14 +97,9 @@ def save_checkpoint(
     """Write `checkpoint-<step>`, whole or not at all, and then delete the oldest ones above the limit.
 
     Args:
-        output_dir: made if it is not there.
-        step: updates done so far.
         state: all that the run needs to go on, see `pack_state`.
         write_lora: writes the LoRA into the folder it is given.
         total_limit: checkpoints to keep, at least 1; None keeps all.
-
-    Returns:
-        The checkpoint's folder.
 
     Raises:
         CheckpointError: it could not be written, for instance because the disk is full; what there was before is
@@ -147,9 +138,8 @@ def _write_manifest(folder: Path, step: int) -> None:
     for path in sorted(folder.iterdir()):
         files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
         _sync(path)
-    manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"step": step, "files": files}, indent=1), encoding="utf-8")
-    _sync(manifest)
+    (folder / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1), encoding="utf-8")
+    _sync(folder / MANIFEST)
     _sync(folder)
 
 
@@ -181,19 +171,13 @@ def _sync(path: Path) -> None:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return sha_fileobj(file).hex()
 
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Keep other runs out of an output folder; what was made for that alone is gone on exit.
-
-    Args:
-        folder: made if it is not there.
 
     Raises:
         CheckpointError: another run is in it.
@@ -247,11 +231,7 @@ def check_checkpoint(folder: Path) -> None:
 
 
 def latest_checkpoint(output_dir: Path) -> Path | None:
-    """The whole checkpoint with the highest step; a damaged one is skipped with a warning that names it.
-
-    Returns:
-        Its folder, or None where there is none.
-    """
+    """The whole checkpoint with the highest step, if any; a damaged one is skipped with a warning that names it."""
     for folder in reversed(find_checkpoints(output_dir)):
         try:
             check_checkpoint(folder)

@@ -43,13 +43,7 @@ class Composed(Objective):
         composed: ComposedFlags,
         first_batch: int,
     ) -> None:
-        """Make it.
-
-        Args:
-            models, table, batches, alignment, maps: of the run.
-            method, composed: the flags.
-            first_batch: number of the first batch of its stage.
-        """
+        """`first_batch` is the number of the first batch of its stage."""
         self.models, self.table, self.batches, self.alignment, self.maps = models, table, batches, alignment, maps
         self.method, self.flags, self.first_batch = method, composed, first_batch
         self.weights = {"composed": 1.0}

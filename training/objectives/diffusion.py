@@ -1,7 +1,6 @@
 """Standard fine-tuning: the diffusion loss on the training portraits with the full prompt.
 
-Legend: B batch, C channels, H/W latent size.
-Paper: arXiv 2504.00396; `[ours]` marks what it leaves open.
+Legend: B batch, C channels, H/W latent size. Paper: arXiv 2504.00396.
 """
 
 from __future__ import annotations
@@ -35,13 +34,6 @@ class Diffusion(Objective):
         method: MethodFlags,
         enhancement: Enhancement | None = None,
     ) -> None:
-        """Make it.
-
-        Args:
-            models, table, batches, training: of the run.
-            method: the flags.
-            enhancement: `L_enh`, which looks at the same prediction.
-        """
         self.models, self.table, self.batches, self.training = models, table, batches, training
         self.method, self.enhancement = method, enhancement
         self.weights = {"diffusion": 1.0}

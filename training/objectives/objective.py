@@ -23,8 +23,6 @@ class Parts:
     """What a run has that objectives are made of; each takes what it uses.
 
     Attributes:
-        models, table, batches, training: the models, the prompts, what draws batches, the training portraits.
-        maps: makes SFCMs.
         alignment: portraits that both paths are aligned on, or that `prior` keeps.
         enhancement: `L_enh`, where a flag asks for it.
         unrelated_ids: (U, T) tokens of the prompts that `cat` keeps.

@@ -37,7 +37,6 @@ class Paper(Objective):
         method: MethodFlags,
         paper: PaperFlags,
     ) -> None:
-        """Make it of a run's parts and the flags."""
         self.models, self.table, self.batches, self.alignment, self.maps = models, table, batches, alignment, maps
         self.method, self.layers = method, paper.alignment_layers
         self.weights = {
