@@ -49,9 +49,6 @@ def picture_name(prompt: int, seed: int) -> str:
 def read_prompts(args: argparse.Namespace) -> list[PromptPair]:
     """The prompts of --base_prompts or --prompts_file or the toy world's, in their order, each once.
 
-    Args:
-        args: `base_prompts`, `prompts_file`, `target_prompt` (texts), `max_prompts`; `toy_prompts`, `toy` and `seed`.
-
     Raises:
         InputError: a file that is missing, empty or no JSON lines; no target; a target that the base prompt has
             already; and what `make_prompt_pair` says. The message names flag or file and line.
@@ -121,11 +118,7 @@ def _pair(record: dict, target_prompt: Sequence[str] | None, where: str) -> Prom
 def find_loras(args: argparse.Namespace) -> list[LoraSource]:
     """The LoRAs of --reference_lora, --lora and --checkpoints, read once to see that they are LoRAs.
 
-    Args:
-        args: `reference_lora` (text or None), `lora` (texts or None), `checkpoints` (folder or None).
-
-    Returns:
-        The reference first, if there is one, each with a name of its own; a file that is named twice is there once.
+    The reference comes first, if there is one, each with a name of its own; a file that is named twice is there once.
 
     Raises:
         InputError: one that is not there, is no LoRA, or a folder without checkpoints.
@@ -190,7 +183,6 @@ def read_masks(folder: Path, names: Sequence[str], size: tuple[int, int]) -> np.
 
     Args:
         folder: has `<name>.png` for each name, white where the target may change the portrait.
-        names: B, of `picture_name`.
         size: (H, W) of the portraits; a mask of another size is resized.
 
     Raises:

@@ -42,7 +42,6 @@ class Compared:
     """A model's portraits beside the original model's, n of all, and who judges them.
 
     Attributes:
-        original, adapted: the portraits.
         region: (n, H, W) in [0, 1], where the target may change them.
         pairs: n, the prompt of each.
         judges: a `Judges`; what one of them finds is kept, so that measures share it.
@@ -91,10 +90,9 @@ class Measure:
     """One row of the report.
 
     Attributes:
-        label: how the report calls it.
+        label, about: how the report calls it, and what it is, in a sentence.
         group: "preservation", "response", "pollution" or "truth".
         direction: "higher" or "lower", whichever is better.
-        about: what it is, in a sentence.
         of: measures portraits, (n,); None for what comes from other measures.
         asks: the judges that it needs.
         stands_for: which truth, where that is known: their order over LoRAs should be the same, or reversed.
@@ -186,10 +184,7 @@ def measure(
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """All measures of one model; of its portraits, one part at a time is in memory.
 
-    Args:
-        parts: all B portraits.
-        judges: a `Judges`; what asks for one that is None is left out.
-        neutral_prompt: as in `Compared`.
+    What asks for a judge that is None is left out.
 
     Returns:
         Measures of each portrait, (B,), and those of the whole set, NaN for one portrait.
@@ -218,11 +213,9 @@ def measure(
 
 
 def pixel_change(original: np.ndarray, adapted: np.ndarray, weight: np.ndarray | None = None) -> np.ndarray:
-    """Mean absolute difference of portraits, (B,) in 0-255; NaN where no pixel counts.
+    """Mean absolute difference of portraits (B, H, W, 3) in 0-255: (B,); NaN where no pixel counts.
 
-    Args:
-        original, adapted: (B, H, W, 3) in 0-255.
-        weight: (B, H, W) in [0, 1], how much each pixel counts; None counts all alike.
+    `weight` (B, H, W) in [0, 1] is how much each pixel counts; None counts all alike.
     """
     difference = np.abs(original.astype(np.float64) - adapted).mean(-1)
     if weight is None:
@@ -232,13 +225,12 @@ def pixel_change(original: np.ndarray, adapted: np.ndarray, weight: np.ndarray |
 
 
 def ssim(original: np.ndarray, adapted: np.ndarray) -> np.ndarray:
-    """Structural similarity of portraits, (B,) at most 1; one after another, since doubles of all take much memory.
+    """Structural similarity of portraits (B, H, W, 3) in 0-255, H and W at least 6: (B,) at most 1.
 
-    Args:
-        original, adapted: (B, H, W, 3) in 0-255, H and W at least 6.
+    One after another, since doubles of all take much memory.
 
     Source: Wang et al., "Image Quality Assessment", IEEE Transactions on Image Processing 13(4), 2004; the mean over
-        the whole picture, mirrored at its edges, and all channels.
+    the whole picture, mirrored at its edges, and all channels.
     """
     return np.array([_ssim_of(*pair) for pair in zip(original, adapted, strict=True)])
 
@@ -290,12 +282,9 @@ def unit(embeds: np.ndarray) -> np.ndarray:
 def direction_similarity(
     image_before: np.ndarray, image_after: np.ndarray, text_before: np.ndarray, text_after: np.ndarray
 ) -> np.ndarray:
-    """Whether a portrait changed in CLIP's space as its prompt did; embeddings (B, E) each, taken at length 1.
+    """Whether a portrait changed in CLIP's space as its prompt did: (B,) in [-1, 1], NaN where either did not change.
 
-    Returns:
-        (B,) in [-1, 1]; NaN where portrait or prompt did not change.
-
-    Source: Gal et al., "StyleGAN-NADA", arXiv 2108.00946.
+    Embeddings (B, E) are taken at length 1. Source: Gal et al., "StyleGAN-NADA", arXiv 2108.00946.
     """
     return cosine(unit(image_after) - unit(image_before), unit(text_after) - unit(text_before))
 
@@ -324,16 +313,9 @@ class Estimate:
 
 
 def resample_prompts(prompts: int, resamples: int, seed: int) -> np.ndarray:
-    """Prompts drawn with replacement: the seeds of a prompt stay together, since they are alike.
+    """(R, P) indices of prompts drawn with replacement: the seeds of a prompt stay together, since they are alike.
 
-    Args:
-        prompts, resamples: P and R.
-        seed: source of all randomness.
-
-    Returns:
-        (R, P) indices of prompts; (0, P) for a single prompt, of which nothing can be resampled.
-
-    Source: [ours] a bootstrap of clusters.
+    (0, P) for a single prompt, of which nothing can be resampled. Source: [ours] a bootstrap of clusters.
     """
     return np.random.default_rng(seed).integers(0, prompts, (resamples if prompts > 1 else 0, prompts))
 

@@ -112,10 +112,7 @@ def write_report(
 ) -> None:
     """Write the plot, the document, and the page, which loads nothing from anywhere.
 
-    Args:
-        folder: the output folder.
-        document: as above.
-        pictures: of each LoRA its name and some rows; only those of one are looked at at a time.
+    `pictures` are each LoRA's name and some rows; only those of one are looked at at a time.
     """
     plot = response_plot(document)
     if plot is not None:
@@ -143,8 +140,7 @@ def _write_whole(path: Path, text: str) -> None:
 def response_plot(document: Mapping[str, Any]) -> Image.Image | None:
     """Response over pollution with their intervals; checkpoints are joined, and the one to keep has a ring.
 
-    Returns:
-        An RGB image at twice the size at which the page shows it, or None where one of the two was not computed.
+    An RGB image at twice the size at which the page shows it, or None where one of the two was not computed.
     """
     response = document["response_measure"]
     points = []

@@ -53,16 +53,9 @@ class CardFacts:
 
 
 def write_model_card(folder: Path, facts: CardFacts) -> Path:
-    """Write README.md with the metadata that the Hub reads, over one that is there.
+    """Write README.md with the metadata that the Hub reads, over one that is there; returns the file.
 
     The Hub rejects a card whose `base_model` is no id, so a local folder is named in the text alone.
-
-    Args:
-        folder: the output folder, which exists.
-        facts: what the card says.
-
-    Returns:
-        The file.
 
     Raises:
         ValueError: no target prompt.

@@ -22,13 +22,7 @@ _HUB_PAGE = re.compile(r"([^/]+/[^/]+)(?:/(blob|raw|resolve|tree)/([^/]+)(?:/(.+
 
 
 def clean_source(source: str) -> str:
-    """A LoRA's name without what comes with it when it is copied: quotes, "~", and an address of the Hub.
-
-    Args:
-        source: as a user gives it.
-
-    Returns:
-        A path or an id, as of `find_lora`; what is one already is returned as it is.
+    """A LoRA's path or id, as of `find_lora`, without what is copied along: quotes, "~", and an address of the Hub.
 
     Raises:
         ValueError: an address that is of no LoRA on the Hub; one line without `source`.
@@ -62,10 +56,6 @@ def find_lora(source: str, cache_dir: str | None = None) -> Path:
     Args:
         source: a `.safetensors` file, a folder with one, or of the Hub "user/name", "user/name/file.safetensors" or
             their address; `clean_source` takes off what was copied along.
-        cache_dir: where the Hub's files are kept.
-
-    Returns:
-        The file here.
 
     Raises:
         ValueError: there is no such file, or several; one line without `source`.
@@ -118,9 +108,6 @@ def download_public_lora(source: str, folder: Path, max_bytes: float) -> Path:
         source: of the Hub, as of `find_lora`.
         folder: an empty one, for the file.
         max_bytes: the largest file that is downloaded.
-
-    Returns:
-        The file in `folder`.
 
     Raises:
         ValueError: no such file in a public repository, or a larger one; one line without `source`.

@@ -66,20 +66,16 @@ def push_lora(
     code: Mapping[str, Path],
     files: Sequence[str],
 ) -> str:
-    """Upload the model card, the LoRA, what else is listed and the pipeline's code, in one commit.
+    """Upload the model card, the LoRA, what else is listed and the pipeline's code, in one commit; returns the
+    address.
 
     The list decides alone: nothing else in the folder, such as checkpoints, caches or logs, is looked at.
 
     Args:
         folder: the output folder, with README.md and the LoRA.
-        repo_id: "user/name", as `create_hub_repo` returns it.
-        token: a token of the Hub; None takes the one of `hf auth login` or of the environment.
+        repo_id, token: as of `create_hub_repo`.
         code: Python files by their name in the repository; `pipeline.py` is the one that diffusers looks for.
         files: further files as paths relative to `folder`: the LoRA in kohya's format, and pictures.
-        commit_message: one line.
-
-    Returns:
-        The repository's address.
 
     Raises:
         ValueError: a file that is missing, leads out of the folder, is of no kind that belongs on the Hub, or holds

@@ -101,8 +101,7 @@ def merge_loras(pipeline: StableDiffusionPipeline, loras: Sequence[str], scales:
     Args:
         pipeline: in float32, so that nothing is rounded that an adapter beside the weights would keep; without
             adapters, before and after.
-        loras: at least one, as of `find_lora`.
-        scales: their strengths, any real number.
+        loras: at least one, as of `find_lora`, each with its scale.
 
     Raises:
         ValueError: one cannot be loaded or does not fit, or their sum is not finite.

@@ -57,10 +57,8 @@ class LoraFile:
 
 
 def read_lora(path: Path) -> LoraFile:
-    """Read a LoRA of either format.
-
-    Args:
-        path: a `.safetensors` file. Where it has no alpha, that is the rank, as diffusers and kohya take it.
+    """Read a `.safetensors` file of either format. Where it has no alpha, that is the rank, as diffusers and kohya
+    take it.
 
     Raises:
         OSError: it cannot be read.

@@ -12,11 +12,7 @@ from types import FrameType
 
 
 class Interrupted(Exception):
-    """The run was asked to stop.
-
-    Attributes:
-        signal_number: which signal asked.
-    """
+    """The run was asked to stop, by the signal `signal_number`."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(signal.Signals(signal_number).name)
@@ -24,11 +20,7 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """What a signal asks, until the run can do it.
-
-    Attributes:
-        signal_number: the signal that came, 0 while none did.
-    """
+    """What a signal asks, until the run can do it; `signal_number` is 0 while none came."""
 
     def __init__(self) -> None:
         self.signal_number = 0

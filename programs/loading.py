@@ -56,7 +56,6 @@ def check_model_name(name: str, kind: str | None = "StableDiffusionPipeline") ->
     """Refuse what can be neither a folder nor an id of the Hub, before a library takes it for one of them.
 
     Args:
-        name: as a user gives it.
         kind: the class of diffusers that turns a single file of such a model into a folder, if there is one.
 
     Raises:
@@ -86,19 +85,12 @@ def load_pipeline(
     cache_dir: str | None = None,
     **options: Any,
 ) -> Pipeline:
-    """A pipeline of this class from the folder or id that a flag names. A pickle is not read.
+    """A pipeline of this class, on the CPU, from the folder or id that a flag names. A pickle is not read.
 
     Args:
         kind: `StableDiffusionPipeline` or a subclass.
-        name: a folder or an id of the Hub.
-        dtype: of all weights.
         flag: its name, for the error.
-        revision: of the Hub.
-        cache_dir: where the Hub's files are kept.
         options: further arguments of `from_pretrained`, such as other components.
-
-    Returns:
-        The pipeline, on the CPU.
 
     Raises:
         InputError: it cannot be loaded, is a single file, has weights in pickles alone, or is a model that takes more
@@ -118,9 +110,8 @@ def load_pipeline(
 
 
 def cast_models(pipeline: StableDiffusionPipeline, dtype: torch.dtype) -> None:
-    """Bring all models of a pipeline to a dtype.
-
-    Source: [ours]; diffusers' own way warns of layers that are to stay in float32 even where there are none.
+    """Bring all models of a pipeline to a dtype; diffusers' own way warns of layers that stay in float32 where are
+    none.
     """
     for model in pipeline.components.values():
         if isinstance(model, torch.nn.Module):
