@@ -26,6 +26,7 @@ _KEY = re.compile(
 _SIDES = {"A": "down", "B": "up"}
 # What PEFT has numbers of its own for where metadata leaves it out.
 _NEEDED = {"r": int, "lora_alpha": (int, float), "target_modules": (str, list)}
+_ANOTHER = "is for another architecture: {}; it needs a model as it was trained on"
 
 
 @dataclass(frozen=True)
@@ -159,16 +160,12 @@ def check_fits(lora: Layers, models: Mapping[str, Mapping[str, torch.nn.Module]]
         for name, layer in group.items():
             shape = _weight_shape(modules.get(name))
             if shape is None:
-                raise ValueError(_another(f"there is no layer {model}.{name}"))
+                raise ValueError(_ANOTHER.format(f"there is no layer {model}.{name}"))
             magnitude = layer.up if layer.magnitude is None else layer.magnitude.reshape(-1)
             for own in ((len(layer.up), *layer.down.shape[1:]), (len(magnitude), *shape[1:])):
                 if own != shape:
                     features, others = (" x ".join(map(str, sizes)) for sizes in (own, shape))
-                    raise ValueError(_another(f"{model}.{name} has {features} features, not {others}"))
-
-
-def _another(difference: str) -> str:
-    return f"is for another architecture: {difference}; it needs a model as it was trained on"
+                    raise ValueError(_ANOTHER.format(f"{model}.{name} has {features} features, not {others}"))
 
 
 def check_loadable(

@@ -12,9 +12,11 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
+HIDDEN_PREFIX = ".saving-"
+
 
 @contextmanager
-def whole(path: Path, prefix: str = ".saving-") -> Iterator[Path]:
+def whole(path: Path, prefix: str = HIDDEN_PREFIX) -> Iterator[Path]:
     """Where to write a file or a folder, which takes its place once all of it is written.
 
     What is at the place stays until then, and comes back if the last step fails. The folder around it exists. Several

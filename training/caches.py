@@ -80,27 +80,21 @@ class TensorCache:
             OSError: a file cannot be read or written; the message names --cache_dir and the file.
             ValueError: `compute` yields another number of tensors than it was asked for.
         """
-        tensors: dict[str, torch.Tensor] = {}
-        missing: dict[str, int] = {}
+        places: dict[str, int] = {}
         for i, key in enumerate(keys):
-            if key in tensors or key in missing:
-                continue
-            tensor = None if self.folder is None else _read(_path(self.folder, key))
-            if tensor is None:
-                missing[key] = i
-            else:
-                tensors[key] = tensor
+            places.setdefault(key, i)
+        tensors = {key: None if self.folder is None else _read(self._path(key)) for key in places}
+        missing = [key for key, tensor in tensors.items() if tensor is None]
         if missing:
-            for (key, _), tensor in zip(missing.items(), compute(list(missing.values())), strict=True):
+            for key, tensor in zip(missing, compute([places[key] for key in missing]), strict=True):
                 # A view would keep the whole batch that it was cut from in memory.
                 tensors[key] = tensor.detach().to("cpu", copy=True).contiguous()
                 if self.folder is not None:
-                    _write(_path(self.folder, key), tensors[key])
+                    _write(self._path(key), tensors[key])
         return [tensors[key] for key in keys]
 
-
-def _path(folder: Path, key: str) -> Path:
-    return folder / key[:2] / f"{key}.safetensors"
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.safetensors"
 
 
 def _read(path: Path) -> torch.Tensor | None:

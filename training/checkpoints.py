@@ -22,8 +22,8 @@ from huggingface_hub.utils.sha import sha_fileobj
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
+from programs import writing
 from programs.checkpoints import checkpoint_folder, find_checkpoints
-from programs.writing import whole
 
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def save_checkpoint(
     place = checkpoint_folder(output_dir, step)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        with whole(place, prefix=f"{HIDDEN_PREFIX}{step}-") as folder:
+        with writing.whole(place, prefix=f"{HIDDEN_PREFIX}{step}-") as folder:
             folder.mkdir()
             write_lora(folder)
             _write_state(folder, state)
@@ -257,5 +257,6 @@ def what_is_safe(output_dir: Path) -> str:
 
 def remove_leftovers(output_dir: Path) -> None:
     """Delete the hidden folders of a run that was killed while it wrote or deleted a checkpoint."""
-    for folder in output_dir.glob(f"{HIDDEN_PREFIX}*"):
-        _clean(folder, shutil.rmtree)
+    for prefix in (HIDDEN_PREFIX, writing.HIDDEN_PREFIX):
+        for folder in output_dir.glob(f"{prefix}*"):
+            _clean(folder, shutil.rmtree)

@@ -282,12 +282,12 @@ def _phrases_in(base_prompt: str, phrases: Iterable[str]) -> list[str]:
     return [phrase for phrase in phrases if has_phrase(base_prompt, phrase)]
 
 
-def print_dry_run(inputs: Inputs, distances: torch.Tensor) -> None:
+def print_dry_run(inputs: Inputs, distances: Sequence[torch.Tensor]) -> None:
     """Print each different pair of prompts, its phrases, their token positions and CLIP distances to the target."""
     for reference in inputs.references:
         print(f"earlier LoRA   {reference.name}  (scale {reference.scale:g})")
     seen = set()
-    for row, pair, tokens, row_distances in zip(inputs.rows, inputs.pairs, inputs.tokens, distances.tolist()):
+    for row, pair, tokens, row_distances in zip(inputs.rows, inputs.pairs, inputs.tokens, distances):
         if (pair, row.caption) in seen:
             continue
         seen.add((pair, row.caption))
@@ -299,7 +299,7 @@ def print_dry_run(inputs: Inputs, distances: torch.Tensor) -> None:
         target = _one_line(pair.target_text)
         print(f"  target       {target}  (tokens {_ranges(tokens.target_positions)} of the full prompt)")
         rivals = dict(suggest_replacements(pair))
-        for phrase, positions, distance in zip(pair.base_phrases, tokens.phrase_positions, row_distances):
+        for phrase, positions, distance in zip(pair.base_phrases, tokens.phrase_positions, row_distances.tolist()):
             kind = "free phrase" if phrase in pair.free_phrases else "phrase"
             rival = f"; may contradict the target {rivals[phrase]!r}" if phrase in rivals else ""
             where = f"tokens {_ranges(positions)}, CLIP distance {distance:.3f}{rival}"

@@ -13,7 +13,6 @@ import torch
 from attention_processors import CrossAttentionFeatures, phrase_map_resolution
 from programs.console import phase_bar
 from sfcm import SFCM_MODES, free_regions, noise_difference, phrase_attention_maps
-from training.arguments import has_sfcm_bank
 from training.batches import Batch, send
 from training.dual_path import dual_path
 from training.flags import AlignmentFlags
@@ -30,7 +29,8 @@ class MapMaker:
 
     def __init__(self, models: Models, table: PromptTable, flags: AlignmentFlags, seed: int) -> None:
         self._models, self._table, self._flags, self._seed = models, table, flags, seed
-        self._mode, self.has_bank = SFCM_MODES[flags.sfcm_mode], has_sfcm_bank(flags)
+        self._mode = SFCM_MODES[flags.sfcm_mode]
+        self.has_bank = self._mode.averaged or flags.sfcm_dir is not None
 
     @torch.no_grad()
     def fill_bank(self, portraits: Portraits, chunk_size: int, shown: bool) -> list[torch.Tensor]:
