@@ -43,9 +43,6 @@ def picture_name(prompt: int, seed: int) -> str:
     return f"p{prompt:03d}-s{seed}"
 
 
-# ------------------------------------------------------------------------------------------------------------- prompts
-
-
 def read_prompts(args: argparse.Namespace) -> list[PromptPair]:
     """The prompts of --base_prompts or --prompts_file or the toy world's, in their order, each once.
 
@@ -112,9 +109,6 @@ def _pair(record: dict, target_prompt: Sequence[str] | None, where: str) -> Prom
         return composed
 
 
-# --------------------------------------------------------------------------------------------------------------- LoRAs
-
-
 def find_loras(args: argparse.Namespace) -> list[LoraSource]:
     """The LoRAs of --reference_lora, --lora and --checkpoints, read once to see that they are LoRAs.
 
@@ -173,9 +167,6 @@ def _checkpoint_files(folder: Path) -> list[tuple[str, Path]]:
     if final.is_file() and not filecmp.cmp(final, files[-1][1], shallow=False):
         files.append(("final", final))
     return files
-
-
-# --------------------------------------------------------------------------------------------------------------- masks
 
 
 def read_masks(folder: Path, names: Sequence[str], size: tuple[int, int]) -> np.ndarray:

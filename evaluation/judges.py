@@ -170,9 +170,6 @@ def _channels_first(pictures: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2)
 
 
-# ------------------------------------------------------------------------------------------------------------- loading
-
-
 @dataclass
 class Judges:
     """What could be loaded, None where it could not; `Measure.asks` has their names.

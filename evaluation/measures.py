@@ -26,9 +26,6 @@ DEFAULT_MODELS = {
 }
 
 
-# --------------------------------------------------------------------------------------------------- what is measured
-
-
 @dataclass(frozen=True)
 class Portraits:
     """What a model drew, n portraits of all: `base` and `full` (n, H, W, 3) uint8."""
@@ -209,9 +206,6 @@ def measure(
     return values, whole
 
 
-# ------------------------------------------------------------------------------------------------------------ measures
-
-
 def pixel_change(original: np.ndarray, adapted: np.ndarray, weight: np.ndarray | None = None) -> np.ndarray:
     """Mean absolute difference of portraits (B, H, W, 3) in 0-255: (B,); NaN where no pixel counts.
 
@@ -298,9 +292,6 @@ def nearer_to(images: np.ndarray, target_text: np.ndarray, neutral_text: np.ndar
     """1.0 where portraits are nearer to the target's text than to the neutral one, else 0.0; embeddings (B, E) each.
     """
     return (cosine(images, target_text) > cosine(images, neutral_text)).astype(np.float64)
-
-
-# ----------------------------------------------------------------------------------------------------------- intervals
 
 
 @dataclass(frozen=True)

@@ -71,9 +71,6 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-# --------------------------------------------------------------------------------------------------------------- files
-
-
 def prepare_folder(folder: Path) -> None:
     """The output folder, without what an evaluation that did not come to measuring drew into it.
 
@@ -132,9 +129,6 @@ def write_report(
 def _write_whole(path: Path, text: str) -> None:
     with whole(path) as file:
         file.write_text(text, encoding="utf-8", newline="")
-
-
-# ---------------------------------------------------------------------------------------------------------------- plot
 
 
 def response_plot(document: Mapping[str, Any]) -> Image.Image | None:
@@ -201,9 +195,6 @@ def _write_names(axes: Axes, canvas: FigureCanvasAgg, points: Sequence[tuple[str
         _, _, place, align, box = min(choices)
         text.set(position=place, ha=align)
         taken.append(box)
-
-
-# ------------------------------------------------------------------------------------------------------------ pictures
 
 
 def picture_rows(

@@ -24,9 +24,6 @@ CLEAN_CHANGE = 1.0  # and, without a reference, below one grey level of 255
 SHOWN = ("label", "group", "direction", "about")  # what the document says of a measure
 
 
-# ----------------------------------------------------------------------------------------------------------- pollution
-
-
 @dataclass(frozen=True)
 class Changes:
     """What pollution is made of, (P, S) each: change outside with the full prompt, change with the base prompt."""
@@ -98,9 +95,6 @@ def flags_of(
     return ["over-aligned"] if near_zero else ["no response"]
 
 
-# --------------------------------------------------------------------------------------------------------- checkpoints
-
-
 def knee(pollution: Sequence[float], response: Sequence[float], origin: tuple[float, float]) -> int | None:
     """The index of the checkpoint to keep, of K: the most response for its pollution.
 
@@ -118,9 +112,6 @@ def knee(pollution: Sequence[float], response: Sequence[float], origin: tuple[fl
     heights = (axes[1] - axes[0])[1:]
     # Rounding alone lifts no point above the line, nor above its equals.
     return int(np.flatnonzero(heights > heights.max() - 1e-9)[0]) if heights.max() > 1e-9 else None
-
-
-# ------------------------------------------------------------------------------------------------------- the document
 
 
 @dataclass(frozen=True)

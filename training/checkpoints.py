@@ -38,9 +38,6 @@ class CheckpointError(OSError):
     """An output folder could not be written into; the message is one line that says what is safe."""
 
 
-# -------------------------------------------------------------------------------------------------- nested states
-
-
 def pack_state(state: Any, tensors: dict[str, torch.Tensor], path: str = "state") -> Any:
     """Take the tensors out of a nested state, and make what is left of it JSON, from which it can be built again.
 
@@ -82,9 +79,6 @@ def unpack_state(packed: Any, tensors: dict[str, torch.Tensor]) -> Any:
         return {key: unpack_state(item, tensors) for key, item in value}
     items = [unpack_state(item, tensors) for item in value]
     return tuple(items) if kind == "tuple" else items
-
-
-# ------------------------------------------------------------------------------------------------------- writing
 
 
 def save_checkpoint(
@@ -201,9 +195,6 @@ def lock_folder(folder: Path) -> Iterator[None]:
         for folder in made:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
-
-
-# ------------------------------------------------------------------------------------------------------- reading
 
 
 def check_checkpoint(folder: Path) -> None:
