@@ -2,7 +2,7 @@
 
 The Reference Path is the model with its adapters off, the Response Path the same model with one adapter on.
 
-Paper: arXiv 2504.00396.
+Paper: arXiv 2504.00396; what names no source is [ours].
 """
 
 from __future__ import annotations
@@ -24,16 +24,12 @@ class Adapters:
     """The adapters of a model, found once and then switched without a walk over its modules.
 
     Each switch is a context: state and requires_grad flags are as before on exit, also after an error. The flags do
-    not change inside either: activating a frozen adapter leaves it frozen.
-
-    Args:
-        model: with or without adapters, not a DDP wrapper. After an adapter came or went this object is made again.
+    not change inside either: activating a frozen adapter leaves it frozen. The model is no DDP wrapper; after an
+    adapter came or went this object is made again.
 
     Attributes:
         names: of the adapters.
         layers: that hold them.
-
-    Source: [ours].
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -76,10 +72,7 @@ class Adapters:
 
     @contextmanager
     def only(self, names: str | Sequence[str] | None) -> Iterator[None]:
-        """Exactly these adapters are active inside; None switches all of them off.
-
-        Raises:
-            ValueError, RuntimeError: as `check` says.
+        """Exactly these adapters are active inside; None switches all of them off. Raises what `check` does.
 
         Source: [ours] the Reference Path is the model with all adapters off.
         """
@@ -90,11 +83,9 @@ class Adapters:
 
     @contextmanager
     def per_sample(self, names: Sequence[str]) -> Iterator[None]:
-        """Each batch row goes through its own adapter. Works in training; a backward under checkpointing must run
-        inside.
-
-        Args:
-            names: one adapter name per batch row, "__base__" for none.
+        """Each batch row goes through its own adapter, "__base__" for none. Works in training; a backward under
+        checkpointing
+        must run inside.
 
         Raises:
             ValueError: as `check` says, or there is no adapter; from the forward, a batch whose size is not
@@ -166,14 +157,11 @@ def original_rows(model: nn.Module, rows: Callable[[int], Iterable[int]]) -> Ite
     and uncompiled.
 
     Args:
-        model: with or without adapters.
         rows: chooses the rows from the size of a batch; asked once for each size.
 
     Raises:
         ValueError: an adapter is merged into the weights, so that the layer below is not the original, or replaces
             whole modules.
-
-    Source: [ours].
     """
     adapters = Adapters(model)
     adapters.check()
@@ -199,16 +187,10 @@ def original_rows(model: nn.Module, rows: Callable[[int], Iterable[int]]) -> Ite
 
 @contextmanager
 def adapter_scales(model: nn.Module, factors: Mapping[str, float]) -> Iterator[None]:
-    """Inside, the strength of each named adapter is multiplied by a factor.
-
-    Args:
-        model: with or without adapters; names it does not have are left to the caller.
-        factors: by adapter name.
+    """Inside, the strength of each named adapter is multiplied by a factor; names that the model has not do nothing.
 
     Raises:
         ValueError: an adapter is merged into the weights, or of a kind that has no strength.
-
-    Source: [ours].
     """
     adapters = Adapters(model)
     adapters.check()

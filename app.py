@@ -72,7 +72,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 
 def is_open_to_others(args: argparse.Namespace) -> bool:
-    """Whether anybody but this machine's users can reach the page. Source: [ours]."""
+    """Whether anybody but this machine's users can reach the page."""
     try:
         is_here = args.host == "localhost" or ipaddress.ip_address(args.host).is_loopback
     except ValueError:  # the name of a machine
@@ -119,12 +119,9 @@ def check_lengths(texts: Mapping[str, str], tokenizer: PreTrainedTokenizerBase) 
 
     Args:
         texts: by their fields' names.
-        tokenizer: of the text encoder.
 
     Raises:
         ValueError: one is too long.
-
-    Source: [ours].
     """
     limit = tokenizer.model_max_length - 2  # without its beginning and end
     for name, text in texts.items():
@@ -138,18 +135,11 @@ def check_lengths(texts: Mapping[str, str], tokenizer: PreTrainedTokenizerBase) 
 def propose_replacement(
     prompt: str, target: str, replaces: str, proposed: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str | None, str]:
-    """What goes into the field *Replaces* after the prompt or the target was changed.
+    """What goes into the field *Replaces* after the prompt or the target was changed, None if it stays as it is, and
+    what is proposed now.
 
-    Args:
-        prompt, target, replaces: the fields.
-        proposed: what was proposed last.
-        tokenizer: of the text encoder.
-
-    Returns:
-        What goes into the field, None if it stays as it is, and what is proposed now. It stays if the proposal is the
-        former one, whether or not the user wanted that, and if the user wrote something else.
-
-    Source: [ours].
+    It stays if the proposal is the former one, `proposed`, whether or not the user wanted that, and if the user wrote
+    something else.
     """
     try:
         check_lengths({"Prompt": prompt, "Target": target}, tokenizer)
@@ -170,25 +160,16 @@ def draw(
     on_step: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> SPFPortraitPipelineOutput:
-    """One call of the pipeline from what the page's fields hold.
+    """One call of the pipeline, with the LoRA on it or none, from what the page's fields hold.
 
     Args:
-        pipeline: with the LoRA on it, or none.
-        prompt: the base prompt.
-        target: the target; empty for none.
         replaces: the phrase of the prompt whose place the target takes; empty if it is added.
         free_phrases: phrases of the prompt that may change along with the target, separated by commas.
         seed: of the noise, drawn on the CPU so that every device has the same.
         on_step: called after each step with the number of steps done and of all.
-        options: further arguments of the call.
-
-    Returns:
-        One image, its reference and the map.
 
     Raises:
         ValueError: what the pipeline says of the prompts and the rest.
-
-    Source: [ours].
     """
     if replaces and not target:
         raise ValueError(f"Nothing is to replace {replaces!r}: the target is empty.")
@@ -212,17 +193,7 @@ def draw(
 
 
 def phrase_table(output: SPFPortraitPipelineOutput, free_phrases: str = "") -> list[list[str]]:
-    """A row for each phrase of the first image, as `HEADERS` says.
-
-    Args:
-        output: of `draw`.
-        free_phrases: as it was given to `draw`.
-
-    Returns:
-        Texts; the distance is empty where there is no target.
-
-    Source: [ours].
-    """
+    """A row of texts for each phrase of the first image, as `HEADERS` says; without a target the distance is empty."""
     free = [phrase.strip().lower() for phrase in free_phrases.split(",")]
     rows = []
     for i, phrase in enumerate(output.phrases[0]):
@@ -233,10 +204,7 @@ def phrase_table(output: SPFPortraitPipelineOutput, free_phrases: str = "") -> l
 
 
 class Page:
-    """What the page does with its fields; all its visitors share the pipeline.
-
-    Args:
-        slot: of a pipeline that is on its device; its LoRA is what the page shows at first.
+    """What the page does with its fields; all its visitors share the pipeline, whose LoRA is what it shows at first.
     """
 
     def __init__(self, slot: LoraSlot) -> None:
@@ -352,18 +320,7 @@ def _add_pictures(has_lora: bool) -> list[Any]:
 
 
 def build_demo(slot: LoraSlot, prompt: str = PROMPT[0], target: str = PROMPT[1]) -> gr.Blocks:
-    """The page, whose drawings wait for one another.
-
-    Args:
-        slot: as of `Page`.
-        prompt: the base prompt at first.
-        target: the target at first.
-
-    Returns:
-        The page, not launched.
-
-    Source: [ours].
-    """
+    """The page, not launched, whose drawings wait for one another, with these prompts at first."""
     page = Page(slot)
     proposal = propose_replacement(prompt, target, "", "", page.tokenizer)[1]
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(DAY, DAY)) as demo:

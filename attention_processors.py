@@ -3,9 +3,9 @@
 A captured layer computes an explicit softmax, because its probabilities are wanted; every other layer keeps its own
 processor.
 
-Legend: B batch, C latent channels, H/W latent size, S = h*w image tokens of a layer, T text tokens, N heads,
-D head dim, E size of a text embedding.
-Paper: arXiv 2504.00396.
+Legend: B batch, C latent channels, H/W latent size, S = h*w image tokens of a layer, T text tokens, N heads, D head
+dim, E size of a text embedding.
+Paper: arXiv 2504.00396; what names no source is [ours].
 """
 
 from __future__ import annotations
@@ -80,11 +80,7 @@ class CrossAttentionStore:
             self.recording = before
 
     def pop(self) -> CrossAttentionFeatures:
-        """Hand out the features of the last recorded forward, and forget them.
-
-        Raises:
-            RuntimeError: nothing was recorded since the last `pop`.
-        """
+        """Hand out the features of the last recorded forward, and forget them; a RuntimeError if there are none."""
         if not self._features.attention_probs:
             raise RuntimeError(
                 "no cross-attention was recorded: run the UNet inside `capture_cross_attention` and `store.record()`"
@@ -124,12 +120,6 @@ class CapturingAttnProcessor:
     """The stock attention, with an explicit softmax, which hands its probabilities and queries to a store.
 
     The math is the same whether or not the store records: gradient checkpointing compares the two runs of a layer.
-
-    Args:
-        name: of the layer, under which its features are stored.
-        store: that receives them.
-
-    Source: [ours].
     """
 
     def __init__(self, name: str, store: CrossAttentionStore) -> None:
@@ -191,18 +181,10 @@ class CapturingAttnProcessor:
 
 
 def find_cross_attention_layers(unet: nn.Module) -> dict[str, Attention]:
-    """The UNet's text cross-attention layers.
-
-    Args:
-        unet: a `UNet2DConditionModel`, not a DDP wrapper.
-
-    Returns:
-        Layers by module name, in forward order: down, middle, up.
+    """The text cross-attention layers of a UNet, not a DDP wrapper, by module name in forward order: down, middle, up.
 
     Raises:
         ValueError: the model has none.
-
-    Source: [ours].
     """
     layers = {
         name: module
@@ -219,19 +201,11 @@ def find_cross_attention_layers(unet: nn.Module) -> dict[str, Attention]:
 def phrase_map_resolution(resolutions: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
     """The one resolution at which phrase maps are averaged: a quarter of the latent side, 16x16 for SD1.5 at 64x64.
 
-    The largest resolution stands for the latent's. If no layer has a quarter of its side, the nearest one (in ratio,
-    the larger of two equally near) is taken.
-
-    Args:
-        resolutions: (h, w) by layer name, as captured.
-
-    Returns:
-        One of them.
+    The largest resolution (h, w) of the captured layers stands for the latent's. If no layer has a quarter of its
+    side, the nearest one (in ratio, the larger of two equally near) is taken.
 
     Raises:
-        ValueError: `resolutions` is empty.
-
-    Source: [ours].
+        ValueError: there is no layer.
     """
     if not resolutions:
         raise ValueError("phrase_map_resolution needs at least one layer's resolution")
@@ -262,16 +236,10 @@ def _check_capturable(name: str, layer: Attention) -> None:
 
 
 class CrossAttentionCapture:
-    """The cross-attention layers of a UNet, found once; capturing them is then switched without a walk.
+    """The cross-attention layers of a UNet, not a DDP wrapper, found once; capturing them is then switched without a
+    walk.
 
-    Args:
-        unet: a `UNet2DConditionModel`, not a DDP wrapper.
-        layer_names: names from `find_cross_attention_layers`, default all.
-
-    Raises:
-        ValueError: an unknown layer name, or no layer at all.
-
-    Source: [ours].
+    `layer_names` are of `find_cross_attention_layers`, default all; a ValueError for an unknown one, or none at all.
     """
 
     def __init__(self, unet: nn.Module, layer_names: Sequence[str] | None = None) -> None:
@@ -289,8 +257,7 @@ class CrossAttentionCapture:
     def store(self) -> Iterator[CrossAttentionStore]:
         """Capturing processors are installed inside; the former ones come back on exit, also after an error.
 
-        Returns:
-            A context with a `CrossAttentionStore`, which is not recording yet.
+        The store of the context is not recording yet.
 
         Raises:
             ValueError: a layer's processor is not a stock one (sliced, fused, xformers, IP-Adapter, custom diffusion).

@@ -101,15 +101,7 @@ def measure_all(
     """Measure what was drawn, and keep tables of all that is measured so far: an end before the last LoRA loses that
     one alone.
 
-    Args:
-        args: the flags.
-        pairs: the prompts.
-        models: the original model and the LoRAs.
-        folders: theirs.
-        judges: what measures.
-
-    Returns:
-        The document of all.
+    Returns the document of all.
     """
     names = portrait_names(args, len(pairs))
     if args.region != "masks":

@@ -26,17 +26,15 @@ _KEY = re.compile(
 _SIDES = {"A": "down", "B": "up"}
 # What PEFT has numbers of its own for where metadata leaves it out.
 _NEEDED = {"r": int, "lora_alpha": (int, float), "target_modules": (str, list)}
+_ANOTHER = "is for another architecture: {}; it needs a model as it was trained on"
 
 
 @dataclass(frozen=True)
 class LoraLayer:
     """What a LoRA adds to the weight of one layer: `alpha / rank * up @ down`.
 
-    Args:
-        down: (rank, in) or, of a convolution, (rank, in, h, w).
-        up: (out, rank) or (out, rank, 1, 1).
-        alpha: any real number.
-        magnitude: (out,) a DoRA's norm of each output's weight, or None.
+    `down` is (rank, in) or, of a convolution, (rank, in, h, w), `up` (out, rank) or (out, rank, 1, 1), and `magnitude`
+    (out,) a DoRA's norm of each output's weight, or None.
     """
 
     down: Tensor
@@ -67,19 +65,13 @@ def parse_key(key: str) -> tuple[str, str, str] | None:
 
 
 def parse_layers(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> Layers:
-    """The layers of a LoRA in diffusers' format.
+    """The layers of a LoRA in diffusers' format; tensors that are no LoRA's are passed over.
 
     Args:
-        tensors: by their names, of which those that are no LoRA's are passed over.
         metadata: what the file says of ranks and alphas; where it has no alpha, that is the rank.
-
-    Returns:
-        The layers, whose weights and alphas are numbers.
 
     Raises:
         ValueError: a layer that is not whole, or has no numbers; metadata of another form; one line.
-
-    Source: [ours].
     """
     found: dict[tuple[str, str], dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -108,17 +100,14 @@ def _alpha_of(metadata: Mapping[str, Any], model: str, layer: str) -> Any:
 
 
 def make_layer(name: str, weights: Mapping[str, Tensor], alpha: Any = None) -> LoraLayer:
-    """One layer of its tensors.
+    """One layer of its tensors "down", "up" and, of a DoRA, "magnitude".
 
     Args:
         name: of the layer, for the error.
-        weights: "down", "up" and, of a DoRA, "magnitude".
         alpha: as it stands in the file; None where it has none, and then it is the rank.
 
     Raises:
         ValueError: it is not whole, its tensors do not belong together, or they or its alpha are no numbers.
-
-    Source: [ours].
     """
     if missing := sorted({"down", "up"} - weights.keys()):
         raise ValueError(f"layer {name!r} has no lora_{' and no lora_'.join(missing)}")
@@ -136,7 +125,7 @@ def make_layer(name: str, weights: Mapping[str, Tensor], alpha: Any = None) -> L
 
 
 def read_alpha(alpha: Any, layer: str) -> float:
-    """An alpha as a file holds it; a ValueError that names the layer if it is no number. Source: [ours]."""
+    """An alpha as a file holds it; a ValueError that names the layer if it is no number."""
     try:
         value = float(alpha)
     except (TypeError, ValueError, RuntimeError):  # a list, a text, a tensor of several numbers
@@ -147,7 +136,7 @@ def read_alpha(alpha: Any, layer: str) -> float:
 
 
 def missing_metadata(metadata: Mapping[str, Any], model: str) -> list[str]:
-    """What PEFT needs to know of a model's layers, and metadata does not tell. Source: [ours]."""
+    """What PEFT needs to know of a model's layers, and metadata does not tell."""
     given = {key: metadata.get(f"{model}.{key}") for key in _NEEDED}
     return [key for key, kind in _NEEDED.items() if not isinstance(given[key], kind) or given[key] in ("", [])]
 
@@ -156,13 +145,10 @@ def check_fits(lora: Layers, models: Mapping[str, Mapping[str, torch.nn.Module]]
     """Compare a LoRA's layers and shapes with those of a base model, of whose weights nothing but the shape is needed.
 
     Args:
-        lora: as of `parse_layers`.
         models: the modules by name, of each model that may have a LoRA: "unet", "text_encoder".
 
     Raises:
         ValueError: it is a LoRA of another model; one line.
-
-    Source: [ours].
     """
     for model, group in lora.items():
         # Beside an earlier LoRA, the layer itself is a `base_layer`. Some versions of transformers have a
@@ -174,16 +160,12 @@ def check_fits(lora: Layers, models: Mapping[str, Mapping[str, torch.nn.Module]]
         for name, layer in group.items():
             shape = _weight_shape(modules.get(name))
             if shape is None:
-                raise ValueError(_another(f"there is no layer {model}.{name}"))
+                raise ValueError(_ANOTHER.format(f"there is no layer {model}.{name}"))
             magnitude = layer.up if layer.magnitude is None else layer.magnitude.reshape(-1)
             for own in ((len(layer.up), *layer.down.shape[1:]), (len(magnitude), *shape[1:])):
                 if own != shape:
                     features, others = (" x ".join(map(str, sizes)) for sizes in (own, shape))
-                    raise ValueError(_another(f"{model}.{name} has {features} features, not {others}"))
-
-
-def _another(difference: str) -> str:
-    return f"is for another architecture: {difference}; it needs a model as it was trained on"
+                    raise ValueError(_ANOTHER.format(f"{model}.{name} has {features} features, not {others}"))
 
 
 def check_loadable(
@@ -192,16 +174,10 @@ def check_loadable(
     metadata: Mapping[str, Any] | None,
     models: Mapping[str, Mapping[str, torch.nn.Module]],
 ) -> None:
-    """Whether diffusers loads a LoRA into these models as it is meant.
-
-    Args:
-        tensors, alphas, metadata: as of diffusers' `lora_state_dict`.
-        models: as of `check_fits`.
+    """Whether diffusers loads a LoRA, as of its `lora_state_dict`, into models, as of `check_fits`, as it is meant.
 
     Raises:
         ValueError: it is for other models, damaged, or what diffusers takes for something else; one line.
-
-    Source: [ours].
     """
     embedding = next((key for key in tensors if key.startswith(EMBEDDING)), None)
     if embedding is not None:

@@ -1,6 +1,8 @@
 """Pictures side by side, under headers or captions, and heat maps over them.
 
 Legend: h/w size of a map.
+
+Source: [ours].
 """
 
 from __future__ import annotations
@@ -17,16 +19,7 @@ HEAT_COLORS = ((20, 16, 60), (74, 40, 132), (176, 58, 118), (242, 128, 68), (255
 
 
 def picture_grid(rows: Sequence[Sequence[Image.Image]], headers: Sequence[str]) -> Image.Image:
-    """Lay out pictures of one size, each at least 192 pixels wide, under a line of headers.
-
-    Args:
-        rows: as many pictures a row as there are headers.
-        headers: texts, one a column.
-
-    Returns:
-        An RGB image on white.
-
-    Source: [ours].
+    """Lay out rows of pictures of one size, each at least 192 pixels wide, under a line of headers, in RGB on white.
     """
     factor = max(1, -(-192 // rows[0][0].width))
     width, height = rows[0][0].width * factor, rows[0][0].height * factor
@@ -46,15 +39,7 @@ def picture_grid(rows: Sequence[Sequence[Image.Image]], headers: Sequence[str]) 
 def captioned_pictures(pictures: Sequence[Image.Image], captions: Sequence[str], columns: int = 4) -> Image.Image:
     """Lay out pictures of one size, each at least 192 pixels wide, in rows, with a caption of its own over each.
 
-    Args:
-        pictures: as many as captions.
-        captions: broken into lines at spaces where they are wider than the picture.
-        columns: pictures a row.
-
-    Returns:
-        An RGB image on white.
-
-    Source: [ours].
+    Captions are broken into lines at spaces where they are wider than the picture. The image is RGB on white.
     """
     factor = max(1, -(-192 // pictures[0].width))
     width, height = pictures[0].width * factor, pictures[0].height * factor
@@ -84,20 +69,12 @@ def _break_lines(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
 
 
 def overlay_heat_map(image: Image.Image, heat_map: torch.Tensor | np.ndarray, opacity: float = 0.6) -> Image.Image:
-    """Lay a map over the greyed image, dark blue for 0 to pale yellow for 1.
+    """Lay a map (h, w) in [0, 1], resized bilinearly, over the greyed image, dark blue for 0 to pale yellow for 1.
 
-    Args:
-        image: any mode and size.
-        heat_map: (h, w) in [0, 1], resized bilinearly to the image.
-        opacity: share of the map's colour in the result, in [0, 1].
-
-    Returns:
-        An RGB image of the same size.
+    `opacity` is the share of the map's colour in the RGB result, in [0, 1].
 
     Raises:
         ValueError: the map is not two-dimensional, or leaves [0, 1].
-
-    Source: [ours].
     """
     values = np.asarray(heat_map.detach().float().cpu() if torch.is_tensor(heat_map) else heat_map, dtype=np.float32)
     if values.ndim != 2:

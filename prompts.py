@@ -3,7 +3,8 @@
 Strings and a tokenizer in, indices out; no tensors. A *target* is added to the base prompt or replaces one of its
 phrases.
 
-Legend: P base phrases, T text tokens (`tokenizer.model_max_length`). Paper: arXiv 2504.00396.
+Legend: P base phrases, T text tokens (`tokenizer.model_max_length`). Paper: arXiv 2504.00396; what names no source is
+[ours].
 """
 
 from __future__ import annotations
@@ -66,16 +67,13 @@ class PromptPair:
 class PromptTokens:
     """Token ids of a `PromptPair` and the positions in them that the losses and the SFCM ask for.
 
-    Args:
-        base_input_ids: T ids of the base prompt, padded.
-        full_input_ids: T ids of the full prompt, padded.
+    Attributes:
+        base_input_ids, full_input_ids: T ids of each prompt, padded.
         phrase_positions: per base phrase its positions in the base sequence; empty if it was cut off.
-        target_positions: positions of all targets in the full sequence.
-        each_target_positions: the same, target by target.
+        target_positions: positions of all targets in the full sequence; `each_target_positions` target by target.
         base_positions: matched base tokens in the base sequence, ascending, without BOS and padding.
         full_positions: the same tokens in the full sequence; its i-th is the i-th of `base_positions`.
-        base_padding: every position after the base prompt's text: EOS and what pads it.
-        full_padding: the same of the full prompt.
+        base_padding, full_padding: every position after a prompt's text: EOS and what pads it.
     """
 
     base_input_ids: list[int]
@@ -111,14 +109,14 @@ def compose_full_prompt(base_prompt: str, target_prompts: Sequence[TargetPrompt]
 
 
 def suggest_replacements(pair: PromptPair) -> list[tuple[str, str]]:
-    """`suggest_replacement` for each target of a pair that is added. Source: [ours]."""
+    """`suggest_replacement` for each target of a pair that is added."""
     protected = [phrase for phrase in pair.base_phrases if phrase not in pair.free_phrases]
     added = _added(pair.target_prompts)
     return [found for text in added if (found := wording.suggest_replacement(protected, text)) is not None]
 
 
 def said_targets(pair: PromptPair) -> list[str]:
-    """The targets of a pair that are added to a base prompt which says them already. Source: [ours]."""
+    """The targets of a pair that are added to a base prompt which says them already."""
     added = _added(pair.target_prompts)
     return [text for text in added if wording.has_phrase(pair.base_prompt, text)]
 
@@ -133,7 +131,6 @@ def make_prompt_pair(
     """Check the prompts, complete what was not given, and bind them together.
 
     Args:
-        base_prompt: the base prompt.
         target_prompt: one addition, or several targets: a string is an addition, a pair (phrase, target) a
             replacement. `("a hat", "a scarf")` itself is two additions, `[("a hat", "a scarf")]` a replacement.
         full_prompt: composed if not given. If given, targets that are plain strings are looked up in it by
@@ -147,8 +144,8 @@ def make_prompt_pair(
 
     Raises:
         ValueError: a text is empty, or longer than `MAX_CHARACTERS`; a target is the base prompt, one of its phrases
-            or what it replaces; a base, free or replaced phrase is not in the base prompt; a target is not in the
-            full prompt; nothing is left to preserve.
+            or what it replaces; a base, free or replaced phrase is not in the base prompt; a target is not in the full
+            prompt; nothing is left to preserve.
 
     Source: [paper] the prompts; [ours] the checks, and phrases that are free to change.
     """
@@ -213,19 +210,12 @@ def _check_targets(texts: Sequence[str], base_prompt: str, free: Sequence[str], 
 
 
 def keep_phrases(pair: PromptPair, stays: Sequence[bool]) -> PromptPair:
-    """The pair of a prompt of some phrases alone.
+    """The pair of a prompt of those base phrases alone that stay, and of what a target replaces.
 
-    Args:
-        pair: the pair.
-        stays: for each base phrase whether it stays; what a target replaces does anyway.
-
-    Returns:
-        The phrases that stay, in the base prompt's order. One inside another (a free phrase may be) comes with it.
+    They stay in the base prompt's order. One inside another (a free phrase may be) comes with it.
 
     Raises:
         ValueError: nothing of what stays is to be preserved.
-
-    Source: [ours].
     """
     replaced_spans, spans = _base_spans(pair)
     kept = [phrase for phrase, keep in zip(pair.base_phrases, stays, strict=True) if keep]
@@ -244,17 +234,12 @@ def keep_phrases(pair: PromptPair, stays: Sequence[bool]) -> PromptPair:
 def tokenize_prompt_pair(pair: PromptPair, tokenizer: PreTrainedTokenizerBase) -> PromptTokens:
     """Tokenize both prompts, find the phrases and targets in them, and align base with full tokens.
 
-    Args:
-        pair: the prompts.
-        tokenizer: a tokenizer with character offsets, such as `CLIPTokenizer`; its `model_max_length` is T.
-
-    Returns:
-        Ids and positions. A base token has a partner in the full sequence if it stands in the part of the prompt
-        that both share; a target's tokens, and those it replaces, have none. What does not fit into T is cut off
-        with a warning.
+    A base token has a partner in the full sequence if it stands in the part of the prompt that both share; a target's
+    tokens, and those it replaces, have none. What does not fit into T, the tokenizer's `model_max_length`, is cut off
+    with a warning.
 
     Raises:
-        ValueError: the tokenizer has no offsets; a text is not in its prompt; a part of a target is cut off.
+        ValueError: the tokenizer has no character offsets; a text is not in its prompt; a part of a target is cut off.
 
     Source: [paper] base tokens and PAD; [ours] the alignment.
     """
@@ -313,16 +298,11 @@ def tokenize_prompt_pair(pair: PromptPair, tokenizer: PreTrainedTokenizerBase) -
 def locate_phrases(
     prompt: str, phrases: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[tuple[int, ...], ...]:
-    """Find the tokens of phrases in a prompt that has no target.
-
-    Returns:
-        Per phrase its positions in the token sequence; empty if it was cut off.
+    """The positions of each phrase among the tokens of a prompt that has no target; empty if it was cut off.
 
     Raises:
         ValueError: a phrase is not in the prompt, a text is longer than `MAX_CHARACTERS`, or the tokenizer has no
             offsets.
-
-    Source: [ours].
     """
     _check_offsets(tokenizer)
     wording.check_length("prompt", [prompt])
@@ -332,14 +312,9 @@ def locate_phrases(
 
 
 def phrase_mask(positions: Sequence[Sequence[int]], length: int) -> list[list[float]]:
-    """Rows that average attention maps over each phrase's tokens.
+    """P rows of `length` floats that average attention maps over each phrase's token positions, in [0, length).
 
-    Args:
-        positions: per phrase its token positions, in [0, length).
-        length: T.
-
-    Returns:
-        P rows of `length` floats in [0, 1]: a row sums to 1, or is all zeros for a phrase without tokens.
+    A row sums to 1, or is all zeros for a phrase without tokens.
 
     Source: [paper] one map per phrase; [ours] the mean over its tokens.
     """

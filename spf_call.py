@@ -2,7 +2,7 @@
 
 Legend: B images of one call (prompts times `num_images_per_prompt`), H/W latent size, P base phrases, K targets,
 N calls of the denoiser in a run.
-Paper: arXiv 2504.00396.
+Paper: arXiv 2504.00396; what names no source is [ours].
 """
 
 from __future__ import annotations
@@ -193,23 +193,15 @@ class SPFCall:
 
     @staticmethod
     def visualize(output: SPFPortraitPipelineOutput, index: int = 0, columns: int = 4) -> PIL.Image.Image:
-        """One picture of all that a call with `return_sfcm` or `compare` returned about an image.
+        """One RGB picture of all that a call with `return_sfcm` or `compare` returned about an image.
 
-        Args:
-            output: of a call with any `output_type` but "latent".
-            index: which image, in [0, B).
-            columns: pictures a row.
-
-        Returns:
-            An RGB image: the original model's portrait, the portrait, the SFCM over it, and a heat map over the
-            portrait for each target and over the original for each base phrase, with its words and its CLIP
-            distance to the target.
+        The original model's portrait, the portrait, the SFCM over it, and a heat map over the portrait for each target
+        and over the original for each base phrase, with its words and its CLIP distance to the target, `columns` a
+        row.
 
         Raises:
             ValueError: latents, or an output without maps and references.
-            IndexError: there is no such image; the message says how many there are.
-
-        Source: [ours].
+            IndexError: there is no such image in [0, B); the message says how many there are.
         """
         if not isinstance(output, SPFPortraitPipelineOutput):
             raise ValueError("Nothing to show beside the image: call with `return_sfcm=True` or `compare=True`.")
@@ -232,10 +224,10 @@ class SPFCall:
         return pictures.captioned_pictures(drawn, captions, columns)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """Save the components as the stock pipeline, which this one is but for its call.
+        """Save the components as the stock pipeline, which this one is but for its call, with its arguments.
 
         A folder that named this class could be loaded with this code at hand alone. For a merged checkpoint call
-        `fuse_lora()` and `unload_lora_weights()` before. Arguments as in the stock pipeline.
+        `fuse_lora()` and `unload_lora_weights()` before.
 
         Raises:
             `ValueError`: a LoRA is loaded, under which the weights would be saved by names that no loader knows.

@@ -1,6 +1,8 @@
 """The wording of prompts: the phrases of a text, where they stand in it, and what it says of a target.
 
 Strings in, strings and spans out. Comparisons of texts ignore case and match whole words.
+
+Source: [ours].
 """
 
 from __future__ import annotations
@@ -44,14 +46,10 @@ _NO_PHRASE = {"", *_ARTICLES, "she", "he", "it", "they", "there", "her", "his", 
 
 
 def split_phrases(prompt: str) -> list[str]:
-    """Split a prompt into its noun phrases, at punctuation and at words that join noun phrases.
+    """Split a prompt into its noun phrases, at punctuation and at words that join noun phrases, in its own spelling.
 
-    Args:
-        prompt: "A woman in a brown jacket, with a curtain background".
-
-    Returns:
-        ["A woman", "a brown jacket", "a curtain background"], in order and in the prompt's own spelling. Lone
-        articles and pronouns are left out.
+    "A woman in a brown jacket, with a curtain background" gives ["A woman", "a brown jacket", "a curtain background"].
+    Lone articles and pronouns are left out.
 
     Source: [ours]; the paper names phrases and no parser. Where it errs, give the phrases to `make_prompt_pair`.
     """
@@ -62,19 +60,17 @@ def split_phrases(prompt: str) -> list[str]:
 def suggest_replacement(base_phrases: Sequence[str], target: str) -> tuple[str, str] | None:
     """A base phrase that may contradict the target, as both are about one noun: "black hair", "blonde hair".
 
-    Added beside such a phrase, a target seldom shows; put in its place, it does. It is a proposal: words
-    do not tell that "black hair" and "long hair" can both be true.
+    Added beside such a phrase, a target seldom shows; put in its place, it does. It is a proposal: words do not tell
+    that "black hair" and "long hair" can both be true.
 
     Args:
-        base_phrases: phrases that are not replaced already, such as `PromptPair.base_phrases`.
+        base_phrases: phrases that are not replaced already.
         target: the text that is added; of several phrases ("a red hat with a feather") the first is what it is about.
 
     Returns:
         (base phrase, target): of the phrases with the target's last word, in any case and with or without a plural s,
         the first. None if there is none. A phrase that says the target already is none ("a red hat" for "a hat"), nor
         is one of several parts ("a woman with a hat"), whose last word is not what it is about.
-
-    Source: [ours].
     """
     parts = split_phrases(target)
     if not parts or not words_of(parts[0]):
@@ -87,14 +83,14 @@ def suggest_replacement(base_phrases: Sequence[str], target: str) -> tuple[str, 
 
 
 def has_phrase(text: str, phrase: str) -> bool:
-    """Whether a phrase stands in a text, as whole words and in any case. Source: [ours]."""
+    """Whether a phrase stands in a text, as whole words and in any case."""
     return bool(_occurrences(text, [phrase])[_pieces(phrase)])
 
 
 def find_weights(text: str) -> str | None:
     """What other programs read as a weight or as a LoRA, "(a blue jacket:1.2)" or "<lora:name:0.8>"; None without it.
 
-    Here it is read as words. Source: [ours].
+    Here it is read as words.
     """
     found = _WEIGHTS.search(text)
     return None if found is None else found.group()
@@ -103,14 +99,8 @@ def find_weights(text: str) -> str | None:
 def take_out(caption: str, target: str) -> str:
     """A caption without the target: what it says between two commas is left out where it is the target.
 
-    Args:
-        caption: "a woman, blonde hair, a brown jacket".
-        target: "blonde hair"; case, a leading article and punctuation do not count.
-
-    Returns:
-        "a woman, a brown jacket"; the caption itself if it does not say the target, and "" if it says nothing else.
-
-    Source: [ours].
+    Case, a leading article and punctuation do not count. The caption itself if it does not say the target, and "" if
+    it says nothing else.
     """
     parts = caption.split(",")
     wanted = {_bare(part) for part in target.split(",")} - {()}
@@ -258,19 +248,11 @@ def locate_targets(base_prompt: str, texts: Sequence[str], full_prompt: str) -> 
 def infer_replaced(base_prompt: str, targets: Sequence[str], full_prompt: str) -> list[str | None]:
     """Tell from a given full prompt which part of the base prompt each target replaces, or None where it is added.
 
-    Args:
-        base_prompt: the base prompt.
-        targets: texts of the targets.
-        full_prompt: the full prompt, as a data set's column gives it.
-
-    Returns:
-        Per target what the base prompt has between the words that surround it in the full prompt, in its own
-        spelling, or None if nothing was left out. Neighbours share one gap, and the first of them gets it.
+    It is what the base prompt has between the words that surround the target in the full prompt, in its own spelling.
+    Neighbours share one gap, and the first of them gets it.
 
     Raises:
         ValueError: a target is not in the full prompt.
-
-    Source: [ours].
     """
     spans = locate_targets(base_prompt, targets, full_prompt)
     base_words = list(_WORD.finditer(base_prompt))

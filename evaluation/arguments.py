@@ -1,7 +1,4 @@
-"""The evaluation's flags, read before any library that takes seconds to import.
-
-Source: [ours].
-"""
+"""The evaluation's flags, read before any library that takes seconds to import. Source: [ours]."""
 
 from __future__ import annotations
 
@@ -25,10 +22,7 @@ REGIONS = {
 def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     """Read and check the flags, those of the command line if None.
 
-    Returns:
-        The flags, with the toy world's own where `--toy` leaves them out, and `toy_prompts`: whether it brings them.
-
-    Source: [ours].
+    With `--toy` they are the toy world's own where they are left out, and `toy_prompts` says whether the prompts are.
     """
     about = "Is my LoRA clean? What it moves besides its target, against the original model's own portraits."
     parser = argparse.ArgumentParser("evaluate_spf_portrait.py", description=about, formatter_class=FlagFormatter)

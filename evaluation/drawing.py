@@ -52,14 +52,9 @@ def draw_portraits(
     pipeline: SPFPortraitPipeline, pairs: Sequence[PromptPair], args: argparse.Namespace, folder: Path,
     with_map: bool, bar: tqdm,
 ) -> None:  # fmt: skip
-    """Draw every prompt with every seed, with the base prompt alone and with the target.
+    """Draw every prompt with every seed, with the base prompt alone and with the target, with SFCMs if `with_map`.
 
-    Args:
-        pipeline: with a LoRA on it, or none.
-        pairs: the prompts.
-        args: seeds and sampler; the noise of a seed is the same for every model and prompt.
-        folder: where they go, with their SFCMs if `with_map`.
-        bar: counts portraits.
+    The noise of a seed is the same for every model and prompt.
     """
     folder.mkdir(parents=True, exist_ok=True)
     seeds = range(args.seed, args.seed + args.num_seeds)
@@ -115,7 +110,6 @@ def save_regions(
 
     Args:
         folders: of the original model and each LoRA.
-        names: of the portraits.
         args: `region`, which is not "masks", and `toy`.
         probe: for the region "probe".
     """
@@ -136,9 +130,7 @@ def open_compared(
     """All portraits of a model from its folder, a few at a time.
 
     Args:
-        original, adapted: folders.
         names: of all portraits, in the order of `pairs` with the seeds of each together.
-        pairs: the prompts.
         masks: a folder of masks, or None for what `save_regions` wrote.
         bar: counts portraits when the next ones are asked for.
     """

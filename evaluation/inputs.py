@@ -1,7 +1,4 @@
-"""What an evaluation is about, checked before a model is loaded: prompts, LoRAs and masks.
-
-Source: [ours].
-"""
+"""What an evaluation is about, checked before a model is loaded: prompts, LoRAs and masks. Source: [ours]."""
 
 from __future__ import annotations
 
@@ -42,24 +39,16 @@ class LoraSource:
 
 
 def picture_name(prompt: int, seed: int) -> str:
-    """How the files of one prompt and seed are called, without an ending. Source: [ours]."""
+    """How the files of one prompt and seed are called, without an ending."""
     return f"p{prompt:03d}-s{seed}"
-
-
-# ------------------------------------------------------------------------------------------------------------- prompts
 
 
 def read_prompts(args: argparse.Namespace) -> list[PromptPair]:
     """The prompts of --base_prompts or --prompts_file or the toy world's, in their order, each once.
 
-    Args:
-        args: `base_prompts`, `prompts_file`, `target_prompt` (texts), `max_prompts`; `toy_prompts`, `toy` and `seed`.
-
     Raises:
         InputError: a file that is missing, empty or no JSON lines; no target; a target that the base prompt has
             already; and what `make_prompt_pair` says. The message names flag or file and line.
-
-    Source: [ours].
     """
     if args.toy_prompts:
         pairs = _toy_prompts(args.toy, args.max_prompts or 12, args.seed)
@@ -120,22 +109,13 @@ def _pair(record: dict, target_prompt: Sequence[str] | None, where: str) -> Prom
         return composed
 
 
-# --------------------------------------------------------------------------------------------------------------- LoRAs
-
-
 def find_loras(args: argparse.Namespace) -> list[LoraSource]:
     """The LoRAs of --reference_lora, --lora and --checkpoints, read once to see that they are LoRAs.
 
-    Args:
-        args: `reference_lora` (text or None), `lora` (texts or None), `checkpoints` (folder or None).
-
-    Returns:
-        The reference first, if there is one, each with a name of its own; a file that is named twice is there once.
+    The reference comes first, if there is one, each with a name of its own; a file that is named twice is there once.
 
     Raises:
         InputError: one that is not there, is no LoRA, or a folder without checkpoints.
-
-    Source: [ours].
     """
     found: list[LoraSource] = []
     sources = [("reference_lora", args.reference_lora, REFERENCE)] if args.reference_lora else []
@@ -189,21 +169,15 @@ def _checkpoint_files(folder: Path) -> list[tuple[str, Path]]:
     return files
 
 
-# --------------------------------------------------------------------------------------------------------------- masks
-
-
 def read_masks(folder: Path, names: Sequence[str], size: tuple[int, int]) -> np.ndarray:
     """The target's region in each portrait, as a user painted it, (B, H, W) float64 in [0, 1].
 
     Args:
         folder: has `<name>.png` for each name, white where the target may change the portrait.
-        names: B, of `picture_name`.
         size: (H, W) of the portraits; a mask of another size is resized.
 
     Raises:
         InputError: a mask that is missing or no picture; the message names it.
-
-    Source: [ours].
     """
     if not folder.is_dir():
         raise InputError(f"--region_masks {folder}: no such folder")

@@ -170,19 +170,14 @@ def _channels_first(pictures: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2)
 
 
-# ------------------------------------------------------------------------------------------------------------- loading
-
-
 @dataclass
 class Judges:
     """What could be loaded, None where it could not; `Measure.asks` has their names.
 
     Attributes:
-        clip, dino, segmenter, face, inception: the models.
         lpips: a function of original and adapted pictures that returns (B,) numbers.
         frechet: `frechet_distance`, where torchmetrics is installed.
-        probe: the toy world's `PortraitJudge`.
-        target: the toy world's.
+        probe, target: the toy world's `PortraitJudge`, and its target.
         missing: by measure the reason why it cannot be computed.
     """
 
@@ -202,15 +197,10 @@ def load_judges(args: argparse.Namespace, device: str, ask_network: bool = True)
     """Load the models of the flags, or their defaults where those can be had, but for the toy world's.
 
     Args:
-        args: `clip_model_name_or_path`, `dino_model_name_or_path`, `segmenter_model_name_or_path`, `face_model_name`;
-            None is the default, and for faces none.
-        device: where they judge.
         ask_network: whether a default that is not on this machine is looked for elsewhere. A model that is named is.
 
     Raises:
         InputError: a model that the flags name cannot be loaded.
-
-    Source: [ours].
     """
     found, reasons = {}, {}
     hub = _Hub(None if ask_network else "not on this machine, and the network is not asked for it")
@@ -249,10 +239,8 @@ def load_judges(args: argparse.Namespace, device: str, ask_network: bool = True)
 
 
 class _Hub:
-    """Asks the Hub whether it has a model, once; the libraries would try for each of its files, six times.
-
-    Args:
-        silence: why the Hub is not asked; None until it is out of reach.
+    """Asks the Hub whether it has a model, once, unless there is a reason for silence; libraries try for each file,
+    six times.
     """
 
     def __init__(self, silence: str | None) -> None:

@@ -4,6 +4,8 @@ Functions of arrays alone; whoever calls them brings pictures and judges.
 
 Legend: B or n portraits, H/W picture size in pixels, E size of an embedding, P prompts, S seeds of each prompt,
 R resamples. Pictures are RGB in 0-255.
+
+Source: [ours].
 """
 
 from __future__ import annotations
@@ -24,9 +26,6 @@ DEFAULT_MODELS = {
 }
 
 
-# --------------------------------------------------------------------------------------------------- what is measured
-
-
 @dataclass(frozen=True)
 class Portraits:
     """What a model drew, n portraits of all: `base` and `full` (n, H, W, 3) uint8."""
@@ -40,7 +39,6 @@ class Compared:
     """A model's portraits beside the original model's, n of all, and who judges them.
 
     Attributes:
-        original, adapted: the portraits.
         region: (n, H, W) in [0, 1], where the target may change them.
         pairs: n, the prompt of each.
         judges: a `Judges`; what one of them finds is kept, so that measures share it.
@@ -89,10 +87,9 @@ class Measure:
     """One row of the report.
 
     Attributes:
-        label: how the report calls it.
+        label, about: how the report calls it, and what it is, in a sentence.
         group: "preservation", "response", "pollution" or "truth".
         direction: "higher" or "lower", whichever is better.
-        about: what it is, in a sentence.
         of: measures portraits, (n,); None for what comes from other measures.
         asks: the judges that it needs.
         stands_for: which truth, where that is known: their order over LoRAs should be the same, or reversed.
@@ -184,15 +181,10 @@ def measure(
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """All measures of one model; of its portraits, one part at a time is in memory.
 
-    Args:
-        parts: all B portraits.
-        judges: a `Judges`; what asks for one that is None is left out.
-        neutral_prompt: as in `Compared`.
+    What asks for a judge that is None is left out.
 
     Returns:
         Measures of each portrait, (B,), and those of the whole set, NaN for one portrait.
-
-    Source: [ours].
     """
     asked = {
         name: own
@@ -214,17 +206,10 @@ def measure(
     return values, whole
 
 
-# ------------------------------------------------------------------------------------------------------------ measures
-
-
 def pixel_change(original: np.ndarray, adapted: np.ndarray, weight: np.ndarray | None = None) -> np.ndarray:
-    """Mean absolute difference of portraits, (B,) in 0-255; NaN where no pixel counts.
+    """Mean absolute difference of portraits (B, H, W, 3) in 0-255: (B,); NaN where no pixel counts.
 
-    Args:
-        original, adapted: (B, H, W, 3) in 0-255.
-        weight: (B, H, W) in [0, 1], how much each pixel counts; None counts all alike.
-
-    Source: [ours].
+    `weight` (B, H, W) in [0, 1] is how much each pixel counts; None counts all alike.
     """
     difference = np.abs(original.astype(np.float64) - adapted).mean(-1)
     if weight is None:
@@ -234,13 +219,12 @@ def pixel_change(original: np.ndarray, adapted: np.ndarray, weight: np.ndarray |
 
 
 def ssim(original: np.ndarray, adapted: np.ndarray) -> np.ndarray:
-    """Structural similarity of portraits, (B,) at most 1; one after another, since doubles of all take much memory.
+    """Structural similarity of portraits (B, H, W, 3) in 0-255, H and W at least 6: (B,) at most 1.
 
-    Args:
-        original, adapted: (B, H, W, 3) in 0-255, H and W at least 6.
+    One after another, since doubles of all take much memory.
 
     Source: Wang et al., "Image Quality Assessment", IEEE Transactions on Image Processing 13(4), 2004; the mean over
-        the whole picture, mirrored at its edges, and all channels.
+    the whole picture, mirrored at its edges, and all channels.
     """
     return np.array([_ssim_of(*pair) for pair in zip(original, adapted, strict=True)])
 
@@ -271,22 +255,20 @@ def _windowed_mean(values: np.ndarray) -> np.ndarray:
 
 def only_inside(original: np.ndarray, adapted: np.ndarray, region: np.ndarray) -> np.ndarray:
     """(B, H, W, 3) uint8: the adapted portraits inside the region, (B, H, W) in [0, 1], and the original ones outside.
-
-    Source: [ours].
     """
     original = original.astype(np.float64)
     return np.rint(original + region[..., None] * (adapted - original)).astype(np.uint8)
 
 
 def cosine(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Cosines of embeddings (B, E): (B,) in [-1, 1], NaN where either is zero or NaN. Source: [ours]."""
+    """Cosines of embeddings (B, E): (B,) in [-1, 1], NaN where either is zero or NaN."""
     first, second = first.astype(np.float64), second.astype(np.float64)
     norms = np.linalg.norm(first, axis=-1) * np.linalg.norm(second, axis=-1)
     return np.divide((first * second).sum(-1), norms, out=np.full(len(norms), np.nan), where=norms > 0)
 
 
 def unit(embeds: np.ndarray) -> np.ndarray:
-    """Embeddings (B, E) at length 1, float64. Source: [ours]."""
+    """Embeddings (B, E) at length 1, float64."""
     embeds = embeds.astype(np.float64)
     return embeds / np.linalg.norm(embeds, axis=-1, keepdims=True)
 
@@ -294,12 +276,9 @@ def unit(embeds: np.ndarray) -> np.ndarray:
 def direction_similarity(
     image_before: np.ndarray, image_after: np.ndarray, text_before: np.ndarray, text_after: np.ndarray
 ) -> np.ndarray:
-    """Whether a portrait changed in CLIP's space as its prompt did; embeddings (B, E) each, taken at length 1.
+    """Whether a portrait changed in CLIP's space as its prompt did: (B,) in [-1, 1], NaN where either did not change.
 
-    Returns:
-        (B,) in [-1, 1]; NaN where portrait or prompt did not change.
-
-    Source: Gal et al., "StyleGAN-NADA", arXiv 2108.00946.
+    Embeddings (B, E) are taken at length 1. Source: Gal et al., "StyleGAN-NADA", arXiv 2108.00946.
     """
     return cosine(unit(image_after) - unit(image_before), unit(text_after) - unit(text_before))
 
@@ -311,13 +290,8 @@ def label_agreement(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 def nearer_to(images: np.ndarray, target_text: np.ndarray, neutral_text: np.ndarray) -> np.ndarray:
     """1.0 where portraits are nearer to the target's text than to the neutral one, else 0.0; embeddings (B, E) each.
-
-    Source: [ours].
     """
     return (cosine(images, target_text) > cosine(images, neutral_text)).astype(np.float64)
-
-
-# ----------------------------------------------------------------------------------------------------------- intervals
 
 
 @dataclass(frozen=True)
@@ -330,22 +304,15 @@ class Estimate:
 
 
 def resample_prompts(prompts: int, resamples: int, seed: int) -> np.ndarray:
-    """Prompts drawn with replacement: the seeds of a prompt stay together, since they are alike.
+    """(R, P) indices of prompts drawn with replacement: the seeds of a prompt stay together, since they are alike.
 
-    Args:
-        prompts, resamples: P and R.
-        seed: source of all randomness.
-
-    Returns:
-        (R, P) indices of prompts; (0, P) for a single prompt, of which nothing can be resampled.
-
-    Source: [ours] a bootstrap of clusters.
+    (0, P) for a single prompt, of which nothing can be resampled. Source: [ours] a bootstrap of clusters.
     """
     return np.random.default_rng(seed).integers(0, prompts, (resamples if prompts > 1 else 0, prompts))
 
 
 def interval(samples: np.ndarray) -> tuple[float | None, float | None]:
-    """The 2.5 % and 97.5 % quantiles of (R,) resampled values, NaN left out; None for too few. Source: [ours]."""
+    """The 2.5 % and 97.5 % quantiles of (R,) resampled values, NaN left out; None for too few."""
     samples = samples[~np.isnan(samples)]
     if len(samples) < 2:
         return None, None
@@ -368,5 +335,5 @@ def mean_of(values: np.ndarray) -> float:
 
 
 def estimate_mean(values: np.ndarray, resamples: np.ndarray) -> Estimate:
-    """The mean of (P, S) values with its interval from `resample_prompts`; NaN does not count. Source: [ours]."""
+    """The mean of (P, S) values with its interval from `resample_prompts`; NaN does not count."""
     return Estimate(mean_of(values), *interval(resampled_means(values, resamples)))

@@ -57,21 +57,18 @@ class PictureRow:
 
 
 def format_number(value: float | None) -> str:
-    """Three decimals, or a dash where there is no number. Source: [ours]."""
+    """Three decimals, or a dash where there is no number."""
     # Rounded to zero, a small negative number would keep its sign.
     return "–" if value is None else f"{round(value, 3) + 0.0:.3f}"
 
 
 def without_nan(value: Any) -> Any:
-    """The same for JSON, which has no NaN: None instead. Source: [ours]."""
+    """The same for JSON, which has no NaN: None instead."""
     if isinstance(value, Mapping):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-# --------------------------------------------------------------------------------------------------------------- files
 
 
 def prepare_folder(folder: Path) -> None:
@@ -91,7 +88,7 @@ def prepare_folder(folder: Path) -> None:
 
 def write_tables(folder: Path, document: Mapping[str, Any], portraits: Sequence[Mapping[str, Any]]) -> None:
     """Write the CSV tables: a line for each LoRA and measure, which has a reason where it has no value, and a line for
-    each portrait. Source: [ours].
+    each portrait.
     """
     lines = []
     for lora in document["loras"]:
@@ -112,12 +109,7 @@ def write_report(
 ) -> None:
     """Write the plot, the document, and the page, which loads nothing from anywhere.
 
-    Args:
-        folder: the output folder.
-        document: as above.
-        pictures: of each LoRA its name and some rows; only those of one are looked at at a time.
-
-    Source: [ours].
+    `pictures` are each LoRA's name and some rows; only those of one are looked at at a time.
     """
     plot = response_plot(document)
     if plot is not None:
@@ -139,16 +131,10 @@ def _write_whole(path: Path, text: str) -> None:
         file.write_text(text, encoding="utf-8", newline="")
 
 
-# ---------------------------------------------------------------------------------------------------------------- plot
-
-
 def response_plot(document: Mapping[str, Any]) -> Image.Image | None:
     """Response over pollution with their intervals; checkpoints are joined, and the one to keep has a ring.
 
-    Returns:
-        An RGB image at twice the size at which the page shows it, or None where one of the two was not computed.
-
-    Source: [ours].
+    An RGB image at twice the size at which the page shows it, or None where one of the two was not computed.
     """
     response = document["response_measure"]
     points = []
@@ -209,9 +195,6 @@ def _write_names(axes: Axes, canvas: FigureCanvasAgg, points: Sequence[tuple[str
         _, _, place, align, box = min(choices)
         text.set(position=place, ha=align)
         taken.append(box)
-
-
-# ------------------------------------------------------------------------------------------------------------ pictures
 
 
 def picture_rows(

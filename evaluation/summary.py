@@ -24,9 +24,6 @@ CLEAN_CHANGE = 1.0  # and, without a reference, below one grey level of 255
 SHOWN = ("label", "group", "direction", "about")  # what the document says of a measure
 
 
-# ----------------------------------------------------------------------------------------------------------- pollution
-
-
 @dataclass(frozen=True)
 class Changes:
     """What pollution is made of, (P, S) each: change outside with the full prompt, change with the base prompt."""
@@ -61,12 +58,9 @@ def estimate_pollution(
     """The pollution index: 0 for the original model and 1 for the reference LoRA; it may be negative, or larger.
 
     Args:
-        changes: of the LoRA.
         original: of the original model, asked for the target untuned; its `base` is 0.
         reference: of the LoRA that counts as 1; None leaves the index in grey levels.
         resamples: as of `resample_prompts`; LoRA, original and reference are resampled together.
-
-    Source: [ours].
     """
     value, samples = pollution_samples(changes, original, reference, resamples)
     return Estimate(value, *interval(samples))
@@ -83,14 +77,13 @@ def flags_of(
 ) -> list[str]:
     """What is wrong with a LoRA that looks clean, or does nothing.
 
+    "over-aligned": nothing moved, and the target is not there either. "no response": the target is not there. The
+    target is there if the response is above the original model's by its interval.
+
     Args:
         pollution: its index, in units of a reference LoRA (`normalised`) or in grey levels.
         response, original: (P, S), of the LoRA and of the original model with the full prompts.
         resamples: as of `resample_prompts`.
-
-    Returns:
-        "over-aligned": nothing moved, and the target is not there either. "no response": the target is not there.
-        The target is there if the response is above the original model's by its interval.
 
     Source: [paper] over-alignment; [ours] the rule.
     """
@@ -102,21 +95,12 @@ def flags_of(
     return ["over-aligned"] if near_zero else ["no response"]
 
 
-# --------------------------------------------------------------------------------------------------------- checkpoints
-
-
 def knee(pollution: Sequence[float], response: Sequence[float], origin: tuple[float, float]) -> int | None:
-    """The checkpoint to keep: the most response for its pollution.
+    """The index of the checkpoint to keep, of K: the most response for its pollution.
 
-    Both are stretched to [0, 1] over the checkpoints and the original model, and the checkpoint with the largest
-    response minus pollution is taken.
-
-    Args:
-        pollution, response: K numbers each.
-        origin: pollution and response of the original model.
-
-    Returns:
-        Its index, the first of equals; None if no checkpoint lies above the line from the least to the most of both.
+    Both are stretched to [0, 1] over the checkpoints and the original model, pollution and response of `origin`, and
+    the checkpoint with the largest response minus pollution is taken, the first of equals; None if none lies above the
+    line from the least to the most of both.
 
     Source: Satopää et al., "Finding a Kneedle in a Haystack", ICDCS Workshops 2011; [ours] with the original model.
     """
@@ -130,15 +114,11 @@ def knee(pollution: Sequence[float], response: Sequence[float], origin: tuple[fl
     return int(np.flatnonzero(heights > heights.max() - 1e-9)[0]) if heights.max() > 1e-9 else None
 
 
-# ------------------------------------------------------------------------------------------------------- the document
-
-
 @dataclass(frozen=True)
 class Judged:
     """A model and all that was measured of it.
 
     Attributes:
-        name, source: for the report.
         role: "original", "reference", "lora" or "checkpoint".
         values: by measure (P, S).
         whole: by measure a number of the whole set.
@@ -156,18 +136,13 @@ class Judged:
 
 
 def summarise(judged: Sequence[Judged], missing: Mapping[str, str], resamples: int, seed: int) -> dict[str, Any]:
-    """What the report says of the models.
+    """The document of `report.py`, but for prompts, seeds, region and settings.
 
     Args:
         judged: the original model first; at most one is the reference.
         missing: by measure, why it was not computed.
         resamples: how often the prompts are resampled.
         seed: of the resampling, which is the same for all models.
-
-    Returns:
-        The document of `report.py`, but for prompts, seeds, region and settings.
-
-    Source: [ours].
     """
     original = judged[0]
     index = resample_prompts(len(original.values["change"]), resamples, seed)
@@ -228,15 +203,8 @@ def choose_checkpoint(
 ) -> tuple[str | None, str]:  # fmt: skip
     """The checkpoint to keep, or None, and a line that says why.
 
-    How often resampled prompts choose the same one tells how sure the choice is.
-
-    Args:
-        judged, entries: all models and what the report says of them, in one order, the original model first.
-        unit: of the LoRA that pollution is in units of.
-        response: the measure of the response; None if there is none.
-        index: of `resample_prompts`.
-
-    Source: [ours].
+    How often resampled prompts choose the same one tells how sure the choice is. Models and entries are in one order,
+    the original model first; pollution is in units of `unit`.
     """
     if response is None:
         return None, "No checkpoint is chosen: without CLIP there is no measure of the response."
@@ -259,16 +227,10 @@ def choose_checkpoint(
 
 
 def correlate(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
-    """Spearman's rank correlation of each measure with the truth it stands for, over the LoRAs.
+    """Spearman's rank correlation of each measure with the truth it stands for, over the LoRAs, NaN where either is
+    constant.
 
-    Args:
-        entries: what the report says of each LoRA.
-
-    Returns:
-        Per measure its name, its truth's, the correlation (NaN where either is constant) and the number of LoRAs; None
-        without the truth, without torchmetrics, or for fewer than three LoRAs.
-
-    Source: [ours].
+    None without the truth, without torchmetrics, or for fewer than three LoRAs.
     """
     if len(entries) < 3 or "truth_kept" not in entries[0]["measures"]:
         return None

@@ -15,11 +15,7 @@ from programs.loading import check_model_name, naming_flag
 
 
 def find_family(model_index: Mapping[str, Any], denoiser_config: Mapping[str, Any]) -> type[StableDiffusion]:
-    """The family of a model.
-
-    Args:
-        model_index: its `model_index.json`.
-        denoiser_config: of its UNet or transformer.
+    """The family of a model, from its `model_index.json` and the configuration of its UNet or transformer.
 
     Raises:
         ValueError: none that can be trained.
@@ -39,11 +35,7 @@ def find_family(model_index: Mapping[str, Any], denoiser_config: Mapping[str, An
 def check_model(
     model: str, *, revision: str | None = None, cache_dir: str | None = None, **flags: str | None
 ) -> tuple[type[StableDiffusion], ModelFacts]:
-    """Find the family of a model, and what is known of it without weights.
-
-    Args:
-        model, revision, cache_dir: the flags.
-        flags: the others that its `check` takes.
+    """Find the family of a model, and what is known of it without weights; `flags` are what its `check` takes.
 
     Raises:
         InputError: one line that names the flag, the value and the part of the model that does not fit.

@@ -1,6 +1,8 @@
 """How latents are noised, and what a prediction of the denoiser means.
 
 Legend: B batch, C latent channels, H/W latent size.
+
+Source: [ours].
 """
 
 from __future__ import annotations
@@ -26,10 +28,6 @@ class DDPM:
     Args:
         scheduler_class: name of a scheduler of diffusers.
         config: the scheduler's; of it only the betas and the prediction type count.
-
-    Attributes:
-        prediction_type: "epsilon" or "v_prediction".
-        num_train_timesteps: timesteps are integers below it.
 
     Raises:
         ValueError: the scheduler has no betas, as those of flow matching, or the prediction is another.
@@ -81,12 +79,7 @@ class DDPM:
 
         Where a head is, and how large, is decided at high timesteps, where errors of the predicted noise are small
         numbers and move the portrait most. A schedule that ends in pure noise has no signal there, and without a bound
-        its last timesteps would be nearly all that is drawn.
-
-        Returns:
-            On the CPU, where timesteps are drawn.
-
-        Source: [ours].
+        its last timesteps would be nearly all that is drawn. They lie on the CPU, where timesteps are drawn.
         """
         # The betas stay on the CPU; the scheduler moves its own products of them to the device.
         signal = (1 - self._scheduler.betas).cumprod(0)
@@ -95,12 +88,8 @@ class DDPM:
     def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
         """Weights (B,) that keep the easy, nearly clean timesteps from ruling the diffusion loss.
 
-        Args:
-            timesteps: (B,) integers.
-            gamma: largest signal-to-noise ratio that counts, 5 is usual.
-
-        Returns:
-            (B,) float32, for epsilon `min(snr, gamma) / snr`, for v `min(snr, gamma) / (snr + 1)`.
+        For epsilon `min(snr, gamma) / snr`, for v `min(snr, gamma) / (snr + 1)`, float32; gamma, the largest
+        signal-to-noise ratio that counts, is usually 5.
 
         Source: Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy", arXiv 2303.09556.
         """

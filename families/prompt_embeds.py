@@ -1,7 +1,4 @@
-"""Prompts as a denoiser takes them.
-
-Legend: B prompts, T text tokens, E size of a text embedding.
-"""
+"""Prompts as a denoiser takes them."""
 
 from __future__ import annotations
 
@@ -14,11 +11,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PromptEmbeds:
-    """All that a denoiser is told about B prompts.
-
-    Args:
-        states: (B, T, E) of their tokens.
-        pooled: (B, E') of the whole prompts, where the model family has them.
+    """All that a denoiser is told about B prompts: (B, T, E) `states` of T tokens; (B, E') `pooled` where a family has
+    them.
     """
 
     states: Tensor

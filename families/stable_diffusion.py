@@ -34,10 +34,8 @@ class ModelFacts:
     """What is known of a model before its weights are loaded.
 
     Attributes:
-        denoiser_config, text_config: of the UNet and of the text encoder.
         tokenizers: as `StableDiffusion.locate` takes them.
         side_multiple: number of pixels that each side of a picture must be a multiple of.
-        num_train_timesteps: of its noise process.
     """
 
     denoiser_config: dict[str, Any]
@@ -76,10 +74,6 @@ class StableDiffusion:
         prediction_type: str | None = None,
     ) -> ModelFacts:
         """Read the other configurations of a model, without weights.
-
-        Args:
-            model, revision, cache_dir, vae, tiny_vae, prediction_type: the flags.
-            denoiser_config: the UNet's.
 
         Raises:
             InputError: one line that names the flag, the value and the part of the model that does not fit.

@@ -1,6 +1,6 @@
 """The model card of a finished LoRA, in Markdown with the metadata that the Hub reads.
 
-Paper: arXiv 2504.00396.
+Paper: arXiv 2504.00396; what names no source is [ours].
 """
 
 from __future__ import annotations
@@ -53,21 +53,12 @@ class CardFacts:
 
 
 def write_model_card(folder: Path, facts: CardFacts) -> Path:
-    """Write README.md with the metadata that the Hub reads, over one that is there.
+    """Write README.md with the metadata that the Hub reads, over one that is there; returns the file.
 
     The Hub rejects a card whose `base_model` is no id, so a local folder is named in the text alone.
 
-    Args:
-        folder: the output folder, which exists.
-        facts: what the card says.
-
-    Returns:
-        The file.
-
     Raises:
         ValueError: no target prompt.
-
-    Source: [ours].
     """
     if not facts.targets:
         raise ValueError("targets: a model card needs at least one target prompt")

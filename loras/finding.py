@@ -1,7 +1,4 @@
-"""Where a LoRA lies: a file or folder of this machine, or a repository of the Hub.
-
-Source: [ours].
-"""
+"""Where a LoRA lies: a file or folder of this machine, or a repository of the Hub. Source: [ours]."""
 
 from __future__ import annotations
 
@@ -25,18 +22,10 @@ _HUB_PAGE = re.compile(r"([^/]+/[^/]+)(?:/(blob|raw|resolve|tree)/([^/]+)(?:/(.+
 
 
 def clean_source(source: str) -> str:
-    """A LoRA's name without what comes with it when it is copied: quotes, "~", and an address of the Hub.
-
-    Args:
-        source: as a user gives it.
-
-    Returns:
-        A path or an id, as of `find_lora`; what is one already is returned as it is.
+    """A LoRA's path or id, as of `find_lora`, without what is copied along: quotes, "~", and an address of the Hub.
 
     Raises:
         ValueError: an address that is of no LoRA on the Hub; one line without `source`.
-
-    Source: [ours].
     """
     text = source.strip()
     if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
@@ -67,15 +56,9 @@ def find_lora(source: str, cache_dir: str | None = None) -> Path:
     Args:
         source: a `.safetensors` file, a folder with one, or of the Hub "user/name", "user/name/file.safetensors" or
             their address; `clean_source` takes off what was copied along.
-        cache_dir: where the Hub's files are kept.
-
-    Returns:
-        The file here.
 
     Raises:
         ValueError: there is no such file, or several; one line without `source`.
-
-    Source: [ours].
     """
     path, place = Path(clean_source(source)), find_on_hub(source)
     if path.is_file():
@@ -126,13 +109,8 @@ def download_public_lora(source: str, folder: Path, max_bytes: float) -> Path:
         folder: an empty one, for the file.
         max_bytes: the largest file that is downloaded.
 
-    Returns:
-        The file in `folder`.
-
     Raises:
         ValueError: no such file in a public repository, or a larger one; one line without `source`.
-
-    Source: [ours].
     """
     place = _parse_id(clean_source(source))
     if place is None:

@@ -1,7 +1,4 @@
-"""A finished LoRA on the Hub: the repository is made before the training, and filled after it.
-
-Source: [ours].
-"""
+"""A finished LoRA on the Hub: the repository is made before the training, and filled after it. Source: [ours]."""
 
 from __future__ import annotations
 
@@ -34,8 +31,6 @@ def create_hub_repo(hub_model_id: str, token: str | None, private: bool) -> str:
     Raises:
         ValueError: a name that the Hub does not take; no token, an unknown one, or one that may not write; a public
             repository where a private one is wanted; the Hub is out of reach. The message never holds the token.
-
-    Source: [ours].
     """
     try:
         validate_repo_id(hub_model_id)
@@ -70,29 +65,22 @@ def push_lora(
     token: str | None,
     code: Mapping[str, Path],
     files: Sequence[str],
-    commit_message: str = "Upload LoRA, pipeline and model card",
 ) -> str:
-    """Upload the model card, the LoRA, what else is listed and the pipeline's code, in one commit.
+    """Upload the model card, the LoRA, what else is listed and the pipeline's code, in one commit; returns the
+    address.
 
     The list decides alone: nothing else in the folder, such as checkpoints, caches or logs, is looked at.
 
     Args:
         folder: the output folder, with README.md and the LoRA.
-        repo_id: "user/name", as `create_hub_repo` returns it.
-        token: a token of the Hub; None takes the one of `hf auth login` or of the environment.
+        repo_id, token: as of `create_hub_repo`.
         code: Python files by their name in the repository; `pipeline.py` is the one that diffusers looks for.
         files: further files as paths relative to `folder`: the LoRA in kohya's format, and pictures.
-        commit_message: one line.
-
-    Returns:
-        The repository's address.
 
     Raises:
         ValueError: a file that is missing, leads out of the folder, is of no kind that belongs on the Hub, or holds
             the token.
         OSError: the Hub refused or did not answer; the message says how to push again.
-
-    Source: [ours].
     """
     sources = {name: _file_to_push(folder, name) for name in dict.fromkeys((CARD, LORA_WEIGHTS, *files))}
     for name, path in code.items():
@@ -112,7 +100,8 @@ def push_lora(
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(content)
         try:
-            commit = api.upload_folder(repo_id=repo_id, folder_path=staged, commit_message=commit_message)
+            message = "Upload LoRA, pipeline and model card"
+            commit = api.upload_folder(repo_id=repo_id, folder_path=staged, commit_message=message)
         # The transport of large files raises RuntimeError, and metadata that the Hub does not take a ValueError.
         except (HTTPError, OSError, ValueError, RuntimeError) as error:
             own = [name for name in sources if name not in code]

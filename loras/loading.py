@@ -1,7 +1,4 @@
-"""LoRAs of either format on a pipeline: loaded whole, or merged into its weights.
-
-Source: [ours].
-"""
+"""LoRAs of either format on a pipeline: loaded whole, or merged into its weights. Source: [ours]."""
 
 from __future__ import annotations
 
@@ -62,8 +59,6 @@ def load_lora(pipeline: StableDiffusionPipeline, source: str, adapter_name: str,
 
     Raises:
         ValueError: there is no such LoRA, or it is for another model; one line that begins with `source`.
-
-    Source: [ours].
     """
     active = pipeline.get_active_adapters()
     # On Windows a file cannot be removed while its weights are mapped.
@@ -106,13 +101,10 @@ def merge_loras(pipeline: StableDiffusionPipeline, loras: Sequence[str], scales:
     Args:
         pipeline: in float32, so that nothing is rounded that an adapter beside the weights would keep; without
             adapters, before and after.
-        loras: at least one, as of `find_lora`.
-        scales: their strengths, any real number.
+        loras: at least one, as of `find_lora`, each with its scale.
 
     Raises:
         ValueError: one cannot be loaded or does not fit, or their sum is not finite.
-
-    Source: [ours].
     """
     names = [f"merged_{i}" for i in range(len(loras))]
     # Adapters are made of random numbers before they are filled; what is random later is to be as without them.

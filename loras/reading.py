@@ -57,17 +57,13 @@ class LoraFile:
 
 
 def read_lora(path: Path) -> LoraFile:
-    """Read a LoRA of either format.
-
-    Args:
-        path: a `.safetensors` file. Where it has no alpha, that is the rank, as diffusers and kohya take it.
+    """Read a `.safetensors` file of either format. Where it has no alpha, that is the rank, as diffusers and kohya
+    take it.
 
     Raises:
         OSError: it cannot be read.
         ValueError: it is damaged, or holds something other than a LoRA of Stable Diffusion 1.x or 2.x; one line
             without the path.
-
-    Source: [ours].
     """
     try:
         with safe_open(path, "pt") as file:

@@ -36,14 +36,8 @@ def save_kohya_lora(lora: Path, path: Path) -> None:
     A DoRA's magnitude is written as (out, 1), one number for each output. No common reader treats it as PEFT does:
     diffusers drops `dora_scale`, ComfyUI divides by the norm of the original weight alone, A1111 by that of columns.
 
-    Args:
-        lora: a `.safetensors` file of diffusers' format.
-        path: the file to write; its folder exists.
-
     Raises:
         ValueError: `read_lora` cannot read it; one line that begins with its path.
-
-    Source: [ours].
     """
     with naming(str(lora)):
         layers = read_lora(lora).layers
@@ -76,19 +70,13 @@ def save_kohya_lora(lora: Path, path: Path) -> None:
 
 
 def save_diffusers_lora(lora: Path, folder: Path) -> Path:
-    """Write a LoRA in diffusers' format, each layer with its own rank and alpha.
+    """Write a LoRA of kohya's format, or whose metadata is not whole, in diffusers', each layer with its rank and
+    alpha.
 
-    Args:
-        lora: a `.safetensors` file of kohya's format, or one of diffusers' whose metadata is not whole.
-        folder: where the file is written, under the name that diffusers looks for; it is made.
-
-    Returns:
-        The file.
+    `folder` is made; the file has the name that diffusers looks for, and is returned.
 
     Raises:
         ValueError: `read_lora` cannot read it; one line that begins with its path.
-
-    Source: [ours].
     """
     with naming(str(lora)):
         file = read_lora(lora)
@@ -100,17 +88,11 @@ def save_diffusers_lora(lora: Path, folder: Path) -> Path:
 def write_diffusers_lora(
     folder: Path, models: Mapping[str, tuple[dict[str, torch.Tensor], LoraConfig]], prefix: str = ".saving-"
 ) -> Path:
-    """Write a LoRA as diffusers does, the same in each process.
+    """Write a LoRA as diffusers does, the same in each process, into a folder that is made; returns the file.
 
     Args:
-        folder: where the file is written, under the name that diffusers looks for; it is made.
         models: of "unet" and "text_encoder" those with a LoRA, its tensors under PEFT's names, and its configuration.
         prefix: of `whole`.
-
-    Returns:
-        The file.
-
-    Source: [ours].
     """
     options = {}
     for model, (state, config) in models.items():

@@ -63,15 +63,11 @@ def without_warning(message: str) -> Iterator[None]:
 
 
 def phase_bar(description: str, total: int, unit: str, shown: bool = True) -> tqdm:
-    """A bar for one phase of the work; inside another bar it goes away when it is full.
+    """A bar for one phase of the work, whose `update` counts; inside another bar it goes away when it is full.
 
     Args:
         description: what is done, as in "validation pictures".
-        total: how many there are.
-        unit: one of them, as in "picture".
+        unit: one of `total`, as in "picture".
         shown: whether this process shows anything.
-
-    Returns:
-        The bar, a context manager whose `update` counts.
     """
     return tqdm(total=total, desc=description, unit=unit, disable=not shown, leave=None)

@@ -1,4 +1,7 @@
-"""SIGTERM and Ctrl-C, taken where a run can be left: between two steps, or anywhere in work that is done again."""
+"""SIGTERM and Ctrl-C, taken where a run can be left: between two steps, or anywhere in work that is done again.
+
+Source: [ours].
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,7 @@ from types import FrameType
 
 
 class Interrupted(Exception):
-    """The run was asked to stop.
-
-    Attributes:
-        signal_number: which signal asked.
-    """
+    """The run was asked to stop, by the signal `signal_number`."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(signal.Signals(signal_number).name)
@@ -21,11 +20,7 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """What a signal asks, until the run can do it.
-
-    Attributes:
-        signal_number: the signal that came, 0 while none did.
-    """
+    """What a signal asks, until the run can do it; `signal_number` is 0 while none came."""
 
     def __init__(self) -> None:
         self.signal_number = 0
@@ -76,8 +71,6 @@ def catch_stop_signals() -> Iterator[StopRequest]:
 
 def leave_stop_signals(worker: int = 0) -> None:
     """For a process that works for the run: a signal to the whole group is the run's, which ends its workers itself.
-
-    Source: [ours].
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

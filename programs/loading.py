@@ -56,13 +56,10 @@ def check_model_name(name: str, kind: str | None = "StableDiffusionPipeline") ->
     """Refuse what can be neither a folder nor an id of the Hub, before a library takes it for one of them.
 
     Args:
-        name: as a user gives it.
         kind: the class of diffusers that turns a single file of such a model into a folder, if there is one.
 
     Raises:
         ValueError: a single file, or a path where nothing is; one line without `name`.
-
-    Source: [ours].
     """
     path = Path(name)
     if path.is_dir():
@@ -88,25 +85,16 @@ def load_pipeline(
     cache_dir: str | None = None,
     **options: Any,
 ) -> Pipeline:
-    """A pipeline of this class from the folder or id that a flag names. A pickle is not read.
+    """A pipeline of this class, on the CPU, from the folder or id that a flag names. A pickle is not read.
 
     Args:
         kind: `StableDiffusionPipeline` or a subclass.
-        name: a folder or an id of the Hub.
-        dtype: of all weights.
         flag: its name, for the error.
-        revision: of the Hub.
-        cache_dir: where the Hub's files are kept.
         options: further arguments of `from_pretrained`, such as other components.
-
-    Returns:
-        The pipeline, on the CPU.
 
     Raises:
         InputError: it cannot be loaded, is a single file, has weights in pickles alone, or is a model that takes more
             than a prompt and noise.
-
-    Source: [ours].
     """
     hub = {"revision": revision, "cache_dir": cache_dir}
     with naming_flag(flag, name):
@@ -122,9 +110,8 @@ def load_pipeline(
 
 
 def cast_models(pipeline: StableDiffusionPipeline, dtype: torch.dtype) -> None:
-    """Bring all models of a pipeline to a dtype.
-
-    Source: [ours]; diffusers' own way warns of layers that are to stay in float32 even where there are none.
+    """Bring all models of a pipeline to a dtype; diffusers' own way warns of layers that stay in float32 where are
+    none.
     """
     for model in pipeline.components.values():
         if isinstance(model, torch.nn.Module):
@@ -132,7 +119,7 @@ def cast_models(pipeline: StableDiffusionPipeline, dtype: torch.dtype) -> None:
 
 
 def choose_device(name: str | None) -> str:
-    """The device of --device, or the best there is for None; an InputError if it does not work. Source: [ours]."""
+    """The device of --device, or the best there is for None; an InputError if it does not work."""
     if name is None:
         backends = {"cuda": torch.cuda, "mps": torch.backends.mps}
         return next((device for device, backend in backends.items() if backend.is_available()), "cpu")

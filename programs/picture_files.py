@@ -48,7 +48,7 @@ _UNREADABLE_IMAGE = (
 
 
 def load_picture(picture: Path | Image.Image, source: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode a picture.
+    """Decode a picture, RGB and upright (EXIF orientation applied), on white where it was transparent.
 
     Args:
         picture: its file, or the picture itself, of which no more than the header may be decoded.
@@ -56,14 +56,9 @@ def load_picture(picture: Path | Image.Image, source: str, max_pixels: int = MAX
         max_pixels: largest width * height; a larger image is refused without decoding it. Pillow's own limit,
             `PIL.Image.MAX_IMAGE_PIXELS`, holds besides.
 
-    Returns:
-        The image in RGB and upright (EXIF orientation applied), on white where it was transparent.
-
     Raises:
         FileNotFoundError: the file is gone.
         ValueError: the image is broken, too large, or has more than 8 bits in its one channel.
-
-    Source: [ours].
     """
     where = _name(picture, source)
     image = open_picture(picture, where) if isinstance(picture, Path) else picture
@@ -89,19 +84,11 @@ def load_picture(picture: Path | Image.Image, source: str, max_pixels: int = MAX
 
 
 def upright_size(picture: Path | Image.Image, source: str) -> tuple[int, int]:
-    """Size of a picture as `load_picture` returns it, from the file's header where that tells it.
-
-    Args:
-        picture, source: as there.
-
-    Returns:
-        (width, height) with the EXIF orientation applied.
+    """(width, height) of a picture as `load_picture` returns it, from the file's header where that tells it.
 
     Raises:
         FileNotFoundError: the file is gone.
         ValueError: the image is broken.
-
-    Source: [ours].
     """
     where = _name(picture, source)
     image = open_picture(picture, where) if isinstance(picture, Path) else picture
@@ -118,20 +105,13 @@ def upright_size(picture: Path | Image.Image, source: str) -> tuple[int, int]:
 
 
 def content_key(picture: Path | Image.Image, source: str) -> str:
-    """A name for what a picture shows: a picture that changed under its old name has another.
+    """SHA-256 of what a picture shows: a picture that changed under its old name has another.
 
-    Args:
-        picture, source: as there.
-
-    Returns:
-        SHA-256 in hexadecimal digits: of the file's bytes; for one that is no file, of the size and pixels
-        that `load_picture` returns.
+    It is of the file's bytes; for one that is no file, of the size and pixels that `load_picture` returns.
 
     Raises:
         FileNotFoundError: the file is gone.
         ValueError: the file cannot be read, or the image is one that `load_picture` refuses.
-
-    Source: [ours].
     """
     if isinstance(picture, Path):
         try:

@@ -1,7 +1,4 @@
-"""Records of prompts as users write them: lines of JSON, and the targets and phrases in them.
-
-Source: [ours].
-"""
+"""Records of prompts as users write them: lines of JSON, and the targets and phrases in them. Source: [ours]."""
 
 from __future__ import annotations
 
@@ -15,20 +12,15 @@ Target = str | tuple[str, str]  # an addition, or (replaced phrase, target)
 
 
 def read_json_lines(path: Path, name: str) -> tuple[list[str], list[dict[str, Any]]]:
-    """The objects of a file of JSON lines, with or without a byte order mark.
-
-    Args:
-        path: the file, in UTF-8; empty lines are passed over.
-        name: what sources and errors call it.
+    """The objects of a file of JSON lines in UTF-8, with or without a byte order mark; empty lines are passed over.
 
     Returns:
-        The source of each object, such as "data/metadata.jsonl, line 3", and the objects.
+        The source of each object, such as "data/metadata.jsonl, line 3" where that is the file's `name`, and the
+        objects.
 
     Raises:
         OSError: the file cannot be read.
         ValueError: a line is no JSON object with columns.
-
-    Source: [ours].
     """
     sources, records = [], []
     # Lines of bytes: those of a text also end at separators that a JSON string may hold.
@@ -48,23 +40,13 @@ def read_json_lines(path: Path, name: str) -> tuple[list[str], list[dict[str, An
 
 
 def read_target(value: Any, where: str) -> str | list[Target]:
-    """A target as JSON spells it, pairs as tuples.
-
-    Args:
-        value: a text, or a list of texts and of [phrase, target].
-        where: what an error begins with.
-
-    Returns:
-        The text, or the list.
+    """A target as JSON spells it, a text or a list of texts and of [phrase, target], with these pairs as tuples.
 
     Raises:
-        ValueError: neither.
-
-    Source: [ours].
+        ValueError: it is neither; begins with `where`.
     """
     if not isinstance(value, list):
-        check_text(value, where)
-        return value
+        return check_text(value, where)
     if not value:
         raise ValueError(f"{where} must hold a target, got [].")
     targets: list[Target] = []
@@ -78,15 +60,14 @@ def read_target(value: Any, where: str) -> str | list[Target]:
 
 
 def read_phrases(value: Any, where: str) -> tuple[str, ...]:
-    """A list of phrases as JSON spells it; a ValueError that begins with `where` if it is none. Source: [ours]."""
+    """A list of phrases as JSON spells it; a ValueError that begins with `where` if it is none."""
     if not (isinstance(value, list) and value):
         raise ValueError(f"{where} must be a list of phrases, got {value!r}.")
-    for phrase in value:
-        check_text(phrase, where)
-    return tuple(value)
+    return tuple(check_text(phrase, where) for phrase in value)
 
 
-def check_text(value: Any, where: str) -> None:
-    """A ValueError that begins with `where` if a value is no text, or an empty one."""
+def check_text(value: Any, where: str) -> str:
+    """The value itself; a ValueError that begins with `where` if it is no text, or an empty one."""
     if not (isinstance(value, str) and value.strip()):
         raise ValueError(f"{where} must be a text that is not empty, got {value!r}.")
+    return value

@@ -1,7 +1,4 @@
-"""Files and folders that appear whole or not at all.
-
-Source: [ours].
-"""
+"""Files and folders that appear whole or not at all. Source: [ours]."""
 
 from __future__ import annotations
 
@@ -22,15 +19,9 @@ HIDDEN_PREFIX = ".saving-"
 def whole(path: Path, prefix: str = HIDDEN_PREFIX) -> Iterator[Path]:
     """Where to write a file or a folder, which takes its place once all of it is written.
 
-    What is at the place stays until then, and comes back if the last step fails. Several processes may write to one
-    place; a process that is killed leaves a hidden folder beside it.
-
-    Args:
-        path: the place; the folder around it exists.
-        prefix: how the hidden folder's name begins.
-
-    Yields:
-        A path of the same name, where nothing is yet.
+    What is at the place stays until then, and comes back if the last step fails. The folder around it exists. Several
+    processes may write to one place; one that is killed leaves a hidden folder beside it, whose name begins with
+    `prefix`.
     """
     # In a folder beside the place, so that the last step is a rename on one file system. On Windows a file that is
     # still open elsewhere cannot be removed.

@@ -224,11 +224,3 @@ def _check_tracker(name: str) -> None:
 def uses_enhancement(method: MethodFlags, paper: PaperFlags) -> bool:
     """Whether any step computes the enhancement loss."""
     return method.stage2_steps > 0 and method.stage2_objective != "composed" and paper.enhancement_loss != "none"
-
-
-def has_sfcm_bank(alignment: AlignmentFlags) -> bool:
-    """Whether each alignment portrait has one map, instead of one anew in each step."""
-    # Asked of flags that were read, when all is imported anyway.
-    from sfcm import SFCM_MODES
-
-    return SFCM_MODES[alignment.sfcm_mode].averaged or alignment.sfcm_dir is not None

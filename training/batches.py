@@ -48,14 +48,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class BatchDrawer:
-    """Draws this process's batches.
-
-    Attributes:
-        seed: of the run.
-        batch_size: rows of one process; process_index of num_processes.
-        pairs: how many pairs of prompts the prompt table has.
-        noise: of training.
-        device: where batches lie.
+    """Draws this process's batches, of `batch_size` rows; `pairs` is how many pairs of prompts the prompt table has.
     """
 
     seed: int
@@ -84,7 +77,6 @@ class BatchDrawer:
         """A batch of training portraits, all asked for their target.
 
         Args:
-            portraits: what to draw from.
             micro_step: counts batches, from 0.
             noise_offset: standard deviation of an offset that all noise of one channel shares.
         """
@@ -103,7 +95,6 @@ class BatchDrawer:
         """A batch of alignment portraits.
 
         Args:
-            portraits: what to draw from.
             micro_step: counts batches, from 0.
             stream: keeps apart what one step draws several times.
             unchanged_share: share of BASE and EMPTY rows, in [0, 1).

@@ -1,6 +1,7 @@
 """Tensors kept on disk under a name made from all that they depend on, so that nothing ever needs to be invalidated.
 
 A frozen model's outputs are computed once: their key is a fingerprint of the model and of what it was given.
+Source: [ours].
 """
 
 from __future__ import annotations
@@ -31,35 +32,17 @@ _ORIGIN = frozenset(
 
 
 def fingerprint(*parts: Part) -> str:
-    """A name for some values; different values, types or groupings have different names.
+    """SHA-256 in hexadecimal digits of str, bytes, int, float, bool, None and tuples of such, else a TypeError.
 
-    Args:
-        parts: strings, bytes, integers, floats, truth values, None and tuples of such.
-
-    Returns:
-        SHA-256 in hexadecimal digits.
-
-    Raises:
-        TypeError: a part is of another type.
-
-    Source: [ours].
+    Different values, types or groupings have different names.
     """
     return hashlib.sha256(_encode(parts)).hexdigest()
 
 
 def module_fingerprint(module: torch.nn.Module) -> str:
-    """A name for what a model computes: its weights and buffers, and its configuration if it has one.
+    """SHA-256 of what a model computes: its weights and buffers with their dtype, and its configuration if it has one.
 
-    Args:
-        module: any; the device does not matter, the dtype does.
-
-    Returns:
-        SHA-256 in hexadecimal digits; the same wherever the model was loaded from.
-
-    Raises:
-        TypeError: the configuration cannot be written as JSON.
-
-    Source: [ours].
+    The same on each device, and wherever the model was loaded from.
     """
     digest = hashlib.sha256(_encode(_read_config(module)))
     for name, tensor in sorted(module.state_dict().items()):
@@ -70,14 +53,9 @@ def module_fingerprint(module: torch.nn.Module) -> str:
 
 
 class TensorCache:
-    """Tensors by key, one safetensors file each.
+    """Tensors by key, one safetensors file each; without a `folder` nothing is kept.
 
     Several processes may share a folder: a file appears whole or not at all, and whoever writes a key writes the same.
-
-    Args:
-        folder: where the files are kept; made when the first is written. None: nothing is kept.
-
-    Source: [ours].
     """
 
     def __init__(self, folder: Path | None):
@@ -89,7 +67,7 @@ class TensorCache:
         """Look tensors up and compute those that are missing.
 
         Args:
-            keys: a key for each tensor, in hexadecimal digits as `fingerprint` returns them.
+            keys: a key for each tensor, as `fingerprint` returns them.
             compute: takes the indices of missing keys, each different key once, and yields their tensors in that
                 order. Each is written as it comes, so an interrupted run keeps what it has. Not called if none is
                 missing.
@@ -101,30 +79,22 @@ class TensorCache:
         Raises:
             OSError: a file cannot be read or written; the message names --cache_dir and the file.
             ValueError: `compute` yields another number of tensors than it was asked for.
-
-        Source: [ours].
         """
-        tensors: dict[str, torch.Tensor] = {}
-        missing: dict[str, int] = {}
+        places: dict[str, int] = {}
         for i, key in enumerate(keys):
-            if key in tensors or key in missing:
-                continue
-            tensor = None if self.folder is None else _read(_path(self.folder, key))
-            if tensor is None:
-                missing[key] = i
-            else:
-                tensors[key] = tensor
+            places.setdefault(key, i)
+        tensors = {key: None if self.folder is None else _read(self._path(key)) for key in places}
+        missing = [key for key, tensor in tensors.items() if tensor is None]
         if missing:
-            for (key, _), tensor in zip(missing.items(), compute(list(missing.values())), strict=True):
+            for key, tensor in zip(missing, compute([places[key] for key in missing]), strict=True):
                 # A view would keep the whole batch that it was cut from in memory.
                 tensors[key] = tensor.detach().to("cpu", copy=True).contiguous()
                 if self.folder is not None:
-                    _write(_path(self.folder, key), tensors[key])
+                    _write(self._path(key), tensors[key])
         return [tensors[key] for key in keys]
 
-
-def _path(folder: Path, key: str) -> Path:
-    return folder / key[:2] / f"{key}.safetensors"
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.safetensors"
 
 
 def _read(path: Path) -> torch.Tensor | None:

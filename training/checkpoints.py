@@ -1,11 +1,12 @@
 """Checkpoints of a training run: folders that are whole or not there at all, and no pickle in them.
 
 A checkpoint's manifest holds the size and the hash of every file, so that a damaged one is told from a whole one.
+
+Source: [ours].
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from huggingface_hub.utils.sha import sha_fileobj
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
@@ -36,24 +38,15 @@ class CheckpointError(OSError):
     """An output folder could not be written into; the message is one line that says what is safe."""
 
 
-# -------------------------------------------------------------------------------------------------- nested states
-
-
 def pack_state(state: Any, tensors: dict[str, torch.Tensor], path: str = "state") -> Any:
     """Take the tensors out of a nested state, and make what is left of it JSON, from which it can be built again.
 
     Args:
         state: dicts with keys of texts and numbers, lists, tuples, tensors, texts, numbers, booleans and None.
         tensors: filled with copies on the CPU, each under a name of its own that tells its path in the state.
-        path: of `state` itself.
-
-    Returns:
-        What `json.dumps` takes.
 
     Raises:
         TypeError: anything else in the state; the message names its path.
-
-    Source: [ours].
     """
     if isinstance(state, torch.Tensor):
         # A copy: safetensors refuses tensors that share memory, as the views of one optimizer buffer do.
@@ -76,7 +69,7 @@ def pack_state(state: Any, tensors: dict[str, torch.Tensor], path: str = "state"
 
 
 def unpack_state(packed: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """The state that `pack_state` took apart. Source: [ours]."""
+    """The state that `pack_state` took apart."""
     if not isinstance(packed, dict):
         return packed
     ((kind, value),) = packed.items()
@@ -86,9 +79,6 @@ def unpack_state(packed: Any, tensors: dict[str, torch.Tensor]) -> Any:
         return {key: unpack_state(item, tensors) for key, item in value}
     items = [unpack_state(item, tensors) for item in value]
     return tuple(items) if kind == "tuple" else items
-
-
-# ------------------------------------------------------------------------------------------------------- writing
 
 
 def save_checkpoint(
@@ -101,20 +91,13 @@ def save_checkpoint(
     """Write `checkpoint-<step>`, whole or not at all, and then delete the oldest ones above the limit.
 
     Args:
-        output_dir: made if it is not there.
-        step: updates done so far.
         state: all that the run needs to go on, see `pack_state`.
         write_lora: writes the LoRA into the folder it is given.
         total_limit: checkpoints to keep, at least 1; None keeps all.
 
-    Returns:
-        The checkpoint's folder.
-
     Raises:
         CheckpointError: it could not be written, for instance because the disk is full; what there was before is
             untouched, and the message says which checkpoint is whole.
-
-    Source: [ours].
     """
     place = checkpoint_folder(output_dir, step)
     try:
@@ -149,9 +132,8 @@ def _write_manifest(folder: Path, step: int) -> None:
     for path in sorted(folder.iterdir()):
         files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
         _sync(path)
-    manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"step": step, "files": files}, indent=1), encoding="utf-8")
-    _sync(manifest)
+    (folder / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1), encoding="utf-8")
+    _sync(folder / MANIFEST)
     _sync(folder)
 
 
@@ -183,24 +165,16 @@ def _sync(path: Path) -> None:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return sha_fileobj(file).hex()
 
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Keep other runs out of an output folder; what was made for that alone is gone on exit.
 
-    Args:
-        folder: made if it is not there.
-
     Raises:
         CheckpointError: another run is in it.
-
-    Source: [ours].
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -223,16 +197,11 @@ def lock_folder(folder: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-# ------------------------------------------------------------------------------------------------------- reading
-
-
 def check_checkpoint(folder: Path) -> None:
     """Compare a checkpoint with its manifest.
 
     Raises:
         ValueError: it is not a checkpoint, or damaged; one line that names the folder and the file.
-
-    Source: [ours].
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -253,13 +222,7 @@ def check_checkpoint(folder: Path) -> None:
 
 
 def latest_checkpoint(output_dir: Path) -> Path | None:
-    """The whole checkpoint with the highest step; a damaged one is skipped with a warning that names it.
-
-    Returns:
-        Its folder, or None where there is none.
-
-    Source: [ours].
-    """
+    """The whole checkpoint with the highest step, if any; a damaged one is skipped with a warning that names it."""
     for folder in reversed(find_checkpoints(output_dir)):
         try:
             check_checkpoint(folder)
@@ -271,20 +234,20 @@ def latest_checkpoint(output_dir: Path) -> Path | None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The state in a checkpoint that was checked, its tensors on the CPU. Source: [ours]."""
+    """The state in a checkpoint that was checked, its tensors on the CPU."""
     # Read and not mapped: Windows deletes no file that is, and the checkpoint may be pruned while the run goes on.
     tensors = load((folder / STATE_TENSORS).read_bytes())
     return unpack_state(json.loads((folder / STATE_VALUES).read_text(encoding="utf-8")), tensors)
 
 
 def what_is_safe(output_dir: Path) -> str:
-    """One clause on where a run can be taken up again. Source: [ours]."""
+    """One clause on where a run can be taken up again."""
     folder = latest_checkpoint(output_dir)
     return "there is no earlier checkpoint" if folder is None else f"{folder} is whole, and the run can go on from it"
 
 
 def remove_leftovers(output_dir: Path) -> None:
-    """Delete the hidden folders of a run that was killed while it wrote or deleted something. Source: [ours]."""
+    """Delete the hidden folders of a run that was killed while it wrote or deleted something."""
     for prefix in (HIDDEN_PREFIX, writing.HIDDEN_PREFIX):
         for folder in output_dir.glob(f"{prefix}*"):
             _clean(folder, shutil.rmtree)

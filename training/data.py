@@ -41,17 +41,15 @@ logger = logging.getLogger(__name__)
 class PortraitRow:
     """One training portrait.
 
-    Args:
+    Attributes:
         source: where the row was read, "data/metadata.jsonl, line 3" or "dataset 'x', row 2"; errors begin with it.
-        image: the file, or the image of a `datasets` row, decoded when it is first needed and then kept in memory.
-        base_prompt: the base prompt.
+        image, mask: a file, or the image of a `datasets` row, decoded when it is first needed and then kept in memory.
+            A mask is bright where the target is.
         target_prompt: the target, or several; a pair is (replaced phrase, target).
-        full_prompt: base and target in one prompt, if the set gives it.
-        base_phrases: the phrases of the base prompt that are to be preserved, if the set gives them.
-        free_phrases: those of its phrases that may change along with the target.
-        mask: a picture that is bright where the target is, if the set gives it; like `image`.
-        caption: the caption that the base prompt is to be made of, which may say the target; None for a row that has a
-            base prompt.
+        full_prompt, base_phrases: if the set gives them.
+        free_phrases: phrases of the base prompt that may change along with the target.
+        caption: what the base prompt is to be made of, which may say the target; None for a row that has a base
+            prompt.
     """
 
     source: str
@@ -67,14 +65,7 @@ class PortraitRow:
 
 @dataclass(frozen=True)
 class _Table:
-    """The records of a folder or a data set.
-
-    Attributes:
-        origin: what an error calls them.
-        sources: of each record, what its errors begin with.
-        find_picture: the image of a record in a column, of which errors begin with the source.
-        image_column, mask_column: where its images are.
-        text_column: where the base prompts are, or captions to make them of.
+    """The records of a folder or a data set: what errors call it and each of them, and where pictures and texts are.
     """
 
     origin: str | Path
@@ -99,11 +90,7 @@ def load_rows(
     """Read and check the training set. No image is decoded here, see `check_images`.
 
     Args:
-        data: --train_data_dir is a folder with images and a `metadata.jsonl`, a `metadata.csv`, or captions beside the
-            images. --dataset_name is a dataset of the Hub, a local folder that `datasets.load_dataset` reads, or one
-            that `save_to_disk` wrote; its "train" split is taken.
-        columns: their names. A folder's images are always in `file_name`, its masks in `mask_file_name`.
-        cache_dir: where `datasets` keeps its downloads.
+        data, columns: the flags. A folder's images are always in `file_name`, its masks in `mask_file_name`.
         with_masks: whether every row must have a mask; otherwise none is looked at.
         seed: of the choice of --max_train_samples rows, which stay in their own order, if the set is larger.
 
@@ -127,11 +114,11 @@ def load_rows(
         table = _folder_table(data, columns)
     else:
         table = _dataset_table(data, columns, cache_dir, with_masks)
-    chosen = range(len(table.records))
+    chosen, most = range(len(table.records)), data.max_train_samples
     if not chosen:
         raise ValueError(f"{table.origin} has no rows.")
-    if data.max_train_samples is not None and data.max_train_samples < len(chosen):
-        chosen = sorted(random.Random(seed).sample(chosen, data.max_train_samples))
+    if most is not None and most < len(chosen):
+        chosen = sorted(random.Random(seed).sample(chosen, most))
     _check_columns(table, columns)
     return [
         _read_row(table, table.records[i], table.sources[i], columns, data.target_prompt, with_masks) for i in chosen
@@ -162,17 +149,14 @@ def _dataset_table(data: DataFlags, columns: ColumnFlags, cache_dir: str | Path 
     if with_masks:
         images["mask_column"] = columns.mask_column
     records = read_dataset(name, data.dataset_config_name, cache_dir, images)
-    places = places_of_files(name, cache_dir)
+    folders = places_of_files(name, cache_dir)
 
     def find(record: Mapping[str, Any], column: str, source: str) -> Path | Image.Image:
-        return stored_image(record[column], f"{source}: column {column!r}", places)
+        return stored_image(record[column], f"{source}: column {column!r}", folders)
 
-    origin = f"dataset {name!r}"
-    sources = [f"{origin}, row {i}" for i in range(len(records))]
-    return _Table(
-        origin, sources, records, records.column_names, find, columns.image_column, columns.mask_column,
-        *_text_column(columns),
-    )  # fmt: skip
+    sources, names = [f"dataset {name!r}, row {i}" for i in range(len(records))], records.column_names
+    places = columns.image_column, columns.mask_column, *_text_column(columns)
+    return _Table(f"dataset {name!r}", sources, records, names, find, *places)
 
 
 def _text_column(columns: ColumnFlags) -> tuple[str, bool]:
@@ -214,24 +198,23 @@ def _read_row(
     base_prompt = _required(record, table.text_column, source, flag)
     check_text(base_prompt, f"{source}: column {table.text_column!r}")
     target = _choose_target(record, columns.target_prompt_column, target_prompt, source)
-    full_prompt = record.get(columns.full_prompt_column)
-    if full_prompt is not None:
-        check_text(full_prompt, f"{source}: column {columns.full_prompt_column!r}")
-    base_phrases = record.get(columns.base_phrases_column)
-    if base_phrases is not None:
-        base_phrases = read_phrases(base_phrases, f"{source}: column {columns.base_phrases_column!r}")
-    free_phrases = record.get(columns.free_phrases_column)
-    if free_phrases not in (None, []):  # that none may change can be said either way
-        free_phrases = read_phrases(free_phrases, f"{source}: column {columns.free_phrases_column!r}")
+
+    def read(column: str, check: Callable[[Any, str], Any], *nothing: Any) -> Any:
+        value = record.get(column)
+        return None if value is None or value in nothing else check(value, f"{source}: column {column!r}")
+
+    full_prompt, base_phrases, free_phrases = (
+        read(columns.full_prompt_column, check_text),
+        read(columns.base_phrases_column, read_phrases),
+        read(columns.free_phrases_column, read_phrases, []),  # that none may change can be said either way
+    )
+    caption = base_prompt if table.has_captions else None
     return PortraitRow(
-        source, image, base_prompt, target, full_prompt, base_phrases, free_phrases or (), mask,
-        caption=base_prompt if table.has_captions else None,
-    )  # fmt: skip
+        source, image, base_prompt, target, full_prompt, base_phrases, free_phrases or (), mask, caption
+    )
 
 
-def _choose_target(
-    record: Mapping[str, Any], column: str, target_prompt: str | None, source: str
-) -> str | list[Target]:
+def _choose_target(record: Mapping[str, Any], column: str, target_prompt: str | None, source: str) -> Any:
     """The row's own target, or the one of the whole set."""
     if target_prompt is not None and record.get(column) is None:
         return target_prompt
@@ -252,13 +235,7 @@ def _required(record: Mapping[str, Any], column: str, source: str, flag: str | N
 
 
 def load_mask(row: PortraitRow) -> Image.Image:
-    """Decode a row's mask.
-
-    Args:
-        row: a row that has one.
-
-    Returns:
-        One channel of 8 bits, upright, as large as the row's image.
+    """Decode a row's mask: one channel of 8 bits, upright, as large as the row's image.
 
     Raises:
         FileNotFoundError: the file is gone.
@@ -275,13 +252,8 @@ def load_mask(row: PortraitRow) -> Image.Image:
 
 
 def check_images(rows: Iterable[PortraitRow]) -> None:
-    """Decode every image and mask, so that a broken one is found now and not after an hour.
-
-    Args:
-        rows: the rows.
-
-    Raises:
-        FileNotFoundError, ValueError: as `load_picture` and `load_mask`, for the first one that does not decode.
+    """Decode every image and mask, so that a broken one is found now and not after an hour. Raises what `load_mask`
+    does.
     """
     for row in rows:
         load_picture(row.image, row.source)

@@ -23,13 +23,8 @@ DUAL_PATH_MODES = ("two_pass", "single_pass")
 
 @dataclass
 class DualPathOutput:
-    """Both paths' predictions and, with a store, their features.
-
-    Args:
-        reference_pred: (B, C, H, W), detached.
-        response_pred: (B, C, H, W), gradient flows.
-        reference: detached, None without a store.
-        response: gradient flows, None without a store.
+    """Both paths' predictions (B, C, H, W) and, with a store, their features; gradient flows through the response's
+    alone.
     """
 
     reference_pred: Tensor
@@ -63,17 +58,12 @@ def dual_path(
     Args:
         adapters: of the denoiser, not of a DDP wrapper.
         predict: predicts (B, C, H, W) by the denoiser from noisy latents (B, C, H, W), timesteps (B,) and prompts.
-        noisy_latents: (B, C, H, W).
         timesteps: (B,), or one for all rows.
-        reference_embeds: B base prompts.
-        response_embeds: B full prompts.
+        reference_embeds, response_embeds: B base prompts, and B full prompts.
         adapter_name: of the Response Path.
         mode: "two_pass" (reference first, without gradient) or "single_pass" (one batch of 2B rows; more memory).
         store: of a capture around this call, to record features in the forward.
         respond: predicts by the DDP wrapper, for the forward that has a gradient; default `predict`.
-
-    Returns:
-        A context with a `DualPathOutput`.
 
     Raises:
         ValueError: an unknown mode or adapter, or adapters merged into the weights.

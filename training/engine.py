@@ -90,14 +90,7 @@ class Engine:
         loop: LoopFlags,
         resume: Mapping[str, Any] | None,
     ) -> None:
-        """Make it.
-
-        Args:
-            accelerator: of the run.
-            parameters: the weights in training.
-            flags, loop: how they are trained.
-            resume: the state of a checkpoint to go on from.
-        """
+        """`resume` is the state of a checkpoint to go on from."""
         self.accelerator, self.parameters, self._flags, self._loop = accelerator, parameters, flags, loop
         self._resume = resume
         self.stage = 1 if resume is None else resume["stage"]

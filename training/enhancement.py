@@ -28,7 +28,7 @@ class Enhancement:
 
     Attributes:
         clip: in float32, on the device.
-        decoder: of the latents.
+        decoder: of the latents, which may be a tiny one.
     """
 
     def __init__(
@@ -41,16 +41,9 @@ class Enhancement:
         flags: PaperFlags,
         steps: tuple[int, int],
     ) -> None:
-        """Make it.
-
-        Args:
-            models: of the run.
-            clip: sees portraits.
-            processor: knows how it wants its pictures.
-            decoder: of the latents, which may be a tiny one.
-            target_embeds: (N, E') CLIP text embeddings of the targets, by pair of prompts.
-            flags: which form, how it is weighed, and in every how manieth step it is computed.
-            steps: the first one of its stage, and how many batches each has.
+        """`target_embeds` (N, E') are the targets' by pair of prompts; `steps` are the first one of its stage, and how
+        many
+        batches each has.
         """
         self.clip, self.decoder, self._processor, self._targets = clip, decoder, processor, target_embeds
         self._side = max(1, clip.config.vision_config.image_size // models.pipeline.vae_scale_factor)

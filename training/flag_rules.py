@@ -52,13 +52,9 @@ BELOW_2_32 = Rule(lambda value: value < 2**32, "below 2**32")
 
 
 def flag(default: Any, help: str, *rules: Rule, **options: Any) -> Any:
-    """A field that is a flag.
-
-    Args:
-        default: `MISSING` where the flag must be given.
-        help: what --help says of it.
-        rules: what its number must keep, if it is not None.
-        options: more of `ArgumentParser.add_argument`.
+    """A field that is a flag, `MISSING` where it must be given, with its help and what its number must keep if it is
+    not
+    None; `options` are more of `ArgumentParser.add_argument`.
     """
     return field(default=default, metadata={"help": help, "rules": rules, **options})
 

@@ -1,7 +1,7 @@
 """What a training run is made from, read and checked before any weights are loaded.
 
 Legend: N training portraits, M drawn ones, H/W size in pixels.
-Paper: arXiv 2504.00396; `[ours]` marks what it leaves open.
+Source: [ours].
 """
 
 from __future__ import annotations
@@ -48,14 +48,10 @@ class Inputs:
     """What is known before a model is loaded, all checked.
 
     Attributes:
-        family: of the base model.
         rows: the N training portraits.
-        keys: of their pictures' content.
         sizes: (H, W) of each bucket, one without --aspect_ratio_buckets.
         buckets: which of them each pair of prompts belongs to, N + M.
-        pairs: the portraits' prompts, then those of the M portraits that will be drawn for the alignment.
-        tokens: the tokens of `pairs`.
-        tokenizer: the diffusion model's.
+        pairs, tokens: the portraits' prompts, then those of the M portraits that will be drawn for the alignment.
         validation_pair: the prompts of the validation pictures.
         resume: where to go on, if anywhere.
         references: the earlier LoRAs that the new one is trained on top of.
@@ -65,7 +61,6 @@ class Inputs:
 
     family: type[StableDiffusion]
     rows: list[PortraitRow]
-    keys: list[str]
     sizes: tuple[tuple[int, int], ...]
     buckets: tuple[int, ...]
     pairs: list[PromptPair]
@@ -76,6 +71,11 @@ class Inputs:
     references: tuple[ReferenceLora, ...] = ()
     sfcm: list[torch.Tensor] | None = None
     unrelated_ids: torch.Tensor | None = None
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """Of the portraits' content."""
+        return [content_key(row.image, row.source) for row in self.rows]
 
     @cached_property
     def data_fingerprint(self) -> str:
@@ -122,7 +122,6 @@ def check_inputs(flags: Flags) -> Inputs:
     inputs = Inputs(
         family=family,
         rows=rows,
-        keys=[content_key(row.image, row.source) for row in rows],
         sizes=sizes,
         buckets=(*buckets, *drawn_buckets),
         pairs=pairs + drawn,
@@ -198,7 +197,7 @@ def pairs_to_draw(
 
 
 def base_row(row: PortraitRow) -> PortraitRow:
-    """A caption's row with its base prompt: the caption without the targets that are added [ours].
+    """A caption's row with its base prompt: the caption without the targets that are added.
 
     Raises:
         ValueError: nothing else is in the caption; the message begins with the row's source.
@@ -213,11 +212,7 @@ def base_row(row: PortraitRow) -> PortraitRow:
 
 
 def tokenize_unrelated(prompts: Sequence[str], tokenizer: CLIPTokenizer) -> torch.Tensor:
-    """Tokens (U, T) of prompts that have nothing to do with the target.
-
-    Raises:
-        ValueError: one does not fit.
-    """
+    """Tokens (U, T) of prompts that have nothing to do with the target; a ValueError if one does not fit."""
     for prompt in prompts:
         count = len(tokenizer(prompt).input_ids)
         if count > tokenizer.model_max_length:
@@ -228,15 +223,11 @@ def tokenize_unrelated(prompts: Sequence[str], tokenizer: CLIPTokenizer) -> torc
 
 
 def read_maps(folder: Path, count: int) -> list[torch.Tensor]:
-    """The maps of --sfcm_dir, one for each of `count` alignment portraits.
-
-    Returns:
-        `count` of (1, H', W') float32 in [0, 1], as large as they are.
+    """The maps of --sfcm_dir for `count` alignment portraits, (1, H', W') float32 in [0, 1] each, as large as they
+    are.
 
     Raises:
         ValueError, OSError: names the first that is missing or no picture.
-
-    Source: [ours].
     """
     with naming_flag("sfcm_dir", str(folder)):
         maps = []
@@ -271,29 +262,19 @@ def _warn_of_words(rows: Sequence[PortraitRow], pairs: Sequence[PromptPair]) -> 
     if weights:
         logger.warning(
             "%s: %r is read as words (%d of %d rows): neither weights nor <lora:...> mean anything here",
-            weights[0][0].source,
-            weights[0][1],
-            len(weights),
-            len(rows),
-        )
-    said = Counter(text for pair in pairs for text in said_targets(pair))
-    for target, count in said.items():
+            weights[0][0].source, weights[0][1], len(weights), len(rows),
+        )  # fmt: skip
+    for target, count in Counter(text for pair in pairs for text in said_targets(pair)).items():
         logger.warning(
             "%d of %d rows: the base prompt says the target %r already, as a part of a longer phrase, which would be "
             "kept; leave that phrase out of it, or replace it",
-            count,
-            len(rows),
-            target,
-        )
+            count, len(rows), target,
+        )  # fmt: skip
     for (phrase, target), count in Counter(found for pair in pairs for found in suggest_replacements(pair)).items():
         logger.warning(
             "%d of %d rows: %r may contradict the target %r; the target_prompt %s puts the target in its place",
-            count,
-            len(rows),
-            phrase,
-            target,
-            json.dumps([[phrase, target]], ensure_ascii=False),
-        )
+            count, len(rows), phrase, target, json.dumps([[phrase, target]], ensure_ascii=False),
+        )  # fmt: skip
 
 
 def _phrases_in(base_prompt: str, phrases: Iterable[str]) -> list[str]:

@@ -4,7 +4,7 @@ Pure functions of tensors; the reference side is always detached.
 
 Legend: B batch, C latent channels, H/W latent size, S = h*w image tokens of a layer, T text tokens, K matched tokens,
 N heads, D head dim, E size of a CLIP embedding.
-Paper: arXiv 2504.00396.
+Paper: arXiv 2504.00396; what names no source is [ours].
 """
 
 from __future__ import annotations
@@ -16,14 +16,7 @@ import torch.nn.functional as F
 
 
 def diffusion_loss(model_pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of a noise (or velocity) prediction.
-
-    Args:
-        model_pred: (B, C, H, W), gradient flows.
-        target: (B, C, H, W).
-
-    Returns:
-        (B,) float32.
+    """Mean squared error of predictions (B, C, H, W), gradient flows, to a target of that shape: (B,) float32.
 
     Source: [paper] L_diffusion.
     """
@@ -31,15 +24,7 @@ def diffusion_loss(model_pred: torch.Tensor, target: torch.Tensor) -> torch.Tens
 
 
 def masked_diffusion_loss(model_pred: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The same inside a mask: the error's mean, weighed by the mask.
-
-    Args:
-        model_pred: (B, C, H, W), gradient flows.
-        target: (B, C, H, W).
-        mask: (B, 1, H, W) in [0, 1]; one that is 0 all over makes the loss 0.
-
-    Returns:
-        (B,) float32.
+    """The same inside a mask, (B, 1, H, W) in [0, 1]: the error's mean, weighed by it; 0 where the mask is 0 all over.
 
     Source: the masked training of kohya's sd-scripts and OneTrainer, with the weights' mean brought to 1.
     """
@@ -49,14 +34,7 @@ def masked_diffusion_loss(model_pred: torch.Tensor, target: torch.Tensor, mask: 
 
 
 def preservation_weight(sfcm: torch.Tensor, resolution: tuple[int, int]) -> torch.Tensor:
-    """`1 - SFCM` at a layer's resolution.
-
-    Args:
-        sfcm: (B, 1, H, W) in [0, 1].
-        resolution: (h, w) of the layer.
-
-    Returns:
-        (B, S) in [0, 1].
+    """`1 - SFCM`, (B, 1, H, W) in [0, 1], at a layer's resolution (h, w): (B, S) in [0, 1].
 
     Source: [paper] the map weighs the alignment; [ours] area interpolation.
     """
@@ -90,11 +68,9 @@ def text_consistent_loss(
         reference_probs: per layer (B, S, T), detached here.
         resolutions: per layer (h, w) with h*w = S.
         sfcm: (B, 1, H, W) in [0, 1].
-        base_positions: (B, K) positions of the matched tokens in the base prompt.
-        full_positions: (B, K) positions of the same tokens in the full prompt.
+        base_positions, full_positions: (B, K) positions of the same tokens in the base and in the full prompt.
         position_mask: (B, K) bool, False where a shorter prompt is padded.
-        base_padding: (B, T) bool, the padding positions of the base prompt.
-        full_padding: (B, T) bool, those of the full prompt.
+        base_padding, full_padding: (B, T) bool, the padding positions of both prompts.
 
     Returns:
         (B,) float32, averaged over layers.
@@ -128,8 +104,7 @@ def fine_grained_loss(
     Args:
         response_queries: per layer (B, N, S, D), gradient flows.
         reference_queries: per layer (B, N, S, D), detached here.
-        resolutions: per layer (h, w) with h*w = S.
-        sfcm: (B, 1, H, W) in [0, 1].
+        resolutions, sfcm: as in `text_consistent_loss`.
 
     Returns:
         (B,) float32, averaged over layers; each layer is relative to the mean square of its reference queries.
@@ -153,15 +128,12 @@ def representation_bias(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -
 def enhancement_difference(
     predicted_embeds: torch.Tensor, image_embeds: torch.Tensor, text_embeds: torch.Tensor
 ) -> torch.Tensor:
-    """`1 - cos` between the representation biases of the predicted and of the training portrait.
+    """`1 - cos` between the representation biases of the predicted and of the training portrait, (B,) in [0, 2].
 
     Args:
         predicted_embeds: (B, E) CLIP image embeddings of the decoded one-step prediction, gradient flows.
         image_embeds: (B, E) those of the training portraits.
         text_embeds: (B, E) CLIP text embeddings of the target.
-
-    Returns:
-        (B,) in [0, 2].
 
     Source: [paper] L_enh.
     """
@@ -198,8 +170,8 @@ def compose_prediction(
 
     Args:
         reference_pred: (B, C, H, W) of the original model with the base prompt.
-        teacher_full_pred: (B, C, H, W) of the frozen stage-1 adapter with the full prompt.
-        teacher_base_pred: (B, C, H, W) of that adapter with the base prompt.
+        teacher_full_pred, teacher_base_pred: (B, C, H, W) of the frozen stage-1 adapter with the full and the base
+            prompt.
         sfcm: (B, 1, H, W) in [0, 1].
         gamma: exponent of the map, above 0; larger narrows it.
         scale: factor on the change.
@@ -207,8 +179,6 @@ def compose_prediction(
 
     Returns:
         (B, C, H, W) float32, detached.
-
-    Source: [ours].
     """
     reference_pred = reference_pred.float()
     change = teacher_full_pred.float() - reference_pred

@@ -1,7 +1,7 @@
 """The SFCM of a portrait: averaged once for a bank, or of one step's predictions.
 
 Legend: B batch, C channels, H/W latent size, T text tokens, M alignment portraits.
-Paper: arXiv 2504.00396; `[ours]` marks what it leaves open.
+Paper: arXiv 2504.00396; what names no source is [ours].
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import torch
 from attention_processors import CrossAttentionFeatures, phrase_map_resolution
 from programs.console import phase_bar
 from sfcm import SFCM_MODES, free_regions, noise_difference, phrase_attention_maps
-from training.arguments import has_sfcm_bank
 from training.batches import Batch, send
 from training.dual_path import dual_path
 from training.flags import AlignmentFlags
@@ -24,37 +23,25 @@ from training.training_set import derive_seed
 
 
 class MapMaker:
-    """Makes the SFCMs of portraits, or of a batch.
-
-    Attributes:
-        has_bank: whether each portrait has one map, instead of one anew in each step.
+    """Makes the SFCMs of portraits, or of a batch; with `has_bank` each portrait has one map, else one anew in each
+    step.
     """
 
     def __init__(self, models: Models, table: PromptTable, flags: AlignmentFlags, seed: int) -> None:
-        """Make it.
-
-        Args:
-            models: whose predictions differ.
-            table: of the prompts.
-            flags: the mode, and what a bank is averaged over.
-            seed: of the run.
-        """
         self._models, self._table, self._flags, self._seed = models, table, flags, seed
-        self._mode, self.has_bank = SFCM_MODES[flags.sfcm_mode], has_sfcm_bank(flags)
+        self._mode = SFCM_MODES[flags.sfcm_mode]
+        self.has_bank = self._mode.averaged or flags.sfcm_dir is not None
 
     @torch.no_grad()
     def fill_bank(self, portraits: Portraits, chunk_size: int, shown: bool) -> list[torch.Tensor]:
-        """The SFCM of each portrait, its noise difference averaged over several noise samples at high timesteps.
+        """The SFCM of M portraits, noise differences averaged over several noise samples at high timesteps.
 
         Args:
-            portraits: M of them.
             chunk_size: how many are looked at together.
             shown: whether a bar shows it.
 
         Returns:
             M of (1, H, W) float32 in [0, 1].
-
-        Source: [ours].
         """
         maps = {}
         with phase_bar("maps", len(portraits.buckets), "map", shown) as bar:
@@ -113,7 +100,7 @@ class MapMaker:
     ) -> torch.Tensor:
         """The SFCM (B, 1, H, W) of pairs `rows` (B,) from a noise difference and reference attention.
 
-        Free phrases are not protected, and their regions are open whatever the mode [ours].
+        Free phrases are not protected, and their regions are open whatever the mode.
         """
         table, free = self._table, self._table.free_mask[rows]
         maps = phrase_attention_maps(attention_probs, resolutions, table.phrase_weights[rows], difference.shape[-2:])
@@ -131,7 +118,6 @@ class MapMaker:
         """The SFCM (B, 1, H, W) of a batch; zero where nothing may change.
 
         Args:
-            batch: of these portraits.
             portraits: hold the bank, if there is one.
             response_pred, reference_pred: (B, C, H, W), what the map is made of without a bank.
             reference: the original model's features, likewise.

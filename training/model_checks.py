@@ -26,15 +26,11 @@ from training.flags import LoraFlags, ModelFlags
 def check_models(
     model: ModelFlags, last_timestep: int, enhances: bool
 ) -> tuple[type[StableDiffusion], ModelFacts]:
-    """Read all of the models that needs no weights.
+    """The family of the base model, and all that is known of the models without weights.
 
     Args:
-        model: the flags.
         last_timestep: the higher of --sfcm_timesteps.
         enhances: whether the enhancement loss is computed, for which alone there is a second CLIP.
-
-    Returns:
-        The family of the base model, and what is known of it.
     """
     family, facts = check_model(
         model.pretrained_model_name_or_path,
@@ -48,24 +44,19 @@ def check_models(
         raise ValueError(
             f"--sfcm_timesteps: HIGH is {last_timestep}, above the model's {facts.num_train_timesteps} timesteps"
         )
-    if not enhances:
-        return family, facts
-    with naming_flag("clip_model_name_or_path", model.clip_model_name_or_path):
-        check_model_name(model.clip_model_name_or_path, kind=None)
-        config = AutoConfig.from_pretrained(model.clip_model_name_or_path, cache_dir=model.cache_dir)
-        if not isinstance(config, CLIPConfig):
-            raise ValueError("not a CLIP model of texts and pictures")
-        load_tokenizer(model.clip_model_name_or_path, cache_dir=model.cache_dir)
-        CLIPImageProcessorPil.from_pretrained(model.clip_model_name_or_path, cache_dir=model.cache_dir)
+    if enhances:
+        clip, cache_dir = model.clip_model_name_or_path, model.cache_dir
+        with naming_flag("clip_model_name_or_path", clip):
+            check_model_name(clip, kind=None)
+            if not isinstance(AutoConfig.from_pretrained(clip, cache_dir=cache_dir), CLIPConfig):
+                raise ValueError("not a CLIP model of texts and pictures")
+            load_tokenizer(clip, cache_dir=cache_dir)
+            CLIPImageProcessorPil.from_pretrained(clip, cache_dir=cache_dir)
     return family, facts
 
 
 def find_references(lora: LoraFlags, cache_dir: str | None) -> tuple[ReferenceLora, ...]:
-    """The files of --reference_lora, each with its scale.
-
-    Raises:
-        InputError: one is not there, or twice.
-    """
+    """The files of --reference_lora, each with its scale; an InputError where one is not there, or twice."""
     references: list[ReferenceLora] = []
     if lora.use_dora and lora.reference_lora is not None:
         raise ValueError(f"--use_dora does not go with --reference_lora: {DORA_ON_TOP}")
@@ -80,26 +71,17 @@ def find_references(lora: LoraFlags, cache_dir: str | None) -> tuple[ReferenceLo
 
 
 def check_references(references: Sequence[ReferenceLora], unet_config: dict, text_config: CLIPTextConfig) -> None:
-    """Compare the earlier LoRAs with the base model, of which no weights are loaded.
-
-    Raises:
-        InputError: one is no LoRA, or one of another model.
-    """
-    if not references:
-        return
-    with init_empty_weights():
-        text_layers = _layers(CLIPTextModel(text_config))
-    layers = {"unet": _unet_layers(unet_config), "text_encoder": text_layers}
+    """An InputError for an earlier LoRA that is none, or one of another base model, of which no weights are loaded."""
+    if references:
+        with init_empty_weights():
+            layers = {"unet": _unet_layers(unet_config), "text_encoder": _layers(CLIPTextModel(text_config))}
     for reference in references:
         with naming_flag("reference_lora", reference.name):
             check_fits(read_lora(reference.path).layers, layers)
 
 
 def check_lora(lora: LoraFlags, dual_path: str, unet_config: dict) -> None:
-    """Whether stage 1's LoRA, and the layers of the new one, are of this UNet.
-
-    Raises:
-        ValueError: they are not, or stage 1's LoRA is one that does not go with the other flags.
+    """A ValueError if stage 1's LoRA, or a layer of the new one, is none of this UNet or does not go with other flags.
     """
     if lora.stage1_lora_path is not None:
         with naming_flag("stage1_lora_path", lora.stage1_lora_path):

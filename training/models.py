@@ -148,7 +148,6 @@ class Models:
         response_unet: the distributed wrapper of `unet`, or `unet` itself.
         noise: of training.
         adapters, capture: switch the adapters, and capture the attention, of `unet`.
-        device: where steps are computed.
     """
 
     def __init__(
@@ -207,11 +206,6 @@ class Models:
         """The weights of an adapter under PEFT's names."""
         return get_peft_model_state_dict(self.unet, adapter_name=adapter)
 
-    @property
-    def has_teacher(self) -> bool:
-        """Whether the LoRA of stage 1 is there as a second adapter."""
-        return STAGE1_ADAPTER in self.unet.peft_config
-
     def add_teacher(self, state: dict[str, torch.Tensor]) -> None:
         """Add stage 1's LoRA as a second, frozen adapter beside the one in training."""
         unet = self.unet
@@ -247,14 +241,8 @@ def load_models(
     references: Sequence[ReferenceLora],
     earlier: str | Path | None,
 ) -> Models:
-    """The base model on the device, frozen, with a new LoRA on its UNet, or an earlier one that goes on.
-
-    Args:
-        family: of the base model.
-        model, lora: the flags.
-        accelerator: knows device and precision.
-        references: earlier LoRAs to merge into the base model.
-        earlier: file or folder of the LoRA that goes on.
+    """The base model on the device, frozen, with a new LoRA on its UNet, or an earlier one (file or folder) that goes
+    on.
 
     Raises:
         InputError: weights are missing, damaged or a pickle.

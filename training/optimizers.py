@@ -1,6 +1,8 @@
 """The optimizers a LoRA can be trained with; those that are not torch's come from packages of their own.
 
 Each is imported where it is made: the names are asked for while flags are read.
+
+Source: [ours].
 """
 
 from __future__ import annotations
@@ -18,13 +20,7 @@ OPTIMIZERS = ("adamw", "prodigy")
 
 
 def check_optimizer(name: str, use_8bit_adam: bool) -> None:
-    """Whether an optimizer can be had.
-
-    Raises:
-        ValueError: its package is not installed, or 8 bits were asked of one that has no such form.
-
-    Source: [ours].
-    """
+    """A ValueError if an optimizer's package is not installed, or 8 bits were asked of one that has no such form."""
     if use_8bit_adam and name != "adamw":
         raise ValueError(f"--use_8bit_adam is a form of --optimizer adamw, not of {name}")
     package, flag = ("bitsandbytes", "--use_8bit_adam") if use_8bit_adam else ("prodigyopt", f"--optimizer {name}")
@@ -42,21 +38,9 @@ def make_optimizer(
     epsilon: float,
     use_8bit_adam: bool = False,
 ) -> torch.optim.Optimizer:
-    """Build an optimizer.
+    """Build an optimizer, one of `OPTIMIZERS`, of a list of parameters, which is walked more than once.
 
-    Args:
-        name: one of `OPTIMIZERS`.
-        parameters: a list, since it is walked more than once.
-        learning_rate: for Prodigy a factor on the rate it finds, best left at 1.
-        betas: of the two running means.
-        weight_decay: decoupled from the gradient.
-        epsilon: added to the denominator.
-        use_8bit_adam: AdamW with its state in 8 bits, from bitsandbytes.
-
-    Raises:
-        ImportError: its package is not installed; see `check_optimizer`.
-
-    Source: [ours].
+    For Prodigy the learning rate is a factor on the rate it finds. An ImportError if its package is not installed.
     """
     options = {"lr": learning_rate, "betas": betas, "weight_decay": weight_decay, "eps": epsilon}
     if use_8bit_adam:

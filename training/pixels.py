@@ -33,10 +33,9 @@ def preprocess_image(
     centering: tuple[float, float] = (0.5, 0.5),
     interpolation: str = "lanczos",
 ) -> torch.Tensor:
-    """Pixels as the VAE takes them: the largest part of the image with the shape of `size`, resized to it.
+    """Pixels as the VAE takes them: the largest part of an RGB image with the shape of `size`, resized to it.
 
     Args:
-        image: RGB.
         size: (H, W), each at least 1.
         flip: mirror it, left for right, after the crop.
         centering: (x, y) in [0, 1]: where the part lies. x = 0 cuts at the right only, x = 1 at the left, y = 0 at the
@@ -48,8 +47,6 @@ def preprocess_image(
 
     Raises:
         ValueError: `centering` or `interpolation` is none of these.
-
-    Source: [ours].
     """
     if interpolation not in INTERPOLATION_MODES:
         raise ValueError(f"interpolation must be one of {list(INTERPOLATION_MODES)}, got {interpolation!r}.")
@@ -68,35 +65,19 @@ def preprocess_image(
 def preprocess_mask(
     mask: Image.Image, size: tuple[int, int], *, flip: bool = False, centering: tuple[float, float] = (0.5, 0.5)
 ) -> torch.Tensor:
-    """The part of a mask that `preprocess_image` takes of its image with the same arguments.
-
-    Args:
-        mask: one channel.
-        size, flip, centering: as there.
-
-    Returns:
-        (1, H, W) float32 in [0, 1].
-
-    Source: [ours].
+    """The part of a mask that `preprocess_image` takes of its image with the same arguments, (1, H, W) float32 in [0,
+    1].
     """
     pixels = preprocess_image(mask.convert("RGB"), size, flip=flip, centering=centering, interpolation="box")
     return pixels[:1] / 2 + 0.5
 
 
 def parse_aspect_ratio_buckets(text: str, multiple: int) -> tuple[tuple[int, int], ...]:
-    """Read the sizes of --aspect_ratio_buckets.
-
-    Args:
-        text: "512,512;640,448", height and width of each, as diffusers' training scripts spell it.
-        multiple: what every side must be a multiple of.
-
-    Returns:
-        The (H, W) in the order given, at least one, all different.
+    """The different (H, W) of --aspect_ratio_buckets in their order, from "512,512;640,448", sides multiples of
+    `multiple`.
 
     Raises:
         ValueError: names the flag and the part that is wrong.
-
-    Source: [ours].
     """
     buckets: list[tuple[int, int]] = []
     for part in text.split(";"):
@@ -125,8 +106,6 @@ def nearest_bucket(image_size: tuple[int, int], buckets: Sequence[tuple[int, int
     Returns:
         Index of the bucket whose aspect ratio is nearest, on a logarithmic scale; of equally near ones, of the one
         whose area is nearest to the image's; of several such, of the first.
-
-    Source: [ours].
     """
     image_width, image_height = image_size
 

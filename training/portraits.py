@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from diffusers import DiffusionPipeline
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -19,7 +20,6 @@ from programs.console import phase_bar
 from programs.interruption import leave_stop_signals
 from training.arguments import Flags
 from training.caches import TensorCache, fingerprint, module_fingerprint
-from training.drawing import draw_latents
 from training.flags import AlignmentFlags
 from training.inputs import Inputs
 from training.models import Models
@@ -48,11 +48,8 @@ class Portraits:
         """A process's share `own` of batch `micro_step`: places (B,) and latents (B, C, H, W), all of one size.
 
         Args:
-            micro_step: counts batches, from 0.
             size: portraits of the batch, over all processes.
-            own: this process's part of it.
             stream: keeps apart what one step takes twice.
-            seed: of the run.
             bucket: take those of this size alone.
         """
         members = [i for i, other in enumerate(self.buckets) if bucket in (None, other)]
@@ -130,6 +127,52 @@ class TrainingPortraits:
             pictures = self.read([Sample(i) for i in range(count)], own.pixels)
             latents = [self._models.to_latents(pixels[None])[0] for pixels in pictures]
         return Portraits(latents[:count], self.pair_index, own.buckets)
+
+
+def draw_latents(
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    num_inference_steps: int,
+    guidance_scale: float,
+    height: int,
+    width: int,
+    batch_size: int,
+    advance: Callable[[int], object] = lambda count: None,
+) -> torch.Tensor:
+    """Draw one portrait per prompt and keep its latents; whether an adapter is active is the caller's choice.
+
+    Args:
+        prompts: at least one.
+        seeds: of each portrait's noise, drawn on the CPU, so that neither the batch size nor the device changes it.
+        height, width: in pixels.
+        batch_size: portraits drawn at once.
+        advance: told how many were drawn, each time some are.
+
+    Returns:
+        (len(prompts), C, H, W) float32 on the CPU, scaled as the UNet takes them, without gradient.
+    """
+    scale, latents = pipeline.vae_scale_factor, []
+    shape = (pipeline.unet.config.in_channels, height // scale, width // scale)
+    for start in range(0, len(prompts), batch_size):
+        chunk = list(prompts[start : start + batch_size])
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + batch_size]]
+        # In half precision some versions of torch draw other and much coarser noise.
+        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        output = pipeline(
+            chunk,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            latents=noise.to(pipeline.unet.device, pipeline.unet.dtype),
+            generator=generators,
+            output_type="latent",
+        )
+        latents.append(output.images.float().cpu())
+        advance(len(chunk))
+    return torch.cat(latents)
 
 
 def draw_portraits(

@@ -74,10 +74,8 @@ def make_prompt_table(
     """Encode every prompt once and lay out token positions.
 
     Args:
-        family: of the diffusion model.
         pipeline: the diffusion model; the table lies on the device of its text encoder.
-        pairs: N pairs of prompts.
-        pair_tokens: their tokens, from the family's `locate`.
+        pairs, pair_tokens: N pairs of prompts, and their tokens from the family's `locate`.
         encode: False leaves the prompts to `encode_prompts` in each step.
         cache: where text embeddings are looked up and kept; None computes them.
         shown: whether a bar shows it.

@@ -1,7 +1,4 @@
-"""Going on with a run: from which checkpoint, and what must be as it was.
-
-Source: [ours].
-"""
+"""Going on with a run: from which checkpoint, and what must be as it was. Source: [ours]."""
 
 from __future__ import annotations
 
@@ -26,15 +23,14 @@ logger = logging.getLogger(__name__)
 # are compared by their content, batch and precision as accelerate has them.
 FREE_ON_RESUME = frozenset(
     """
-    train_data_dir dataset_name dataset_config_name cache_dir image_column base_prompt_column target_prompt_column
-    caption_column caption_extension
-    full_prompt_column base_phrases_column free_phrases_column free_phrases target_prompt max_train_samples
-    dataloader_num_workers cache_latents cache_text_embeddings train_batch_size gradient_checkpointing allow_tf32
+    train_data_dir dataset_name dataset_config_name cache_dir image_column base_prompt_column caption_column
+    target_prompt_column full_prompt_column base_phrases_column free_phrases_column mask_column caption_extension
+    free_phrases target_prompt max_train_samples dataloader_num_workers cache_latents cache_text_embeddings
+    train_batch_size gradient_checkpointing allow_tf32 enable_xformers_memory_efficient_attention mixed_precision
     stage2_steps output_dir logging_dir report_to checkpointing_steps checkpoints_total_limit resume_from_checkpoint
     validation_base_prompt validation_target_prompt num_validation_images validation_steps validation_inference_steps
-    validation_guidance_scale mixed_precision push_to_hub hub_model_id hub_token hub_private_repo hub_license
-    output_kohya_format dry_run enable_xformers_memory_efficient_attention reference_lora reference_lora_scale
-    mask_column save_alignment
+    validation_guidance_scale push_to_hub hub_model_id hub_token hub_private_repo hub_license output_kohya_format
+    dry_run reference_lora reference_lora_scale save_alignment
     """.split()
 )
 
@@ -53,8 +49,6 @@ def resume_record(
     """What must be the same when the run goes on: the flags that change what is computed, and what accelerate decides.
 
     Args:
-        flags: all of them.
-        references: the earlier LoRAs.
         global_batch_size: portraits a batch over all processes.
         mixed_precision: the flag's, or that of accelerate's configuration.
     """
@@ -104,11 +98,7 @@ def find_resume(flags: Flags, references: Sequence[ReferenceLora]) -> Resume | N
 
 
 def check_unused(output: OutputFlags) -> None:
-    """A run that starts anew must not write over the LoRA of another.
-
-    Raises:
-        InputError: there is one.
-    """
+    """An InputError where a run that starts anew would write over the LoRA of another."""
     lora = Path(output.output_dir) / LORA_WEIGHTS
     if lora.is_file() and not output.dry_run:
         raise InputError(
@@ -132,11 +122,7 @@ def check_nothing_came(loop: LoopFlags, output: OutputFlags, resume: Resume | No
 
 
 def check_record(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Compare what a run was trained with and what it is given now.
-
-    Raises:
-        InputError: names the first that differs.
-    """
+    """An InputError that names the first that differs of what a run was trained with and what it is given now."""
     for name in sorted({*before, *now}):
         if before.get(name) != now.get(name):
             raise InputError(

@@ -20,14 +20,11 @@ SECRETS = ("hub_token",)
 
 
 def read_run_file(path: str, actions: Mapping[str, argparse.Action]) -> dict[str, list[str]]:
-    """What a run file says, as a command line would.
+    """What a run file says, as a command line would: the words of each flag that it gives another value than the
+    default.
 
     Args:
-        path: the file.
         actions: of the parser, by the flags' names.
-
-    Returns:
-        The words of each flag that the file gives a value. null, and what is the default, gives none.
 
     Raises:
         ValueError: it cannot be read, is no YAML, or has a key or a kind of value that no flag has.
@@ -72,20 +69,15 @@ def _words(where: str, action: argparse.Action, value: Any) -> list[str]:
 
 
 def write_run_file(asked: Mapping[str, Any], folder: Path) -> Path:
-    """Write down what a run was asked for, so that it can be run again; whole or not at all.
-
-    Args:
-        asked: the flags by name, as they were given, `Flags.asked`. Secrets among them are left out.
-        folder: made if it is not there.
-
-    Returns:
-        The file.
+    """Write down what a run was asked for, but secrets, so that it can be run again; whole or not at all. Returns the
+    file.
     """
-    kept = {name: list(value) if isinstance(value, tuple) else value for name, value in asked.items()}
-    text = yaml.safe_dump(
-        {name: value for name, value in kept.items() if name not in SECRETS}, sort_keys=False, allow_unicode=True
-    )
+    kept = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in asked.items()
+        if name not in SECRETS
+    }
     folder.mkdir(parents=True, exist_ok=True)
     with whole(folder / RUN_FILE) as file:
-        file.write_text(text, encoding="utf-8")
+        file.write_text(yaml.safe_dump(kept, sort_keys=False, allow_unicode=True), encoding="utf-8")
     return folder / RUN_FILE

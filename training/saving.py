@@ -1,7 +1,4 @@
-"""What a run leaves behind: the LoRA, checkpoints, and the last lines that say what lies where.
-
-Source: [ours].
-"""
+"""What a run leaves behind: the LoRA, checkpoints, and the last lines that say what lies where. Source: [ours]."""
 
 from __future__ import annotations
 
@@ -38,10 +35,8 @@ def save_lora(models: Models, folder: Path) -> None:
 
 
 def save_result(models: Models, folder: Path, output_dir: Path, accelerator: Accelerator) -> None:
-    """Write the LoRA of a stage that is over, on the main process.
-
-    Raises:
-        CheckpointError: it could not be written; one line that says what is safe.
+    """Write the LoRA of a stage that is over, on the main process; a CheckpointError that says what is safe if it
+    cannot be.
     """
     if not accelerator.is_main_process:
         return
@@ -59,14 +54,7 @@ class Checkpoints:
     def __init__(
         self, flags: Flags, record: Mapping[str, Any], inputs: Inputs, models: Models, engine: Engine
     ) -> None:
-        """Make it.
-
-        Args:
-            flags: where checkpoints go, and how many are kept.
-            record: what has to be the same when the run goes on.
-            inputs: the data, and the checkpoint to go on from.
-            models, engine: whose state it is.
-        """
+        """`record` is what has to be the same when the run goes on."""
         self._output_dir, self._limit = Path(flags.output.output_dir), flags.loop.checkpoints_total_limit
         self._constant = {"record": record, "data": inputs.data_fingerprint}
         self._models, self._engine, self._resume = models, engine, inputs.resume

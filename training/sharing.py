@@ -39,11 +39,8 @@ HERE = Path(__file__).resolve().parents[1]
 def pipeline_code(main: Path) -> dict[str, Path]:
     """The files of a custom pipeline under the names that diffusers looks for in a repository.
 
-    Args:
-        main: the file with the pipeline's class; beside it lies what it names in relative imports, all of which
-            diffusers' loader copies, and nothing else.
-
-    Source: [ours].
+    Beside `main`, the file with the pipeline's class, lies what it names in relative imports, all of which diffusers'
+    loader copies, and nothing else.
     """
     siblings = re.findall(r"^\s*from \.(\w+) import", main.read_text(encoding="utf-8"), re.MULTILINE)
     return {"pipeline.py": main, **{f"{name}.py": main.with_name(f"{name}.py") for name in siblings}}
@@ -53,12 +50,7 @@ PIPELINE_CODE = pipeline_code(HERE / "pipeline_spf_portrait.py")
 
 
 def make_repository(sharing: Any, output_dir: Path) -> str:
-    """The repository on the Hub, made before the training so that a wrong name or token is known now.
-
-    Args:
-        sharing: flags: `hub_model_id`, `hub_token`, `hub_private_repo`.
-        output_dir: gives its name to a repository that has none.
-    """
+    """The repository on the Hub, made before the training so that a wrong name or token is known now."""
     name = sharing.hub_model_id or output_dir.resolve().name
     if sharing.hub_token is not None:
         logger.warning(
@@ -78,12 +70,7 @@ def _as_mistake() -> Iterator[None]:
 
 
 def share(output_dir: Path, facts: CardFacts, token: str | None) -> None:
-    """The LoRA in kohya's format and the model card; both on the Hub with the pipeline, if that was asked for.
-
-    Args:
-        output_dir: where the LoRA lies.
-        facts: of `card_facts`; where there is a repository, it is filled.
-        token: of the Hub, as of `push_lora`.
+    """The LoRA in kohya's format and the model card; both on the Hub with the pipeline, if `facts` name a repository.
 
     Raises:
         InputError: the Hub did not take it; one line that says what is safe and how to push again.
@@ -107,13 +94,11 @@ def card_facts(
     is_dora: bool,
     references: Sequence[ReferenceLora] = (),
 ) -> CardFacts:
-    """What the model card says; no folder of this machine is in it.
+    """What the model card says, of all flags by name; no folder of this machine is in it.
 
     Args:
-        flags: all of them by name.
         pairs: the training portraits' prompts.
-        validation_pair: the prompts of the pictures.
-        pictures: their paths in --output_dir.
+        pictures: their paths in --output_dir, with the prompts of `validation_pair`.
         repo_id: where to push, None for nowhere.
         is_dora: whether the LoRA has a magnitude.
         references: the earlier LoRAs it was trained on top of.

@@ -112,17 +112,14 @@ def _read_csv(path: Path, lists: Sequence[str]) -> tuple[list[str], list[dict[st
             records.append({name: cell for name, cell in zip(header, cells) if cell.strip()})
             for name in {*lists} & {*records[-1]}:
                 if records[-1][name].lstrip().startswith("["):
-                    records[-1][name] = _read_list(records[-1][name], f"{source}: column {name!r}")
+                    try:
+                        records[-1][name] = json.loads(records[-1][name])
+                    except ValueError as error:
+                        where = f"{source}: column {name!r}"
+                        raise ValueError(f"{where} is no list as JSON spells it: {error}") from error
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
     return sources, records
-
-
-def _read_list(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{where} is no list as JSON spells it: {error}") from error
 
 
 def _read_text(path: Path) -> str:
@@ -145,8 +142,7 @@ def _read_captions(
     sources, records = [], []
     for picture in pictures:
         path = picture.with_suffix(extension)
-        text = " ".join(_read_text(path).split())
-        check_text(text, str(path))
+        text = check_text(" ".join(_read_text(path).split()), str(path))
         sources.append(str(path))
         records.append({"file_name": str(picture.relative_to(folder)), BESIDE: text})
     return sources, records

@@ -33,13 +33,11 @@ class TrainingSet:
     """The training portraits in batches; what a batch holds is a pure function of its number.
 
     Attributes:
-        rows: the N training portraits.
-        keys: of their pictures' content.
+        keys: of the rows' pictures' content.
         sizes: (H, W) of each bucket.
         buckets: which of them each portrait belongs to.
         batch_size: portraits a batch, over all processes.
         share: this process's part of a batch.
-        seed, repeats, random_flip, center_crop, interpolation: the flags.
     """
 
     rows: Sequence[PortraitRow]
@@ -89,39 +87,21 @@ class TrainingSet:
 
 
 def batch_indices(step: int, batch_size: int, count: int, seed: int) -> list[int]:
-    """The samples of one training step.
+    """The `batch_size` samples of one training step, over all processes and accumulated batches, of a set of `count`.
 
-    Args:
-        step: global step, from 0.
-        batch_size: samples of a step, over all processes and accumulated batches.
-        count: size of the set, at least 1.
-        seed: seed of the order.
-
-    Returns:
-        `batch_size` indices in [0, count). Each epoch has an order of its own; a batch at its end runs on into the
-        next, so every sample comes exactly once an epoch.
-
-    Source: [ours].
+    Each epoch has an order of its own; a batch at its end runs on into the next, so every sample comes exactly once an
+    epoch.
     """
     positions = range(step * batch_size, (step + 1) * batch_size)
     return [_epoch_order(position // count, count, seed)[position % count] for position in positions]
 
 
 def bucketed_batch_indices(step: int, batch_size: int, buckets: Sequence[int], seed: int) -> list[int]:
-    """The samples of one training step, all of one bucket.
+    """The same, all of one bucket, from the bucket of each sample.
 
-    Args:
-        step: global step, from 0.
-        batch_size: samples of a step, over all processes and accumulated batches.
-        buckets: the bucket of each sample, at least one.
-        seed: seed of the order.
-
-    Returns:
-        `batch_size` indices in [0, len(buckets)). With one bucket in use, those of `batch_indices`. With several, each
-        comes once per sample of its own in len(buckets) steps, in an order that differs each time, so that every
-        sample comes exactly `batch_size` times in them, and no sample again before all others of its bucket.
-
-    Source: [ours].
+    With one bucket in use, those of `batch_indices`. With several, each comes once per sample of its own in
+    len(buckets) steps, in an order that differs each time, so that every sample comes exactly `batch_size` times in
+    them, and no sample again before all others of its bucket.
     """
     count = len(buckets)
     if len(set(buckets)) == 1:
@@ -136,21 +116,10 @@ def bucketed_batch_indices(step: int, batch_size: int, buckets: Sequence[int], s
 
 
 def revisited_batch(step: int, kept: int, visits: int, seed: int) -> int:
-    """The batch of a step, where each comes several times.
+    """The number of the batch of a step, where each comes several times; there is no gap between cycles.
 
-    A cycle has `kept * visits` steps: so many batches one after another, and then the same ones again, shuffled anew
-    each time, so that steps side by side differ.
-
-    Args:
-        step: from 0.
-        kept: batches of a cycle, at least 1.
-        visits: how often each comes, at least 1; with 1 batches are steps.
-        seed: seed of the order.
-
-    Returns:
-        Number of the batch, from 0, with no gap between cycles.
-
-    Source: [ours].
+    A cycle has `kept * visits` steps, each at least 1: so many batches one after another, and then the same ones
+    again, shuffled anew each time, so that steps side by side differ.
     """
     cycle, place = divmod(step, kept * visits)
     visit, place = divmod(place, kept)
@@ -160,7 +129,7 @@ def revisited_batch(step: int, kept: int, visits: int, seed: int) -> int:
 
 
 def derive_seed(seed: int, purpose: str) -> int:
-    """A seed of 64 bits that has nothing in common with those of other seeds or purposes. Source: [ours]."""
+    """A seed of 64 bits that has nothing in common with those of other seeds or purposes."""
     return random.Random(f"{seed} {purpose}").getrandbits(64)
 
 

@@ -1,7 +1,4 @@
-"""The pictures that a run draws of itself.
-
-Source: [ours].
-"""
+"""The pictures that a run draws of itself. Source: [ours]."""
 
 from __future__ import annotations
 
@@ -22,16 +19,8 @@ from training.models import Models
 def draw_validation(
     models: Models, inputs: Inputs, flags: OutputFlags, seed: int, global_step: int, accelerator: Accelerator
 ) -> None:
-    """Write one picture: rows are seeds; columns are the original model and the adapted one with the base prompt, the
-    adapted one with the full prompt, and the SFCM over it.
-
-    Args:
-        models: what draws.
-        inputs: hold the prompts and the size.
-        flags: how many seeds, and how they are drawn; 0 draws nothing.
-        seed: of the first row.
-        global_step: whose picture it is.
-        accelerator: the main process draws, in its precision.
+    """Write one picture on the main process, if any is asked for: rows are seeds; columns are the original model and
+    the adapted one with the base prompt, the adapted one with the full prompt, and the SFCM over it.
     """
     if flags.num_validation_images == 0 or not accelerator.is_main_process:
         return

@@ -14,14 +14,11 @@ from adapters import BASE_ROW
 from attention_processors import CrossAttentionFeatures
 from families.prompt_embeds import PromptEmbeds
 from training.arguments import Flags
-from training.batches import Batch, BatchDrawer, send
-from training.flags import ComposedFlags, MethodFlags
+from training.batches import Batch, send
 from training.losses import compose_prediction, diffusion_loss
-from training.maps import MapMaker
-from training.models import STAGE1_ADAPTER, Models
+from training.models import STAGE1_ADAPTER
 from training.objectives.objective import Objective, Parts
-from training.portraits import Portraits
-from training.prompt_table import FULL, PromptTable
+from training.prompt_table import FULL
 from training.training_set import revisited_batch
 
 
@@ -32,37 +29,12 @@ KEPT_TARGETS = 16
 class Composed(Objective):
     """`L_composed`: the prediction that the original model and the frozen stage-1 adapter make up together."""
 
-    def __init__(
-        self,
-        models: Models,
-        table: PromptTable,
-        batches: BatchDrawer,
-        alignment: Portraits,
-        maps: MapMaker,
-        method: MethodFlags,
-        composed: ComposedFlags,
-        first_batch: int,
-    ) -> None:
-        """Make it.
-
-        Args:
-            models, table, batches, alignment, maps: of the run.
-            method, composed: the flags.
-            first_batch: number of the first batch of its stage.
-        """
-        self.models, self.table, self.batches, self.alignment, self.maps = models, table, batches, alignment, maps
-        self.method, self.flags, self.first_batch = method, composed, first_batch
-        self.weights = {"composed": 1.0}
+    def __init__(self, flags: Flags, parts: Parts) -> None:
+        super().__init__(flags, parts)
+        self.weights, self.flags = {"composed": 1.0}, flags.composed
+        self.first_batch = flags.method.stage1_steps * flags.loop.gradient_accumulation_steps
         # By the number of their batch, (B, C, H, W) each.
         self._targets: dict[int, torch.Tensor] = {}
-
-    @classmethod
-    def make(cls, flags: Flags, parts: Parts) -> Composed:
-        first_batch = flags.method.stage1_steps * flags.loop.gradient_accumulation_steps
-        return cls(
-            parts.models, parts.table, parts.batches, parts.alignment, parts.maps, flags.method, flags.composed,
-            first_batch,
-        )  # fmt: skip
 
     def prepare(self, state: Mapping[str, torch.Tensor] | None = None) -> None:
         """Keep stage 1's LoRA as the teacher, and begin where --composed_init says."""
@@ -128,19 +100,29 @@ class Composed(Objective):
         The teacher sees FULL rows alone, and with the base prompt only where that has a weight; elsewhere its
         predictions are the reference's, which the composition keeps.
         """
-        full = send((batch.kinds == FULL).nonzero().flatten(), self.models.device)
+        models, count = self.models, len(batch.kinds)
+        full = send((batch.kinds == FULL).nonzero().flatten(), models.device)
         asked = [response_embeds, reference_embeds] if self.flags.teacher_base_weight > 0 else [response_embeds]
         rows, embeds = full.repeat(len(asked)), PromptEmbeds.cat([embeds[full] for embeds in asked])
         with ExitStack() as stack:
             store, recording = None, nullcontext()
             if not self.maps.has_bank:
-                store = stack.enter_context(self.models.capture.store())
+                store = stack.enter_context(models.capture.store())
                 recording = store.record()
             if self.method.dual_path == "single_pass":
-                reference_pred, preds = self._together(batch, reference_embeds, rows, embeds, recording)
+                together = torch.cat([torch.arange(count, device=models.device), rows])
+                both = PromptEmbeds.cat([reference_embeds, embeds])
+                with models.adapters.per_sample([BASE_ROW] * count + [STAGE1_ADAPTER] * len(rows)), recording:
+                    preds = models.predict(batch.noisy_latents[together], batch.timesteps[together], both)
+                reference_pred, preds = preds[:count], preds[count:]
             else:
-                reference_pred, preds = self._in_turn(batch, reference_embeds, rows, embeds, recording)
-            features = store.pop().rows(0, len(batch.kinds)) if store is not None else None
+                with models.adapters.only(None), recording:
+                    reference_pred = models.predict(batch.noisy_latents, batch.timesteps, reference_embeds)
+                preds = reference_pred[rows]
+                if len(rows):
+                    with models.adapters.only(STAGE1_ADAPTER):
+                        preds = models.predict(batch.noisy_latents[rows], batch.timesteps[rows], embeds)
+            features = store.pop().rows(0, count) if store is not None else None
         preds = [reference_pred.index_copy(0, full, own) for own in preds.chunk(len(asked))]
         # Without a weight, what the teacher makes of the base prompt is nothing that counts.
         full_pred, base_pred = preds if len(asked) == 2 else (*preds, reference_pred)

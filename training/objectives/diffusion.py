@@ -1,7 +1,6 @@
 """Standard fine-tuning: the diffusion loss on the training portraits with the full prompt.
 
-Legend: B batch, C channels, H/W latent size.
-Paper: arXiv 2504.00396; `[ours]` marks what it leaves open.
+Legend: B batch, C channels, H/W latent size. Paper: arXiv 2504.00396.
 """
 
 from __future__ import annotations
@@ -13,44 +12,19 @@ import torch
 import torch.nn.functional as F
 
 from training.arguments import Flags
-from training.batches import Batch, BatchDrawer
-from training.enhancement import Enhancement
-from training.flags import MethodFlags
+from training.batches import Batch
 from training.losses import diffusion_loss, masked_diffusion_loss
-from training.models import Models
 from training.objectives.objective import Objective, Parts
-from training.portraits import TrainingPortraits
-from training.prompt_table import PromptTable
 
 
 class Diffusion(Objective):
     """`L_diffusion`, and `L_enh` if asked for; with --preservation mask inside the masks alone."""
 
-    def __init__(
-        self,
-        models: Models,
-        table: PromptTable,
-        batches: BatchDrawer,
-        training: TrainingPortraits,
-        method: MethodFlags,
-        enhancement: Enhancement | None = None,
-    ) -> None:
-        """Make it.
-
-        Args:
-            models, table, batches, training: of the run.
-            method: the flags.
-            enhancement: `L_enh`, which looks at the same prediction.
-        """
-        self.models, self.table, self.batches, self.training = models, table, batches, training
-        self.method, self.enhancement = method, enhancement
-        self.weights = {"diffusion": 1.0}
-        if enhancement is not None:
-            self.weights["enhancement"] = enhancement.weight
-
-    @classmethod
-    def make(cls, flags: Flags, parts: Parts) -> Diffusion:
-        return cls(parts.models, parts.table, parts.batches, parts.training, flags.method, parts.enhancement)
+    def __init__(self, flags: Flags, parts: Parts) -> None:
+        super().__init__(flags, parts)
+        self.weights, self.enhancement = {"diffusion": 1.0}, parts.enhancement
+        if self.enhancement is not None:
+            self.weights["enhancement"] = self.enhancement.weight
 
     @contextmanager
     def losses(self, micro_step: int) -> Iterator[dict[str, torch.Tensor]]:

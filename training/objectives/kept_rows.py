@@ -19,7 +19,6 @@ from training.batches import Batch
 from training.losses import diffusion_loss
 from training.objectives.diffusion import Diffusion
 from training.objectives.objective import Parts
-from training.portraits import Portraits
 
 
 class KeptRows(NamedTuple):
@@ -39,16 +38,10 @@ class KeepingRows(Diffusion):
     with unrelated ones.
     """
 
-    alignment: Portraits | None = None
-    unrelated_ids: torch.Tensor | None = None
-    unrelated_embeds: PromptEmbeds | None = None
-
-    @classmethod
-    def make(cls, flags: Flags, parts: Parts) -> KeepingRows:
-        own = super().make(flags, parts)
-        own.weights |= {"preservation": flags.method.preservation_weight}
-        own.alignment, own.unrelated_ids = parts.alignment, parts.unrelated_ids
-        return own
+    def __init__(self, flags: Flags, parts: Parts) -> None:
+        super().__init__(flags, parts)
+        self.weights["preservation"] = flags.method.preservation_weight
+        self.unrelated_ids, self.unrelated_embeds = parts.unrelated_ids, None
 
     @torch.no_grad()
     def prepare(self, state: Mapping[str, torch.Tensor] | None = None) -> None:

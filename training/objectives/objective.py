@@ -1,7 +1,4 @@
-"""The interface of an objective.
-
-Source: [ours].
-"""
+"""The interface of an objective. Source: [ours]."""
 
 from __future__ import annotations
 
@@ -26,8 +23,6 @@ class Parts:
     """What a run has that objectives are made of; each takes what it uses.
 
     Attributes:
-        models, table, batches, training: the models, the prompts, what draws batches, the training portraits.
-        maps: makes SFCMs.
         alignment: portraits that both paths are aligned on, or that `prior` keeps.
         enhancement: `L_enh`, where a flag asks for it.
         unrelated_ids: (U, T) tokens of the prompts that `cat` keeps.
@@ -44,18 +39,22 @@ class Parts:
 
 
 class Objective(ABC):
-    """One forward of a step and its losses.
+    """One forward of a step and its losses, of what it uses of a run's parts.
 
     Attributes:
         weights: of each of its losses, by name.
     """
 
-    weights: Mapping[str, float]
+    weights: dict[str, float]
+
+    def __init__(self, flags: Flags, parts: Parts) -> None:
+        self.models, self.table, self.batches, self.maps = parts.models, parts.table, parts.batches, parts.maps
+        self.training, self.alignment, self.method = parts.training, parts.alignment, flags.method
 
     @classmethod
-    @abstractmethod
     def make(cls, flags: Flags, parts: Parts) -> Objective:
         """The objective as the flags ask for it."""
+        return cls(flags, parts)
 
     def prepare(self, state: Mapping[str, torch.Tensor] | None = None) -> None:  # noqa: B027 (most need nothing)
         """Make ready before the first step; `state` is what a checkpoint has, if the run goes on from there."""

@@ -13,44 +13,24 @@ import torch
 
 from attention_processors import phrase_map_resolution
 from training.arguments import Flags
-from training.batches import BatchDrawer, send
+from training.batches import send
 from training.dual_path import dual_path
-from training.flags import MethodFlags, PaperFlags
 from training.losses import diffusion_loss, fine_grained_loss, text_consistent_loss
-from training.maps import MapMaker
-from training.models import Models
 from training.objectives.objective import Objective, Parts
-from training.portraits import Portraits
-from training.prompt_table import FULL, PromptTable
+from training.prompt_table import FULL
 
 
 class Paper(Objective):
     """`L_text` and `L_fine` outside the SFCM, and predictions kept for unchanged prompts [ours]."""
 
-    def __init__(
-        self,
-        models: Models,
-        table: PromptTable,
-        batches: BatchDrawer,
-        alignment: Portraits,
-        maps: MapMaker,
-        method: MethodFlags,
-        paper: PaperFlags,
-    ) -> None:
-        """Make it of a run's parts and the flags."""
-        self.models, self.table, self.batches, self.alignment, self.maps = models, table, batches, alignment, maps
-        self.method, self.layers = method, paper.alignment_layers
+    def __init__(self, flags: Flags, parts: Parts) -> None:
+        super().__init__(flags, parts)
+        paper, self.layers = flags.paper, flags.paper.alignment_layers
         self.weights = {
             "text_consistent": paper.lambda_text,
             "fine_grained": paper.lambda_fine,
             "base_prompt": paper.lambda_base,
         }
-
-    @classmethod
-    def make(cls, flags: Flags, parts: Parts) -> Paper:
-        return cls(
-            parts.models, parts.table, parts.batches, parts.alignment, parts.maps, flags.method, flags.paper
-        )  # fmt: skip
 
     @contextmanager
     def losses(self, micro_step: int) -> Iterator[dict[str, torch.Tensor]]:
