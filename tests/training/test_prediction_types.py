@@ -79,7 +79,7 @@ def stage1(world, tmp_path_factory):
 @pytest.mark.parametrize("objective", ["composed", "paper"])
 def test_both_expressions_train_alike(world, stage1, tmp_path, monkeypatch, objective):
     flags = {"stage1_steps": 0, "stage1_lora_path": stage1, "stage2_steps": 1, "stage2_objective": objective}
-    flags |= {"composed_init": "stage1", "train_batch_size": 4, "base_prompt_share": 0.5}
+    flags |= {"composed_init": "stage1", "enhancement_loss": "none", "train_batch_size": 4, "base_prompt_share": 0.5}
     clip, load, seen = torch.nn.utils.clip_grad_norm_, models.load_base_model, {}
     for kind in ("epsilon", "v_prediction"):
         with monkeypatch.context() as patch:

@@ -256,7 +256,8 @@ def test_a_given_map_rules_whatever_the_mode(world, tmp_path, monkeypatch, objec
     for i in range(3):
         Image.new("L", (16, 16), 51 * i).save(folder / f"{i:05d}.png")
     used, aligned = watch(monkeypatch, MapMaker, "of_batch"), watch(monkeypatch, BatchDrawer, "aligned")
-    train(world, tmp_path / "output", sfcm_dir=folder, sfcm_mode=mode, stage2_objective=objective)
+    flags = {"stage1_steps": 1, "stage2_objective": objective, "enhancement_loss": "none"}
+    train(world, tmp_path / "output", sfcm_dir=folder, sfcm_mode=mode, **flags)
     assert len(aligned) == len(used) == 2
     for batch, sfcm in zip(aligned, used, strict=True):
         expected = batch.index * 0.2 * (batch.kinds == FULL)
@@ -297,7 +298,8 @@ def test_the_enhancement_without_its_weights(world, tmp_path, monkeypatch):
 def test_aligned_layers_of_one_resolution(world, tmp_path, monkeypatch):
     seen, loss = [], paper.fine_grained_loss
     monkeypatch.setattr(paper, "fine_grained_loss", lambda *args: seen.append(set(args[2])) or loss(*args))
+    flags = {"stage2_objective": "paper", "enhancement_loss": "none", "stage1_steps": 0, "stage2_steps": 1}
     for layers in ("all", "phrase_map"):
-        train(world, tmp_path / layers, stage2_objective="paper", stage2_steps=1, alignment_layers=layers)
+        train(world, tmp_path / layers, **flags, alignment_layers=layers)
         AcceleratorState._reset_state(reset_partial_state=True)
     assert len(seen[0]) > 1 and len(seen[1]) == 1 and seen[1] < seen[0]

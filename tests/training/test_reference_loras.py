@@ -204,12 +204,9 @@ def test_the_new_lora_alone_is_saved_and_trained(earlier, on_top):
 
 
 @pytest.mark.slow
-def test_a_kohya_file_and_diffusers_own_train_the_same_lora(world, earlier, tmp_path):
-    loras = []
-    for name in ("hair", "hair of kohya"):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        loras.append(train(world, tmp_path / name, reference_lora=earlier[name]))
-    assert difference(*loras) < 1e-6
+def test_a_kohya_file_and_diffusers_own_train_the_same_lora(world, trained, earlier, tmp_path):
+    kohya = train(world, tmp_path / "kohya", **STEPS, reference_lora=earlier["hair of kohya"])
+    assert difference(kohya, trained(**STEPS, reference_lora=earlier["hair"])) < 1e-6
 
 
 @pytest.mark.slow
@@ -279,8 +276,8 @@ def test_cached_text_embeddings_belong_to_the_text_encoder_that_made_them(world,
 
 
 @pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 3])
-def test_a_run_goes_on_with_the_same_file_at_another_place(world, earlier, tmp_path, step):
-    whole = train(world, tmp_path / "whole", **STEPS, reference_lora=earlier["hair"])
+def test_a_run_goes_on_with_the_same_file_at_another_place(world, trained, earlier, tmp_path, step):
+    whole = trained(**STEPS, reference_lora=earlier["hair"])
     AcceleratorState._reset_state(reset_partial_state=True)
     moved = shutil.copy(earlier["hair"] / WEIGHTS, tmp_path / "moved.safetensors")
     again = tmp_path / "again"
