@@ -13,6 +13,7 @@ from loras.writing import save_kohya_lora
 from programs.loading import InputError
 from toy_portraits.recipe import BASE_MODEL, LORA
 from training.data import load_rows
+from training.flags import ColumnFlags, DataFlags
 
 
 LORA_FILE = LORA / "pytorch_lora_weights.safetensors"
@@ -70,7 +71,7 @@ def test_a_prompts_file_is_read_as_the_trainer_reads_its_metadata(tmp_path, form
     path.write_bytes(form(text))
     for name in "ab":
         Image.new("RGB", (64, 64)).save(tmp_path / f"{name}.png")
-    trained = load_rows(train_data_dir=tmp_path)
+    trained = load_rows(DataFlags(train_data_dir=str(tmp_path)), ColumnFlags())
     judged = read_prompts(flags(prompts_file=path))
     assert [p.base_prompt for p in judged] == [row.base_prompt for row in trained] == [x["base_prompt"] for x in lines]
     assert [p.free_phrases for p in judged] == [row.free_phrases for row in trained] == [(), ("a woman",)]

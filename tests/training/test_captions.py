@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_train import fresh_accelerator, make_flags, refusal, train, world, write_data  # noqa: F401
+from test_train import make_flags, train, write_data
 
 from prompts import make_prompt_pair
 from training import inputs as inputs_module
@@ -56,7 +56,7 @@ def test_a_caption_of_the_target_alone_is_named():
         inputs_module.base_row(caption_row("Red hair.", "red hair"))
 
 
-def test_a_dry_run_says_what_is_taken_out_of_captions(world, tmp_path, capsys):  # noqa: F811
+def test_a_dry_run_says_what_is_taken_out_of_captions(world, tmp_path, capsys):
     data = write_captions(tmp_path / "data", [CAPTION, "a woman,\na brown jacket", "a man"])
     train(world, tmp_path / "output", train_data_dir=data, target_prompt="red hair", dry_run=True)
     printed = capsys.readouterr().out
@@ -70,7 +70,7 @@ def test_a_dry_run_says_what_is_taken_out_of_captions(world, tmp_path, capsys): 
     assert printed.count("  base prompt") == 3 and "6 portraits, 2 different pairs of prompts." in printed
 
 
-def test_a_column_of_captions_trains_as_its_base_prompts_would(world, tmp_path):  # noqa: F811
+def test_a_column_of_captions_trains_as_its_base_prompts_would(world, tmp_path):
     prompts = ["a woman, a brown jacket", "a man"]
     rows = [{"file_name": f"{i}.png", "base_prompt": prompts[i % 2]} for i in range(6)]
     captions = [{"file_name": row["file_name"], "text": f"red hair, {row['base_prompt']}"} for row in rows]
@@ -92,14 +92,14 @@ def test_a_column_of_captions_trains_as_its_base_prompts_would(world, tmp_path):
         ({"caption_column": "text"}, "line 1: no column 'text'; see --caption_column"),
     ],
 )
-def test_wrong_flags_of_captions_are_named(refusal, changes, message):  # noqa: F811
+def test_wrong_flags_of_captions_are_named(refusal, changes, message):
     assert message in refusal(**changes)
 
 
 # ----------------------------------------------------------------------------------------------------- other words
 
 
-def test_what_may_contradict_the_target_is_said(world, tmp_path, capsys, caplog):  # noqa: F811
+def test_what_may_contradict_the_target_is_said(world, tmp_path, capsys, caplog):
     hair = {"base_prompt": "a woman,\n black hair", "target_prompt": "red hair"}
     replaced = {"base_prompt": "a man, black hair", "target_prompt": [["black hair", "red hair"]]}
     rows = [{"file_name": f"{i}.png", **(replaced if i == 5 else hair)} for i in range(6)]
@@ -113,14 +113,14 @@ def test_what_may_contradict_the_target_is_said(world, tmp_path, capsys, caplog)
     assert '[["black hair", "red hair"]]' in message
 
 
-def test_weights_in_captions_are_said_to_be_words(world, tmp_path, caplog):  # noqa: F811
+def test_weights_in_captions_are_said_to_be_words(world, tmp_path, caplog):
     data = write_captions(tmp_path / "data", ["a man, (a coat:1.2), ((a wall))", "a woman", "a boy, <lora:x:1>"])
     train(world, tmp_path / "output", train_data_dir=data, target_prompt="red hair", dry_run=True)
     (message,) = warnings_of(caplog)
     assert message.startswith(f"{data / '0.txt'}: '(a coat:1.2)' is read as words (4 of 6 rows)")
 
 
-def test_a_phrase_that_stands_twice_may_be_replaced_once(world, tmp_path, capsys):  # noqa: F811
+def test_a_phrase_that_stands_twice_may_be_replaced_once(world, tmp_path, capsys):
     row = {"base_prompt": "a hat, a man, a hat", "target_prompt": [["a hat", "a red coat"]]}
     rows = [{"file_name": f"{i}.png", **row} for i in range(6)]
     train(world, tmp_path / "output", train_data_dir=write_data(tmp_path / "data", rows), dry_run=True)

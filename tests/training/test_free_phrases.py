@@ -6,19 +6,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from test_train import (  # noqa: F401  (fixtures)
-    ROWS,
-    WEIGHTS,
-    difference,
-    files,
-    fresh_accelerator,
-    train,
-    trained,
-    watch,
-    watch_runs,
-    world,
-    write_data,
-)
+from test_train import ROWS, difference, files, train, watch, watch_runs, write_data
 
 import train_spf_portrait_lora as script
 from pipeline_spf_portrait import SPFPortraitPipeline
@@ -36,7 +24,7 @@ HATS = [{**row, "free_phrases": [row["base_prompt"].split(", ")[1]]} for row in 
 
 
 @pytest.fixture(scope="module")
-def prepared(world, tmp_path_factory):  # noqa: F811
+def prepared(world, tmp_path_factory):
     """The parts of a run in which every woman's hat is free, and its alignment portraits."""
     folder = tmp_path_factory.mktemp("free")
     rows = [free if "woman" in row["base_prompt"] else row for row, free in zip(ROWS, HATS, strict=True)]
@@ -103,7 +91,7 @@ def test_the_attention_of_a_real_run_opens_its_maps(prepared):
     ],
     ids=lambda flags: " ".join(flags.values()),
 )
-def test_a_run_with_free_phrases(world, trained, tmp_path, monkeypatch, flags):  # noqa: F811
+def test_a_run_with_free_phrases(world, trained, tmp_path, monkeypatch, flags):
     flags = {**flags, "alignment_phrase_dropout": 0}
     without, opened, of_batch = trained(**flags), [], MapMaker.of_batch
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -122,7 +110,7 @@ def test_a_run_with_free_phrases(world, trained, tmp_path, monkeypatch, flags): 
     assert difference(output, without) > 1e-4
 
 
-def test_the_flag_is_for_the_prompts_that_have_the_phrase(world, tmp_path, monkeypatch):  # noqa: F811
+def test_the_flag_is_for_the_prompts_that_have_the_phrase(world, tmp_path, monkeypatch):
     inputs = watch(monkeypatch, script, "check_inputs")
     rows = [{**ROWS[0], "free_phrases": ["a woman"]}, *ROWS[1:]]
     data = write_data(tmp_path / "data", rows)
@@ -133,7 +121,7 @@ def test_the_flag_is_for_the_prompts_that_have_the_phrase(world, tmp_path, monke
     ]  # fmt: skip
 
 
-def test_a_dry_run_says_which_phrases_are_free(world, tmp_path, capsys):  # noqa: F811
+def test_a_dry_run_says_which_phrases_are_free(world, tmp_path, capsys):
     data = write_data(tmp_path / "data", HATS[:1])
     train(world, tmp_path / "output", train_data_dir=data, dry_run=True)
     printed = capsys.readouterr().out
@@ -141,7 +129,7 @@ def test_a_dry_run_says_which_phrases_are_free(world, tmp_path, capsys):  # noqa
 
 
 @pytest.mark.slow
-def test_the_pictures_open_the_map_for_them(world, tmp_path, monkeypatch):  # noqa: F811
+def test_the_pictures_open_the_map_for_them(world, tmp_path, monkeypatch):
     outputs, call = [], SPFPortraitPipeline.__call__
 
     def draw_twice(self, *args, **kwargs):
@@ -160,7 +148,7 @@ def test_the_pictures_open_the_map_for_them(world, tmp_path, monkeypatch):  # no
     assert (opened.sfcm >= opened.phrase_maps[:, 1:]).all() and not (closed.sfcm >= closed.phrase_maps[:, 1:]).all()
 
 
-def test_other_prompts_of_the_pictures_have_the_free_phrases_they_name(world):  # noqa: F811
+def test_other_prompts_of_the_pictures_have_the_free_phrases_they_name(world):
     first = make_prompt_pair(ROWS[0]["base_prompt"], "red hair", free_phrases=["a green hat"])
     flags = ["--pretrained_model_name_or_path=x", "--train_data_dir=x", "--free_phrases", "a red hat"]
     given = {"a man, a red hat": ("a red hat",), "a man, a green hat": ("a green hat",), "a man": ()}
@@ -170,7 +158,7 @@ def test_other_prompts_of_the_pictures_have_the_free_phrases_they_name(world):  
 
 
 @pytest.mark.parametrize("free", [[], pytest.param(["a woman"], marks=pytest.mark.slow)])
-def test_a_run_does_not_go_on_with_other_free_phrases(world, tmp_path, free):  # noqa: F811
+def test_a_run_does_not_go_on_with_other_free_phrases(world, tmp_path, free):
     data = write_data(tmp_path / "data", HATS)
     flags = {"checkpointing_steps": 1, "stage1_steps": 1, "stage2_steps": 0}
     train(world, tmp_path / "output", train_data_dir=data, **flags)

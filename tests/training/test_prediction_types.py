@@ -7,13 +7,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler
-from test_train import (  # noqa: F401  (fixtures)
-    difference,
-    fresh_accelerator,
-    train,
-    watch,
-    world,
-)
+from test_train import train, watch
 
 import train_spf_portrait_lora as script
 from families.noise_process import DDPM
@@ -64,7 +58,7 @@ def test_pure_noise_has_a_factor_too(prediction_type):
     assert 0 < scale.item() < 0.001
 
 
-def test_a_scheduler_without_a_table_of_signal_weighs_all_steps_alike(world):  # noqa: F811
+def test_a_scheduler_without_a_table_of_signal_weighs_all_steps_alike(world):
     pipeline = SPFPortraitPipeline.from_pretrained(world.model, safety_checker=None)
     pipeline.scheduler = EDMEulerScheduler(prediction_type="v_prediction")
     assert pipeline._to_epsilon(torch.tensor(0.3)) == 1
@@ -76,16 +70,16 @@ def test_an_unknown_prediction_type_is_refused():
 
 
 @pytest.fixture(scope="session")
-def stage1(world, tmp_path_factory):  # noqa: F811
+def stage1(world, tmp_path_factory):
     """A LoRA to start from: its own diffusion loss weighs timesteps as the prediction type has it."""
     AcceleratorState._reset_state(reset_partial_state=True)
     return train(world, tmp_path_factory.mktemp("stage1") / "output", stage2_steps=0)
 
 
 @pytest.mark.parametrize("objective", ["composed", "paper"])
-def test_both_expressions_train_alike(world, stage1, tmp_path, monkeypatch, objective):  # noqa: F811
+def test_both_expressions_train_alike(world, stage1, tmp_path, monkeypatch, objective):
     flags = {"stage1_steps": 0, "stage1_lora_path": stage1, "stage2_steps": 1, "stage2_objective": objective}
-    flags |= {"composed_init": "stage1", "train_batch_size": 4, "base_prompt_share": 0.5}
+    flags |= {"composed_init": "stage1", "enhancement_loss": "none", "train_batch_size": 4, "base_prompt_share": 0.5}
     clip, load, seen = torch.nn.utils.clip_grad_norm_, models.load_base_model, {}
     for kind in ("epsilon", "v_prediction"):
         with monkeypatch.context() as patch:
@@ -116,7 +110,7 @@ def test_both_expressions_train_alike(world, stage1, tmp_path, monkeypatch, obje
 
 
 @pytest.mark.parametrize("guidance", [0.0, 1.0])
-def test_both_expressions_draw_alike(world, stage1, guidance):  # noqa: F811
+def test_both_expressions_draw_alike(world, stage1, guidance):
     outputs = []
     for express in (lambda pipeline: pipeline, express_as_velocity):
         pipeline = SPFPortraitPipeline.from_pretrained(world.model, safety_checker=None)

@@ -9,21 +9,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
-from test_train import (  # noqa: F401 (fixtures)
-    CARD,
-    ROWS,
-    RUN_FILE,
-    WEIGHTS,
-    difference,
-    files,
-    fresh_accelerator,
-    train,
-    trained,
-    watch,
-    watch_runs,
-    world,
-    write_data,
-)
+from test_train import CARD, ROWS, RUN_FILE, WEIGHTS, difference, files, train, watch, watch_runs, write_data
 
 import train_spf_portrait_lora as script
 from training import losses as loss_module
@@ -55,7 +41,7 @@ def masked(tmp_path) -> Path:
 
 
 @torch.no_grad()
-def encoded(parts: Parts, world, texts: list[str]) -> torch.Tensor:  # noqa: F811
+def encoded(parts: Parts, world, texts: list[str]) -> torch.Tensor:
     """What the base model's text encoder makes of prompts."""
     ids = world.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
     return parts.models.pipeline.text_encoder(ids)[0]
@@ -66,14 +52,14 @@ def steps_of(monkeypatch) -> list[dict[str, float]]:
     return watch(monkeypatch, script, "train_step")
 
 
-def test_none_is_a_plain_lora_of_as_many_steps(world, trained):  # noqa: F811
+def test_none_is_a_plain_lora_of_as_many_steps(world, trained):
     plain = trained(stage1_steps=4, stage2_steps=0)
     assert difference(trained(preservation="none"), plain) == 0
     assert files(trained(preservation="none")) == files(plain)
 
 
 @pytest.mark.parametrize("way", WITH_ROWS)
-def test_a_row_beside_each_training_portrait(world, tmp_path, monkeypatch, way):  # noqa: F811
+def test_a_row_beside_each_training_portrait(world, tmp_path, monkeypatch, way):
     """One forward has both; the second half's prompts ask for no target, and only that half is kept."""
     kept, forwards = watch(monkeypatch, KeepingRows, "kept_rows"), []
     stages, losses = watch(monkeypatch, script, "make_objectives"), steps_of(monkeypatch)
@@ -108,7 +94,7 @@ def test_a_row_beside_each_training_portrait(world, tmp_path, monkeypatch, way):
         assert losses[0]["preservation"] == pytest.approx(0, abs=1e-10) and losses[2]["preservation"] > 1e-8
 
 
-def test_prior_keeps_the_noise_of_the_original_models_portraits(world, tmp_path, monkeypatch):  # noqa: F811
+def test_prior_keeps_the_noise_of_the_original_models_portraits(world, tmp_path, monkeypatch):
     batches, drawn_batches = watch(monkeypatch, BatchDrawer, "training"), watch(monkeypatch, BatchDrawer, "aligned")
     portraits, kept = watch(monkeypatch, script, "draw_portraits"), watch(monkeypatch, KeepingRows, "kept_rows")
     runs = watch_runs(monkeypatch)
@@ -124,27 +110,27 @@ def test_prior_keeps_the_noise_of_the_original_models_portraits(world, tmp_path,
 BUCKETS = {"resolution": None, "aspect_ratio_buckets": "16,16;24,16", "preservation": "prior"}
 
 
-def test_prior_keeps_portraits_of_the_size_of_the_batch(world, tmp_path, monkeypatch):  # noqa: F811
+def test_prior_keeps_portraits_of_the_size_of_the_batch(world, tmp_path, monkeypatch):
     kept, batches = watch(monkeypatch, KeepingRows, "kept_rows"), watch(monkeypatch, BatchDrawer, "training")
     train(world, tmp_path / "output", **BUCKETS, num_alignment_images=6, stage1_steps=6)
     assert [rows.noisy_latents.shape for rows in kept] == [batch.latents.shape for batch in batches]
     assert len({rows.noisy_latents.shape for rows in kept}) == 2, "one size alone shows nothing"
 
 
-def test_prior_needs_a_portrait_of_each_size(world, tmp_path):  # noqa: F811
+def test_prior_needs_a_portrait_of_each_size(world, tmp_path):
     with pytest.raises(SystemExit, match="--num_alignment_images 1 draws no portrait of 16x(16|24) pixels"):
         train(world, tmp_path / "output", **BUCKETS, num_alignment_images=1)
     assert not (tmp_path / "output").exists()
 
 
-def test_equal_prompts_are_drawn_in_each_size(world, tmp_path, monkeypatch):  # noqa: F811
+def test_equal_prompts_are_drawn_in_each_size(world, tmp_path, monkeypatch):
     data = write_data(tmp_path / "data", [{**row, "base_prompt": "a man, a green hat"} for row in ROWS])
     portraits = watch(monkeypatch, script, "draw_portraits")
     train(world, tmp_path / "output", **BUCKETS, train_data_dir=data, num_alignment_images=2)
     assert len(set(portraits[0].buckets)) == 2
 
 
-def test_dop_asks_for_the_base_prompt(world, tmp_path, monkeypatch):  # noqa: F811
+def test_dop_asks_for_the_base_prompt(world, tmp_path, monkeypatch):
     batches, kept = watch(monkeypatch, BatchDrawer, "training"), watch(monkeypatch, KeepingRows, "kept_rows")
     runs, inputs = watch_runs(monkeypatch), watch(monkeypatch, script, "check_inputs")
     train(world, tmp_path / "output", preservation="dop", stage1_steps=1, stage2_steps=0)
@@ -153,7 +139,7 @@ def test_dop_asks_for_the_base_prompt(world, tmp_path, monkeypatch):  # noqa: F8
 
 
 @pytest.mark.parametrize("prompts", [None, ("a dog", "a red car, a street")])
-def test_cat_asks_for_unrelated_prompts(world, tmp_path, monkeypatch, prompts):  # noqa: F811
+def test_cat_asks_for_unrelated_prompts(world, tmp_path, monkeypatch, prompts):
     kept, runs = watch(monkeypatch, KeepingRows, "kept_rows"), watch_runs(monkeypatch)
     train(world, tmp_path / "output", preservation="cat", unrelated_prompts=prompts, stage1_steps=6, stage2_steps=0)
     expected, seen = encoded(runs[0], world, list(prompts or [""])), set()
@@ -165,7 +151,7 @@ def test_cat_asks_for_unrelated_prompts(world, tmp_path, monkeypatch, prompts): 
     assert seen == set(range(len(prompts or [""])))
 
 
-def test_a_masked_loss_is_deaf_outside_the_mask(world, tmp_path, masked, monkeypatch):  # noqa: F811
+def test_a_masked_loss_is_deaf_outside_the_mask(world, tmp_path, masked, monkeypatch):
     batches, losses = watch(monkeypatch, BatchDrawer, "training"), steps_of(monkeypatch)
     loss, masks, gradients = diffusion.masked_diffusion_loss, [], []
 
@@ -187,7 +173,7 @@ def test_a_masked_loss_is_deaf_outside_the_mask(world, tmp_path, masked, monkeyp
 
 
 @pytest.mark.parametrize("flags", [{"random_flip": True}, {"no-center_crop": True, "no-cache_latents": True}], ids=str)
-def test_masks_are_cropped_and_mirrored_with_their_pictures(world, tmp_path, monkeypatch, flags):  # noqa: F811
+def test_masks_are_cropped_and_mirrored_with_their_pictures(world, tmp_path, monkeypatch, flags):
     """Each mask is a picture's own red channel, so that the two must be the same where they are read."""
     folder = write_data(tmp_path / "data", [{**row, "mask_file_name": f"mask_{i}.png"} for i, row in enumerate(ROWS)])
     for i, row in enumerate(ROWS):
@@ -202,7 +188,7 @@ def test_masks_are_cropped_and_mirrored_with_their_pictures(world, tmp_path, mon
 
 
 @pytest.mark.parametrize("way", ["prior", "cat"])
-def test_it_goes_on_to_the_same_bits(world, tmp_path, way):  # noqa: F811
+def test_it_goes_on_to_the_same_bits(world, tmp_path, way):
     flags = {"preservation": way, "checkpointing_steps": 2}
     whole = train(world, tmp_path / "whole", **flags)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -211,7 +197,7 @@ def test_it_goes_on_to_the_same_bits(world, tmp_path, way):  # noqa: F811
     assert difference(again, whole) == 0
 
 
-def test_a_run_does_not_go_on_with_other_masks(world, tmp_path, masked):  # noqa: F811
+def test_a_run_does_not_go_on_with_other_masks(world, tmp_path, masked):
     flags = {"preservation": "mask", "train_data_dir": masked, "checkpointing_steps": 2}
     whole = train(world, tmp_path / "whole", **flags)
     flags["resume_from_checkpoint"] = whole / "checkpoint-2"
@@ -223,7 +209,7 @@ def test_a_run_does_not_go_on_with_other_masks(world, tmp_path, masked):  # noqa
         train(world, tmp_path / "other", **flags)
 
 
-def test_masks_that_cannot_be_used(world, tmp_path, masked, capsys):  # noqa: F811
+def test_masks_that_cannot_be_used(world, tmp_path, masked, capsys):
     def refusal(**flags) -> str:
         with pytest.raises(SystemExit) as stop:
             train(world, tmp_path / "output", preservation="mask", **flags)
@@ -246,7 +232,7 @@ def test_masks_that_cannot_be_used(world, tmp_path, masked, capsys):  # noqa: F8
 # ------------------------------------------------------------------------------------------------- maps of one's own
 
 
-def test_saved_maps_can_be_given_back(world, tmp_path, trained, monkeypatch):  # noqa: F811
+def test_saved_maps_can_be_given_back(world, tmp_path, trained, monkeypatch):
     output = trained(save_alignment=True, alignment_source="both")
     count = 3 + len(ROWS)
     names = {f"{i:05d}.png" for i in range(count)}
@@ -264,20 +250,21 @@ def test_saved_maps_can_be_given_back(world, tmp_path, trained, monkeypatch):  #
 
 @pytest.mark.parametrize("objective", ["composed", "paper"])
 @pytest.mark.parametrize("mode", ["averaged_target", "paper"])
-def test_a_given_map_rules_whatever_the_mode(world, tmp_path, monkeypatch, objective, mode):  # noqa: F811
+def test_a_given_map_rules_whatever_the_mode(world, tmp_path, monkeypatch, objective, mode):
     folder = tmp_path / "maps"
     folder.mkdir()
     for i in range(3):
         Image.new("L", (16, 16), 51 * i).save(folder / f"{i:05d}.png")
     used, aligned = watch(monkeypatch, MapMaker, "of_batch"), watch(monkeypatch, BatchDrawer, "aligned")
-    train(world, tmp_path / "output", sfcm_dir=folder, sfcm_mode=mode, stage2_objective=objective)
+    flags = {"stage1_steps": 1, "stage2_objective": objective, "enhancement_loss": "none"}
+    train(world, tmp_path / "output", sfcm_dir=folder, sfcm_mode=mode, **flags)
     assert len(aligned) == len(used) == 2
     for batch, sfcm in zip(aligned, used, strict=True):
         expected = batch.index * 0.2 * (batch.kinds == FULL)
         torch.testing.assert_close(sfcm, expected[:, None, None, None].expand_as(sfcm).float())
 
 
-def test_maps_that_are_missing_are_named(world, tmp_path):  # noqa: F811
+def test_maps_that_are_missing_are_named(world, tmp_path):
     folder = tmp_path / "maps"
     with pytest.raises(SystemExit, match="--sfcm_dir .*maps.*00000.png does not exist"):
         train(world, tmp_path / "output", sfcm_dir=folder)
@@ -292,7 +279,7 @@ def test_maps_that_are_missing_are_named(world, tmp_path):  # noqa: F811
 # ------------------------------------------------------------------------------------------------------- ablations
 
 
-def test_the_enhancement_without_its_weights(world, tmp_path, monkeypatch):  # noqa: F811
+def test_the_enhancement_without_its_weights(world, tmp_path, monkeypatch):
     runs, batches, terms = watch_runs(monkeypatch), watch(monkeypatch, BatchDrawer, "training"), []
     difference_loss = loss_module.ENHANCEMENT_LOSSES["difference"]
 
@@ -308,10 +295,11 @@ def test_the_enhancement_without_its_weights(world, tmp_path, monkeypatch):  # n
     assert losses[0]["enhancement"] != pytest.approx((weights * terms[0]).mean().item())
 
 
-def test_aligned_layers_of_one_resolution(world, tmp_path, monkeypatch):  # noqa: F811
+def test_aligned_layers_of_one_resolution(world, tmp_path, monkeypatch):
     seen, loss = [], paper.fine_grained_loss
     monkeypatch.setattr(paper, "fine_grained_loss", lambda *args: seen.append(set(args[2])) or loss(*args))
+    flags = {"stage2_objective": "paper", "enhancement_loss": "none", "stage1_steps": 0, "stage2_steps": 1}
     for layers in ("all", "phrase_map"):
-        train(world, tmp_path / layers, stage2_objective="paper", stage2_steps=1, alignment_layers=layers)
+        train(world, tmp_path / layers, **flags, alignment_layers=layers)
         AcceleratorState._reset_state(reset_partial_state=True)
     assert len(seen[0]) > 1 and len(seen[1]) == 1 and seen[1] < seen[0]

@@ -17,22 +17,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load, load_file, save_file
 from test_resume import STEPS, assert_same_ending, one_thread  # noqa: F401  (fixture)
-from test_train import (  # noqa: F401  (fixtures)
-    LAYERS,
-    ROOT,
-    ROWS,
-    WEIGHTS,
-    difference,
-    files,
-    fresh_accelerator,
-    make_flags,
-    refusal,
-    train,
-    trained,
-    watch,
-    watch_runs,
-    world,
-)
+from test_train import LAYERS, ROOT, ROWS, WEIGHTS, difference, files, train, watch, watch_runs
 
 import train_spf_portrait_lora as script
 from loras.loading import ReferenceLora, merge_loras
@@ -57,13 +42,13 @@ DEFAULTS = {"init_lora_weights": False, "lora_alpha": 3}
 # ------------------------------------------------------------------------------------------------------- earlier LoRAs
 
 
-def stock(world) -> StableDiffusionPipeline:  # noqa: F811
+def stock(world) -> StableDiffusionPipeline:
     pipeline = StableDiffusionPipeline.from_pretrained(world.model, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def save_earlier(world, folder: Path, seed: int, text: bool, **changes) -> Path:  # noqa: F811
+def save_earlier(world, folder: Path, seed: int, text: bool, **changes) -> Path:
     """A LoRA with weights of chance in a folder, in the UNet and perhaps in the text encoder."""
     torch.manual_seed(seed)
     pipeline = stock(world)
@@ -99,7 +84,7 @@ def to_kohya(lora: Path, path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def earlier(world, tmp_path_factory) -> dict[str, Path]:  # noqa: F811
+def earlier(world, tmp_path_factory) -> dict[str, Path]:
     """Folders of earlier LoRAs, and one file of kohya's. No test may change them."""
     folder = tmp_path_factory.mktemp("earlier")
     loras = {
@@ -151,7 +136,7 @@ def largest(first: tuple[torch.Tensor, ...], second: tuple[torch.Tensor, ...]) -
     ],
     ids=lambda value: " ".join(map(str, value)),
 )
-def test_merged_loras_are_those_that_are_active_side_by_side(world, earlier, names, scales):  # noqa: F811
+def test_merged_loras_are_those_that_are_active_side_by_side(world, earlier, names, scales):
     loras = [earlier[name] for name in names]
     expected = predict(activate(stock(world), loras, scales))
     merged = stock(world)
@@ -161,7 +146,7 @@ def test_merged_loras_are_those_that_are_active_side_by_side(world, earlier, nam
     assert (predict(stock(world))[1] - expected[1]).abs().max() > 0.01
 
 
-def test_a_reference_is_a_file_a_folder_or_neither(world, earlier, tmp_path):  # noqa: F811
+def test_a_reference_is_a_file_a_folder_or_neither(world, earlier, tmp_path):
     folder, file = earlier["hair"], earlier["hair"] / WEIGHTS
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
 
@@ -182,7 +167,7 @@ TWO = {"reference_lora_scale": (1.0, 0.6), "learning_rate": 0.05}
 
 
 @pytest.fixture(scope="module")
-def on_top(world, earlier, tmp_path_factory):  # noqa: F811
+def on_top(world, earlier, tmp_path_factory):
     """A run on top of two earlier LoRAs, and its folder. No test may change them."""
     two = earlier["hair"], earlier["hat"]
     before = [hashlib.sha256((lora / WEIGHTS).read_bytes()).digest() for lora in two]
@@ -195,7 +180,7 @@ def on_top(world, earlier, tmp_path_factory):  # noqa: F811
     return runs[0], output
 
 
-def test_both_paths_are_those_of_the_loras_side_by_side(world, earlier, on_top):  # noqa: F811
+def test_both_paths_are_those_of_the_loras_side_by_side(world, earlier, on_top):
     run, output = on_top
     earlier_loras = [earlier["hair"], earlier["hat"]]
     reference = predict(activate(stock(world), earlier_loras, [1.0, 0.6]))
@@ -219,20 +204,17 @@ def test_the_new_lora_alone_is_saved_and_trained(earlier, on_top):
 
 
 @pytest.mark.slow
-def test_a_kohya_file_and_diffusers_own_train_the_same_lora(world, earlier, tmp_path):  # noqa: F811
-    loras = []
-    for name in ("hair", "hair of kohya"):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        loras.append(train(world, tmp_path / name, reference_lora=earlier[name]))
-    assert difference(*loras) < 1e-6
+def test_a_kohya_file_and_diffusers_own_train_the_same_lora(world, trained, earlier, tmp_path):
+    kohya = train(world, tmp_path / "kohya", **STEPS, reference_lora=earlier["hair of kohya"])
+    assert difference(kohya, trained(**STEPS, reference_lora=earlier["hair"])) < 1e-6
 
 
 @pytest.mark.slow
-def test_without_a_reference_another_lora_is_trained(world, trained, on_top):  # noqa: F811
+def test_without_a_reference_another_lora_is_trained(world, trained, on_top):
     assert difference(on_top[1], trained(learning_rate=0.05)) > 0.01
 
 
-def test_each_layer_of_a_kohya_file_has_its_own_alpha(world, earlier, tmp_path):  # noqa: F811
+def test_each_layer_of_a_kohya_file_has_its_own_alpha(world, earlier, tmp_path):
     state, path = load_file(earlier["hair of kohya"]), tmp_path / "mixed.safetensors"
     for name in [name for name in state if name.endswith("to_q.alpha") or name.endswith("q_proj.alpha")]:
         state[name] = state[name] * 4
@@ -244,7 +226,7 @@ def test_each_layer_of_a_kohya_file_has_its_own_alpha(world, earlier, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_new_lora_begins_as_without_earlier_ones(world, earlier, tmp_path):  # noqa: F811
+def test_the_new_lora_begins_as_without_earlier_ones(world, earlier, tmp_path):
     flags = {"stage1_steps": 1, "stage2_steps": 0, "learning_rate": 1e-9}
     loras = [train(world, tmp_path / "without", **flags)]
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -253,7 +235,7 @@ def test_the_new_lora_begins_as_without_earlier_ones(world, earlier, tmp_path): 
 
 
 @pytest.mark.slow
-def test_in_half_precision_it_is_merged_before_it_is_rounded(world, earlier, tmp_path, monkeypatch):  # noqa: F811
+def test_in_half_precision_it_is_merged_before_it_is_rounded(world, earlier, tmp_path, monkeypatch):
     runs = watch_runs(monkeypatch)
     train(world, tmp_path / "output", reference_lora=earlier["hair"], mixed_precision="bf16")
     merged = stock(world)
@@ -266,7 +248,7 @@ def test_in_half_precision_it_is_merged_before_it_is_rounded(world, earlier, tmp
 
 
 @pytest.mark.slow
-def test_the_single_pass_trains_the_same(world, earlier, tmp_path):  # noqa: F811
+def test_the_single_pass_trains_the_same(world, earlier, tmp_path):
     loras = []
     for mode in ("two_pass", "single_pass"):
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -276,7 +258,7 @@ def test_the_single_pass_trains_the_same(world, earlier, tmp_path):  # noqa: F81
 
 
 @pytest.mark.slow
-def test_cached_text_embeddings_belong_to_the_text_encoder_that_made_them(world, earlier, tmp_path, monkeypatch):  # noqa: F811
+def test_cached_text_embeddings_belong_to_the_text_encoder_that_made_them(world, earlier, tmp_path, monkeypatch):
     tables = watch(monkeypatch, script, "make_prompt_table")
     cache, counts = tmp_path / "cache", []
     for name in (None, "hat", "hair"):
@@ -294,8 +276,8 @@ def test_cached_text_embeddings_belong_to_the_text_encoder_that_made_them(world,
 
 
 @pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 3])
-def test_a_run_goes_on_with_the_same_file_at_another_place(world, earlier, tmp_path, step):  # noqa: F811
-    whole = train(world, tmp_path / "whole", **STEPS, reference_lora=earlier["hair"])
+def test_a_run_goes_on_with_the_same_file_at_another_place(world, trained, earlier, tmp_path, step):
+    whole = trained(**STEPS, reference_lora=earlier["hair"])
     AcceleratorState._reset_state(reset_partial_state=True)
     moved = shutil.copy(earlier["hair"] / WEIGHTS, tmp_path / "moved.safetensors")
     again = tmp_path / "again"
@@ -304,7 +286,7 @@ def test_a_run_goes_on_with_the_same_file_at_another_place(world, earlier, tmp_p
     assert_same_ending(again, whole)
 
 
-def test_a_run_does_not_go_on_with_another_reference(on_top, world, earlier, tmp_path):  # noqa: F811
+def test_a_run_does_not_go_on_with_another_reference(on_top, world, earlier, tmp_path):
     folder = shutil.copytree(earlier["hair"], tmp_path / "hair")
     two = {"reference_lora": (folder, earlier["hat"])}
     output = tmp_path / "output"
@@ -381,7 +363,7 @@ def test_an_earlier_target_is_not_the_new_one(text):
         ask_for_reference_targets(drawn(), [text], seed=0)
 
 
-def test_the_portraits_are_drawn_from_those_prompts(world, earlier, tmp_path, monkeypatch):  # noqa: F811
+def test_the_portraits_are_drawn_from_those_prompts(world, earlier, tmp_path, monkeypatch):
     inputs = watch(monkeypatch, script, "check_inputs")
     asked, draw_latents = [], portraits_module.draw_latents
 
@@ -412,7 +394,7 @@ def run_card(code: str, names: dict[str, str]) -> StableDiffusionPipeline:
     return found["pipe"]
 
 
-def test_the_card_shows_how_to_load_both_and_names_no_folder(world, earlier, on_top):  # noqa: F811
+def test_the_card_shows_how_to_load_both_and_names_no_folder(world, earlier, on_top):
     run, output = on_top
     card = ModelCard.load(output / "README.md")
     assert str(earlier["hair"].parent) not in card.content and card.content.count("reference_lora`") == 0
@@ -431,7 +413,7 @@ def test_the_card_shows_how_to_load_both_and_names_no_folder(world, earlier, on_
         assert largest(predict(run_card(code, names)), expected) < CLOSE
 
 
-def test_our_pipeline_compares_with_the_merged_model(world, earlier, on_top):  # noqa: F811
+def test_our_pipeline_compares_with_the_merged_model(world, earlier, on_top):
     pipeline = SPFPortraitPipeline.from_pretrained(world.model, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     activate(pipeline, [earlier["hair"], earlier["hat"]], [1.0, 0.6])
@@ -447,7 +429,7 @@ def test_our_pipeline_compares_with_the_merged_model(world, earlier, on_top):  #
 
 
 @pytest.mark.slow
-def test_a_reference_of_the_hub_is_found_and_named(world, earlier, tmp_path):  # noqa: F811
+def test_a_reference_of_the_hub_is_found_and_named(world, earlier, tmp_path):
     with HubServer("tester", "hf_SECRETofTheTester") as server, server.here(tmp_path / "home"):
         server.repos["tester/hair"] = {WEIGHTS: (earlier["hair"] / WEIGHTS).read_bytes()}
         server.repos["tester/loras"] = {"kohya/hair.safetensors": earlier["hair of kohya"].read_bytes()}
@@ -470,7 +452,7 @@ def test_a_reference_of_the_hub_is_found_and_named(world, earlier, tmp_path):  #
     assert difference(tmp_path / "output 0", tmp_path / "output 1") < 1e-6
 
 
-def test_a_dry_run_names_the_earlier_loras(world, earlier, tmp_path, capsys):  # noqa: F811
+def test_a_dry_run_names_the_earlier_loras(world, earlier, tmp_path, capsys):
     train(world, tmp_path / "output", reference_lora=earlier["hat"], reference_lora_scale=0.5, dry_run=True)
     assert f"earlier LoRA   {earlier['hat']}  (scale 0.5)\n" in capsys.readouterr().out
 
@@ -542,7 +524,7 @@ KINDS = (
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_no_lora_of_this_base_model_is_refused(refusal, earlier, tmp_path, kind):  # noqa: F811
+def test_what_is_no_lora_of_this_base_model_is_refused(refusal, earlier, tmp_path, kind):
     folder = shutil.copytree(earlier["hair"], tmp_path / "reference")
     says = spoil(kind, folder / WEIGHTS)
     message = refusal(reference_lora=folder)
@@ -565,7 +547,7 @@ def test_what_is_no_lora_of_this_base_model_is_refused(refusal, earlier, tmp_pat
     ],
     ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else "",
 )
-def test_flags_that_do_not_go_together(refusal, earlier, flags, parts):  # noqa: F811
+def test_flags_that_do_not_go_together(refusal, earlier, flags, parts):
     known = lambda name: str(earlier.get(name, name)) if isinstance(name, str) else name  # noqa: E731
     flags = {
         name: tuple(map(known, value)) if isinstance(value, tuple) else known(value) for name, value in flags.items()
