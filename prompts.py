@@ -243,7 +243,6 @@ def tokenize_prompt_pair(pair: PromptPair, tokenizer: PreTrainedTokenizerBase) -
 
     Source: [paper] base tokens and PAD; [ours] the alignment.
     """
-    _check_offsets(tokenizer)
     base_ids, base_offsets, base_end = _encode(pair.base_prompt, tokenizer)
     full_ids, full_offsets, full_end = _encode(pair.full_prompt, tokenizer)
 
@@ -304,7 +303,6 @@ def locate_phrases(
         ValueError: a phrase is not in the prompt, a text is longer than `MAX_CHARACTERS`, or the tokenizer has no
             offsets.
     """
-    _check_offsets(tokenizer)
     wording.check_length("prompt", [prompt])
     wording.check_length("list of phrases", phrases)
     _, offsets, _ = _encode(prompt, tokenizer)
@@ -335,13 +333,10 @@ def _base_spans(pair: PromptPair) -> tuple[list[wording.Span], list[wording.Span
     return replaced, wording.locate(pair.base_prompt, pair.base_phrases, taken=replaced, share=True)
 
 
-def _check_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
-    if not tokenizer.is_fast:
-        raise ValueError(f"{type(tokenizer).__name__} has no character offsets; use the fast tokenizer.")
-
-
 def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], dict[int, wording.Span], int]:
     """Padded ids, the character span of each position that holds text, and the character where the text is cut."""
+    if not tokenizer.is_fast:
+        raise ValueError(f"{type(tokenizer).__name__} has no character offsets; use the fast tokenizer.")
     rows = tokenizer(
         text,
         padding="max_length",

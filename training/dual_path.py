@@ -16,9 +16,7 @@ from torch import Tensor
 from adapters import BASE_ROW, Adapters
 from attention_processors import CrossAttentionFeatures, CrossAttentionStore
 from families.prompt_embeds import PromptEmbeds
-
-
-DUAL_PATH_MODES = ("two_pass", "single_pass")
+from training.flag_rules import DUAL_PATH_MODES
 
 
 @dataclass

@@ -22,7 +22,6 @@ from diffusers.optimization import get_scheduler
 from programs.loading import InputError
 from training.arguments import Flags, flat
 from training.flags import LoopFlags, OptimizerFlags, OutputFlags
-from training.optimizers import make_optimizer
 
 
 logger = logging.getLogger(__name__)
@@ -136,15 +135,23 @@ class Engine:
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         flags = self._flags
-        return make_optimizer(
-            flags.optimizer,
-            self.parameters,
-            learning_rate=self.learning_rate,
-            betas=(flags.adam_beta1, flags.adam_beta2),
-            weight_decay=flags.adam_weight_decay,
-            epsilon=flags.adam_epsilon,
-            use_8bit_adam=flags.use_8bit_adam,
-        )
+        options = {
+            "lr": self.learning_rate,
+            "betas": (flags.adam_beta1, flags.adam_beta2),
+            "weight_decay": flags.adam_weight_decay,
+            "eps": flags.adam_epsilon,
+        }
+        # From packages of their own, which the flags have looked for.
+        if flags.use_8bit_adam:
+            from bitsandbytes.optim import AdamW8bit
+
+            return AdamW8bit(self.parameters, **options)
+        if flags.optimizer == "prodigy":
+            from prodigyopt import Prodigy
+
+            # As its authors advise for diffusion models: bias correction, and no estimate of the rate in the warm-up.
+            return Prodigy(self.parameters, **options, use_bias_correction=True, safeguard_warmup=True)
+        return torch.optim.AdamW(self.parameters, **options)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs for the engine to go on."""

@@ -14,15 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-
-INTERPOLATION_MODES: dict[str, Image.Resampling] = {
-    "lanczos": Image.Resampling.LANCZOS,
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-    "box": Image.Resampling.BOX,
-    "hamming": Image.Resampling.HAMMING,
-    "nearest": Image.Resampling.NEAREST,
-}
+from training.flag_rules import INTERPOLATION_MODES
 
 
 def preprocess_image(
@@ -55,7 +47,7 @@ def preprocess_image(
         raise ValueError(f"centering must lie in [0, 1], got {centering}.")
     height, width = size
     # One resize of the part: resizing first would make a huge image of a very narrow one.
-    image = ImageOps.fit(image, (width, height), INTERPOLATION_MODES[interpolation], centering=centering)
+    image = ImageOps.fit(image, (width, height), Image.Resampling[interpolation.upper()], centering=centering)
     if flip:
         image = ImageOps.mirror(image)
     pixels = torch.from_numpy(np.array(image, dtype=np.float32))
