@@ -189,8 +189,7 @@ def original_rows(model: nn.Module, rows: Callable[[int], Iterable[int]]) -> Ite
 def adapter_scales(model: nn.Module, factors: Mapping[str, float]) -> Iterator[None]:
     """Inside, the strength of each named adapter is multiplied by a factor; names that the model has not do nothing.
 
-    Raises:
-        ValueError: an adapter is merged into the weights, or of a kind that has no strength.
+    Raises ValueError: an adapter is merged into the weights, or of a kind that has no strength.
     """
     adapters = Adapters(model)
     adapters.check()

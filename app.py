@@ -120,8 +120,7 @@ def check_lengths(texts: Mapping[str, str], tokenizer: PreTrainedTokenizerBase) 
     Args:
         texts: by their fields' names.
 
-    Raises:
-        ValueError: one is too long.
+    Raises ValueError: one is too long.
     """
     limit = tokenizer.model_max_length - 2  # without its beginning and end
     for name, text in texts.items():
@@ -168,8 +167,7 @@ def draw(
         seed: of the noise, drawn on the CPU so that every device has the same.
         on_step: called after each step with the number of steps done and of all.
 
-    Raises:
-        ValueError: what the pipeline says of the prompts and the rest.
+    Raises ValueError: what the pipeline says of the prompts and the rest.
     """
     if replaces and not target:
         raise ValueError(f"Nothing is to replace {replaces!r}: the target is empty.")

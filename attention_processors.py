@@ -183,8 +183,7 @@ class CapturingAttnProcessor:
 def find_cross_attention_layers(unet: nn.Module) -> dict[str, Attention]:
     """The text cross-attention layers of a UNet, not a DDP wrapper, by module name in forward order: down, middle, up.
 
-    Raises:
-        ValueError: the model has none.
+    Raises ValueError: the model has none.
     """
     layers = {
         name: module
@@ -204,8 +203,7 @@ def phrase_map_resolution(resolutions: Mapping[str, tuple[int, int]]) -> tuple[i
     The largest resolution (h, w) of the captured layers stands for the latent's. If no layer has a quarter of its
     side, the nearest one (in ratio, the larger of two equally near) is taken.
 
-    Raises:
-        ValueError: there is no layer.
+    Raises ValueError: there is no layer.
     """
     if not resolutions:
         raise ValueError("phrase_map_resolution needs at least one layer's resolution")

@@ -93,9 +93,7 @@ def compose_full_prompt(base_prompt: str, target_prompts: Sequence[TargetPrompt]
     Every `replaces` is looked up in the base prompt, the first unused occurrence; if something is appended, the base
     prompt's closing punctuation is dropped.
 
-    Raises:
-        ValueError: a replaced phrase is not in the base prompt (or not as often as it is to be replaced).
-
+    Raises ValueError: a replaced phrase is not in the base prompt (or not as often as it is to be replaced).
     Source: [paper] base with the target added or a phrase replaced; [ours] the comma.
     """
     replacing = [target.text.strip() for target in target_prompts if target.replaces is not None]
@@ -139,8 +137,7 @@ def make_prompt_pair(
         free_phrases: phrases of the base prompt that may change along with the target, such as "a green background";
             they need not be among `base_phrases`.
 
-    Returns:
-        The pair. Phrases that overlap a replaced one are dropped: their region is where the target goes.
+    Returns: The pair. Phrases that overlap a replaced one are dropped: their region is where the target goes.
 
     Raises:
         ValueError: a text is empty, or longer than `MAX_CHARACTERS`; a target is the base prompt, one of its phrases
@@ -214,8 +211,7 @@ def keep_phrases(pair: PromptPair, stays: Sequence[bool]) -> PromptPair:
 
     They stay in the base prompt's order. One inside another (a free phrase may be) comes with it.
 
-    Raises:
-        ValueError: nothing of what stays is to be preserved.
+    Raises ValueError: nothing of what stays is to be preserved.
     """
     replaced_spans, spans = _base_spans(pair)
     kept = [phrase for phrase, keep in zip(pair.base_phrases, stays, strict=True) if keep]

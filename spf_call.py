@@ -229,8 +229,7 @@ class SPFCall:
         A folder that named this class could be loaded with this code at hand alone. For a merged checkpoint call
         `fuse_lora()` and `unload_lora_weights()` before.
 
-        Raises:
-            `ValueError`: a LoRA is loaded, under which the weights would be saved by names that no loader knows.
+        Raises `ValueError`: a LoRA is loaded, under which the weights would be saved by names that no loader knows.
         """
         if any(isinstance(module, BaseTunerLayer) for model in self._adapted_models() for module in model.modules()):
             raise ValueError(

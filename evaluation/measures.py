@@ -183,8 +183,7 @@ def measure(
 
     What asks for a judge that is None is left out.
 
-    Returns:
-        Measures of each portrait, (B,), and those of the whole set, NaN for one portrait.
+    Returns: Measures of each portrait, (B,), and those of the whole set, NaN for one portrait.
     """
     asked = {
         name: own

@@ -74,8 +74,7 @@ def without_nan(value: Any) -> Any:
 def prepare_folder(folder: Path) -> None:
     """The output folder, without what an evaluation that did not come to measuring drew into it.
 
-    Raises:
-        InputError: it cannot be made, or holds measures, which were hours of work and are of other portraits.
+    Raises InputError: it cannot be made, or holds measures, which were hours of work and are of other portraits.
     """
     with naming(f"--output_dir {folder}"):
         for name in (MEANS, PORTRAITS, NUMBERS, PAGE):

@@ -29,9 +29,7 @@ class DDPM:
         scheduler_class: name of a scheduler of diffusers.
         config: the scheduler's; of it only the betas and the prediction type count.
 
-    Raises:
-        ValueError: the scheduler has no betas, as those of flow matching, or the prediction is another.
-
+    Raises ValueError: the scheduler has no betas, as those of flow matching, or the prediction is another.
     Source: Ho et al., "Denoising Diffusion Probabilistic Models", arXiv 2006.11239.
     """
 

@@ -75,8 +75,7 @@ class StableDiffusion:
     ) -> ModelFacts:
         """Read the other configurations of a model, without weights.
 
-        Raises:
-            InputError: one line that names the flag, the value and the part of the model that does not fit.
+        Raises InputError: one line that names the flag, the value and the part of the model that does not fit.
         """
         hub = {"revision": revision, "cache_dir": cache_dir}
         unet_config = _with_defaults(UNet2DConditionModel, denoiser_config)

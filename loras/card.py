@@ -57,8 +57,7 @@ def write_model_card(folder: Path, facts: CardFacts) -> Path:
 
     The Hub rejects a card whose `base_model` is no id, so a local folder is named in the text alone.
 
-    Raises:
-        ValueError: no target prompt.
+    Raises ValueError: no target prompt.
     """
     if not facts.targets:
         raise ValueError("targets: a model card needs at least one target prompt")

@@ -25,8 +25,7 @@ def create_hub_repo(hub_model_id: str, token: str | None, private: bool) -> str:
         token: a token of the Hub; None takes the one of `hf auth login` or of the environment.
         private: whether a new repository is private. One that exists keeps its state, so a public one is refused.
 
-    Returns:
-        "user/name".
+    Returns: "user/name".
 
     Raises:
         ValueError: a name that the Hub does not take; no token, an unknown one, or one that may not write; a public

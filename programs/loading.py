@@ -58,8 +58,7 @@ def check_model_name(name: str, kind: str | None = "StableDiffusionPipeline") ->
     Args:
         kind: the class of diffusers that turns a single file of such a model into a folder, if there is one.
 
-    Raises:
-        ValueError: a single file, or a path where nothing is; one line without `name`.
+    Raises ValueError: a single file, or a path where nothing is; one line without `name`.
     """
     path = Path(name)
     if path.is_dir():

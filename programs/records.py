@@ -42,8 +42,7 @@ def read_json_lines(path: Path, name: str) -> tuple[list[str], list[dict[str, An
 def read_target(value: Any, where: str) -> str | list[Target]:
     """A target as JSON spells it, a text or a list of texts and of [phrase, target], with these pairs as tuples.
 
-    Raises:
-        ValueError: it is neither; begins with `where`.
+    Raises ValueError: it is neither; begins with `where`.
     """
     if not isinstance(value, list):
         return check_text(value, where)

@@ -45,8 +45,7 @@ def pack_state(state: Any, tensors: dict[str, torch.Tensor], path: str = "state"
         state: dicts with keys of texts and numbers, lists, tuples, tensors, texts, numbers, booleans and None.
         tensors: filled with copies on the CPU, each under a name of its own that tells its path in the state.
 
-    Raises:
-        TypeError: anything else in the state; the message names its path.
+    Raises TypeError: anything else in the state; the message names its path.
     """
     if isinstance(state, torch.Tensor):
         # A copy: safetensors refuses tensors that share memory, as the views of one optimizer buffer do.
@@ -173,8 +172,7 @@ def _sha256(path: Path) -> str:
 def lock_folder(folder: Path) -> Iterator[None]:
     """Keep other runs out of an output folder; what was made for that alone is gone on exit.
 
-    Raises:
-        CheckpointError: another run is in it.
+    Raises CheckpointError: another run is in it.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -200,8 +198,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
 def check_checkpoint(folder: Path) -> None:
     """Compare a checkpoint with its manifest.
 
-    Raises:
-        ValueError: it is not a checkpoint, or damaged; one line that names the folder and the file.
+    Raises ValueError: it is not a checkpoint, or damaged; one line that names the folder and the file.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))

@@ -34,8 +34,7 @@ ADVICE = "A lower --learning_rate or --mixed_precision bf16 instead of fp16 usua
 def make_accelerator(mixed_precision: str | None, output: OutputFlags) -> Accelerator:
     """The processes, the precision and the trackers.
 
-    Raises:
-        InputError: accelerate's settings ask for what this script does not do.
+    Raises InputError: accelerate's settings ask for what this script does not do.
     """
     for engine in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() in ("true", "1"):

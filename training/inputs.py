@@ -91,8 +91,7 @@ class Inputs:
 def check_inputs(flags: Flags) -> Inputs:
     """Read the data and everything about the models that needs no weights.
 
-    Raises:
-        ValueError, OSError: one line that names the flag, the file and its line, or the value.
+    Raises ValueError, OSError: one line that names the flag, the file and its line, or the value.
     """
     references = find_references(flags.lora, flags.model.cache_dir)
     resume = find_resume(flags, references)
@@ -156,8 +155,7 @@ def read_pairs(
 ) -> tuple[list[PromptPair], list[PromptTokens]]:
     """The rows' prompts and their tokens; what they cannot mean is warned of.
 
-    Raises:
-        ValueError: a row's prompts do not go together, or one of --free_phrases is in none.
+    Raises ValueError: a row's prompts do not go together, or one of --free_phrases is in none.
     """
     pairs, tokens = [], []
     for row in rows:
@@ -199,8 +197,7 @@ def pairs_to_draw(
 def base_row(row: PortraitRow) -> PortraitRow:
     """A caption's row with its base prompt: the caption without the targets that are added.
 
-    Raises:
-        ValueError: nothing else is in the caption; the message begins with the row's source.
+    Raises ValueError: nothing else is in the caption; the message begins with the row's source.
     """
     targets = [row.target_prompt] if isinstance(row.target_prompt, str) else row.target_prompt
     base_prompt = row.caption
@@ -226,8 +223,7 @@ def read_maps(folder: Path, count: int) -> list[torch.Tensor]:
     """The maps of --sfcm_dir for `count` alignment portraits, (1, H', W') float32 in [0, 1] each, as large as they
     are.
 
-    Raises:
-        ValueError, OSError: names the first that is missing or no picture.
+    Raises ValueError, OSError: names the first that is missing or no picture.
     """
     with naming_flag("sfcm_dir", str(folder)):
         maps = []

@@ -72,9 +72,7 @@ def text_consistent_loss(
         position_mask: (B, K) bool, False where a shorter prompt is padded.
         base_padding, full_padding: (B, T) bool, the padding positions of both prompts.
 
-    Returns:
-        (B,) float32, averaged over layers.
-
+    Returns: (B,) float32, averaged over layers.
     Source: [paper] L_text; [ours] the norm, tokens matched by alignment of the two sequences.
     """
     token_mask = F.pad(position_mask, (0, 1), value=True).float()
@@ -106,9 +104,7 @@ def fine_grained_loss(
         reference_queries: per layer (B, N, S, D), detached here.
         resolutions, sfcm: as in `text_consistent_loss`.
 
-    Returns:
-        (B,) float32, averaged over layers; each layer is relative to the mean square of its reference queries.
-
+    Returns: (B,) float32, averaged over layers; each layer is relative to the mean square of its reference queries.
     Source: [paper] L_fine; [ours] the norm and the division.
     """
     total = 0
@@ -177,8 +173,7 @@ def compose_prediction(
         scale: factor on the change.
         base_weight: weight of the base prompt's change, in [0, 1].
 
-    Returns:
-        (B, C, H, W) float32, detached.
+    Returns: (B, C, H, W) float32, detached.
     """
     reference_pred = reference_pred.float()
     change = teacher_full_pred.float() - reference_pred

@@ -40,8 +40,7 @@ class MapMaker:
             chunk_size: how many are looked at together.
             shown: whether a bar shows it.
 
-        Returns:
-            M of (1, H, W) float32 in [0, 1].
+        Returns: M of (1, H, W) float32 in [0, 1].
         """
         maps = {}
         with phase_bar("maps", len(portraits.buckets), "map", shown) as bar:

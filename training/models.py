@@ -231,8 +231,7 @@ def load_models(
     """The base model on the device, frozen, with a new LoRA on its UNet, or an earlier one (file or folder) that goes
     on.
 
-    Raises:
-        InputError: weights are missing, damaged or a pickle.
+    Raises InputError: weights are missing, damaged or a pickle.
     """
     pipeline = load_base_model(family.pipeline_class, model, weight_dtype(accelerator), references)
     pipeline.to(accelerator.device)

@@ -34,11 +34,8 @@ def preprocess_image(
             bottom, y = 1 at the top.
         interpolation: a key of `INTERPOLATION_MODES`.
 
-    Returns:
-        (3, H, W) float32 in [-1, 1].
-
-    Raises:
-        ValueError: `centering` or `interpolation` is none of these.
+    Returns: (3, H, W) float32 in [-1, 1].
+    Raises ValueError: `centering` or `interpolation` is none of these.
     """
     if interpolation not in INTERPOLATION_MODES:
         raise ValueError(f"interpolation must be one of {list(INTERPOLATION_MODES)}, got {interpolation!r}.")
@@ -68,8 +65,7 @@ def parse_aspect_ratio_buckets(text: str, multiple: int) -> tuple[tuple[int, int
     """The different (H, W) of --aspect_ratio_buckets in their order, from "512,512;640,448", sides multiples of
     `multiple`.
 
-    Raises:
-        ValueError: names the flag and the part that is wrong.
+    Raises ValueError: names the flag and the part that is wrong.
     """
     buckets: list[tuple[int, int]] = []
     for part in text.split(";"):

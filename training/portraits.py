@@ -150,8 +150,7 @@ def draw_latents(
         batch_size: portraits drawn at once.
         advance: told how many were drawn, each time some are.
 
-    Returns:
-        (len(prompts), C, H, W) float32 on the CPU, scaled as the UNet takes them, without gradient.
+    Returns: (len(prompts), C, H, W) float32 on the CPU, scaled as the UNet takes them, without gradient.
     """
     scale, latents = pipeline.vae_scale_factor, []
     shape = (pipeline.unet.config.in_channels, height // scale, width // scale)

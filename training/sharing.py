@@ -72,8 +72,7 @@ def _as_mistake() -> Iterator[None]:
 def share(output_dir: Path, facts: CardFacts, token: str | None) -> None:
     """The LoRA in kohya's format and the model card; both on the Hub with the pipeline, if `facts` name a repository.
 
-    Raises:
-        InputError: the Hub did not take it; one line that says what is safe and how to push again.
+    Raises InputError: the Hub did not take it; one line that says what is safe and how to push again.
     """
     if facts.has_kohya:
         save_kohya_lora(output_dir / LORA_WEIGHTS, output_dir / KOHYA_WEIGHTS)
