@@ -6,7 +6,7 @@ Source: [ours].
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,11 +27,9 @@ class InputError(ValueError):
     """A mistake in what the run was given; its message is one line that names the flag and the value."""
 
 
-@contextmanager
-def naming_flag(flag: str, value: str) -> Iterator[None]:
+def naming_flag(flag: str, value: str) -> AbstractContextManager[None]:
     """Put a flag and its value before what a library says of them, in one line."""
-    with naming(f"--{flag} {value}"):
-        yield
+    return naming(f"--{flag} {value}")
 
 
 @contextmanager

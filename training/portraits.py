@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from programs.console import phase_bar
 from programs.interruption import leave_stop_signals
@@ -178,39 +178,34 @@ def draw_portraits(
     models: Models, inputs: Inputs, flags: AlignmentFlags, accelerator: Accelerator, seed: int, batch_size: int
 ) -> Portraits:
     """Portraits of the original model from base prompts, shared between the processes, each from a seed of its own."""
-    count = len(inputs.rows)
-    pairs, buckets = range(count, len(inputs.pairs)), inputs.buckets[count:]
-
-    def draw_one_size(first: int, stop: int, bar: tqdm) -> list[torch.Tensor]:
-        """Latents of the portraits from `first` to `stop`, which have one size."""
-        share = -(-(stop - first) // accelerator.num_processes)
-        start = first + accelerator.process_index * share
-        # Every process draws as many, the last ones perhaps some too many, which are cut off again.
-        own = [min(i, stop - 1) for i in range(start, start + share)]
-        height, width = inputs.sizes[buckets[first]]
-        drawn = draw_latents(
-            models.pipeline,
-            [inputs.pairs[pairs[i]].base_prompt for i in own],
-            seeds=[derive_seed(seed, f"alignment portrait {i}") for i in own],
-            num_inference_steps=flags.alignment_inference_steps,
-            guidance_scale=flags.alignment_guidance_scale,
-            height=height,
-            width=width,
-            batch_size=batch_size,
-            advance=bar.update,
-        )
-        return list(accelerator.gather(drawn.to(models.device))[: stop - first])
-
-    latents, stretches = [], runs_of_equal(buckets)
-    own = sum(-(-(stop - first) // accelerator.num_processes) for first, stop in stretches)
+    first, processes = len(inputs.rows), accelerator.num_processes
+    pairs, buckets = inputs.pairs[first:], inputs.buckets[first:]
+    # The places of those of one size, and how many of them a process draws: each as many, the last ones perhaps some
+    # too many, which are cut off again.
+    groups = [list(group) for _, group in groupby(range(len(pairs)), buckets.__getitem__)]
+    shares, latents = [-(-len(group) // processes) for group in groups], []
     with (
-        phase_bar("alignment portraits", own, "portrait", accelerator.is_local_main_process) as bar,
+        phase_bar("alignment portraits", sum(shares), "portrait", accelerator.is_local_main_process) as bar,
         models.adapters.only(None),
         models.resident(),
     ):
-        for first, stop in stretches:
-            latents += draw_one_size(first, stop, bar)
-    return Portraits(latents, torch.tensor(list(pairs), device=models.device), buckets)
+        for group, share in zip(groups, shares, strict=True):
+            start = accelerator.process_index * share
+            own = [group[min(i, len(group) - 1)] for i in range(start, start + share)]
+            height, width = inputs.sizes[buckets[group[0]]]
+            drawn = draw_latents(
+                models.pipeline,
+                [pairs[i].base_prompt for i in own],
+                seeds=[derive_seed(seed, f"alignment portrait {i}") for i in own],
+                num_inference_steps=flags.alignment_inference_steps,
+                guidance_scale=flags.alignment_guidance_scale,
+                height=height,
+                width=width,
+                batch_size=batch_size,
+                advance=bar.update,
+            )
+            latents += accelerator.gather(drawn.to(models.device))[: len(group)]
+    return Portraits(latents, torch.arange(first, len(inputs.pairs), device=models.device), buckets)
 
 
 def make_training_set(flags: Flags, inputs: Inputs, accelerator: Accelerator) -> TrainingSet:
@@ -241,9 +236,3 @@ def portraits_of(state: Mapping[str, Any], device: torch.device) -> Portraits | 
         for name, value in state["alignment"].items()
     }
     return Portraits(**values | {"pair_index": values["pair_index"].to(device)})
-
-
-def runs_of_equal(values: Sequence[int]) -> list[tuple[int, int]]:
-    """Start and end of each stretch of equal values."""
-    starts = [i for i, value in enumerate(values) if i == 0 or value != values[i - 1]]
-    return list(zip(starts, [*starts[1:], len(values)], strict=True))
