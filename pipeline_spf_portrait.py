@@ -212,16 +212,10 @@ class SPFPortraitPipeline(SPFCall, StableDiffusionPipeline):
         self, prompts: str | list[str] | None, guided: bool, stock: dict[str, Any]
     ) -> tuple[Embeds, Embeds | None]:
         embeds, negative_embeds = self.encode_prompt(
-            prompts,
-            self._execution_device,
-            stock["num_images_per_prompt"],
-            guided,
-            stock["negative_prompt"],
-            prompt_embeds=stock["prompt_embeds"],
-            negative_prompt_embeds=stock["negative_prompt_embeds"],
-            lora_scale=(stock["cross_attention_kwargs"] or {}).get("scale"),
-            clip_skip=stock["clip_skip"],
-        )
+            prompts, self._execution_device, stock["num_images_per_prompt"], guided, stock["negative_prompt"],
+            prompt_embeds=stock["prompt_embeds"], negative_prompt_embeds=stock["negative_prompt_embeds"],
+            lora_scale=(stock["cross_attention_kwargs"] or {}).get("scale"), clip_skip=stock["clip_skip"],
+        )  # fmt: skip
         return (embeds,), (negative_embeds,) if guided else None
 
     def _stock_prompts(self, embeds: Embeds, negatives: Embeds | None) -> dict[str, Any]:

@@ -120,12 +120,9 @@ def said_targets(pair: PromptPair) -> list[str]:
 
 
 def make_prompt_pair(
-    base_prompt: str,
-    target_prompt: str | Sequence[str | tuple[str, str] | TargetPrompt],
-    full_prompt: str | None = None,
-    base_phrases: Sequence[str] | None = None,
-    free_phrases: Sequence[str] = (),
-) -> PromptPair:
+    base_prompt: str, target_prompt: str | Sequence[str | tuple[str, str] | TargetPrompt],
+    full_prompt: str | None = None, base_phrases: Sequence[str] | None = None, free_phrases: Sequence[str] = (),
+) -> PromptPair:  # fmt: skip
     """Check the prompts, complete what was not given, and bind them together.
 
     Args:
@@ -334,13 +331,9 @@ def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], d
     if not tokenizer.is_fast:
         raise ValueError(f"{type(tokenizer).__name__} has no character offsets; use the fast tokenizer.")
     rows = tokenizer(
-        text,
-        padding="max_length",
-        truncation=True,
-        return_overflowing_tokens=True,
-        return_offsets_mapping=True,
+        text, padding="max_length", truncation=True, return_overflowing_tokens=True, return_offsets_mapping=True,
         return_special_tokens_mask=True,
-    )
+    )  # fmt: skip
     # The pad id may be EOS's or that of "!", so what is text is told by the mask and never by the id.
     contents = [
         {i: tuple(span) for i, (span, special) in enumerate(zip(offsets, mask, strict=True)) if not special}

@@ -97,11 +97,8 @@ class SPFCall:
         texts, targets, phrases, images = self._compose(prompt, request, stock)
         target_only = request.target_prompt is not None and sfcm.SFCM_MODES[request.sfcm_mode].target_only
         rows = spf_observer.RowLayout(
-            images,
-            request.compare,
-            request.adapter_in_unconditional,
-            appended=(1 + target_only) * request.observed,
-        )
+            images, request.compare, request.adapter_in_unconditional, appended=(1 + target_only) * request.observed,
+        )  # fmt: skip
         with ExitStack() as stack:
             active = stack.enter_context(self._adapters(request, targets))
             guided = stock["guidance_scale"] > 1 and self.unet.config.time_cond_proj_dim is None

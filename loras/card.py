@@ -22,14 +22,8 @@ from programs.writing import whole
 
 TEMPLATE = Path(__file__).with_name("card.md")
 TAGS = (
-    "text-to-image",
-    "stable-diffusion",
-    "lora",
-    "diffusers",
-    "diffusers-training",
-    "spf-portrait",
-    "template:sd-lora",
-)
+    "text-to-image", "stable-diffusion", "lora", "diffusers", "diffusers-training", "spf-portrait", "template:sd-lora",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

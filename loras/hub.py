@@ -59,12 +59,8 @@ def create_hub_repo(hub_model_id: str, token: str | None, private: bool) -> str:
 
 
 def push_lora(
-    folder: Path,
-    repo_id: str,
-    token: str | None,
-    code: Mapping[str, Path],
-    files: Sequence[str],
-) -> str:
+    folder: Path, repo_id: str, token: str | None, code: Mapping[str, Path], files: Sequence[str],
+) -> str:  # fmt: skip
     """Upload the model card, the LoRA, what else is listed and the pipeline's code, in one commit; returns the
     address.
 

@@ -73,15 +73,9 @@ def check_model_name(name: str, kind: str | None = "StableDiffusionPipeline") ->
 
 
 def load_pipeline(
-    kind: type[Pipeline],
-    name: str,
-    dtype: torch.dtype,
-    flag: str = "base_model",
-    *,
-    revision: str | None = None,
-    cache_dir: str | None = None,
-    **options: Any,
-) -> Pipeline:
+    kind: type[Pipeline], name: str, dtype: torch.dtype, flag: str = "base_model", *, revision: str | None = None,
+    cache_dir: str | None = None, **options: Any,
+) -> Pipeline:  # fmt: skip
     """A pipeline of this class, on the CPU, from the folder or id that a flag names. A pickle is not read.
 
     Args:

@@ -81,12 +81,9 @@ def unpack_state(packed: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def save_checkpoint(
-    output_dir: Path,
-    step: int,
-    state: dict[str, Any],
-    write_lora: Callable[[Path], None],
+    output_dir: Path, step: int, state: dict[str, Any], write_lora: Callable[[Path], None],
     total_limit: int | None = None,
-) -> Path:
+) -> Path:  # fmt: skip
     """Write `checkpoint-<step>`, whole or not at all, and then delete the oldest ones above the limit.
 
     Args:

@@ -80,13 +80,9 @@ class _Table:
 
 
 def load_rows(
-    data: DataFlags,
-    columns: ColumnFlags,
-    *,
-    cache_dir: str | Path | None = None,
-    with_masks: bool = False,
+    data: DataFlags, columns: ColumnFlags, *, cache_dir: str | Path | None = None, with_masks: bool = False,
     seed: int = 0,
-) -> list[PortraitRow]:
+) -> list[PortraitRow]:  # fmt: skip
     """Read and check the training set. No image is decoded here, see `check_images`.
 
     Args:
@@ -185,13 +181,9 @@ def _check_columns(table: _Table, columns: ColumnFlags) -> None:
 
 
 def _read_row(
-    table: _Table,
-    record: Mapping[str, Any],
-    source: str,
-    columns: ColumnFlags,
-    target_prompt: str | None,
+    table: _Table, record: Mapping[str, Any], source: str, columns: ColumnFlags, target_prompt: str | None,
     with_masks: bool,
-) -> PortraitRow:
+) -> PortraitRow:  # fmt: skip
     image = table.find_picture(record, table.image_column, source)
     mask = table.find_picture(record, table.mask_column, source) if with_masks else None
     flag = "--caption_column" if table.has_captions else "--base_prompt_column"

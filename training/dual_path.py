@@ -36,18 +36,10 @@ Predict = Callable[[Tensor, Tensor, PromptEmbeds], Tensor]
 
 @contextmanager
 def dual_path(
-    adapters: Adapters,
-    predict: Predict,
-    noisy_latents: Tensor,
-    timesteps: Tensor,
-    reference_embeds: PromptEmbeds,
-    response_embeds: PromptEmbeds,
-    *,
-    adapter_name: str = "default",
-    mode: str = "two_pass",
-    store: CrossAttentionStore | None = None,
-    respond: Predict | None = None,
-) -> Iterator[DualPathOutput]:
+    adapters: Adapters, predict: Predict, noisy_latents: Tensor, timesteps: Tensor, reference_embeds: PromptEmbeds,
+    response_embeds: PromptEmbeds, *, adapter_name: str = "default", mode: str = "two_pass",
+    store: CrossAttentionStore | None = None, respond: Predict | None = None,
+) -> Iterator[DualPathOutput]:  # fmt: skip
     """Run the Reference Path (adapters off) and the Response Path (one adapter on) on the same noisy latents.
 
     Compute the loss and call `backward` inside the context: gradient checkpointing runs layers again in the backward,

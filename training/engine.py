@@ -81,13 +81,9 @@ class Engine:
     """
 
     def __init__(
-        self,
-        accelerator: Accelerator,
-        parameters: list[torch.nn.Parameter],
-        flags: OptimizerFlags,
-        loop: LoopFlags,
+        self, accelerator: Accelerator, parameters: list[torch.nn.Parameter], flags: OptimizerFlags, loop: LoopFlags,
         resume: Mapping[str, Any] | None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """`resume` is the state of a checkpoint to go on from."""
         self.accelerator, self.parameters, self._flags, self._loop = accelerator, parameters, flags, loop
         self._resume = resume
@@ -114,13 +110,10 @@ class Engine:
         else:
             optimizer.load_state_dict(self._fresh)
         self.lr_scheduler = get_scheduler(
-            loop.lr_scheduler if stage == 1 else loop.stage2_lr_scheduler,
-            optimizer,
-            num_warmup_steps=loop.lr_warmup_steps,
-            num_training_steps=num_steps,
-            num_cycles=loop.lr_num_cycles,
+            loop.lr_scheduler if stage == 1 else loop.stage2_lr_scheduler, optimizer,
+            num_warmup_steps=loop.lr_warmup_steps, num_training_steps=num_steps, num_cycles=loop.lr_num_cycles,
             power=loop.lr_power,
-        )
+        )  # fmt: skip
         if first:
             self.optimizer = self.accelerator.prepare(optimizer)
         if resume is None or resume["global_step"] != self.global_step:
@@ -156,12 +149,9 @@ class Engine:
         """What a checkpoint needs for the engine to go on."""
         scaler = self.accelerator.scaler
         return {
-            "stage": self.stage,
-            "global_step": self.global_step,
-            "optimizer": self.optimizer.state_dict(),
-            "lr_scheduler": self.lr_scheduler.state_dict(),
-            "scaler": None if scaler is None else scaler.state_dict(),
-        }
+            "stage": self.stage, "global_step": self.global_step, "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict(), "scaler": None if scaler is None else scaler.state_dict(),
+        }  # fmt: skip
 
     def micro_steps(self) -> range:
         """The batches of the step that comes."""

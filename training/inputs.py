@@ -102,12 +102,9 @@ def check_inputs(flags: Flags) -> Inputs:
     check_lora(flags.lora, flags.method.dual_path, facts.denoiser_config)
     sizes = read_sizes(flags.pictures, facts.side_multiple, flags.model.pretrained_model_name_or_path)
     rows = load_rows(
-        flags.data,
-        flags.columns,
-        cache_dir=flags.model.cache_dir,
-        with_masks=flags.method.preservation == "mask",
+        flags.data, flags.columns, cache_dir=flags.model.cache_dir, with_masks=flags.method.preservation == "mask",
         seed=flags.loop.seed,
-    )
+    )  # fmt: skip
     rows = [row if row.caption is None else base_row(row) for row in rows]
     pairs, tokens = read_pairs(rows, flags.data.free_phrases or (), tokenizer)
     check_images(rows)
@@ -119,19 +116,12 @@ def check_inputs(flags: Flags) -> Inputs:
         raise ValueError(f"--reference_target_prompt: {error}") from error
     maps = flags.alignment.sfcm_dir
     inputs = Inputs(
-        family=family,
-        rows=rows,
-        sizes=sizes,
-        buckets=(*buckets, *drawn_buckets),
-        pairs=pairs + drawn,
-        tokens=tokens,
-        tokenizer=tokenizer,
-        validation_pair=validation_pair(flags, pairs[0], tokenizer),
-        resume=resume,
+        family=family, rows=rows, sizes=sizes, buckets=(*buckets, *drawn_buckets), pairs=pairs + drawn, tokens=tokens,
+        tokenizer=tokenizer, validation_pair=validation_pair(flags, pairs[0], tokenizer), resume=resume,
         references=references,
         sfcm=None if maps is None else read_maps(Path(maps), alignment_count(flags.alignment, len(rows))),
         unrelated_ids=tokenize_unrelated(flags.method.unrelated_prompts or [""], tokenizer),
-    )
+    )  # fmt: skip
     # Asked in any case: it is that of the masks as they are now.
     data = inputs.data_fingerprint
     if resume is not None and resume.state["data"] != data:

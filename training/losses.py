@@ -51,16 +51,10 @@ def _masked_mean(probs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def text_consistent_loss(
-    response_probs: Sequence[torch.Tensor],
-    reference_probs: Sequence[torch.Tensor],
-    resolutions: Sequence[tuple[int, int]],
-    sfcm: torch.Tensor,
-    base_positions: torch.Tensor,
-    full_positions: torch.Tensor,
-    position_mask: torch.Tensor,
-    base_padding: torch.Tensor,
-    full_padding: torch.Tensor,
-) -> torch.Tensor:
+    response_probs: Sequence[torch.Tensor], reference_probs: Sequence[torch.Tensor],
+    resolutions: Sequence[tuple[int, int]], sfcm: torch.Tensor, base_positions: torch.Tensor,
+    full_positions: torch.Tensor, position_mask: torch.Tensor, base_padding: torch.Tensor, full_padding: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
     """Keeps each base token's attention map, and the mean map of the padding, outside the SFCM.
 
     Args:
@@ -151,14 +145,9 @@ ENHANCEMENT_LOSSES = {"difference": enhancement_difference, "direct": enhancemen
 
 
 def compose_prediction(
-    reference_pred: torch.Tensor,
-    teacher_full_pred: torch.Tensor,
-    teacher_base_pred: torch.Tensor,
-    sfcm: torch.Tensor,
-    gamma: float = 1.0,
-    scale: float = 1.0,
-    base_weight: float = 0.0,
-) -> torch.Tensor:
+    reference_pred: torch.Tensor, teacher_full_pred: torch.Tensor, teacher_base_pred: torch.Tensor, sfcm: torch.Tensor,
+    gamma: float = 1.0, scale: float = 1.0, base_weight: float = 0.0,
+) -> torch.Tensor:  # fmt: skip
     """What the portrait's prediction should be: the teacher's change inside the map, the original model's elsewhere.
 
     `reference + SFCM^gamma * scale * ((full - reference) - base_weight * (base - reference))`. What the teacher moves

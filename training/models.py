@@ -116,13 +116,9 @@ def lora_config(family: type[StableDiffusion], args: LoraFlags, unet: UNet2DCond
     if targets is None:
         targets = family.lora_targets(unet, args.lora_target)
     return LoraConfig(
-        r=args.rank,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        use_dora=args.use_dora,
-        init_lora_weights="gaussian",
-        target_modules=targets,
-    )
+        r=args.rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, use_dora=args.use_dora,
+        init_lora_weights="gaussian", target_modules=targets,
+    )  # fmt: skip
 
 
 class Models:
@@ -221,13 +217,9 @@ class Models:
 
 
 def load_models(
-    family: type[StableDiffusion],
-    model: ModelFlags,
-    lora: LoraFlags,
-    accelerator: Accelerator,
-    references: Sequence[ReferenceLora],
-    earlier: str | Path | None,
-) -> Models:
+    family: type[StableDiffusion], model: ModelFlags, lora: LoraFlags, accelerator: Accelerator,
+    references: Sequence[ReferenceLora], earlier: str | Path | None,
+) -> Models:  # fmt: skip
     """The base model on the device, frozen, with a new LoRA on its UNet, or an earlier one (file or folder) that goes
     on.
 

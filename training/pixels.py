@@ -18,13 +18,9 @@ from training.flag_rules import INTERPOLATION_MODES
 
 
 def preprocess_image(
-    image: Image.Image,
-    size: tuple[int, int],
-    *,
-    flip: bool = False,
-    centering: tuple[float, float] = (0.5, 0.5),
+    image: Image.Image, size: tuple[int, int], *, flip: bool = False, centering: tuple[float, float] = (0.5, 0.5),
     interpolation: str = "lanczos",
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Pixels as the VAE takes them: the largest part of an RGB image with the shape of `size`, resized to it.
 
     Args:

@@ -130,17 +130,10 @@ class TrainingPortraits:
 
 
 def draw_latents(
-    pipeline: DiffusionPipeline,
-    prompts: Sequence[str],
-    *,
-    seeds: Sequence[int],
-    num_inference_steps: int,
-    guidance_scale: float,
-    height: int,
-    width: int,
-    batch_size: int,
+    pipeline: DiffusionPipeline, prompts: Sequence[str], *, seeds: Sequence[int], num_inference_steps: int,
+    guidance_scale: float, height: int, width: int, batch_size: int,
     advance: Callable[[int], object] = lambda count: None,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Draw one portrait per prompt and keep its latents; whether an adapter is active is the caller's choice.
 
     Args:
@@ -160,15 +153,9 @@ def draw_latents(
         # In half precision some versions of torch draw other and much coarser noise.
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
         output = pipeline(
-            chunk,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            latents=noise.to(pipeline.unet.device, pipeline.unet.dtype),
-            generator=generators,
-            output_type="latent",
-        )
+            chunk, height=height, width=width, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
+            latents=noise.to(pipeline.unet.device, pipeline.unet.dtype), generator=generators, output_type="latent",
+        )  # fmt: skip
         latents.append(output.images.float().cpu())
         advance(len(chunk))
     return torch.cat(latents)
@@ -194,16 +181,11 @@ def draw_portraits(
             own = [group[min(i, len(group) - 1)] for i in range(start, start + share)]
             height, width = inputs.sizes[buckets[group[0]]]
             drawn = draw_latents(
-                models.pipeline,
-                [pairs[i].base_prompt for i in own],
+                models.pipeline, [pairs[i].base_prompt for i in own],
                 seeds=[derive_seed(seed, f"alignment portrait {i}") for i in own],
-                num_inference_steps=flags.alignment_inference_steps,
-                guidance_scale=flags.alignment_guidance_scale,
-                height=height,
-                width=width,
-                batch_size=batch_size,
-                advance=bar.update,
-            )
+                num_inference_steps=flags.alignment_inference_steps, guidance_scale=flags.alignment_guidance_scale,
+                height=height, width=width, batch_size=batch_size, advance=bar.update,
+            )  # fmt: skip
             latents += accelerator.gather(drawn.to(models.device))[: len(group)]
     return Portraits(latents, torch.arange(first, len(inputs.pairs), device=models.device), buckets)
 
@@ -213,18 +195,11 @@ def make_training_set(flags: Flags, inputs: Inputs, accelerator: Accelerator) ->
     size = flags.loop.train_batch_size
     first = accelerator.process_index * size
     return TrainingSet(
-        rows=inputs.rows,
-        keys=inputs.keys,
-        sizes=inputs.sizes,
-        buckets=inputs.buckets[: len(inputs.rows)],
-        batch_size=size * accelerator.num_processes,
-        share=slice(first, first + size),
-        seed=flags.loop.seed,
-        repeats=flags.data.repeats,
-        random_flip=flags.pictures.random_flip,
-        center_crop=flags.pictures.center_crop,
+        rows=inputs.rows, keys=inputs.keys, sizes=inputs.sizes, buckets=inputs.buckets[: len(inputs.rows)],
+        batch_size=size * accelerator.num_processes, share=slice(first, first + size), seed=flags.loop.seed,
+        repeats=flags.data.repeats, random_flip=flags.pictures.random_flip, center_crop=flags.pictures.center_crop,
         interpolation=flags.pictures.image_interpolation_mode,
-    )
+    )  # fmt: skip
 
 
 def portraits_of(state: Mapping[str, Any], device: torch.device) -> Portraits | None:

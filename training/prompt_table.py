@@ -62,15 +62,9 @@ class PromptTable:
 
 @torch.no_grad()
 def make_prompt_table(
-    family: type[StableDiffusion],
-    pipeline: DiffusionPipeline,
-    pairs: Sequence[PromptPair],
-    pair_tokens: Sequence[PromptTokens],
-    *,
-    encode: bool = True,
-    cache: TensorCache | None = None,
-    shown: bool = True,
-) -> PromptTable:
+    family: type[StableDiffusion], pipeline: DiffusionPipeline, pairs: Sequence[PromptPair],
+    pair_tokens: Sequence[PromptTokens], *, encode: bool = True, cache: TensorCache | None = None, shown: bool = True,
+) -> PromptTable:  # fmt: skip
     """Encode every prompt once and lay out token positions.
 
     Args:
@@ -134,12 +128,9 @@ def make_prompt_table(
 
 
 def _encode_once(
-    family: type[StableDiffusion],
-    pipeline: DiffusionPipeline,
-    ids: torch.Tensor,
-    cache: TensorCache | None,
+    family: type[StableDiffusion], pipeline: DiffusionPipeline, ids: torch.Tensor, cache: TensorCache | None,
     shown: bool,
-) -> PromptEmbeds:
+) -> PromptEmbeds:  # fmt: skip
     """Text embeddings of the U prompts `ids` (U, T), from the cache as far as it has them."""
 
     def compute(missing: Sequence[int]) -> Iterator[torch.Tensor]:
