@@ -2,11 +2,8 @@
 
 `python app.py` shows the toy world with a LoRA for blonde hair; `--base_model` and `--lora` name others. As a Space of
 the Hub it runs as it is, with SPF_BASE_MODEL and SPF_LORA in place of the two flags.
-
 Source: [ours].
 """
-
-from __future__ import annotations
 
 import argparse
 import copy

@@ -1,9 +1,4 @@
-"""The layers of a LoRA: read from tensors under any of diffusers' names, and compared with a model's.
-
-Source: [ours].
-"""
-
-from __future__ import annotations
+"""The layers of a LoRA: read from tensors under any of diffusers' names, and compared with a model's. [ours]"""
 
 import math
 import re

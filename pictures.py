@@ -1,11 +1,8 @@
 """Pictures side by side, under headers or captions, and heat maps over them.
 
 Legend: h/w size of a map.
-
 Source: [ours].
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 

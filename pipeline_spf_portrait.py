@@ -5,8 +5,6 @@ Works as `custom_pipeline` of `DiffusionPipeline.from_pretrained` and as an impo
 Paper: arXiv 2504.00396.
 """
 
-from __future__ import annotations
-
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence

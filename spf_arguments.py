@@ -3,8 +3,6 @@
 Strings, numbers and generators; no model.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ N calls of the denoiser in a run.
 Paper: arXiv 2504.00396; what names no source is [ours].
 """
 
-from __future__ import annotations
-
 import inspect
 import os
 from collections.abc import Iterator, Sequence

@@ -1,11 +1,8 @@
 """The wording of prompts: the phrases of a text, where they stand in it, and what it says of a target.
 
 Strings in, strings and spans out. Comparisons of texts ignore case and match whole words.
-
 Source: [ours].
 """
-
-from __future__ import annotations
 
 import re
 from bisect import bisect_left, bisect_right

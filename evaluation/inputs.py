@@ -1,7 +1,5 @@
 """What an evaluation is about, checked before a model is loaded: prompts, LoRAs and masks. Source: [ours]."""
 
-from __future__ import annotations
-
 import argparse
 import filecmp
 from collections.abc import Iterable, Sequence

@@ -10,8 +10,6 @@ Legend: B portraits, H/W picture size in pixels, E size of an embedding.
 Source: [ours].
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import socket

@@ -8,11 +8,8 @@ Everything is written from one document, so that page and tables cannot disagree
     not_computed: {measure: reason}
     verdict: one line; keep: the checkpoint to keep, or None
     response_measure, pollution_unit, pollution_note, region, settings, prompts, seeds, rank_correlations
-
 Source: [ours].
 """
-
-from __future__ import annotations
 
 import base64
 import csv

@@ -4,8 +4,6 @@ Legend: P prompts, S seeds of each prompt, R resamples, K checkpoints.
 Source: [ours].
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass

@@ -3,8 +3,6 @@
 A new family is a class beside `StableDiffusion`, and a line in `find_family` that knows it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

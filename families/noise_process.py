@@ -1,11 +1,8 @@
 """How latents are noised, and what a prediction of the denoiser means.
 
 Legend: B batch, C latent channels, H/W latent size.
-
 Source: [ours].
 """
-
-from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping

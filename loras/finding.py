@@ -1,7 +1,5 @@
 """Where a LoRA lies: a file or folder of this machine, or a repository of the Hub. Source: [ours]."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator

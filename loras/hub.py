@@ -1,7 +1,5 @@
 """A finished LoRA on the Hub: the repository is made before the training, and filled after it. Source: [ours]."""
 
-from __future__ import annotations
-
 import shlex
 import tempfile
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """LoRAs of either format on a pipeline: loaded whole, or merged into its weights. Source: [ours]."""
 
-from __future__ import annotations
-
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence

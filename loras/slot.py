@@ -3,8 +3,6 @@
 Source: [ours].
 """
 
-from __future__ import annotations
-
 import math
 import tempfile
 from collections.abc import Iterable

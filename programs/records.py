@@ -1,7 +1,5 @@
 """Records of prompts as users write them: lines of JSON, and the targets and phrases in them. Source: [ours]."""
 
-from __future__ import annotations
-
 import codecs
 import json
 from pathlib import Path

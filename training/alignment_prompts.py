@@ -4,8 +4,6 @@ Legend: M drawn portraits.
 Source: [ours].
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 

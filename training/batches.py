@@ -4,8 +4,6 @@ Legend: B batch, C channels, H/W latent size, H'/W' size in pixels.
 Source: [ours].
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

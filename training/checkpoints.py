@@ -1,11 +1,8 @@
 """Checkpoints of a training run: folders that are whole or not there at all, and no pickle in them.
 
 A checkpoint's manifest holds the size and the hash of every file, so that a damaged one is told from a whole one.
-
 Source: [ours].
 """
-
-from __future__ import annotations
 
 import json
 import logging

@@ -4,11 +4,8 @@ A folder holds images and a `metadata.jsonl`, one JSON object a line: `file_name
 if wanted, `full_prompt`, `base_phrases` and `free_phrases` (lists), and `mask_file_name`. A target prompt is a string,
 added to the base prompt, or a list of such strings and of [replaced phrase, target] pairs. A `metadata.csv` with these
 columns does as well, lists as JSON spells them; or, with one target for all, a caption beside each image.
-
 Source: [ours].
 """
-
-from __future__ import annotations
 
 import difflib
 import logging

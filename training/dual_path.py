@@ -4,8 +4,6 @@ Legend: B batch, C latent channels, H/W latent size.
 Paper: arXiv 2504.00396.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ projected CLIP embedding.
 Paper: arXiv 2504.00396; `[ours]` marks what it leaves open.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny

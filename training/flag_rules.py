@@ -4,8 +4,6 @@ No library is imported here: flags are read before any is.
 Source: [ours].
 """
 
-from __future__ import annotations
-
 import importlib.util
 import math
 from argparse import ArgumentTypeError

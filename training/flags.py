@@ -1,9 +1,4 @@
-"""The flags of the training script: a group each, with default, help and the rule that a value must keep.
-
-Source: [ours].
-"""
-
-from __future__ import annotations
+"""The flags of the training script: a group each, with default, help and the rule that a value must keep. [ours]"""
 
 import math
 from dataclasses import MISSING, dataclass

@@ -4,8 +4,6 @@ Legend: N training portraits, M drawn ones, H/W size in pixels.
 Source: [ours].
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections import Counter

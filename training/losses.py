@@ -7,8 +7,6 @@ N heads, D head dim, E size of a CLIP embedding.
 Paper: arXiv 2504.00396; what names no source is [ours].
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -4,8 +4,6 @@ Legend: B batch, C channels, H/W latent size, T text tokens, M alignment portrai
 Paper: arXiv 2504.00396; what names no source is [ours].
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -4,8 +4,6 @@ Legend: B batch, C channels, H/W latent size, T text tokens, E size of a text em
 Source: [ours].
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path

@@ -4,8 +4,6 @@ Legend: H/W size in pixels.
 Source: [ours].
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from fractions import Fraction

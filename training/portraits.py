@@ -4,8 +4,6 @@ Legend: B batch, C channels, H/W latent size, H'/W' size in pixels, N training p
 Source: [ours].
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby

@@ -1,7 +1,5 @@
 """Going on with a run: from which checkpoint, and what must be as it was. Source: [ours]."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,9 +1,4 @@
-"""A run in a file: the flags by name in YAML, as they are given to a run and as it writes them down.
-
-Source: [ours].
-"""
-
-from __future__ import annotations
+"""A run in a file: the flags by name in YAML, as they are given to a run and as it writes them down. [ours]"""
 
 import argparse
 from collections.abc import Mapping

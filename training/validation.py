@@ -1,7 +1,5 @@
 """The pictures that a run draws of itself. Source: [ours]."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

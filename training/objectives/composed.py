@@ -3,8 +3,6 @@
 Legend: B batch, C channels, H/W latent size, T text tokens, E size of a text embedding.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 

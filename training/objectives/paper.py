@@ -4,8 +4,6 @@ Legend: B batch, K matched tokens, T text tokens.
 Paper: arXiv 2504.00396; `[ours]` marks what it leaves open.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 
