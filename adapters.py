@@ -5,8 +5,6 @@ The Reference Path is the model with its adapters off, the Response Path the sam
 Paper: arXiv 2504.00396; what names no source is [ours].
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache
@@ -189,8 +187,7 @@ def original_rows(model: nn.Module, rows: Callable[[int], Iterable[int]]) -> Ite
 def adapter_scales(model: nn.Module, factors: Mapping[str, float]) -> Iterator[None]:
     """Inside, the strength of each named adapter is multiplied by a factor; names that the model has not do nothing.
 
-    Raises:
-        ValueError: an adapter is merged into the weights, or of a kind that has no strength.
+    Raises ValueError: an adapter is merged into the weights, or of a kind that has no strength.
     """
     adapters = Adapters(model)
     adapters.check()

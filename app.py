@@ -2,11 +2,8 @@
 
 `python app.py` shows the toy world with a LoRA for blonde hair; `--base_model` and `--lora` name others. As a Space of
 the Hub it runs as it is, with SPF_BASE_MODEL and SPF_LORA in place of the two flags.
-
 Source: [ours].
 """
-
-from __future__ import annotations
 
 import argparse
 import copy
@@ -120,8 +117,7 @@ def check_lengths(texts: Mapping[str, str], tokenizer: PreTrainedTokenizerBase) 
     Args:
         texts: by their fields' names.
 
-    Raises:
-        ValueError: one is too long.
+    Raises ValueError: one is too long.
     """
     limit = tokenizer.model_max_length - 2  # without its beginning and end
     for name, text in texts.items():
@@ -151,15 +147,9 @@ def propose_replacement(
 
 
 def draw(
-    pipeline: SPFPortraitPipeline,
-    prompt: str,
-    target: str,
-    replaces: str = "",
-    free_phrases: str = "",
-    seed: int = 0,
-    on_step: Callable[[int, int], None] | None = None,
-    **options: Any,
-) -> SPFPortraitPipelineOutput:
+    pipeline: SPFPortraitPipeline, prompt: str, target: str, replaces: str = "", free_phrases: str = "", seed: int = 0,
+    on_step: Callable[[int, int], None] | None = None, **options: Any,
+) -> SPFPortraitPipelineOutput:  # fmt: skip
     """One call of the pipeline, with the LoRA on it or none, from what the page's fields hold.
 
     Args:
@@ -168,8 +158,7 @@ def draw(
         seed: of the noise, drawn on the CPU so that every device has the same.
         on_step: called after each step with the number of steps done and of all.
 
-    Raises:
-        ValueError: what the pipeline says of the prompts and the rest.
+    Raises ValueError: what the pipeline says of the prompts and the rest.
     """
     if replaces and not target:
         raise ValueError(f"Nothing is to replace {replaces!r}: the target is empty.")
@@ -181,15 +170,10 @@ def draw(
 
     phrases = [phrase.strip() for phrase in free_phrases.split(",") if phrase.strip()]
     return pipeline(
-        prompt,
-        target_prompt=[(replaces, target)] if replaces else target or None,
-        free_phrases=phrases or None,
-        compare=True,
-        return_sfcm=True,
-        generator=torch.Generator().manual_seed(seed),
-        callback_on_step_end=step_ended,
+        prompt, target_prompt=[(replaces, target)] if replaces else target or None, free_phrases=phrases or None,
+        compare=True, return_sfcm=True, generator=torch.Generator().manual_seed(seed), callback_on_step_end=step_ended,
         **options,
-    )
+    )  # fmt: skip
 
 
 def phrase_table(output: SPFPortraitPipelineOutput, free_phrases: str = "") -> list[list[str]]:
@@ -243,19 +227,12 @@ class Page:
             if seed is None:
                 raise ValueError("The seed is empty.")
             output = draw(
-                pipeline,
-                prompt.strip(),
-                target.strip(),
-                replaces.strip(),
-                free_phrases,
-                int(seed),
+                pipeline, prompt.strip(), target.strip(), replaces.strip(), free_phrases, int(seed),
                 on_step=lambda done, steps: progress((done, steps), desc="Drawing"),
-                target_scale=target_scale if lora else None,
-                sfcm_guidance=sfcm_guidance,
-                adapter_in_unconditional=adapter_in_unconditional,
-                num_inference_steps=int(steps),
+                target_scale=target_scale if lora else None, sfcm_guidance=sfcm_guidance,
+                adapter_in_unconditional=adapter_in_unconditional, num_inference_steps=int(steps),
                 guidance_scale=guidance_scale,
-            )
+            )  # fmt: skip
         except ValueError as error:
             raise gr.Error(html.escape(str(error)), duration=None, print_exception=False) from error
         image, reference = output.images[0], output.reference_images[0]
@@ -309,13 +286,9 @@ def _add_pictures(has_lora: bool) -> list[Any]:
         ]
     status = gr.Markdown("" if has_lora else "No LoRA is loaded.", elem_id="status")
     table = gr.Dataframe(
-        headers=HEADERS,
-        label="Phrases: CLIP distance to the target, mean of the map, whether it may change, too",
-        interactive=False,
-        elem_id="phrases",
-        wrap=True,
-        column_widths=["40%", "28%", "17%", "15%"],
-    )
+        headers=HEADERS, label="Phrases: CLIP distance to the target, mean of the map, whether it may change, too",
+        interactive=False, elem_id="phrases", wrap=True, column_widths=["40%", "28%", "17%", "15%"],
+    )  # fmt: skip
     return [*shown, status, table, gr.Image(label="Overview", show_label=False, elem_id="overview", **picture)]
 
 
@@ -332,26 +305,15 @@ def build_demo(slot: LoraSlot, prompt: str = PROMPT[0], target: str = PROMPT[1])
                 pictures = _add_pictures(bool(slot.source))
         prompt_box, target_box, replaces_box = fields[:3]
         gr.on(
-            [button.click, prompt_box.submit, target_box.submit],
-            page.draw,
-            fields,
-            pictures,
-            api_name="draw",
-            concurrency_limit=1,
-            show_progress_on=pictures[1],
-            scroll_to_output=True,
-        )
+            [button.click, prompt_box.submit, target_box.submit], page.draw, fields, pictures, api_name="draw",
+            concurrency_limit=1, show_progress_on=pictures[1], scroll_to_output=True,
+        )  # fmt: skip
         proposed = gr.State(proposal)
         gr.on(
-            [prompt_box.change, target_box.change],
-            page.propose,
-            [prompt_box, target_box, replaces_box, proposed],
-            [replaces_box, proposed],
-            api_visibility="private",
-            queue=False,
-            show_progress="hidden",
+            [prompt_box.change, target_box.change], page.propose, [prompt_box, target_box, replaces_box, proposed],
+            [replaces_box, proposed], api_visibility="private", queue=False, show_progress="hidden",
             trigger_mode="always_last",
-        )
+        )  # fmt: skip
     return demo
 
 

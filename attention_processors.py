@@ -127,13 +127,9 @@ class CapturingAttnProcessor:
         self.store = store
 
     def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-    ) -> Tensor:
+        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None, temb: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         residual = hidden_states
         if attn.spatial_norm is not None:
             hidden_states = attn.spatial_norm(hidden_states, temb)
@@ -183,8 +179,7 @@ class CapturingAttnProcessor:
 def find_cross_attention_layers(unet: nn.Module) -> dict[str, Attention]:
     """The text cross-attention layers of a UNet, not a DDP wrapper, by module name in forward order: down, middle, up.
 
-    Raises:
-        ValueError: the model has none.
+    Raises ValueError: the model has none.
     """
     layers = {
         name: module
@@ -204,8 +199,7 @@ def phrase_map_resolution(resolutions: Mapping[str, tuple[int, int]]) -> tuple[i
     The largest resolution (h, w) of the captured layers stands for the latent's. If no layer has a quarter of its
     side, the nearest one (in ratio, the larger of two equally near) is taken.
 
-    Raises:
-        ValueError: there is no layer.
+    Raises ValueError: there is no layer.
     """
     if not resolutions:
         raise ValueError("phrase_map_resolution needs at least one layer's resolution")

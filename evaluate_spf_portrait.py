@@ -3,11 +3,8 @@
 Draws the same prompts from the same seeds with the original model and with each LoRA, alone and with the target, and
 writes a report: preservation, response, pollution, and which checkpoint of a run to keep. `--toy` shows it on the toy
 world, where the truth is known.
-
 Source: [ours].
 """
-
-from __future__ import annotations
 
 from evaluation.arguments import REGIONS, parse_args
 from programs.console import import_libraries, phase_bar

@@ -3,8 +3,6 @@
 Source: [ours].
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

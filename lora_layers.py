@@ -1,9 +1,4 @@
-"""The layers of a LoRA: read from tensors under any of diffusers' names, and compared with a model's.
-
-Source: [ours].
-"""
-
-from __future__ import annotations
+"""The layers of a LoRA: read from tensors under any of diffusers' names, and compared with a model's. [ours]"""
 
 import math
 import re
@@ -70,8 +65,7 @@ def parse_layers(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | No
     Args:
         metadata: what the file says of ranks and alphas; where it has no alpha, that is the rank.
 
-    Raises:
-        ValueError: a layer that is not whole, or has no numbers; metadata of another form; one line.
+    Raises ValueError: a layer that is not whole, or has no numbers; metadata of another form; one line.
     """
     found: dict[tuple[str, str], dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -106,8 +100,7 @@ def make_layer(name: str, weights: Mapping[str, Tensor], alpha: Any = None) -> L
         name: of the layer, for the error.
         alpha: as it stands in the file; None where it has none, and then it is the rank.
 
-    Raises:
-        ValueError: it is not whole, its tensors do not belong together, or they or its alpha are no numbers.
+    Raises ValueError: it is not whole, its tensors do not belong together, or they or its alpha are no numbers.
     """
     if missing := sorted({"down", "up"} - weights.keys()):
         raise ValueError(f"layer {name!r} has no lora_{' and no lora_'.join(missing)}")
@@ -147,8 +140,7 @@ def check_fits(lora: Layers, models: Mapping[str, Mapping[str, torch.nn.Module]]
     Args:
         models: the modules by name, of each model that may have a LoRA: "unet", "text_encoder".
 
-    Raises:
-        ValueError: it is a LoRA of another model; one line.
+    Raises ValueError: it is a LoRA of another model; one line.
     """
     for model, group in lora.items():
         # Beside an earlier LoRA, the layer itself is a `base_layer`. Some versions of transformers have a
@@ -176,8 +168,7 @@ def check_loadable(
 ) -> None:
     """Whether diffusers loads a LoRA, as of its `lora_state_dict`, into models, as of `check_fits`, as it is meant.
 
-    Raises:
-        ValueError: it is for other models, damaged, or what diffusers takes for something else; one line.
+    Raises ValueError: it is for other models, damaged, or what diffusers takes for something else; one line.
     """
     embedding = next((key for key in tensors if key.startswith(EMBEDDING)), None)
     if embedding is not None:

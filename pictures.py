@@ -1,11 +1,8 @@
 """Pictures side by side, under headers or captions, and heat maps over them.
 
 Legend: h/w size of a map.
-
 Source: [ours].
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 
@@ -73,8 +70,7 @@ def overlay_heat_map(image: Image.Image, heat_map: torch.Tensor | np.ndarray, op
 
     `opacity` is the share of the map's colour in the RGB result, in [0, 1].
 
-    Raises:
-        ValueError: the map is not two-dimensional, or leaves [0, 1].
+    Raises ValueError: the map is not two-dimensional, or leaves [0, 1].
     """
     values = np.asarray(heat_map.detach().float().cpu() if torch.is_tensor(heat_map) else heat_map, dtype=np.float32)
     if values.ndim != 2:

@@ -5,8 +5,6 @@ Works as `custom_pipeline` of `DiffusionPipeline.from_pretrained` and as an impo
 Paper: arXiv 2504.00396.
 """
 
-from __future__ import annotations
-
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -212,16 +210,10 @@ class SPFPortraitPipeline(SPFCall, StableDiffusionPipeline):
         self, prompts: str | list[str] | None, guided: bool, stock: dict[str, Any]
     ) -> tuple[Embeds, Embeds | None]:
         embeds, negative_embeds = self.encode_prompt(
-            prompts,
-            self._execution_device,
-            stock["num_images_per_prompt"],
-            guided,
-            stock["negative_prompt"],
-            prompt_embeds=stock["prompt_embeds"],
-            negative_prompt_embeds=stock["negative_prompt_embeds"],
-            lora_scale=(stock["cross_attention_kwargs"] or {}).get("scale"),
-            clip_skip=stock["clip_skip"],
-        )
+            prompts, self._execution_device, stock["num_images_per_prompt"], guided, stock["negative_prompt"],
+            prompt_embeds=stock["prompt_embeds"], negative_prompt_embeds=stock["negative_prompt_embeds"],
+            lora_scale=(stock["cross_attention_kwargs"] or {}).get("scale"), clip_skip=stock["clip_skip"],
+        )  # fmt: skip
         return (embeds,), (negative_embeds,) if guided else None
 
     def _stock_prompts(self, embeds: Embeds, negatives: Embeds | None) -> dict[str, Any]:

@@ -93,9 +93,7 @@ def compose_full_prompt(base_prompt: str, target_prompts: Sequence[TargetPrompt]
     Every `replaces` is looked up in the base prompt, the first unused occurrence; if something is appended, the base
     prompt's closing punctuation is dropped.
 
-    Raises:
-        ValueError: a replaced phrase is not in the base prompt (or not as often as it is to be replaced).
-
+    Raises ValueError: a replaced phrase is not in the base prompt (or not as often as it is to be replaced).
     Source: [paper] base with the target added or a phrase replaced; [ours] the comma.
     """
     replacing = [target.text.strip() for target in target_prompts if target.replaces is not None]
@@ -122,12 +120,9 @@ def said_targets(pair: PromptPair) -> list[str]:
 
 
 def make_prompt_pair(
-    base_prompt: str,
-    target_prompt: str | Sequence[str | tuple[str, str] | TargetPrompt],
-    full_prompt: str | None = None,
-    base_phrases: Sequence[str] | None = None,
-    free_phrases: Sequence[str] = (),
-) -> PromptPair:
+    base_prompt: str, target_prompt: str | Sequence[str | tuple[str, str] | TargetPrompt],
+    full_prompt: str | None = None, base_phrases: Sequence[str] | None = None, free_phrases: Sequence[str] = (),
+) -> PromptPair:  # fmt: skip
     """Check the prompts, complete what was not given, and bind them together.
 
     Args:
@@ -139,8 +134,7 @@ def make_prompt_pair(
         free_phrases: phrases of the base prompt that may change along with the target, such as "a green background";
             they need not be among `base_phrases`.
 
-    Returns:
-        The pair. Phrases that overlap a replaced one are dropped: their region is where the target goes.
+    Returns: The pair. Phrases that overlap a replaced one are dropped: their region is where the target goes.
 
     Raises:
         ValueError: a text is empty, or longer than `MAX_CHARACTERS`; a target is the base prompt, one of its phrases
@@ -214,8 +208,7 @@ def keep_phrases(pair: PromptPair, stays: Sequence[bool]) -> PromptPair:
 
     They stay in the base prompt's order. One inside another (a free phrase may be) comes with it.
 
-    Raises:
-        ValueError: nothing of what stays is to be preserved.
+    Raises ValueError: nothing of what stays is to be preserved.
     """
     replaced_spans, spans = _base_spans(pair)
     kept = [phrase for phrase, keep in zip(pair.base_phrases, stays, strict=True) if keep]
@@ -243,7 +236,6 @@ def tokenize_prompt_pair(pair: PromptPair, tokenizer: PreTrainedTokenizerBase) -
 
     Source: [paper] base tokens and PAD; [ours] the alignment.
     """
-    _check_offsets(tokenizer)
     base_ids, base_offsets, base_end = _encode(pair.base_prompt, tokenizer)
     full_ids, full_offsets, full_end = _encode(pair.full_prompt, tokenizer)
 
@@ -304,7 +296,6 @@ def locate_phrases(
         ValueError: a phrase is not in the prompt, a text is longer than `MAX_CHARACTERS`, or the tokenizer has no
             offsets.
     """
-    _check_offsets(tokenizer)
     wording.check_length("prompt", [prompt])
     wording.check_length("list of phrases", phrases)
     _, offsets, _ = _encode(prompt, tokenizer)
@@ -335,21 +326,14 @@ def _base_spans(pair: PromptPair) -> tuple[list[wording.Span], list[wording.Span
     return replaced, wording.locate(pair.base_prompt, pair.base_phrases, taken=replaced, share=True)
 
 
-def _check_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
-    if not tokenizer.is_fast:
-        raise ValueError(f"{type(tokenizer).__name__} has no character offsets; use the fast tokenizer.")
-
-
 def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], dict[int, wording.Span], int]:
     """Padded ids, the character span of each position that holds text, and the character where the text is cut."""
+    if not tokenizer.is_fast:
+        raise ValueError(f"{type(tokenizer).__name__} has no character offsets; use the fast tokenizer.")
     rows = tokenizer(
-        text,
-        padding="max_length",
-        truncation=True,
-        return_overflowing_tokens=True,
-        return_offsets_mapping=True,
+        text, padding="max_length", truncation=True, return_overflowing_tokens=True, return_offsets_mapping=True,
         return_special_tokens_mask=True,
-    )
+    )  # fmt: skip
     # The pad id may be EOS's or that of "!", so what is text is told by the mask and never by the id.
     contents = [
         {i: tuple(span) for i, (span, special) in enumerate(zip(offsets, mask, strict=True)) if not special}

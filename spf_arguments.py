@@ -3,8 +3,6 @@
 Strings, numbers and generators; no model.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from dataclasses import dataclass
@@ -188,8 +186,7 @@ def list_targets(target_prompt: Any) -> list[Target]:
 def scale_factors(target_scale: Any, active: list[str], targets: list[Target]) -> dict[str, float]:
     """The factor on each adapter's strength, by name.
 
-    Raises:
-        ValueError: no adapter is active, another form, or names or numbers that fit no adapter.
+    Raises ValueError: no adapter is active, another form, or names or numbers that fit no adapter.
     """
     if not active:
         raise ValueError("`target_scale` is the strength of a LoRA, but none is loaded and active.")

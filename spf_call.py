@@ -5,8 +5,6 @@ N calls of the denoiser in a run.
 Paper: arXiv 2504.00396; what names no source is [ours].
 """
 
-from __future__ import annotations
-
 import inspect
 import os
 from collections.abc import Iterator, Sequence
@@ -97,11 +95,8 @@ class SPFCall:
         texts, targets, phrases, images = self._compose(prompt, request, stock)
         target_only = request.target_prompt is not None and sfcm.SFCM_MODES[request.sfcm_mode].target_only
         rows = spf_observer.RowLayout(
-            images,
-            request.compare,
-            request.adapter_in_unconditional,
-            appended=(1 + target_only) * request.observed,
-        )
+            images, request.compare, request.adapter_in_unconditional, appended=(1 + target_only) * request.observed,
+        )  # fmt: skip
         with ExitStack() as stack:
             active = stack.enter_context(self._adapters(request, targets))
             guided = stock["guidance_scale"] > 1 and self.unet.config.time_cond_proj_dim is None
@@ -229,8 +224,7 @@ class SPFCall:
         A folder that named this class could be loaded with this code at hand alone. For a merged checkpoint call
         `fuse_lora()` and `unload_lora_weights()` before.
 
-        Raises:
-            `ValueError`: a LoRA is loaded, under which the weights would be saved by names that no loader knows.
+        Raises `ValueError`: a LoRA is loaded, under which the weights would be saved by names that no loader knows.
         """
         if any(isinstance(module, BaseTunerLayer) for model in self._adapted_models() for module in model.modules()):
             raise ValueError(

@@ -5,8 +5,6 @@ P base phrases, K targets, N calls of the denoiser in a run.
 Paper: arXiv 2504.00396.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field

@@ -1,11 +1,8 @@
 """The wording of prompts: the phrases of a text, where they stand in it, and what it says of a target.
 
 Strings in, strings and spans out. Comparisons of texts ignore case and match whole words.
-
 Source: [ours].
 """
-
-from __future__ import annotations
 
 import re
 from bisect import bisect_left, bisect_right
@@ -251,8 +248,7 @@ def infer_replaced(base_prompt: str, targets: Sequence[str], full_prompt: str) -
     It is what the base prompt has between the words that surround the target in the full prompt, in its own spelling.
     Neighbours share one gap, and the first of them gets it.
 
-    Raises:
-        ValueError: a target is not in the full prompt.
+    Raises ValueError: a target is not in the full prompt.
     """
     spans = locate_targets(base_prompt, targets, full_prompt)
     base_words = list(_WORD.finditer(base_prompt))

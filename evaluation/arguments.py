@@ -1,7 +1,5 @@
 """The evaluation's flags, read before any library that takes seconds to import. Source: [ours]."""
 
-from __future__ import annotations
-
 import argparse
 import math
 from collections.abc import Sequence

@@ -7,8 +7,6 @@ Legend: n portraits of all, H/W their size in pixels, h/w that of their maps.
 Source: [ours].
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """What an evaluation is about, checked before a model is loaded: prompts, LoRAs and masks. Source: [ours]."""
 
-from __future__ import annotations
-
 import argparse
 import filecmp
 from collections.abc import Iterable, Sequence
@@ -114,8 +112,7 @@ def find_loras(args: argparse.Namespace) -> list[LoraSource]:
 
     The reference comes first, if there is one, each with a name of its own; a file that is named twice is there once.
 
-    Raises:
-        InputError: one that is not there, is no LoRA, or a folder without checkpoints.
+    Raises InputError: one that is not there, is no LoRA, or a folder without checkpoints.
     """
     found: list[LoraSource] = []
     sources = [("reference_lora", args.reference_lora, REFERENCE)] if args.reference_lora else []
@@ -176,8 +173,7 @@ def read_masks(folder: Path, names: Sequence[str], size: tuple[int, int]) -> np.
         folder: has `<name>.png` for each name, white where the target may change the portrait.
         size: (H, W) of the portraits; a mask of another size is resized.
 
-    Raises:
-        InputError: a mask that is missing or no picture; the message names it.
+    Raises InputError: a mask that is missing or no picture; the message names it.
     """
     if not folder.is_dir():
         raise InputError(f"--region_masks {folder}: no such folder")

@@ -10,8 +10,6 @@ Legend: B portraits, H/W picture size in pixels, E size of an embedding.
 Source: [ours].
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import socket
@@ -199,8 +197,7 @@ def load_judges(args: argparse.Namespace, device: str, ask_network: bool = True)
     Args:
         ask_network: whether a default that is not on this machine is looked for elsewhere. A model that is named is.
 
-    Raises:
-        InputError: a model that the flags name cannot be loaded.
+    Raises InputError: a model that the flags name cannot be loaded.
     """
     found, reasons = {}, {}
     hub = _Hub(None if ask_network else "not on this machine, and the network is not asked for it")

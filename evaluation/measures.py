@@ -4,11 +4,8 @@ Functions of arrays alone; whoever calls them brings pictures and judges.
 
 Legend: B or n portraits, H/W picture size in pixels, E size of an embedding, P prompts, S seeds of each prompt,
 R resamples. Pictures are RGB in 0-255.
-
 Source: [ours].
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -183,8 +180,7 @@ def measure(
 
     What asks for a judge that is None is left out.
 
-    Returns:
-        Measures of each portrait, (B,), and those of the whole set, NaN for one portrait.
+    Returns: Measures of each portrait, (B,), and those of the whole set, NaN for one portrait.
     """
     asked = {
         name: own

@@ -8,11 +8,8 @@ Everything is written from one document, so that page and tables cannot disagree
     not_computed: {measure: reason}
     verdict: one line; keep: the checkpoint to keep, or None
     response_measure, pollution_unit, pollution_note, region, settings, prompts, seeds, rank_correlations
-
 Source: [ours].
 """
-
-from __future__ import annotations
 
 import base64
 import csv
@@ -74,8 +71,7 @@ def without_nan(value: Any) -> Any:
 def prepare_folder(folder: Path) -> None:
     """The output folder, without what an evaluation that did not come to measuring drew into it.
 
-    Raises:
-        InputError: it cannot be made, or holds measures, which were hours of work and are of other portraits.
+    Raises InputError: it cannot be made, or holds measures, which were hours of work and are of other portraits.
     """
     with naming(f"--output_dir {folder}"):
         for name in (MEANS, PORTRAITS, NUMBERS, PAGE):

@@ -4,8 +4,6 @@ Legend: P prompts, S seeds of each prompt, R resamples, K checkpoints.
 Source: [ours].
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -161,16 +159,12 @@ def summarise(judged: Sequence[Judged], missing: Mapping[str, str], resamples: i
         keep, verdict = choose_checkpoint(judged, entries, unit, response, index)
     shown = [name for name in MEASURES if name in entries[0]["measures"] or name in missing]
     return {
-        "verdict": verdict,
-        "keep": keep,
-        "pollution_unit": unit_name,
-        "pollution_note": note,
+        "verdict": verdict, "keep": keep, "pollution_unit": unit_name, "pollution_note": note,
         "response_measure": response,
         "measures": {name: {key: getattr(MEASURES[name], key) for key in SHOWN} for name in shown},
-        "not_computed": {name: missing[name] for name in MEASURES if name in missing},
-        "loras": entries,
+        "not_computed": {name: missing[name] for name in MEASURES if name in missing}, "loras": entries,
         "rank_correlations": correlate(entries[1:]),
-    }
+    }  # fmt: skip
 
 
 def _summarise_one(

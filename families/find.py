@@ -3,8 +3,6 @@
 A new family is a class beside `StableDiffusion`, and a line in `find_family` that knows it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,8 +15,7 @@ from programs.loading import check_model_name, naming_flag
 def find_family(model_index: Mapping[str, Any], denoiser_config: Mapping[str, Any]) -> type[StableDiffusion]:
     """The family of a model, from its `model_index.json` and the configuration of its UNet or transformer.
 
-    Raises:
-        ValueError: none that can be trained.
+    Raises ValueError: none that can be trained.
     """
     kind = denoiser_config.get("_class_name", "UNet2DConditionModel")
     if kind != "UNet2DConditionModel":
@@ -37,8 +34,7 @@ def check_model(
 ) -> tuple[type[StableDiffusion], ModelFacts]:
     """Find the family of a model, and what is known of it without weights; `flags` are what its `check` takes.
 
-    Raises:
-        InputError: one line that names the flag, the value and the part of the model that does not fit.
+    Raises InputError: one line that names the flag, the value and the part of the model that does not fit.
     """
     hub = {"revision": revision, "cache_dir": cache_dir}
     with naming_flag(MODEL, model):

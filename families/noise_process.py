@@ -1,11 +1,8 @@
 """How latents are noised, and what a prediction of the denoiser means.
 
 Legend: B batch, C latent channels, H/W latent size.
-
 Source: [ours].
 """
-
-from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
@@ -29,9 +26,7 @@ class DDPM:
         scheduler_class: name of a scheduler of diffusers.
         config: the scheduler's; of it only the betas and the prediction type count.
 
-    Raises:
-        ValueError: the scheduler has no betas, as those of flow matching, or the prediction is another.
-
+    Raises ValueError: the scheduler has no betas, as those of flow matching, or the prediction is another.
     Source: Ho et al., "Denoising Diffusion Probabilistic Models", arXiv 2006.11239.
     """
 

@@ -64,19 +64,12 @@ class StableDiffusion:
 
     @staticmethod
     def check(
-        model: str,
-        denoiser_config: Mapping[str, Any],
-        *,
-        revision: str | None = None,
-        cache_dir: str | None = None,
-        vae: str | None = None,
-        tiny_vae: str | None = None,
-        prediction_type: str | None = None,
-    ) -> ModelFacts:
+        model: str, denoiser_config: Mapping[str, Any], *, revision: str | None = None, cache_dir: str | None = None,
+        vae: str | None = None, tiny_vae: str | None = None, prediction_type: str | None = None,
+    ) -> ModelFacts:  # fmt: skip
         """Read the other configurations of a model, without weights.
 
-        Raises:
-            InputError: one line that names the flag, the value and the part of the model that does not fit.
+        Raises InputError: one line that names the flag, the value and the part of the model that does not fit.
         """
         hub = {"revision": revision, "cache_dir": cache_dir}
         unet_config = _with_defaults(UNet2DConditionModel, denoiser_config)

@@ -3,8 +3,6 @@
 Paper: arXiv 2504.00396; what names no source is [ours].
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +20,8 @@ from programs.writing import whole
 
 TEMPLATE = Path(__file__).with_name("card.md")
 TAGS = (
-    "text-to-image",
-    "stable-diffusion",
-    "lora",
-    "diffusers",
-    "diffusers-training",
-    "spf-portrait",
-    "template:sd-lora",
-)
+    "text-to-image", "stable-diffusion", "lora", "diffusers", "diffusers-training", "spf-portrait", "template:sd-lora",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,8 +49,7 @@ def write_model_card(folder: Path, facts: CardFacts) -> Path:
 
     The Hub rejects a card whose `base_model` is no id, so a local folder is named in the text alone.
 
-    Raises:
-        ValueError: no target prompt.
+    Raises ValueError: no target prompt.
     """
     if not facts.targets:
         raise ValueError("targets: a model card needs at least one target prompt")

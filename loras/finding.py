@@ -1,7 +1,5 @@
 """Where a LoRA lies: a file or folder of this machine, or a repository of the Hub. Source: [ours]."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator
@@ -24,8 +22,7 @@ _HUB_PAGE = re.compile(r"([^/]+/[^/]+)(?:/(blob|raw|resolve|tree)/([^/]+)(?:/(.+
 def clean_source(source: str) -> str:
     """A LoRA's path or id, as of `find_lora`, without what is copied along: quotes, "~", and an address of the Hub.
 
-    Raises:
-        ValueError: an address that is of no LoRA on the Hub; one line without `source`.
+    Raises ValueError: an address that is of no LoRA on the Hub; one line without `source`.
     """
     text = source.strip()
     if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
@@ -57,8 +54,7 @@ def find_lora(source: str, cache_dir: str | None = None) -> Path:
         source: a `.safetensors` file, a folder with one, or of the Hub "user/name", "user/name/file.safetensors" or
             their address; `clean_source` takes off what was copied along.
 
-    Raises:
-        ValueError: there is no such file, or several; one line without `source`.
+    Raises ValueError: there is no such file, or several; one line without `source`.
     """
     path, place = Path(clean_source(source)), find_on_hub(source)
     if path.is_file():
@@ -109,8 +105,7 @@ def download_public_lora(source: str, folder: Path, max_bytes: float) -> Path:
         folder: an empty one, for the file.
         max_bytes: the largest file that is downloaded.
 
-    Raises:
-        ValueError: no such file in a public repository, or a larger one; one line without `source`.
+    Raises ValueError: no such file in a public repository, or a larger one; one line without `source`.
     """
     place = _parse_id(clean_source(source))
     if place is None:

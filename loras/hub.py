@@ -1,7 +1,5 @@
 """A finished LoRA on the Hub: the repository is made before the training, and filled after it. Source: [ours]."""
 
-from __future__ import annotations
-
 import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -25,8 +23,7 @@ def create_hub_repo(hub_model_id: str, token: str | None, private: bool) -> str:
         token: a token of the Hub; None takes the one of `hf auth login` or of the environment.
         private: whether a new repository is private. One that exists keeps its state, so a public one is refused.
 
-    Returns:
-        "user/name".
+    Returns: "user/name".
 
     Raises:
         ValueError: a name that the Hub does not take; no token, an unknown one, or one that may not write; a public
@@ -60,12 +57,8 @@ def create_hub_repo(hub_model_id: str, token: str | None, private: bool) -> str:
 
 
 def push_lora(
-    folder: Path,
-    repo_id: str,
-    token: str | None,
-    code: Mapping[str, Path],
-    files: Sequence[str],
-) -> str:
+    folder: Path, repo_id: str, token: str | None, code: Mapping[str, Path], files: Sequence[str],
+) -> str:  # fmt: skip
     """Upload the model card, the LoRA, what else is listed and the pipeline's code, in one commit; returns the
     address.
 

@@ -1,7 +1,5 @@
 """LoRAs of either format on a pipeline: loaded whole, or merged into its weights. Source: [ours]."""
 
-from __future__ import annotations
-
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -54,11 +52,8 @@ def load_lora(pipeline: StableDiffusionPipeline, source: str, adapter_name: str,
         adapter_name: a name that no adapter of the pipeline has.
         path: the file, where it is found already.
 
-    Returns:
-        What is to be said of the file, as of `LoraFile`.
-
-    Raises:
-        ValueError: there is no such LoRA, or it is for another model; one line that begins with `source`.
+    Returns: What is to be said of the file, as of `LoraFile`.
+    Raises ValueError: there is no such LoRA, or it is for another model; one line that begins with `source`.
     """
     active = pipeline.get_active_adapters()
     # On Windows a file cannot be removed while its weights are mapped.
@@ -103,8 +98,7 @@ def merge_loras(pipeline: StableDiffusionPipeline, loras: Sequence[str], scales:
             adapters, before and after.
         loras: at least one, as of `find_lora`, each with its scale.
 
-    Raises:
-        ValueError: one cannot be loaded or does not fit, or their sum is not finite.
+    Raises ValueError: one cannot be loaded or does not fit, or their sum is not finite.
     """
     names = [f"merged_{i}" for i in range(len(loras))]
     # Adapters are made of random numbers before they are filled; what is random later is to be as without them.

@@ -1,9 +1,4 @@
-"""LoRA files read: diffusers' format, and kohya's, in which most LoRAs for Stable Diffusion are published.
-
-Source: [ours].
-"""
-
-from __future__ import annotations
+"""LoRA files read: diffusers' format, and kohya's, in which most LoRAs for Stable Diffusion are published. [ours]"""
 
 import json
 import re

@@ -3,8 +3,6 @@
 Source: [ours].
 """
 
-from __future__ import annotations
-
 import math
 import tempfile
 from collections.abc import Iterable
@@ -43,8 +41,7 @@ class LoraSlot:
     def use(self, source: str) -> None:
         """Have this LoRA on the pipeline, or none for an empty text; a file that changed is read again.
 
-        Raises:
-            ValueError: there is no such LoRA, or it is for another model; the former one is still there.
+        Raises ValueError: there is no such LoRA, or it is for another model; the former one is still there.
         """
         is_known = self.named is None or _clean(source) in self.named
         changed = _last_change(source) if is_known else 0.0

@@ -3,8 +3,6 @@
 Source: [ours].
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -36,8 +34,7 @@ def save_kohya_lora(lora: Path, path: Path) -> None:
     A DoRA's magnitude is written as (out, 1), one number for each output. No common reader treats it as PEFT does:
     diffusers drops `dora_scale`, ComfyUI divides by the norm of the original weight alone, A1111 by that of columns.
 
-    Raises:
-        ValueError: `read_lora` cannot read it; one line that begins with its path.
+    Raises ValueError: `read_lora` cannot read it; one line that begins with its path.
     """
     with naming(str(lora)):
         layers = read_lora(lora).layers
@@ -75,8 +72,7 @@ def save_diffusers_lora(lora: Path, folder: Path) -> Path:
 
     `folder` is made; the file has the name that diffusers looks for, and is returned.
 
-    Raises:
-        ValueError: `read_lora` cannot read it; one line that begins with its path.
+    Raises ValueError: `read_lora` cannot read it; one line that begins with its path.
     """
     with naming(str(lora)):
         file = read_lora(lora)

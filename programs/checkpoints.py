@@ -1,7 +1,5 @@
 """The folders of checkpoints in a training run's output folder, by name. Source: [ours]."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

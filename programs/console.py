@@ -4,8 +4,6 @@ The standard library and tqdm alone, for it is there before flags are read.
 Source: [ours].
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import logging

@@ -3,10 +3,8 @@
 Source: [ours].
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,11 +25,9 @@ class InputError(ValueError):
     """A mistake in what the run was given; its message is one line that names the flag and the value."""
 
 
-@contextmanager
-def naming_flag(flag: str, value: str) -> Iterator[None]:
+def naming_flag(flag: str, value: str) -> AbstractContextManager[None]:
     """Put a flag and its value before what a library says of them, in one line."""
-    with naming(f"--{flag} {value}"):
-        yield
+    return naming(f"--{flag} {value}")
 
 
 @contextmanager
@@ -58,8 +54,7 @@ def check_model_name(name: str, kind: str | None = "StableDiffusionPipeline") ->
     Args:
         kind: the class of diffusers that turns a single file of such a model into a folder, if there is one.
 
-    Raises:
-        ValueError: a single file, or a path where nothing is; one line without `name`.
+    Raises ValueError: a single file, or a path where nothing is; one line without `name`.
     """
     path = Path(name)
     if path.is_dir():
@@ -76,15 +71,9 @@ def check_model_name(name: str, kind: str | None = "StableDiffusionPipeline") ->
 
 
 def load_pipeline(
-    kind: type[Pipeline],
-    name: str,
-    dtype: torch.dtype,
-    flag: str = "base_model",
-    *,
-    revision: str | None = None,
-    cache_dir: str | None = None,
-    **options: Any,
-) -> Pipeline:
+    kind: type[Pipeline], name: str, dtype: torch.dtype, flag: str = "base_model", *, revision: str | None = None,
+    cache_dir: str | None = None, **options: Any,
+) -> Pipeline:  # fmt: skip
     """A pipeline of this class, on the CPU, from the folder or id that a flag names. A pickle is not read.
 
     Args:

@@ -3,8 +3,6 @@
 Source: [ours].
 """
 
-from __future__ import annotations
-
 import hashlib
 import struct
 import warnings
@@ -19,32 +17,19 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb
 # The values of EXIF's orientation, and how each is made upright.
 _UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
-}
+}  # fmt: skip
 _SIDEWAYS = (5, 6, 7, 8)  # those that swap width and height
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_ORIENTATIONS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # texts of a PNG that can say it
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 # What Pillow's plugins let out for a damaged file, and its refusal of an absurd size.
 _UNREADABLE_IMAGE = (
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    EOFError,
-    IndexError,
-    KeyError,
-    RuntimeError,
-    struct.error,
-)
+    Image.DecompressionBombError, Image.DecompressionBombWarning, OSError, SyntaxError, ValueError, TypeError,
+    EOFError, IndexError, KeyError, RuntimeError, struct.error,
+)  # fmt: skip
 
 
 def load_picture(picture: Path | Image.Image, source: str, max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -1,7 +1,5 @@
 """Records of prompts as users write them: lines of JSON, and the targets and phrases in them. Source: [ours]."""
 
-from __future__ import annotations
-
 import codecs
 import json
 from pathlib import Path
@@ -42,8 +40,7 @@ def read_json_lines(path: Path, name: str) -> tuple[list[str], list[dict[str, An
 def read_target(value: Any, where: str) -> str | list[Target]:
     """A target as JSON spells it, a text or a list of texts and of [phrase, target], with these pairs as tuples.
 
-    Raises:
-        ValueError: it is neither; begins with `where`.
+    Raises ValueError: it is neither; begins with `where`.
     """
     if not isinstance(value, list):
         return check_text(value, where)

@@ -1,7 +1,5 @@
 """Files and folders that appear whole or not at all. Source: [ours]."""
 
-from __future__ import annotations
-
 import logging
 import os
 import tempfile

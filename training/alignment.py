@@ -4,8 +4,6 @@ Legend: C channels, H/W latent size, M alignment portraits.
 Source: [ours].
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -4,8 +4,6 @@ Legend: M drawn portraits.
 Source: [ours].
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 
@@ -26,8 +24,7 @@ def alignment_pairs(
 
     What the data never varies (one background for all) is drawn in many forms once its phrase is gone.
 
-    Returns:
-        M pairs and their buckets, those of one bucket together.
+    Returns: M pairs and their buckets, those of one bucket together.
     """
     rng = np.random.default_rng(seed)
     # The same prompts in two sizes are drawn in both.
@@ -55,11 +52,8 @@ def ask_for_reference_targets(pairs: Sequence[PromptPair], texts: Sequence[str],
             its own. It takes the place of a phrase about the same noun ("brown hair"), or else is added.
         seed: seed of the choice.
 
-    Returns:
-        M pairs.
-
-    Raises:
-        ValueError: a text is the new target, or one of the two is a part of the other.
+    Returns: M pairs.
+    Raises ValueError: a text is the new target, or one of the two is a part of the other.
     """
     pairs = list(pairs)
     rng = np.random.default_rng((seed, 3))

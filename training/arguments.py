@@ -4,8 +4,6 @@ A file of flags may come first, which those behind it win over.
 Source: [ours].
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import sys

@@ -4,8 +4,6 @@ Legend: B batch, C channels, H/W latent size, H'/W' size in pixels.
 Source: [ours].
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -84,14 +82,9 @@ class BatchDrawer:
         return self._noised(portraits.pair_index, index, latents, pixels, micro_step, 0, noise_offset=noise_offset)
 
     def aligned(
-        self,
-        portraits: Portraits,
-        micro_step: int,
-        stream: int,
-        unchanged_share: float = 0.0,
-        timestep_power: float = 0.0,
-        bucket: int | None = None,
-    ) -> Batch:
+        self, portraits: Portraits, micro_step: int, stream: int, unchanged_share: float = 0.0,
+        timestep_power: float = 0.0, bucket: int | None = None,
+    ) -> Batch:  # fmt: skip
         """A batch of alignment portraits.
 
         Args:
@@ -107,17 +100,10 @@ class BatchDrawer:
         )
 
     def _noised(
-        self,
-        pair_index: torch.Tensor,
-        index: torch.Tensor,
-        latents: torch.Tensor,
-        pixels: torch.Tensor | None,
-        micro_step: int,
-        stream: int,
-        unchanged_share: float = 0.0,
-        timestep_power: float = 0.0,
+        self, pair_index: torch.Tensor, index: torch.Tensor, latents: torch.Tensor, pixels: torch.Tensor | None,
+        micro_step: int, stream: int, unchanged_share: float = 0.0, timestep_power: float = 0.0,
         noise_offset: float = 0.0,
-    ) -> Batch:
+    ) -> Batch:  # fmt: skip
         """Noise, timesteps and kinds for the portraits at `index`."""
         size, own, generator = self.size, self.own, self.generator(micro_step, stream)
         # Stratified, so that a batch has its share of each kind however small the share is.

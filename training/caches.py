@@ -4,8 +4,6 @@ A frozen model's outputs are computed once: their key is a fingerprint of the mo
 Source: [ours].
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

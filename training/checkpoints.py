@@ -1,11 +1,8 @@
 """Checkpoints of a training run: folders that are whole or not there at all, and no pickle in them.
 
 A checkpoint's manifest holds the size and the hash of every file, so that a damaged one is told from a whole one.
-
 Source: [ours].
 """
-
-from __future__ import annotations
 
 import json
 import logging
@@ -45,8 +42,7 @@ def pack_state(state: Any, tensors: dict[str, torch.Tensor], path: str = "state"
         state: dicts with keys of texts and numbers, lists, tuples, tensors, texts, numbers, booleans and None.
         tensors: filled with copies on the CPU, each under a name of its own that tells its path in the state.
 
-    Raises:
-        TypeError: anything else in the state; the message names its path.
+    Raises TypeError: anything else in the state; the message names its path.
     """
     if isinstance(state, torch.Tensor):
         # A copy: safetensors refuses tensors that share memory, as the views of one optimizer buffer do.
@@ -82,12 +78,9 @@ def unpack_state(packed: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def save_checkpoint(
-    output_dir: Path,
-    step: int,
-    state: dict[str, Any],
-    write_lora: Callable[[Path], None],
+    output_dir: Path, step: int, state: dict[str, Any], write_lora: Callable[[Path], None],
     total_limit: int | None = None,
-) -> Path:
+) -> Path:  # fmt: skip
     """Write `checkpoint-<step>`, whole or not at all, and then delete the oldest ones above the limit.
 
     Args:
@@ -173,8 +166,7 @@ def _sha256(path: Path) -> str:
 def lock_folder(folder: Path) -> Iterator[None]:
     """Keep other runs out of an output folder; what was made for that alone is gone on exit.
 
-    Raises:
-        CheckpointError: another run is in it.
+    Raises CheckpointError: another run is in it.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -200,8 +192,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
 def check_checkpoint(folder: Path) -> None:
     """Compare a checkpoint with its manifest.
 
-    Raises:
-        ValueError: it is not a checkpoint, or damaged; one line that names the folder and the file.
+    Raises ValueError: it is not a checkpoint, or damaged; one line that names the folder and the file.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))

@@ -4,11 +4,8 @@ A folder holds images and a `metadata.jsonl`, one JSON object a line: `file_name
 if wanted, `full_prompt`, `base_phrases` and `free_phrases` (lists), and `mask_file_name`. A target prompt is a string,
 added to the base prompt, or a list of such strings and of [replaced phrase, target] pairs. A `metadata.csv` with these
 columns does as well, lists as JSON spells them; or, with one target for all, a caption beside each image.
-
 Source: [ours].
 """
-
-from __future__ import annotations
 
 import difflib
 import logging
@@ -80,13 +77,9 @@ class _Table:
 
 
 def load_rows(
-    data: DataFlags,
-    columns: ColumnFlags,
-    *,
-    cache_dir: str | Path | None = None,
-    with_masks: bool = False,
+    data: DataFlags, columns: ColumnFlags, *, cache_dir: str | Path | None = None, with_masks: bool = False,
     seed: int = 0,
-) -> list[PortraitRow]:
+) -> list[PortraitRow]:  # fmt: skip
     """Read and check the training set. No image is decoded here, see `check_images`.
 
     Args:
@@ -185,13 +178,9 @@ def _check_columns(table: _Table, columns: ColumnFlags) -> None:
 
 
 def _read_row(
-    table: _Table,
-    record: Mapping[str, Any],
-    source: str,
-    columns: ColumnFlags,
-    target_prompt: str | None,
+    table: _Table, record: Mapping[str, Any], source: str, columns: ColumnFlags, target_prompt: str | None,
     with_masks: bool,
-) -> PortraitRow:
+) -> PortraitRow:  # fmt: skip
     image = table.find_picture(record, table.image_column, source)
     mask = table.find_picture(record, table.mask_column, source) if with_masks else None
     flag = "--caption_column" if table.has_captions else "--base_prompt_column"

@@ -4,8 +4,6 @@ Legend: B batch, C latent channels, H/W latent size.
 Paper: arXiv 2504.00396.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,9 +14,7 @@ from torch import Tensor
 from adapters import BASE_ROW, Adapters
 from attention_processors import CrossAttentionFeatures, CrossAttentionStore
 from families.prompt_embeds import PromptEmbeds
-
-
-DUAL_PATH_MODES = ("two_pass", "single_pass")
+from training.flag_rules import DUAL_PATH_MODES
 
 
 @dataclass
@@ -38,18 +34,10 @@ Predict = Callable[[Tensor, Tensor, PromptEmbeds], Tensor]
 
 @contextmanager
 def dual_path(
-    adapters: Adapters,
-    predict: Predict,
-    noisy_latents: Tensor,
-    timesteps: Tensor,
-    reference_embeds: PromptEmbeds,
-    response_embeds: PromptEmbeds,
-    *,
-    adapter_name: str = "default",
-    mode: str = "two_pass",
-    store: CrossAttentionStore | None = None,
-    respond: Predict | None = None,
-) -> Iterator[DualPathOutput]:
+    adapters: Adapters, predict: Predict, noisy_latents: Tensor, timesteps: Tensor, reference_embeds: PromptEmbeds,
+    response_embeds: PromptEmbeds, *, adapter_name: str = "default", mode: str = "two_pass",
+    store: CrossAttentionStore | None = None, respond: Predict | None = None,
+) -> Iterator[DualPathOutput]:  # fmt: skip
     """Run the Reference Path (adapters off) and the Response Path (one adapter on) on the same noisy latents.
 
     Compute the loss and call `backward` inside the context: gradient checkpointing runs layers again in the backward,

@@ -3,8 +3,6 @@
 Source: [ours].
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import os
@@ -22,7 +20,6 @@ from diffusers.optimization import get_scheduler
 from programs.loading import InputError
 from training.arguments import Flags, flat
 from training.flags import LoopFlags, OptimizerFlags, OutputFlags
-from training.optimizers import make_optimizer
 
 
 logger = get_logger(__name__)
@@ -35,8 +32,7 @@ ADVICE = "A lower --learning_rate or --mixed_precision bf16 instead of fp16 usua
 def make_accelerator(mixed_precision: str | None, output: OutputFlags) -> Accelerator:
     """The processes, the precision and the trackers.
 
-    Raises:
-        InputError: accelerate's settings ask for what this script does not do.
+    Raises InputError: accelerate's settings ask for what this script does not do.
     """
     for engine in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() in ("true", "1"):
@@ -83,13 +79,9 @@ class Engine:
     """
 
     def __init__(
-        self,
-        accelerator: Accelerator,
-        parameters: list[torch.nn.Parameter],
-        flags: OptimizerFlags,
-        loop: LoopFlags,
+        self, accelerator: Accelerator, parameters: list[torch.nn.Parameter], flags: OptimizerFlags, loop: LoopFlags,
         resume: Mapping[str, Any] | None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """`resume` is the state of a checkpoint to go on from."""
         self.accelerator, self.parameters, self._flags, self._loop = accelerator, parameters, flags, loop
         self._resume = resume
@@ -116,13 +108,10 @@ class Engine:
         else:
             optimizer.load_state_dict(self._fresh)
         self.lr_scheduler = get_scheduler(
-            loop.lr_scheduler if stage == 1 else loop.stage2_lr_scheduler,
-            optimizer,
-            num_warmup_steps=loop.lr_warmup_steps,
-            num_training_steps=num_steps,
-            num_cycles=loop.lr_num_cycles,
+            loop.lr_scheduler if stage == 1 else loop.stage2_lr_scheduler, optimizer,
+            num_warmup_steps=loop.lr_warmup_steps, num_training_steps=num_steps, num_cycles=loop.lr_num_cycles,
             power=loop.lr_power,
-        )
+        )  # fmt: skip
         if first:
             self.optimizer = self.accelerator.prepare(optimizer)
         if resume is None or resume["global_step"] != self.global_step:
@@ -136,26 +125,31 @@ class Engine:
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         flags = self._flags
-        return make_optimizer(
-            flags.optimizer,
-            self.parameters,
-            learning_rate=self.learning_rate,
-            betas=(flags.adam_beta1, flags.adam_beta2),
-            weight_decay=flags.adam_weight_decay,
-            epsilon=flags.adam_epsilon,
-            use_8bit_adam=flags.use_8bit_adam,
-        )
+        options = {
+            "lr": self.learning_rate,
+            "betas": (flags.adam_beta1, flags.adam_beta2),
+            "weight_decay": flags.adam_weight_decay,
+            "eps": flags.adam_epsilon,
+        }
+        # From packages of their own, which the flags have looked for.
+        if flags.use_8bit_adam:
+            from bitsandbytes.optim import AdamW8bit
+
+            return AdamW8bit(self.parameters, **options)
+        if flags.optimizer == "prodigy":
+            from prodigyopt import Prodigy
+
+            # As its authors advise for diffusion models: bias correction, and no estimate of the rate in the warm-up.
+            return Prodigy(self.parameters, **options, use_bias_correction=True, safeguard_warmup=True)
+        return torch.optim.AdamW(self.parameters, **options)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs for the engine to go on."""
         scaler = self.accelerator.scaler
         return {
-            "stage": self.stage,
-            "global_step": self.global_step,
-            "optimizer": self.optimizer.state_dict(),
-            "lr_scheduler": self.lr_scheduler.state_dict(),
-            "scaler": None if scaler is None else scaler.state_dict(),
-        }
+            "stage": self.stage, "global_step": self.global_step, "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict(), "scaler": None if scaler is None else scaler.state_dict(),
+        }  # fmt: skip
 
     def micro_steps(self) -> range:
         """The batches of the step that comes."""

@@ -5,8 +5,6 @@ projected CLIP embedding.
 Paper: arXiv 2504.00396; `[ours]` marks what it leaves open.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny
@@ -32,15 +30,10 @@ class Enhancement:
     """
 
     def __init__(
-        self,
-        models: Models,
-        clip: CLIPModel,
-        processor: CLIPImageProcessorPil,
-        decoder: AutoencoderKL | AutoencoderTiny,
-        target_embeds: torch.Tensor,
-        flags: PaperFlags,
+        self, models: Models, clip: CLIPModel, processor: CLIPImageProcessorPil,
+        decoder: AutoencoderKL | AutoencoderTiny, target_embeds: torch.Tensor, flags: PaperFlags,
         steps: tuple[int, int],
-    ) -> None:
+    ) -> None:  # fmt: skip
         """`target_embeds` (N, E') are the targets' by pair of prompts; `steps` are the first one of its stage, and how
         many
         batches each has.

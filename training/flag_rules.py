@@ -4,8 +4,7 @@ No library is imported here: flags are read before any is.
 Source: [ours].
 """
 
-from __future__ import annotations
-
+import importlib.util
 import math
 from argparse import ArgumentTypeError
 from collections.abc import Callable
@@ -16,7 +15,8 @@ from typing import Any, NamedTuple
 from programs.console import in_home
 
 
-# Names of what other modules and libraries have; a test compares them.
+# Names of what other modules and libraries have.
+OPTIMIZERS = ("adamw", "prodigy")
 DUAL_PATH_MODES = ("two_pass", "single_pass")
 INTERPOLATION_MODES = ("lanczos", "bicubic", "bilinear", "box", "hamming", "nearest")
 ENHANCEMENT_LOSSES = ("difference", "direct")
@@ -78,6 +78,12 @@ def check_folder(name: str, folder: str | Path | None) -> None:
         folder = Path(folder)
         if not next(path for path in (folder, *folder.parents) if path.exists()).is_dir():
             raise ValueError(f"--{name} {folder} is, or lies below, a file")
+
+
+def check_package(name: str, package: str) -> None:
+    """Whether the package that a flag needs is installed."""
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"--{name} needs the package {package}: pip install {package}")
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,5 @@
-"""The flags of the training script: a group each, with default, help and the rule that a value must keep.
+"""The flags of the training script: a group each, with default, help and the rule that a value must keep. [ours]"""
 
-Source: [ours].
-"""
-
-from __future__ import annotations
-
-import importlib.util
 import math
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -19,6 +13,7 @@ from training.flag_rules import (
     ENHANCEMENT_LOSSES,
     INTERPOLATION_MODES,
     NOT_NEGATIVE,
+    OPTIMIZERS,
     PRESERVATIONS,
     SCHEDULERS,
     SFCM_MODES,
@@ -28,11 +23,11 @@ from training.flag_rules import (
     WITH_KEPT_ROWS,
     FlagGroup,
     check_folder,
+    check_package,
     flag,
     names_of,
     path,
 )
-from training.optimizers import OPTIMIZERS, check_optimizer
 
 
 @dataclass(frozen=True)
@@ -65,10 +60,8 @@ class ModelFlags(FlagGroup):
 
     def check(self) -> None:
         check_folder("cache_dir", self.cache_dir)
-        if self.enable_xformers_memory_efficient_attention and importlib.util.find_spec("xformers") is None:
-            raise ValueError(
-                "--enable_xformers_memory_efficient_attention needs the package xformers: pip install xformers"
-            )
+        if self.enable_xformers_memory_efficient_attention:
+            check_package("enable_xformers_memory_efficient_attention", "xformers")
 
 
 @dataclass(frozen=True)
@@ -373,7 +366,12 @@ class OptimizerFlags(FlagGroup):
     max_grad_norm: float = flag(1.0, "Largest norm of the gradient.", ABOVE_0)
 
     def check(self) -> None:
-        check_optimizer(self.optimizer, self.use_8bit_adam)
+        if self.use_8bit_adam and self.optimizer != "adamw":
+            raise ValueError(f"--use_8bit_adam is a form of --optimizer adamw, not of {self.optimizer}")
+        if self.use_8bit_adam:
+            check_package("use_8bit_adam", "bitsandbytes")
+        if self.optimizer == "prodigy":
+            check_package("optimizer prodigy", "prodigyopt")
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,6 @@
 Source: [ours].
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import MISSING, Field, fields
 from pathlib import Path

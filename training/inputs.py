@@ -4,8 +4,6 @@ Legend: N training portraits, M drawn ones, H/W size in pixels.
 Source: [ours].
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections import Counter
@@ -91,8 +89,7 @@ class Inputs:
 def check_inputs(flags: Flags) -> Inputs:
     """Read the data and everything about the models that needs no weights.
 
-    Raises:
-        ValueError, OSError: one line that names the flag, the file and its line, or the value.
+    Raises ValueError, OSError: one line that names the flag, the file and its line, or the value.
     """
     references = find_references(flags.lora, flags.model.cache_dir)
     resume = find_resume(flags, references)
@@ -103,12 +100,9 @@ def check_inputs(flags: Flags) -> Inputs:
     check_lora(flags.lora, flags.method.dual_path, facts.denoiser_config)
     sizes = read_sizes(flags.pictures, facts.side_multiple, flags.model.pretrained_model_name_or_path)
     rows = load_rows(
-        flags.data,
-        flags.columns,
-        cache_dir=flags.model.cache_dir,
-        with_masks=flags.method.preservation == "mask",
+        flags.data, flags.columns, cache_dir=flags.model.cache_dir, with_masks=flags.method.preservation == "mask",
         seed=flags.loop.seed,
-    )
+    )  # fmt: skip
     rows = [row if row.caption is None else base_row(row) for row in rows]
     pairs, tokens = read_pairs(rows, flags.data.free_phrases or (), tokenizer)
     check_images(rows)
@@ -120,19 +114,12 @@ def check_inputs(flags: Flags) -> Inputs:
         raise ValueError(f"--reference_target_prompt: {error}") from error
     maps = flags.alignment.sfcm_dir
     inputs = Inputs(
-        family=family,
-        rows=rows,
-        sizes=sizes,
-        buckets=(*buckets, *drawn_buckets),
-        pairs=pairs + drawn,
-        tokens=tokens,
-        tokenizer=tokenizer,
-        validation_pair=validation_pair(flags, pairs[0], tokenizer),
-        resume=resume,
+        family=family, rows=rows, sizes=sizes, buckets=(*buckets, *drawn_buckets), pairs=pairs + drawn, tokens=tokens,
+        tokenizer=tokenizer, validation_pair=validation_pair(flags, pairs[0], tokenizer), resume=resume,
         references=references,
         sfcm=None if maps is None else read_maps(Path(maps), alignment_count(flags.alignment, len(rows))),
         unrelated_ids=tokenize_unrelated(flags.method.unrelated_prompts or [""], tokenizer),
-    )
+    )  # fmt: skip
     # Asked in any case: it is that of the masks as they are now.
     data = inputs.data_fingerprint
     if resume is not None and resume.state["data"] != data:
@@ -156,8 +143,7 @@ def read_pairs(
 ) -> tuple[list[PromptPair], list[PromptTokens]]:
     """The rows' prompts and their tokens; what they cannot mean is warned of.
 
-    Raises:
-        ValueError: a row's prompts do not go together, or one of --free_phrases is in none.
+    Raises ValueError: a row's prompts do not go together, or one of --free_phrases is in none.
     """
     pairs, tokens = [], []
     for row in rows:
@@ -199,8 +185,7 @@ def pairs_to_draw(
 def base_row(row: PortraitRow) -> PortraitRow:
     """A caption's row with its base prompt: the caption without the targets that are added.
 
-    Raises:
-        ValueError: nothing else is in the caption; the message begins with the row's source.
+    Raises ValueError: nothing else is in the caption; the message begins with the row's source.
     """
     targets = [row.target_prompt] if isinstance(row.target_prompt, str) else row.target_prompt
     base_prompt = row.caption
@@ -226,8 +211,7 @@ def read_maps(folder: Path, count: int) -> list[torch.Tensor]:
     """The maps of --sfcm_dir for `count` alignment portraits, (1, H', W') float32 in [0, 1] each, as large as they
     are.
 
-    Raises:
-        ValueError, OSError: names the first that is missing or no picture.
+    Raises ValueError, OSError: names the first that is missing or no picture.
     """
     with naming_flag("sfcm_dir", str(folder)):
         maps = []

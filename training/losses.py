@@ -7,8 +7,6 @@ N heads, D head dim, E size of a CLIP embedding.
 Paper: arXiv 2504.00396; what names no source is [ours].
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -51,16 +49,10 @@ def _masked_mean(probs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def text_consistent_loss(
-    response_probs: Sequence[torch.Tensor],
-    reference_probs: Sequence[torch.Tensor],
-    resolutions: Sequence[tuple[int, int]],
-    sfcm: torch.Tensor,
-    base_positions: torch.Tensor,
-    full_positions: torch.Tensor,
-    position_mask: torch.Tensor,
-    base_padding: torch.Tensor,
-    full_padding: torch.Tensor,
-) -> torch.Tensor:
+    response_probs: Sequence[torch.Tensor], reference_probs: Sequence[torch.Tensor],
+    resolutions: Sequence[tuple[int, int]], sfcm: torch.Tensor, base_positions: torch.Tensor,
+    full_positions: torch.Tensor, position_mask: torch.Tensor, base_padding: torch.Tensor, full_padding: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
     """Keeps each base token's attention map, and the mean map of the padding, outside the SFCM.
 
     Args:
@@ -72,9 +64,7 @@ def text_consistent_loss(
         position_mask: (B, K) bool, False where a shorter prompt is padded.
         base_padding, full_padding: (B, T) bool, the padding positions of both prompts.
 
-    Returns:
-        (B,) float32, averaged over layers.
-
+    Returns: (B,) float32, averaged over layers.
     Source: [paper] L_text; [ours] the norm, tokens matched by alignment of the two sequences.
     """
     token_mask = F.pad(position_mask, (0, 1), value=True).float()
@@ -106,9 +96,7 @@ def fine_grained_loss(
         reference_queries: per layer (B, N, S, D), detached here.
         resolutions, sfcm: as in `text_consistent_loss`.
 
-    Returns:
-        (B,) float32, averaged over layers; each layer is relative to the mean square of its reference queries.
-
+    Returns: (B,) float32, averaged over layers; each layer is relative to the mean square of its reference queries.
     Source: [paper] L_fine; [ours] the norm and the division.
     """
     total = 0
@@ -155,14 +143,9 @@ ENHANCEMENT_LOSSES = {"difference": enhancement_difference, "direct": enhancemen
 
 
 def compose_prediction(
-    reference_pred: torch.Tensor,
-    teacher_full_pred: torch.Tensor,
-    teacher_base_pred: torch.Tensor,
-    sfcm: torch.Tensor,
-    gamma: float = 1.0,
-    scale: float = 1.0,
-    base_weight: float = 0.0,
-) -> torch.Tensor:
+    reference_pred: torch.Tensor, teacher_full_pred: torch.Tensor, teacher_base_pred: torch.Tensor, sfcm: torch.Tensor,
+    gamma: float = 1.0, scale: float = 1.0, base_weight: float = 0.0,
+) -> torch.Tensor:  # fmt: skip
     """What the portrait's prediction should be: the teacher's change inside the map, the original model's elsewhere.
 
     `reference + SFCM^gamma * scale * ((full - reference) - base_weight * (base - reference))`. What the teacher moves
@@ -177,8 +160,7 @@ def compose_prediction(
         scale: factor on the change.
         base_weight: weight of the base prompt's change, in [0, 1].
 
-    Returns:
-        (B, C, H, W) float32, detached.
+    Returns: (B, C, H, W) float32, detached.
     """
     reference_pred = reference_pred.float()
     change = teacher_full_pred.float() - reference_pred

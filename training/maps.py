@@ -4,8 +4,6 @@ Legend: B batch, C channels, H/W latent size, T text tokens, M alignment portrai
 Paper: arXiv 2504.00396; what names no source is [ours].
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -40,8 +38,7 @@ class MapMaker:
             chunk_size: how many are looked at together.
             shown: whether a bar shows it.
 
-        Returns:
-            M of (1, H, W) float32 in [0, 1].
+        Returns: M of (1, H, W) float32 in [0, 1].
         """
         maps = {}
         with phase_bar("maps", len(portraits.buckets), "map", shown) as bar:
@@ -72,15 +69,10 @@ class MapMaker:
             with (
                 models.capture.store() as store,
                 dual_path(
-                    models.adapters,
-                    models.predict,
-                    noisy_latents,
-                    timesteps,
-                    reference_embeds,
-                    response_embeds,
+                    models.adapters, models.predict, noisy_latents, timesteps, reference_embeds, response_embeds,
                     store=store,
                 ) as paths,
-            ):
+            ):  # fmt: skip
                 features = paths.reference.at_resolution(phrase_map_resolution(paths.reference.resolutions))
             start_pred = paths.reference_pred
             if self._mode.target_only:
@@ -92,12 +84,9 @@ class MapMaker:
         return self._make(rows, difference, probs, resolutions)
 
     def _make(
-        self,
-        rows: torch.Tensor,
-        difference: torch.Tensor,
-        attention_probs: Sequence[torch.Tensor],
+        self, rows: torch.Tensor, difference: torch.Tensor, attention_probs: Sequence[torch.Tensor],
         resolutions: Sequence[tuple[int, int]],
-    ) -> torch.Tensor:
+    ) -> torch.Tensor:  # fmt: skip
         """The SFCM (B, 1, H, W) of pairs `rows` (B,) from a noise difference and reference attention.
 
         Free phrases are not protected, and their regions are open whatever the mode.
@@ -108,13 +97,9 @@ class MapMaker:
         return free_regions(sfcm, maps, free)
 
     def of_batch(
-        self,
-        batch: Batch,
-        portraits: Portraits,
-        response_pred: torch.Tensor,
-        reference_pred: torch.Tensor,
+        self, batch: Batch, portraits: Portraits, response_pred: torch.Tensor, reference_pred: torch.Tensor,
         reference: CrossAttentionFeatures | None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor:  # fmt: skip
         """The SFCM (B, 1, H, W) of a batch; zero where nothing may change.
 
         Args:

@@ -3,8 +3,6 @@
 Source: [ours].
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 
@@ -33,13 +31,10 @@ def check_models(
         enhances: whether the enhancement loss is computed, for which alone there is a second CLIP.
     """
     family, facts = check_model(
-        model.pretrained_model_name_or_path,
-        revision=model.revision,
-        cache_dir=model.cache_dir,
-        vae=model.pretrained_vae_model_name_or_path,
-        tiny_vae=model.tiny_vae_model_name_or_path,
+        model.pretrained_model_name_or_path, revision=model.revision, cache_dir=model.cache_dir,
+        vae=model.pretrained_vae_model_name_or_path, tiny_vae=model.tiny_vae_model_name_or_path,
         prediction_type=model.prediction_type,
-    )
+    )  # fmt: skip
     if last_timestep > facts.num_train_timesteps:
         raise ValueError(
             f"--sfcm_timesteps: HIGH is {last_timestep}, above the model's {facts.num_train_timesteps} timesteps"

@@ -4,11 +4,10 @@ Legend: B batch, C channels, H/W latent size, T text tokens, E size of a text em
 Source: [ours].
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -48,18 +47,7 @@ def load_base_model(
             parts["vae"] = AutoencoderKL.from_pretrained(
                 vae, dtype=dtype, cache_dir=args.cache_dir, use_safetensors=True
             )
-    pipeline = load_pipeline(
-        pipeline_class,
-        args.pretrained_model_name_or_path,
-        dtype,
-        "pretrained_model_name_or_path",
-        revision=args.revision,
-        cache_dir=args.cache_dir,
-        variant=args.variant,
-        safety_checker=None,
-        requires_safety_checker=False,
-        **parts,
-    )
+    pipeline = _load(pipeline_class, args, dtype, **parts)
     if references:
         with naming_flag("reference_lora", " ".join(reference.name for reference in references)):
             merge_loras(pipeline, [str(lora.path) for lora in references], [lora.scale for lora in references])
@@ -73,19 +61,16 @@ def load_base_model(
 
 def load_text_part(family: type[StableDiffusion], model: ModelFlags) -> StableDiffusionPipeline:
     """The base model as far as it reads prompts, without denoiser and VAE."""
-    return load_pipeline(
-        family.pipeline_class,
-        model.pretrained_model_name_or_path,
-        torch.float32,
-        "pretrained_model_name_or_path",
-        revision=model.revision,
-        cache_dir=model.cache_dir,
-        variant=model.variant,
-        safety_checker=None,
-        requires_safety_checker=False,
-        vae=None,
-        **{family.denoiser: None},
-    )
+    return _load(family.pipeline_class, model, torch.float32, **{"vae": None, family.denoiser: None})
+
+
+def _load(
+    kind: type[StableDiffusionPipeline], model: ModelFlags, dtype: torch.dtype, **parts: Any
+) -> StableDiffusionPipeline:
+    flag = "pretrained_model_name_or_path"
+    hub = {"revision": model.revision, "cache_dir": model.cache_dir, "variant": model.variant}
+    parts |= {"safety_checker": None, "requires_safety_checker": False}
+    return load_pipeline(kind, getattr(model, flag), dtype, flag, **hub, **parts)
 
 
 @torch.no_grad()
@@ -129,13 +114,9 @@ def lora_config(family: type[StableDiffusion], args: LoraFlags, unet: UNet2DCond
     if targets is None:
         targets = family.lora_targets(unet, args.lora_target)
     return LoraConfig(
-        r=args.rank,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        use_dora=args.use_dora,
-        init_lora_weights="gaussian",
-        target_modules=targets,
-    )
+        r=args.rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, use_dora=args.use_dora,
+        init_lora_weights="gaussian", target_modules=targets,
+    )  # fmt: skip
 
 
 class Models:
@@ -234,18 +215,13 @@ class Models:
 
 
 def load_models(
-    family: type[StableDiffusion],
-    model: ModelFlags,
-    lora: LoraFlags,
-    accelerator: Accelerator,
-    references: Sequence[ReferenceLora],
-    earlier: str | Path | None,
-) -> Models:
+    family: type[StableDiffusion], model: ModelFlags, lora: LoraFlags, accelerator: Accelerator,
+    references: Sequence[ReferenceLora], earlier: str | Path | None,
+) -> Models:  # fmt: skip
     """The base model on the device, frozen, with a new LoRA on its UNet, or an earlier one (file or folder) that goes
     on.
 
-    Raises:
-        InputError: weights are missing, damaged or a pickle.
+    Raises InputError: weights are missing, damaged or a pickle.
     """
     pipeline = load_base_model(family.pipeline_class, model, weight_dtype(accelerator), references)
     pipeline.to(accelerator.device)

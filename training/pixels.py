@@ -4,8 +4,6 @@ Legend: H/W size in pixels.
 Source: [ours].
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from fractions import Fraction
@@ -14,25 +12,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-
-INTERPOLATION_MODES: dict[str, Image.Resampling] = {
-    "lanczos": Image.Resampling.LANCZOS,
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-    "box": Image.Resampling.BOX,
-    "hamming": Image.Resampling.HAMMING,
-    "nearest": Image.Resampling.NEAREST,
-}
+from training.flag_rules import INTERPOLATION_MODES
 
 
 def preprocess_image(
-    image: Image.Image,
-    size: tuple[int, int],
-    *,
-    flip: bool = False,
-    centering: tuple[float, float] = (0.5, 0.5),
+    image: Image.Image, size: tuple[int, int], *, flip: bool = False, centering: tuple[float, float] = (0.5, 0.5),
     interpolation: str = "lanczos",
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Pixels as the VAE takes them: the largest part of an RGB image with the shape of `size`, resized to it.
 
     Args:
@@ -42,11 +28,8 @@ def preprocess_image(
             bottom, y = 1 at the top.
         interpolation: a key of `INTERPOLATION_MODES`.
 
-    Returns:
-        (3, H, W) float32 in [-1, 1].
-
-    Raises:
-        ValueError: `centering` or `interpolation` is none of these.
+    Returns: (3, H, W) float32 in [-1, 1].
+    Raises ValueError: `centering` or `interpolation` is none of these.
     """
     if interpolation not in INTERPOLATION_MODES:
         raise ValueError(f"interpolation must be one of {list(INTERPOLATION_MODES)}, got {interpolation!r}.")
@@ -55,7 +38,7 @@ def preprocess_image(
         raise ValueError(f"centering must lie in [0, 1], got {centering}.")
     height, width = size
     # One resize of the part: resizing first would make a huge image of a very narrow one.
-    image = ImageOps.fit(image, (width, height), INTERPOLATION_MODES[interpolation], centering=centering)
+    image = ImageOps.fit(image, (width, height), Image.Resampling[interpolation.upper()], centering=centering)
     if flip:
         image = ImageOps.mirror(image)
     pixels = torch.from_numpy(np.array(image, dtype=np.float32))
@@ -76,8 +59,7 @@ def parse_aspect_ratio_buckets(text: str, multiple: int) -> tuple[tuple[int, int
     """The different (H, W) of --aspect_ratio_buckets in their order, from "512,512;640,448", sides multiples of
     `multiple`.
 
-    Raises:
-        ValueError: names the flag and the part that is wrong.
+    Raises ValueError: names the flag and the part that is wrong.
     """
     buckets: list[tuple[int, int]] = []
     for part in text.split(";"):

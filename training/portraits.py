@@ -4,17 +4,15 @@ Legend: B batch, C channels, H/W latent size, H'/W' size in pixels, N training p
 Source: [ours].
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from programs.console import phase_bar
 from programs.interruption import leave_stop_signals
@@ -130,17 +128,10 @@ class TrainingPortraits:
 
 
 def draw_latents(
-    pipeline: DiffusionPipeline,
-    prompts: Sequence[str],
-    *,
-    seeds: Sequence[int],
-    num_inference_steps: int,
-    guidance_scale: float,
-    height: int,
-    width: int,
-    batch_size: int,
+    pipeline: DiffusionPipeline, prompts: Sequence[str], *, seeds: Sequence[int], num_inference_steps: int,
+    guidance_scale: float, height: int, width: int, batch_size: int,
     advance: Callable[[int], object] = lambda count: None,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Draw one portrait per prompt and keep its latents; whether an adapter is active is the caller's choice.
 
     Args:
@@ -150,8 +141,7 @@ def draw_latents(
         batch_size: portraits drawn at once.
         advance: told how many were drawn, each time some are.
 
-    Returns:
-        (len(prompts), C, H, W) float32 on the CPU, scaled as the UNet takes them, without gradient.
+    Returns: (len(prompts), C, H, W) float32 on the CPU, scaled as the UNet takes them, without gradient.
     """
     scale, latents = pipeline.vae_scale_factor, []
     shape = (pipeline.unet.config.in_channels, height // scale, width // scale)
@@ -161,15 +151,9 @@ def draw_latents(
         # In half precision some versions of torch draw other and much coarser noise.
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
         output = pipeline(
-            chunk,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            latents=noise.to(pipeline.unet.device, pipeline.unet.dtype),
-            generator=generators,
-            output_type="latent",
-        )
+            chunk, height=height, width=width, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
+            latents=noise.to(pipeline.unet.device, pipeline.unet.dtype), generator=generators, output_type="latent",
+        )  # fmt: skip
         latents.append(output.images.float().cpu())
         advance(len(chunk))
     return torch.cat(latents)
@@ -179,39 +163,29 @@ def draw_portraits(
     models: Models, inputs: Inputs, flags: AlignmentFlags, accelerator: Accelerator, seed: int, batch_size: int
 ) -> Portraits:
     """Portraits of the original model from base prompts, shared between the processes, each from a seed of its own."""
-    count = len(inputs.rows)
-    pairs, buckets = range(count, len(inputs.pairs)), inputs.buckets[count:]
-
-    def draw_one_size(first: int, stop: int, bar: tqdm) -> list[torch.Tensor]:
-        """Latents of the portraits from `first` to `stop`, which have one size."""
-        share = -(-(stop - first) // accelerator.num_processes)
-        start = first + accelerator.process_index * share
-        # Every process draws as many, the last ones perhaps some too many, which are cut off again.
-        own = [min(i, stop - 1) for i in range(start, start + share)]
-        height, width = inputs.sizes[buckets[first]]
-        drawn = draw_latents(
-            models.pipeline,
-            [inputs.pairs[pairs[i]].base_prompt for i in own],
-            seeds=[derive_seed(seed, f"alignment portrait {i}") for i in own],
-            num_inference_steps=flags.alignment_inference_steps,
-            guidance_scale=flags.alignment_guidance_scale,
-            height=height,
-            width=width,
-            batch_size=batch_size,
-            advance=bar.update,
-        )
-        return list(accelerator.gather(drawn.to(models.device))[: stop - first])
-
-    latents, stretches = [], runs_of_equal(buckets)
-    own = sum(-(-(stop - first) // accelerator.num_processes) for first, stop in stretches)
+    first, processes = len(inputs.rows), accelerator.num_processes
+    pairs, buckets = inputs.pairs[first:], inputs.buckets[first:]
+    # The places of those of one size, and how many of them a process draws: each as many, the last ones perhaps some
+    # too many, which are cut off again.
+    groups = [list(group) for _, group in groupby(range(len(pairs)), buckets.__getitem__)]
+    shares, latents = [-(-len(group) // processes) for group in groups], []
     with (
-        phase_bar("alignment portraits", own, "portrait", accelerator.is_local_main_process) as bar,
+        phase_bar("alignment portraits", sum(shares), "portrait", accelerator.is_local_main_process) as bar,
         models.adapters.only(None),
         models.resident(),
     ):
-        for first, stop in stretches:
-            latents += draw_one_size(first, stop, bar)
-    return Portraits(latents, torch.tensor(list(pairs), device=models.device), buckets)
+        for group, share in zip(groups, shares, strict=True):
+            start = accelerator.process_index * share
+            own = [group[min(i, len(group) - 1)] for i in range(start, start + share)]
+            height, width = inputs.sizes[buckets[group[0]]]
+            drawn = draw_latents(
+                models.pipeline, [pairs[i].base_prompt for i in own],
+                seeds=[derive_seed(seed, f"alignment portrait {i}") for i in own],
+                num_inference_steps=flags.alignment_inference_steps, guidance_scale=flags.alignment_guidance_scale,
+                height=height, width=width, batch_size=batch_size, advance=bar.update,
+            )  # fmt: skip
+            latents += accelerator.gather(drawn.to(models.device))[: len(group)]
+    return Portraits(latents, torch.arange(first, len(inputs.pairs), device=models.device), buckets)
 
 
 def make_training_set(flags: Flags, inputs: Inputs, accelerator: Accelerator) -> TrainingSet:
@@ -219,18 +193,11 @@ def make_training_set(flags: Flags, inputs: Inputs, accelerator: Accelerator) ->
     size = flags.loop.train_batch_size
     first = accelerator.process_index * size
     return TrainingSet(
-        rows=inputs.rows,
-        keys=inputs.keys,
-        sizes=inputs.sizes,
-        buckets=inputs.buckets[: len(inputs.rows)],
-        batch_size=size * accelerator.num_processes,
-        share=slice(first, first + size),
-        seed=flags.loop.seed,
-        repeats=flags.data.repeats,
-        random_flip=flags.pictures.random_flip,
-        center_crop=flags.pictures.center_crop,
+        rows=inputs.rows, keys=inputs.keys, sizes=inputs.sizes, buckets=inputs.buckets[: len(inputs.rows)],
+        batch_size=size * accelerator.num_processes, share=slice(first, first + size), seed=flags.loop.seed,
+        repeats=flags.data.repeats, random_flip=flags.pictures.random_flip, center_crop=flags.pictures.center_crop,
         interpolation=flags.pictures.image_interpolation_mode,
-    )
+    )  # fmt: skip
 
 
 def portraits_of(state: Mapping[str, Any], device: torch.device) -> Portraits | None:
@@ -242,9 +209,3 @@ def portraits_of(state: Mapping[str, Any], device: torch.device) -> Portraits | 
         for name, value in state["alignment"].items()
     }
     return Portraits(**values | {"pair_index": values["pair_index"].to(device)})
-
-
-def runs_of_equal(values: Sequence[int]) -> list[tuple[int, int]]:
-    """Start and end of each stretch of equal values."""
-    starts = [i for i, value in enumerate(values) if i == 0 or value != values[i - 1]]
-    return list(zip(starts, [*starts[1:], len(values)], strict=True))

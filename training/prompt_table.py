@@ -62,15 +62,9 @@ class PromptTable:
 
 @torch.no_grad()
 def make_prompt_table(
-    family: type[StableDiffusion],
-    pipeline: DiffusionPipeline,
-    pairs: Sequence[PromptPair],
-    pair_tokens: Sequence[PromptTokens],
-    *,
-    encode: bool = True,
-    cache: TensorCache | None = None,
-    shown: bool = True,
-) -> PromptTable:
+    family: type[StableDiffusion], pipeline: DiffusionPipeline, pairs: Sequence[PromptPair],
+    pair_tokens: Sequence[PromptTokens], *, encode: bool = True, cache: TensorCache | None = None, shown: bool = True,
+) -> PromptTable:  # fmt: skip
     """Encode every prompt once and lay out token positions.
 
     Args:
@@ -101,8 +95,12 @@ def make_prompt_table(
     positions += [(row, row) for row in own] + [((), ())] * count
     padding = [(tokens.base_padding, tokens.full_padding) for tokens in pair_tokens]
     padding += [(tokens.base_padding,) * 2 for tokens in pair_tokens] + [(range(1, length),) * 2] * count
-    base_positions, position_mask = _pad_rows([base for base, _ in positions])
-    full_positions, _ = _pad_rows([full for _, full in positions])
+    base_positions, full_positions = (
+        pad_sequence([torch.tensor(list(row), dtype=torch.long) for row in rows], batch_first=True)
+        for rows in zip(*positions)
+    )
+    counts = torch.tensor([len(base) for base, _ in positions])
+    position_mask = torch.arange(base_positions.shape[1]) < counts[:, None]
 
     distances = pad_sequence(family.distances(pipeline, pairs, pair_tokens), batch_first=True)
     weights, free = torch.zeros(*distances.shape, length), torch.zeros(distances.shape, dtype=torch.bool)
@@ -130,12 +128,9 @@ def make_prompt_table(
 
 
 def _encode_once(
-    family: type[StableDiffusion],
-    pipeline: DiffusionPipeline,
-    ids: torch.Tensor,
-    cache: TensorCache | None,
+    family: type[StableDiffusion], pipeline: DiffusionPipeline, ids: torch.Tensor, cache: TensorCache | None,
     shown: bool,
-) -> PromptEmbeds:
+) -> PromptEmbeds:  # fmt: skip
     """Text embeddings of the U prompts `ids` (U, T), from the cache as far as it has them."""
 
     def compute(missing: Sequence[int]) -> Iterator[torch.Tensor]:
@@ -160,17 +155,6 @@ def encode_prompts(
         return table.prompt_embeds[rows]
     unique, places = rows.unique(return_inverse=True)
     return encode(table.prompt_ids[unique])[places]
-
-
-def _pad_rows(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of indices as one tensor (R, K), padded with 0, and a mask that is False in the padding."""
-    width = max(1, *map(len, rows))
-    padded = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        padded[i, : len(row)] = torch.tensor(list(row), dtype=torch.long)
-        mask[i, : len(row)] = True
-    return padded, mask
 
 
 def _row_mask(rows: Sequence[Sequence[int]], length: int) -> torch.Tensor:

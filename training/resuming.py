@@ -1,7 +1,5 @@
 """Going on with a run: from which checkpoint, and what must be as it was. Source: [ours]."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,8 +60,7 @@ def resume_record(
 def find_resume(flags: Flags, references: Sequence[ReferenceLora]) -> Resume | None:
     """The checkpoint that --resume_from_checkpoint names, checked and read; None to start anew.
 
-    Raises:
-        ValueError: there is none, it is damaged, or another run's; or one would be lost among those of this run.
+    Raises ValueError: there is none, it is damaged, or another run's; or one would be lost among those of this run.
     """
     asked, output_dir = flags.loop.resume_from_checkpoint, Path(flags.output.output_dir)
     if asked is None:
@@ -110,8 +107,7 @@ def check_unused(output: OutputFlags) -> None:
 def check_nothing_came(loop: LoopFlags, output: OutputFlags, resume: Resume | None) -> None:
     """Whether the output folder, once no other run can write into it, is as it was when the flags were checked.
 
-    Raises:
-        InputError: a run has come to its end, or written a checkpoint, in the meantime.
+    Raises InputError: a run has come to its end, or written a checkpoint, in the meantime.
     """
     output_dir = Path(output.output_dir)
     if resume is None:

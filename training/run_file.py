@@ -1,9 +1,4 @@
-"""A run in a file: the flags by name in YAML, as they are given to a run and as it writes them down.
-
-Source: [ours].
-"""
-
-from __future__ import annotations
+"""A run in a file: the flags by name in YAML, as they are given to a run and as it writes them down. [ours]"""
 
 import argparse
 from collections.abc import Mapping
@@ -26,8 +21,7 @@ def read_run_file(path: str, actions: Mapping[str, argparse.Action]) -> dict[str
     Args:
         actions: of the parser, by the flags' names.
 
-    Raises:
-        ValueError: it cannot be read, is no YAML, or has a key or a kind of value that no flag has.
+    Raises ValueError: it cannot be read, is no YAML, or has a key or a kind of value that no flag has.
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))

@@ -1,7 +1,5 @@
 """What a run leaves behind: the LoRA, checkpoints, and the last lines that say what lies where. Source: [ours]."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path

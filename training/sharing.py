@@ -3,8 +3,6 @@
 Source: [ours].
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -72,8 +70,7 @@ def _as_mistake() -> Iterator[None]:
 def share(output_dir: Path, facts: CardFacts, token: str | None) -> None:
     """The LoRA in kohya's format and the model card; both on the Hub with the pipeline, if `facts` name a repository.
 
-    Raises:
-        InputError: the Hub did not take it; one line that says what is safe and how to push again.
+    Raises InputError: the Hub did not take it; one line that says what is safe and how to push again.
     """
     if facts.has_kohya:
         save_kohya_lora(output_dir / LORA_WEIGHTS, output_dir / KOHYA_WEIGHTS)
@@ -86,14 +83,9 @@ def share(output_dir: Path, facts: CardFacts, token: str | None) -> None:
 
 
 def card_facts(
-    flags: Mapping[str, Any],
-    pairs: Sequence[PromptPair],
-    validation_pair: PromptPair,
-    pictures: Sequence[str],
-    repo_id: str | None,
-    is_dora: bool,
-    references: Sequence[ReferenceLora] = (),
-) -> CardFacts:
+    flags: Mapping[str, Any], pairs: Sequence[PromptPair], validation_pair: PromptPair, pictures: Sequence[str],
+    repo_id: str | None, is_dora: bool, references: Sequence[ReferenceLora] = (),
+) -> CardFacts:  # fmt: skip
     """What the model card says, of all flags by name; no folder of this machine is in it.
 
     Args:
@@ -106,15 +98,9 @@ def card_facts(
     base_model = flags["pretrained_model_name_or_path"]
     return CardFacts(
         base_model=f"path/to/{Path(base_model).resolve().name}" if Path(base_model).is_dir() else base_model,
-        targets=tuple(dict.fromkeys(pair.target_text for pair in pairs)),
-        example_prompt=validation_pair.full_prompt,
-        base_prompt=validation_pair.base_prompt,
-        example_target=validation_pair.target_argument,
-        settings={name: value for name, value in flags.items() if name not in UNPUBLISHED},
-        pictures=tuple(pictures),
-        licence=flags["hub_license"],
-        repo_id=repo_id,
-        has_kohya=flags["output_kohya_format"],
-        is_dora=is_dora,
+        targets=tuple(dict.fromkeys(pair.target_text for pair in pairs)), example_prompt=validation_pair.full_prompt,
+        base_prompt=validation_pair.base_prompt, example_target=validation_pair.target_argument,
+        settings={name: value for name, value in flags.items() if name not in UNPUBLISHED}, pictures=tuple(pictures),
+        licence=flags["hub_license"], repo_id=repo_id, has_kohya=flags["output_kohya_format"], is_dora=is_dora,
         earlier_loras=tuple(references),
-    )
+    )  # fmt: skip

@@ -3,8 +3,6 @@
 Source: [ours].
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import logging

@@ -4,8 +4,6 @@ Legend: N training portraits, R portraits of one process, H/W size in pixels.
 Source: [ours].
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The pictures that a run draws of itself. Source: [ours]."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +24,9 @@ def draw_validation(
         return
     pair, (height, width) = inputs.validation_pair, inputs.sizes[inputs.buckets[0]]
     shared = {
-        "prompt": pair.base_prompt,
-        "num_inference_steps": flags.validation_inference_steps,
-        "guidance_scale": flags.validation_guidance_scale,
-        "height": height,
-        "width": width,
-    }
+        "prompt": pair.base_prompt, "num_inference_steps": flags.validation_inference_steps,
+        "guidance_scale": flags.validation_guidance_scale, "height": height, "width": width,
+    }  # fmt: skip
     rows = []
     # accelerate's UNet answers in float32; autocast brings that to the dtype of the other models.
     with (
@@ -43,13 +38,10 @@ def draw_validation(
         for own in range(seed, seed + flags.num_validation_images):
             base = models.pipeline(**shared, compare=True, generator=torch.Generator().manual_seed(own))
             full = models.pipeline(
-                **shared,
-                target_prompt=list(pair.target_argument),
-                base_phrases=list(pair.base_phrases),
-                free_phrases=list(pair.free_phrases) or None,
-                return_sfcm=True,
+                **shared, target_prompt=list(pair.target_argument), base_phrases=list(pair.base_phrases),
+                free_phrases=list(pair.free_phrases) or None, return_sfcm=True,
                 generator=torch.Generator().manual_seed(own),
-            )
+            )  # fmt: skip
             overlay = overlay_heat_map(full.images[0], full.sfcm[0, 0])
             rows.append([base.reference_images[0], base.images[0], full.images[0], overlay])
             bar.update()

@@ -5,8 +5,6 @@ it is asked for.
 Source: [ours].
 """
 
-from __future__ import annotations
-
 from training.arguments import Flags
 from training.flags import WITH_KEPT_ROWS, MethodFlags
 from training.objectives.composed import Composed

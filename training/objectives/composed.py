@@ -3,8 +3,6 @@
 Legend: B batch, C channels, H/W latent size, T text tokens, E size of a text embedding.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
@@ -52,12 +50,9 @@ class Composed(Objective):
     def losses(self, micro_step: int) -> Iterator[dict[str, torch.Tensor]]:
         models, number = self.models, self.number_of(micro_step)
         batch = self.batches.aligned(
-            self.alignment,
-            number,
-            stream=2,
-            unchanged_share=self.method.base_prompt_share,
+            self.alignment, number, stream=2, unchanged_share=self.method.base_prompt_share,
             timestep_power=self.flags.composed_timestep_power,
-        )
+        )  # fmt: skip
         response_embeds = models.response_embeds(self.table, batch.rows)
         target = self.target(batch, number, response_embeds)
         response_pred = models.respond(batch.noisy_latents, batch.timesteps, response_embeds)
@@ -129,13 +124,9 @@ class Composed(Objective):
         return reference_pred, full_pred, base_pred, features
 
     def _together(
-        self,
-        batch: Batch,
-        reference_embeds: PromptEmbeds,
-        rows: torch.Tensor,
-        embeds: PromptEmbeds,
+        self, batch: Batch, reference_embeds: PromptEmbeds, rows: torch.Tensor, embeds: PromptEmbeds,
         recording: AbstractContextManager,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """The original model's predictions and the teacher's, of `rows`, in one forward."""
         count, device = len(batch.kinds), self.models.device
         together = torch.cat([torch.arange(count, device=device), rows])
@@ -146,13 +137,9 @@ class Composed(Objective):
         return preds[:count], preds[count:]
 
     def _in_turn(
-        self,
-        batch: Batch,
-        reference_embeds: PromptEmbeds,
-        rows: torch.Tensor,
-        embeds: PromptEmbeds,
+        self, batch: Batch, reference_embeds: PromptEmbeds, rows: torch.Tensor, embeds: PromptEmbeds,
         recording: AbstractContextManager,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """The same in two forwards."""
         models = self.models
         with models.adapters.only(None), recording:

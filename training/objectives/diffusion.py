@@ -3,8 +3,6 @@
 Legend: B batch, C channels, H/W latent size. Paper: arXiv 2504.00396.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -5,8 +5,6 @@ Source: DreamBooth's prior preservation, arXiv 2208.12242; differential output p
 contrastive adapter training, arXiv 2404.07554.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple

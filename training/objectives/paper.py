@@ -4,8 +4,6 @@ Legend: B batch, K matched tokens, T text tokens.
 Paper: arXiv 2504.00396; `[ours]` marks what it leaves open.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -39,17 +37,11 @@ class Paper(Objective):
         with (
             models.capture.store() as store,
             dual_path(
-                models.adapters,
-                models.predict,
-                batch.noisy_latents,
-                batch.timesteps,
-                models.reference_embeds(table, batch.rows),
-                models.response_embeds(table, batch.rows),
-                mode=method.dual_path,
-                store=store,
-                respond=models.respond,
+                models.adapters, models.predict, batch.noisy_latents, batch.timesteps,
+                models.reference_embeds(table, batch.rows), models.response_embeds(table, batch.rows),
+                mode=method.dual_path, store=store, respond=models.respond,
             ) as paths,
-        ):
+        ):  # fmt: skip
             reference, response = paths.reference, paths.response
             response_pred, reference_pred = paths.response_pred, paths.reference_pred
             sfcm = self.maps.of_batch(batch, self.alignment, response_pred.detach(), reference_pred, reference)
@@ -62,14 +54,11 @@ class Paper(Objective):
             base_error = diffusion_loss(response_pred, reference_pred) * to_epsilon**2
             yield {
                 "text_consistent": text_consistent_loss(
-                    list(response.attention_probs.values()),
-                    list(reference.attention_probs.values()),
-                    resolutions,
-                    sfcm,
-                    *table.positions.of(batch.rows),
+                    list(response.attention_probs.values()), list(reference.attention_probs.values()), resolutions,
+                    sfcm, *table.positions.of(batch.rows),
                 ).mean(),
                 "fine_grained": fine_grained_loss(
                     list(response.queries.values()), list(reference.queries.values()), resolutions, sfcm
                 ).mean(),
                 "base_prompt": (base_error * unchanged).mean(),
-            }
+            }  # fmt: skip
