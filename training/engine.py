@@ -1,7 +1,4 @@
-"""The engine of a run: where it is, one optimizer, its schedule, accumulation, precision, and updates left out.
-
-Source: [ours].
-"""
+"""The engine of a run: where it is, its optimizer, schedule, accumulation and precision, updates left out. [ours]"""
 
 import copy
 import logging
