@@ -68,9 +68,8 @@ class Engine:
     """Makes the updates of both stages with one optimizer, which each stage starts anew.
 
     Attributes:
-        accelerator: the processes and the precision.
         parameters: the weights in training.
-        stage, global_step: where the run is: in stage 1 or 2, after so many updates.
+        stage, global_step: where the run is: in stage 1 or 2, after so many updates, or as the state `resume` has it.
         skipped_updates: how many updates a gradient scaler left out.
         optimizer, lr_scheduler: of the stage, once it has started.
     """
@@ -79,7 +78,6 @@ class Engine:
         self, accelerator: Accelerator, parameters: list[torch.nn.Parameter], flags: OptimizerFlags, loop: LoopFlags,
         resume: Mapping[str, Any] | None,
     ) -> None:  # fmt: skip
-        """`resume` is the state of a checkpoint to go on from."""
         self.accelerator, self.parameters, self._flags, self._loop = accelerator, parameters, flags, loop
         self._resume = resume
         self.stage = 1 if resume is None else resume["stage"]

@@ -123,10 +123,9 @@ class Models:
     """The base model with the LoRA in training, the teacher once there is one, and what of them lies on the device.
 
     Attributes:
-        family: what is particular to the base model.
         pipeline: draws with the models as they are.
-        unet: its UNet, with the adapter "default", which is trained.
-        response_unet: the distributed wrapper of `unet`, or `unet` itself.
+        unet, response_unet: its UNet, with the adapter "default", which is trained, and its distributed wrapper, if
+            any.
         noise: of training.
         adapters, capture: switch the adapters, and capture the attention, of `unet`.
     """
