@@ -27,11 +27,9 @@ PROMPT = ("a woman, a brown jacket, a curtain background", "blonde hair")
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=FlagFormatter)
     parser.add_argument(
-        "--base_model",
-        type=in_home,
-        default=os.environ.get("SPF_BASE_MODEL"),
+        "--base_model", type=in_home, default=os.environ.get("SPF_BASE_MODEL"),
         help="Stable Diffusion 1.x or 2.x: a folder or a Hub id; the toy world's if not set.",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--lora",
         action="append",
@@ -48,11 +46,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--port", type=int, help="Port; the first free one from 7860 if not set.")
     parser.add_argument("--share", action="store_true", help="Make a public address through gradio's servers.")
     parser.add_argument(
-        "--max_lora_mb",
-        type=float,
-        default=500,
+        "--max_lora_mb", type=float, default=500,
         help="Largest LoRA that others than this machine's users may have downloaded, in megabytes.",
-    )
+    )  # fmt: skip
     args = parser.parse_args(input_args)
     if not args.max_lora_mb > 0:
         parser.error(f"--max_lora_mb must be positive, not {args.max_lora_mb:g}")

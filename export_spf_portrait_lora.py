@@ -23,10 +23,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--scale", type=float, action="append", help="Strength of each --lora, in their order; 1 for all if not given."
     )
     parser.add_argument(
-        "--base_model",
-        type=in_home,
-        help="Stable Diffusion 1.x or 2.x to fuse with: a folder or a Hub id.",
-    )
+        "--base_model", type=in_home, help="Stable Diffusion 1.x or 2.x to fuse with: a folder or a Hub id.",
+    )  # fmt: skip
     parser.add_argument(
         "--output_merged", type=path_in_home, help="Folder for the base model with the LoRAs fused into it."
     )

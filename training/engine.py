@@ -121,11 +121,9 @@ class Engine:
     def _make_optimizer(self) -> torch.optim.Optimizer:
         flags = self._flags
         options = {
-            "lr": self.learning_rate,
-            "betas": (flags.adam_beta1, flags.adam_beta2),
-            "weight_decay": flags.adam_weight_decay,
-            "eps": flags.adam_epsilon,
-        }
+            "lr": self.learning_rate, "betas": (flags.adam_beta1, flags.adam_beta2),
+            "weight_decay": flags.adam_weight_decay, "eps": flags.adam_epsilon,
+        }  # fmt: skip
         # From packages of their own, which the flags have looked for.
         if flags.use_8bit_adam:
             from bitsandbytes.optim import AdamW8bit

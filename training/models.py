@@ -33,11 +33,9 @@ STAGE1_ADAPTER = "stage1"
 
 
 def load_base_model(
-    pipeline_class: type[StableDiffusionPipeline],
-    args: ModelFlags,
-    weight_dtype: torch.dtype,
+    pipeline_class: type[StableDiffusionPipeline], args: ModelFlags, weight_dtype: torch.dtype,
     references: Sequence[ReferenceLora] = (),
-) -> StableDiffusionPipeline:
+) -> StableDiffusionPipeline:  # fmt: skip
     """The base model, with the VAE and the prediction type of the flags, and earlier LoRAs merged into its weights."""
     # Merged in half precision, small changes would be rounded away, and the sum be another than side by side.
     dtype = torch.float32 if references else weight_dtype
