@@ -148,11 +148,9 @@ class CapturingAttnProcessor:
         query, key, value = (
             projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
             for projected in (
-                attn.to_q(hidden_states),
-                attn.to_k(encoder_hidden_states),
-                attn.to_v(encoder_hidden_states),
+                attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states),
             )
-        )
+        )  # fmt: skip
         if attn.norm_q is not None:
             query = attn.norm_q(query)
         if attn.norm_k is not None:

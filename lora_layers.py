@@ -161,11 +161,9 @@ def check_fits(lora: Layers, models: Mapping[str, Mapping[str, torch.nn.Module]]
 
 
 def check_loadable(
-    tensors: Mapping[str, Tensor],
-    alphas: Mapping[str, Any] | None,
-    metadata: Mapping[str, Any] | None,
+    tensors: Mapping[str, Tensor], alphas: Mapping[str, Any] | None, metadata: Mapping[str, Any] | None,
     models: Mapping[str, Mapping[str, torch.nn.Module]],
-) -> None:
+) -> None:  # fmt: skip
     """Whether diffusers loads a LoRA, as of its `lora_state_dict`, into models, as of `check_fits`, as it is meant.
 
     Raises ValueError: it is for other models, damaged, or what diffusers takes for something else; one line.

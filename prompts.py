@@ -254,10 +254,8 @@ def tokenize_prompt_pair(pair: PromptPair, tokenizer: PreTrainedTokenizerBase) -
         lost = [phrase for phrase, positions in zip(pair.base_phrases, phrase_positions) if not positions]
         logger.warning(
             "The base prompt is too long for %d tokens; cut off: %r; phrases without any token: %s.",
-            tokenizer.model_max_length,
-            pair.base_prompt[base_end:],
-            lost or "none",
-        )
+            tokenizer.model_max_length, pair.base_prompt[base_end:], lost or "none",
+        )  # fmt: skip
     if full_end < len(pair.full_prompt):
         logger.warning(
             "The full prompt is too long for %d tokens; cut off: %r.",
@@ -275,16 +273,14 @@ def tokenize_prompt_pair(pair: PromptPair, tokenizer: PreTrainedTokenizerBase) -
         [full_marks.get(position, full_ids[position]) for position in full_order],
     )
     return PromptTokens(
-        base_input_ids=base_ids,
-        full_input_ids=full_ids,
-        phrase_positions=phrase_positions,
+        base_input_ids=base_ids, full_input_ids=full_ids, phrase_positions=phrase_positions,
         target_positions=target_positions,
         each_target_positions=tuple(_positions(full_offsets, [span]) for span in target_spans),
         base_positions=tuple(base_order[base] for base, _ in matches),
         full_positions=tuple(full_order[full] for _, full in matches),
         base_padding=tuple(range(base_order[-1] + 1, len(base_ids))),
         full_padding=tuple(range(full_order[-1] + 1, len(full_ids))),
-    )
+    )  # fmt: skip
 
 
 def locate_phrases(

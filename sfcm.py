@@ -25,13 +25,7 @@ def _stretch(maps: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch
 
 
 def min_max_normalize(maps: torch.Tensor) -> torch.Tensor:
-    """Stretch each map to [0, 1]; a flat map becomes zeros.
-
-    Args:
-        maps: (..., H, W), any real range.
-
-    Returns:
-        The same shape, in [0, 1].
+    """Stretch each map (..., H, W), of any real range, to [0, 1]; a flat map becomes zeros.
 
     Source: [paper] normalised maps; [ours] per sample, flat maps to zero.
     """
@@ -39,17 +33,10 @@ def min_max_normalize(maps: torch.Tensor) -> torch.Tensor:
 
 
 def percentile_normalize(maps: torch.Tensor, low: float = 0.05, high: float = 0.95) -> torch.Tensor:
-    """Stretch each map so that its `low` and `high` quantiles become 0 and 1, and cut what lies beyond.
+    """Stretch each map (..., H, W) so that its `low` and `high` quantiles become 0 and 1, and cut what lies beyond.
 
-    Args:
-        maps: (..., H, W), any real range.
-        low: lower quantile in [0, 1].
-        high: upper quantile in [0, 1].
-
-    Returns:
-        The same shape, in [0, 1]; a map whose two quantiles are equal becomes zeros.
-
-    Source: [ours], less moved by single noisy pixels than the extremes are.
+    A map whose two quantiles are equal becomes zeros. Source: [ours], less moved by single noisy pixels than extremes
+    are.
     """
     flat = maps.flatten(-2).float()
     bounds = torch.quantile(flat, torch.tensor([low, high], device=maps.device), dim=-1)[..., None, None]
@@ -66,20 +53,13 @@ def epsilon_scale(alphas_cumprod: torch.Tensor | None, timesteps: torch.Tensor, 
     """What a difference of two predictions is multiplied by to become one of predicted noise.
 
     Two predictions are of the same noisy latents, so a model that predicts noise and the same one expressed as
-    velocity or as clean latents differ by this factor alone.
+    velocity or as clean latents differ by this factor alone: 1; `sqrt(alpha_bar)`; `sqrt(alpha_bar / (1 -
+    alpha_bar))`.
 
     Args:
         alphas_cumprod: (number of training timesteps,); not looked at for "epsilon".
-        timesteps: (B,), or of any other shape; a sampler's may lie between two integers.
-        prediction_type: "epsilon", "v_prediction" or "sample".
-
-    Returns:
-        The shape of `timesteps`, float32, above 0: 1; `sqrt(alpha_bar)`; `sqrt(alpha_bar / (1 - alpha_bar))`.
-
-    Raises:
-        ValueError: an unknown prediction type.
-
-    Source: [ours].
+        timesteps: (B,), or of any other shape, which the float32 result has; a sampler's may lie between two integers.
+        prediction_type: "epsilon", "v_prediction" or "sample", else a ValueError.
     """
     if prediction_type == "epsilon":
         return torch.ones_like(timesteps, dtype=torch.float32)
@@ -95,15 +75,12 @@ def epsilon_scale(alphas_cumprod: torch.Tensor | None, timesteps: torch.Tensor, 
 def noise_difference(
     response_pred: torch.Tensor, reference_pred: torch.Tensor, scale: torch.Tensor | float = 1.0
 ) -> torch.Tensor:
-    """Mean absolute difference of the two paths' predicted noise.
+    """Mean absolute difference of the two paths' predicted noise, (B, 1, H, W) float32, not normalised.
 
     Args:
         response_pred: (B, C, H, W) prediction with the adapter and the full prompt.
         reference_pred: (B, C, H, W) prediction of the original model with the base prompt.
         scale: (B,), or one for all, from `epsilon_scale`, where the predictions are not of noise.
-
-    Returns:
-        (B, 1, H, W) float32, not normalised.
 
     Source: [paper].
     """
@@ -117,16 +94,13 @@ def phrase_attention_maps(
     phrase_weights: torch.Tensor,
     size: tuple[int, int],
 ) -> torch.Tensor:
-    """Where each base phrase is looked at, averaged over layers.
+    """Where each base phrase is looked at, averaged over layers: (B, P, H, W) in [0, 1]; zeros for a padded phrase.
 
     Args:
         attention_probs: per layer (B, S, T), cross-attention probabilities of the Reference Path, heads averaged.
         resolutions: per layer (h, w) with h*w = S.
         phrase_weights: (B, P, T), each row averages over one phrase's tokens; a row of zeros pads a shorter prompt.
         size: (H, W) of the maps to return.
-
-    Returns:
-        (B, P, H, W) in [0, 1]; zeros for a padded phrase.
 
     Source: [paper]; [ours] the layers of one resolution are averaged.
     """
@@ -139,17 +113,7 @@ def phrase_attention_maps(
 
 
 def phrase_distances(phrase_embeds: torch.Tensor, target_embeds: torch.Tensor) -> torch.Tensor:
-    """CLIP distance of each base phrase to the target, `1 - cos`.
-
-    Args:
-        phrase_embeds: (B, P, E) CLIP text embeddings of the phrases.
-        target_embeds: (B, E) those of the target.
-
-    Returns:
-        (B, P) in [0, 2].
-
-    Source: [paper].
-    """
+    """CLIP distances `1 - cos` of phrases (B, P, E) to the target (B, E): (B, P) in [0, 2]. Source: [paper]."""
     return 1 - F.cosine_similarity(phrase_embeds, target_embeds[:, None], dim=-1)
 
 
@@ -157,19 +121,14 @@ def phrase_distances(phrase_embeds: torch.Tensor, target_embeds: torch.Tensor) -
 def clip_distances(
     text_encoder: torch.nn.Module, tokenizer: Any, pairs: Sequence[Any], tokens: Sequence[Any], device: torch.device
 ) -> list[torch.Tensor]:
-    """CLIP distances of the phrases of each pair of prompts to its target, by a diffusion model's own text encoder.
+    """CLIP distances of the phrases of each pair of prompts to its target, (P,) float32 in [0, 2] on the CPU each.
 
-    A phrase that was cut off stands for nothing, as the target itself would: a prompt may name many of them.
+    By a diffusion model's own text encoder, as it was before any adapter. A phrase that was cut off stands for
+    nothing, as the target itself would: a prompt may name many of them.
 
     Args:
-        text_encoder: a CLIP text encoder as it was before any adapter.
-        tokenizer: its tokenizer.
-        pairs: a `PromptPair` each.
-        tokens: their `PromptTokens`.
+        pairs, tokens: a `PromptPair` each, and their `PromptTokens`.
         device: where the text encoder computes.
-
-    Returns:
-        Per pair (P,) float32 in [0, 2], on the CPU.
 
     Source: [paper] the distance; [ours] the model it is measured by.
     """
@@ -188,16 +147,9 @@ def clip_distances(
 
 
 def relative_distances(distances: torch.Tensor, phrase_mask: torch.Tensor) -> torch.Tensor:
-    """Distances stretched to [0, 1] over one prompt's phrases, so that the CLIP model's scale does not matter.
+    """Distances (B, P) stretched to [0, 1] over one prompt's phrases, so that the CLIP model's scale does not matter.
 
-    Args:
-        distances: (B, P).
-        phrase_mask: (B, P) bool, False where a shorter prompt is padded.
-
-    Returns:
-        (B, P) in [0, 1]; zeros for padding and where all phrases are equally far.
-
-    Source: [ours].
+    Zeros where all are equally far, and where `phrase_mask` (B, P) is False for padding. Source: [ours].
     """
     low = distances.masked_fill(~phrase_mask, float("inf")).amin(1, keepdim=True)
     high = distances.masked_fill(~phrase_mask, float("-inf")).amax(1, keepdim=True)
@@ -282,15 +234,12 @@ def sfcm_none(
 
 
 def free_regions(sfcm: torch.Tensor, phrase_maps: torch.Tensor, free_mask: torch.Tensor) -> torch.Tensor:
-    """Open a map where phrases that are free to change are looked at.
+    """Open a map (B, 1, H, W) in [0, 1] where phrases that are free to change are looked at: nowhere lower than their
+    maps.
 
     Args:
-        sfcm: (B, 1, H, W) in [0, 1].
         phrase_maps: (B, P, H, W) in [0, 1] from `phrase_attention_maps`.
         free_mask: (B, P) bool, True for the free phrases.
-
-    Returns:
-        (B, 1, H, W) in [0, 1], nowhere lower than `sfcm` or than a free phrase's map.
 
     Source: [ours].
     """
@@ -298,15 +247,9 @@ def free_regions(sfcm: torch.Tensor, phrase_maps: torch.Tensor, free_mask: torch
 
 
 def guidance_map(difference: torch.Tensor) -> torch.Tensor:
-    """Where a prediction differs from the reference, as guidance at inference uses it at each step.
+    """Where a prediction differs from the reference, as guidance at inference uses it: (B, 1, H, W) in [0, 1].
 
-    Args:
-        difference: (B, 1, H, W) from `noise_difference`, or a mean of such maps.
-
-    Returns:
-        (B, 1, H, W) in [0, 1].
-
-    Source: [ours].
+    `difference` is of `noise_difference`, or a mean of such maps. Source: [ours].
     """
     return percentile_normalize(blur(difference))
 

@@ -132,11 +132,9 @@ class SPFCall:
             has_map, per_step = has_target or bool(active), request.return_sfcm == "per_step"
             maps = observer.maps(phrases, request.sfcm_mode, has_target, has_map, per_step)
         return SPFPortraitPipelineOutput(
-            images=output.images[:images],
-            nsfw_content_detected=None if flags is None else flags[:images],
-            reference_images=output.images[images:] if request.compare else None,
-            **maps,
-        )
+            images=output.images[:images], nsfw_content_detected=None if flags is None else flags[:images],
+            reference_images=output.images[images:] if request.compare else None, **maps,
+        )  # fmt: skip
 
     def _compose(
         self, prompt: str | list[str] | None, request: spf_arguments.Request, stock: dict[str, Any]

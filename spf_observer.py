@@ -76,7 +76,6 @@ class Phrases:
     """What the maps are about, B rows each; a shorter prompt's rows are padded with zeros.
 
     Attributes:
-        texts, targets: per image its phrases and targets.
         weights: (B, P, T), each row averages over a phrase's tokens in the base prompt.
         target_weights: (B, K, T), the same of the targets in the full prompt.
         free: (B, P) bool, the phrases that may change.
@@ -145,11 +144,8 @@ class StepAttention:
 class Guide:
     """SFCM guidance of one run: keeps the response to the reference outside of where the target responds.
 
-    Attributes:
-        strength: s in [0, 1] of the soft mask `m = 1 - s * (1 - SFCM)`.
-        exponent: of the SFCM.
-        phrases: whose free ones open the mask, if there are any.
-        total: sum over the calls of the normalised differences.
+    The soft mask is `m = 1 - strength * (1 - SFCM^exponent)`, opened by the free ones of `phrases`; `total` is the sum
+    over the calls of the normalised differences.
     """
 
     strength: float
@@ -177,7 +173,6 @@ class Observer:
     """Gives the denoiser rows that its caller does not see, and takes their predictions and attention.
 
     Attributes:
-        rows: of the batch.
         extend: of a call's arguments and keywords, those with the appended rows.
         to_epsilon: of a timestep, what makes a difference of predictions one of predicted noise.
         guide: changes the response's predictions on their way out.

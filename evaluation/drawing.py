@@ -1,10 +1,8 @@
-"""Portraits on disk: what is measured later is what was drawn, and none of it has to be in memory.
+"""Portraits on disk: what is measured later is what was drawn, and none of it has to be in memory. [ours]
 
 A model's folder has `p000-s0-base.png` and `-full.png` for each prompt and seed, a LoRA's `-sfcm.npy` as well, and the
 original model's `-region.npy`.
-
 Legend: n portraits of all, H/W their size in pixels, h/w that of their maps.
-Source: [ours].
 """
 
 import argparse

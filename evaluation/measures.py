@@ -17,10 +17,8 @@ import numpy as np
 CONFIDENCE = 0.95
 # What judges where the user names no other.
 DEFAULT_MODELS = {
-    "clip": "openai/clip-vit-large-patch14",
-    "dino": "facebook/dinov2-base",
-    "segmenter": "jonathandinu/face-parsing",
-}
+    "clip": "openai/clip-vit-large-patch14", "dino": "facebook/dinov2-base", "segmenter": "jonathandinu/face-parsing",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -55,10 +55,8 @@ def estimate_pollution(
 ) -> Estimate:
     """The pollution index: 0 for the original model and 1 for the reference LoRA; it may be negative, or larger.
 
-    Args:
-        original: of the original model, asked for the target untuned; its `base` is 0.
-        reference: of the LoRA that counts as 1; None leaves the index in grey levels.
-        resamples: as of `resample_prompts`; LoRA, original and reference are resampled together.
+    The original model is asked for the target untuned; its `base` is 0. Without a reference the index is in grey
+    levels. All are resampled together, as of `resample_prompts`.
     """
     value, samples = pollution_samples(changes, original, reference, resamples)
     return Estimate(value, *interval(samples))
@@ -139,8 +137,7 @@ def summarise(judged: Sequence[Judged], missing: Mapping[str, str], resamples: i
     Args:
         judged: the original model first; at most one is the reference.
         missing: by measure, why it was not computed.
-        resamples: how often the prompts are resampled.
-        seed: of the resampling, which is the same for all models.
+        resamples: how often the prompts are resampled, by a seed that is the same for all models.
     """
     original = judged[0]
     index = resample_prompts(len(original.values["change"]), resamples, seed)

@@ -55,12 +55,10 @@ def write_model_card(folder: Path, facts: CardFacts) -> Path:
         raise ValueError("targets: a model card needs at least one target prompt")
     targets, is_on_hub = list(dict.fromkeys(facts.targets)), _is_hub_id(facts.base_model)
     data = ModelCardData(
-        base_model=facts.base_model if is_on_hub else None,
-        license=facts.licence,
-        inference=True,
+        base_model=facts.base_model if is_on_hub else None, license=facts.licence, inference=True,
         instance_prompt=", ".join(targets),
         widget=[{"text": facts.example_prompt, "output": {"url": picture}} for picture in facts.pictures] or None,
-    )
+    )  # fmt: skip
     target = list(facts.example_target)
     card = ModelCard.from_template(
         data,

@@ -1,7 +1,4 @@
-"""One LoRA on a pipeline at a time, exchanged by its name for users who may see this machine's files, or may not.
-
-Source: [ours].
-"""
+"""One LoRA on a pipeline, exchanged by its name for users who may see this machine's files, or may not. [ours]"""
 
 import math
 import tempfile

@@ -1,7 +1,4 @@
-"""LoRA files written, each whole or not at all: kohya's format, which ComfyUI and A1111 read, and diffusers'.
-
-Source: [ours].
-"""
+"""LoRA files written, each whole or not at all: kohya's format (ComfyUI, A1111), and diffusers'. [ours]"""
 
 import json
 from collections import Counter

@@ -1,7 +1,4 @@
-"""SIGTERM and Ctrl-C, taken where a run can be left: between two steps, or anywhere in work that is done again.
-
-Source: [ours].
-"""
+"""SIGTERM and Ctrl-C, taken where a run can be left: between steps, or in work that is done again. [ours]"""
 
 import signal
 from collections.abc import Iterator

@@ -1,7 +1,4 @@
-"""Loading what a user names: an error of one line that says what it was, and a tokenizer that is really there.
-
-Source: [ours].
-"""
+"""Loading what a user names: an error of one line says what it was, and tokenizers are really there. [ours]"""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager

@@ -1,7 +1,4 @@
-"""Pictures as users keep them: opened, made upright, measured and told apart, or refused with a line that says why.
-
-Source: [ours].
-"""
+"""Pictures as users keep them: opened, made upright, measured, told apart, or refused with a reason. [ours]"""
 
 import hashlib
 import struct

@@ -1,8 +1,4 @@
-"""The prompts of the portraits that are drawn, and how many portraits stage 2 aligns on.
-
-Legend: M drawn portraits.
-Source: [ours].
-"""
+"""The prompts of the M portraits that are drawn, and how many portraits stage 2 aligns on. [ours]"""
 
 import logging
 from collections.abc import Sequence
@@ -20,11 +16,11 @@ logger = logging.getLogger(__name__)
 def alignment_pairs(
     alignment: AlignmentFlags, pairs: Sequence[PromptPair], buckets: Sequence[int], seed: int
 ) -> tuple[list[PromptPair], list[int]]:
-    """Prompts of the portraits to be drawn: the data's in a random order, each with some phrases left out.
+    """Prompts of the portraits to be drawn, and their buckets: the data's in a random order, each with some phrases
+    left out.
 
-    What the data never varies (one background for all) is drawn in many forms once its phrase is gone.
-
-    Returns: M pairs and their buckets, those of one bucket together.
+    What the data never varies (one background for all) is drawn in many forms once its phrase is gone. Those of one
+    bucket come together.
     """
     rng = np.random.default_rng(seed)
     # The same prompts in two sizes are drawn in both.
@@ -44,15 +40,11 @@ def alignment_pairs(
 
 
 def ask_for_reference_targets(pairs: Sequence[PromptPair], texts: Sequence[str], seed: int) -> list[PromptPair]:
-    """Ask for what the earlier LoRAs were taught, so that it is there to be preserved.
+    """M pairs that ask for what the earlier LoRAs were taught, so that it is there to be preserved.
 
-    Args:
-        pairs: M pairs of the portraits to be drawn.
-        texts: the earlier LoRAs' targets; each is asked for in the base prompts of half of the pairs, in a choice of
-            its own. It takes the place of a phrase about the same noun ("brown hair"), or else is added.
-        seed: seed of the choice.
+    Each target is asked for in the base prompts of half of the pairs, in a choice of its own. It takes the place of a
+    phrase about the same noun ("brown hair"), or else is added.
 
-    Returns: M pairs.
     Raises ValueError: a text is the new target, or one of the two is a part of the other.
     """
     pairs = list(pairs)

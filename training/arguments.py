@@ -63,9 +63,7 @@ GROUPS = {name: kind for name, kind in get_type_hints(Flags).items() if name != 
 class FlagParser(HfArgumentParser):
     """Flags as the fields of `Flags` say; one that is on or off has a form with --no- as well.
 
-    Attributes:
-        run_file: the file of flags, if there is one.
-        from_file: the flags whose value is the file's, which an error then names.
+    `run_file` is the file of flags, if there is one, and `from_file` the flags whose value is the file's.
     """
 
     run_file: str | None = None

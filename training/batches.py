@@ -74,9 +74,7 @@ class BatchDrawer:
     def training(self, portraits: TrainingPortraits, micro_step: int, noise_offset: float = 0.0) -> Batch:
         """A batch of training portraits, all asked for their target.
 
-        Args:
-            micro_step: counts batches, from 0.
-            noise_offset: standard deviation of an offset that all noise of one channel shares.
+        `noise_offset` is the standard deviation of an offset that all noise of one channel shares.
         """
         index, latents, pixels = portraits.take(micro_step)
         return self._noised(portraits.pair_index, index, latents, pixels, micro_step, 0, noise_offset=noise_offset)
@@ -88,7 +86,6 @@ class BatchDrawer:
         """A batch of alignment portraits.
 
         Args:
-            micro_step: counts batches, from 0.
             stream: keeps apart what one step draws several times.
             unchanged_share: share of BASE and EMPTY rows, in [0, 1).
             timestep_power: timesteps are drawn with density (noise/signal)^power; 0 is uniform.

@@ -62,17 +62,14 @@ class TensorCache:
     def get_or_compute(
         self, keys: Sequence[str], compute: Callable[[list[int]], Iterable[torch.Tensor]]
     ) -> list[torch.Tensor]:
-        """Look tensors up and compute those that are missing.
+        """The tensor of each key, looked up or computed, on the CPU, without gradient, in the dtype of its
+        computation.
 
         Args:
-            keys: a key for each tensor, as `fingerprint` returns them.
+            keys: as `fingerprint` returns them; equal ones share one tensor.
             compute: takes the indices of missing keys, each different key once, and yields their tensors in that
                 order. Each is written as it comes, so an interrupted run keeps what it has. Not called if none is
                 missing.
-
-        Returns:
-            The tensor of each key, on the CPU, without gradient, in the dtype in which it was computed; equal keys
-            share one tensor.
 
         Raises:
             OSError: a file cannot be read or written; the message names --cache_dir and the file.

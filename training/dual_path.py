@@ -80,11 +80,9 @@ def dual_path(
     batch_size = noisy_latents.shape[0]
     with adapters.per_sample([BASE_ROW] * batch_size + [adapter_name] * batch_size):
         pred, features = recorded(
-            respond or predict,
-            torch.cat([noisy_latents, noisy_latents]),
-            timesteps.reshape(-1).expand(batch_size).repeat(2),
-            PromptEmbeds.cat([reference_embeds, response_embeds]),
-        )
+            respond or predict, torch.cat([noisy_latents, noisy_latents]),
+            timesteps.reshape(-1).expand(batch_size).repeat(2), PromptEmbeds.cat([reference_embeds, response_embeds]),
+        )  # fmt: skip
         yield DualPathOutput(
             pred[:batch_size].detach(),
             pred[batch_size:],

@@ -1,7 +1,4 @@
-"""The engine of a run: where it is, one optimizer, its schedule, accumulation, precision, and updates left out.
-
-Source: [ours].
-"""
+"""The engine of a run: where it is, its optimizer, schedule, accumulation and precision, updates left out. [ours]"""
 
 import copy
 import math
@@ -71,9 +68,8 @@ class Engine:
     """Makes the updates of both stages with one optimizer, which each stage starts anew.
 
     Attributes:
-        accelerator: the processes and the precision.
         parameters: the weights in training.
-        stage, global_step: where the run is: in stage 1 or 2, after so many updates.
+        stage, global_step: where the run is: in stage 1 or 2, after so many updates, or as the state `resume` has it.
         skipped_updates: how many updates a gradient scaler left out.
         optimizer, lr_scheduler: of the stage, once it has started.
     """
@@ -82,7 +78,6 @@ class Engine:
         self, accelerator: Accelerator, parameters: list[torch.nn.Parameter], flags: OptimizerFlags, loop: LoopFlags,
         resume: Mapping[str, Any] | None,
     ) -> None:  # fmt: skip
-        """`resume` is the state of a checkpoint to go on from."""
         self.accelerator, self.parameters, self._flags, self._loop = accelerator, parameters, flags, loop
         self._resume = resume
         self.stage = 1 if resume is None else resume["stage"]
@@ -126,11 +121,9 @@ class Engine:
     def _make_optimizer(self) -> torch.optim.Optimizer:
         flags = self._flags
         options = {
-            "lr": self.learning_rate,
-            "betas": (flags.adam_beta1, flags.adam_beta2),
-            "weight_decay": flags.adam_weight_decay,
-            "eps": flags.adam_epsilon,
-        }
+            "lr": self.learning_rate, "betas": (flags.adam_beta1, flags.adam_beta2),
+            "weight_decay": flags.adam_weight_decay, "eps": flags.adam_epsilon,
+        }  # fmt: skip
         # From packages of their own, which the flags have looked for.
         if flags.use_8bit_adam:
             from bitsandbytes.optim import AdamW8bit

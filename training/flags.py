@@ -157,11 +157,9 @@ class LoraFlags(FlagGroup):
     )
     lora_target: str = flag("cross", "Cross-attention projections, or self-attention's too.", choices=("cross", "all"))
     lora_layers: list[str] | None = flag(
-        None,
-        "Instead of --lora_target: ends of the layers' names, separated by commas, as in attn2.to_k,attn2.to_v.",
-        type=names_of,
-        nargs=None,
-    )
+        None, "Instead of --lora_target: ends of the layers' names, separated by commas, as in attn2.to_k,attn2.to_v.",
+        type=names_of, nargs=None,
+    )  # fmt: skip
     lora_dropout: float = flag(0.0, "Dropout in front of the LoRA, in [0, 1).", SHARE_BELOW_1)
     use_dora: bool = flag(False, "Weight-decomposed LoRA (DoRA); needs --dual_path two_pass, and no --reference_lora.")
     reference_lora: list[str] | None = path(

@@ -1,7 +1,4 @@
-"""docs/flags.md, a table for each group of flags, as the flags themselves say: `python -m training.flags_page`.
-
-Source: [ours].
-"""
+"""docs/flags.md, a table for each group of flags, from the flags: `python -m training.flags_page`. [ours]"""
 
 import re
 from dataclasses import MISSING, Field, fields

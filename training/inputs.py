@@ -165,8 +165,7 @@ def pairs_to_draw(
 ) -> tuple[list[PromptPair], list[int]]:
     """The prompts of the M portraits to be drawn and their buckets, if these flags draw any.
 
-    Raises:
-        ValueError: too few are drawn for --preservation prior, or a text of --reference_target_prompt cannot be added.
+    Raises ValueError: too few are drawn for --preservation prior, or a --reference_target_prompt cannot be added.
     """
     alignment, method = flags.alignment, flags.method
     if method.preservation != "prior" and not (method.stage2_steps and alignment.alignment_source != "data"):

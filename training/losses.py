@@ -84,11 +84,9 @@ def text_consistent_loss(
 
 
 def fine_grained_loss(
-    response_queries: Sequence[torch.Tensor],
-    reference_queries: Sequence[torch.Tensor],
-    resolutions: Sequence[tuple[int, int]],
-    sfcm: torch.Tensor,
-) -> torch.Tensor:
+    response_queries: Sequence[torch.Tensor], reference_queries: Sequence[torch.Tensor],
+    resolutions: Sequence[tuple[int, int]], sfcm: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
     """Keeps the UNet's features, as the queries of its cross-attention, outside the SFCM.
 
     Args:

@@ -32,13 +32,10 @@ class MapMaker:
 
     @torch.no_grad()
     def fill_bank(self, portraits: Portraits, chunk_size: int, shown: bool) -> list[torch.Tensor]:
-        """The SFCM of M portraits, noise differences averaged over several noise samples at high timesteps.
+        """M of (1, H, W) float32 in [0, 1], the SFCMs of portraits, noise differences averaged over samples at high
+        timesteps.
 
-        Args:
-            chunk_size: how many are looked at together.
-            shown: whether a bar shows it.
-
-        Returns: M of (1, H, W) float32 in [0, 1].
+        `chunk_size` of them are looked at together.
         """
         maps = {}
         with phase_bar("maps", len(portraits.buckets), "map", shown) as bar:

@@ -1,7 +1,4 @@
-"""What is known of the models before their weights are loaded: configurations, layers, and the LoRAs that must fit.
-
-Source: [ours].
-"""
+"""What is known of the models without weights: configurations, layers, and the LoRAs that must fit. [ours]"""
 
 import hashlib
 from collections.abc import Sequence

@@ -33,11 +33,9 @@ STAGE1_ADAPTER = "stage1"
 
 
 def load_base_model(
-    pipeline_class: type[StableDiffusionPipeline],
-    args: ModelFlags,
-    weight_dtype: torch.dtype,
+    pipeline_class: type[StableDiffusionPipeline], args: ModelFlags, weight_dtype: torch.dtype,
     references: Sequence[ReferenceLora] = (),
-) -> StableDiffusionPipeline:
+) -> StableDiffusionPipeline:  # fmt: skip
     """The base model, with the VAE and the prediction type of the flags, and earlier LoRAs merged into its weights."""
     # Merged in half precision, small changes would be rounded away, and the sum be another than side by side.
     dtype = torch.float32 if references else weight_dtype
@@ -123,10 +121,9 @@ class Models:
     """The base model with the LoRA in training, the teacher once there is one, and what of them lies on the device.
 
     Attributes:
-        family: what is particular to the base model.
         pipeline: draws with the models as they are.
-        unet: its UNet, with the adapter "default", which is trained.
-        response_unet: the distributed wrapper of `unet`, or `unet` itself.
+        unet, response_unet: its UNet, with the adapter "default", which is trained, and its distributed wrapper, if
+            any.
         noise: of training.
         adapters, capture: switch the adapters, and capture the attention, of `unet`.
     """

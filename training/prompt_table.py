@@ -118,13 +118,11 @@ def make_prompt_table(
         free_mask=(free & weights.any(-1)).to(device),
         distances=distances.to(device),
         positions=TokenPositions(
-            base_positions.to(device),
-            full_positions.to(device),
-            position_mask.to(device),
+            base_positions.to(device), full_positions.to(device), position_mask.to(device),
             _row_mask([base for base, _ in padding], length).to(device),
             _row_mask([full for _, full in padding], length).to(device),
         ),
-    )
+    )  # fmt: skip
 
 
 def _encode_once(

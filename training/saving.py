@@ -52,7 +52,6 @@ class Checkpoints:
     def __init__(
         self, flags: Flags, record: Mapping[str, Any], inputs: Inputs, models: Models, engine: Engine
     ) -> None:
-        """`record` is what has to be the same when the run goes on."""
         self._output_dir, self._limit = Path(flags.output.output_dir), flags.loop.checkpoints_total_limit
         self._constant = {"record": record, "data": inputs.data_fingerprint}
         self._models, self._engine, self._resume = models, engine, inputs.resume

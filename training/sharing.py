@@ -1,7 +1,4 @@
-"""The LoRA for others: in kohya's format, with a model card, and on the Hub together with the pipeline's code.
-
-Source: [ours].
-"""
+"""The LoRA for others: in kohya's format, with a model card, and on the Hub with the pipeline's code. [ours]"""
 
 import logging
 import re

@@ -1,7 +1,4 @@
-"""Where training pictures come from: a folder with a metadata file, a table or captions, or what `datasets` reads.
-
-Source: [ours].
-"""
+"""Where training pictures come from: a folder with metadata or captions, or what `datasets` reads. [ours]"""
 
 import csv
 import json

@@ -30,11 +30,9 @@ def draw_validation(
     rows = []
     # accelerate's UNet answers in float32; autocast brings that to the dtype of the other models.
     with (
-        phase_bar("validation pictures", flags.num_validation_images, "row") as bar,
-        models.resident(),
-        models.adapters.only("default"),
-        accelerator.autocast(),
-    ):
+        phase_bar("validation pictures", flags.num_validation_images, "row") as bar, models.resident(),
+        models.adapters.only("default"), accelerator.autocast(),
+    ):  # fmt: skip
         for own in range(seed, seed + flags.num_validation_images):
             base = models.pipeline(**shared, compare=True, generator=torch.Generator().manual_seed(own))
             full = models.pipeline(

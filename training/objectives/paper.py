@@ -25,10 +25,8 @@ class Paper(Objective):
         super().__init__(flags, parts)
         paper, self.layers = flags.paper, flags.paper.alignment_layers
         self.weights = {
-            "text_consistent": paper.lambda_text,
-            "fine_grained": paper.lambda_fine,
-            "base_prompt": paper.lambda_base,
-        }
+            "text_consistent": paper.lambda_text, "fine_grained": paper.lambda_fine, "base_prompt": paper.lambda_base,
+        }  # fmt: skip
 
     @contextmanager
     def losses(self, micro_step: int) -> Iterator[dict[str, torch.Tensor]]:
