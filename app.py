@@ -26,20 +26,29 @@ PROMPT = ("a woman, a brown jacket, a curtain background", "blonde hair")
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=FlagFormatter)
-    add = parser.add_argument
-    about = "Stable Diffusion 1.x or 2.x: a folder or a Hub id; the toy world's if not set."
-    add("--base_model", type=in_home, default=os.environ.get("SPF_BASE_MODEL"), help=about)
-    about = "LoRA at first: a file, a folder, or an id or address of the Hub; the toy world has its own, other models "
-    about += "none. More, which every visitor may use, are given by repeating the flag."
-    add("--lora", action="append", help=about)
-    add("--device", help="Such as cuda:1 or cpu; the best there is if not set.")
-    add("--dtype", choices=DTYPES, help="float16 on CUDA and float32 elsewhere if not set.")
-    host = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")
-    add("--host", default=host, help="Address to listen on, 0.0.0.0 for all.")
-    add("--port", type=int, help="Port; the first free one from 7860 if not set.")
-    add("--share", action="store_true", help="Make a public address through gradio's servers.")
-    about = "Largest LoRA that others than this machine's users may have downloaded, in megabytes."
-    add("--max_lora_mb", type=float, default=500, help=about)
+    parser.add_argument(
+        "--base_model", type=in_home, default=os.environ.get("SPF_BASE_MODEL"),
+        help="Stable Diffusion 1.x or 2.x: a folder or a Hub id; the toy world's if not set.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--lora",
+        action="append",
+        help="LoRA at first: a file, a folder, or an id or address of the Hub; the toy world has its own, other "
+        "models none. More, which every visitor may use, are given by repeating the flag.",
+    )
+    parser.add_argument("--device", help="Such as cuda:1 or cpu; the best there is if not set.")
+    parser.add_argument("--dtype", choices=DTYPES, help="float16 on CUDA and float32 elsewhere if not set.")
+    parser.add_argument(
+        "--host",
+        default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),
+        help="Address to listen on, 0.0.0.0 for all.",
+    )
+    parser.add_argument("--port", type=int, help="Port; the first free one from 7860 if not set.")
+    parser.add_argument("--share", action="store_true", help="Make a public address through gradio's servers.")
+    parser.add_argument(
+        "--max_lora_mb", type=float, default=500,
+        help="Largest LoRA that others than this machine's users may have downloaded, in megabytes.",
+    )  # fmt: skip
     args = parser.parse_args(input_args)
     if not args.max_lora_mb > 0:
         parser.error(f"--max_lora_mb must be positive, not {args.max_lora_mb:g}")
