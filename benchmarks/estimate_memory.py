@@ -45,12 +45,13 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextC
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from attention_processors import active_adapters, capture_cross_attention, dual_path  # noqa: E402
-from benchmarks.random_stable_diffusion import TEXT, VISION, make_unet, make_vae  # noqa: E402
-from training.arguments import parse_args, uses_enhancement  # noqa: E402
-from training.losses import compose_prediction, diffusion_loss, fine_grained_loss, text_consistent_loss  # noqa: E402
-from training.models import lora_config  # noqa: E402
-from training.prompt_table import embed_pixels  # noqa: E402
+from attention_processors import active_adapters, capture_cross_attention, dual_path
+from benchmarks.parts.tables import markdown_table
+from benchmarks.random_stable_diffusion import TEXT, VISION, make_unet, make_vae
+from training.arguments import parse_args, uses_enhancement
+from training.losses import compose_prediction, diffusion_loss, fine_grained_loss, text_consistent_loss
+from training.models import lora_config
+from training.prompt_table import embed_pixels
 
 
 HALF = torch.bfloat16
@@ -76,15 +77,16 @@ ONE_PORTRAIT = "--stage2_objective both --train_batch_size 1 --gradient_checkpoi
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages that operations made inside of it, and of those it is told of.
+    """Counts storages that operations made inside of it, and those it is told of: the bytes now, and the most."""
 
-    `live` are the bytes now, `peak` the most there were at once.
-    """
-
-    def __init__(self) -> None:
+    def __init__(self, *modules: nn.Module) -> None:
+        """Counts the modules' tensors from the beginning."""
         super().__init__()
         self.live = self.peak = 0
         self._counted: set[int] = set()
+        for module in modules:
+            for tensor in (*module.parameters(), *module.buffers()):
+                self.count(tensor)
 
     def count(self, tensor: Tensor) -> None:
         """Count a tensor's storage until it is freed; views of one storage count once."""
@@ -141,10 +143,8 @@ def in_float32(function: Callable) -> Callable:
 
 @contextmanager
 def like_cuda() -> Iterator[None]:
-    """Inside, a CPU's tensors take CUDA's memory: flash attention, and float32 where CUDA's autocast wants it.
-
-    torch's functions are exchanged, since a torch function mode would be off while checkpointing recomputes.
-    """
+    """Inside, a CPU's tensors take CUDA's memory: flash attention, and float32 where CUDA's autocast wants it."""
+    # A torch function mode would be off while checkpointing recomputes.
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return FlashAttention.apply(query, key, value)
@@ -235,11 +235,7 @@ def parameter_bytes(module: nn.Module) -> int:
 @contextmanager
 def counting(*modules: nn.Module) -> Iterator[LiveBytes]:
     """Count what happens inside, on top of these modules' parameters."""
-    counter = LiveBytes()
-    for module in modules:
-        for tensor in (*module.parameters(), *module.buffers()):
-            counter.count(tensor)
-    with like_cuda(), counter:
+    with like_cuda(), LiveBytes(*modules) as counter:
         yield counter
 
 
@@ -252,11 +248,8 @@ def autocast_forward(unet: UNet2DConditionModel) -> Iterator[None]:
         with torch.autocast("cpu", HALF):
             return (forward(*args, **kwargs)[0].float(),)
 
-    unet.forward = wrapped
-    try:
+    with patch.object(unet, "forward", wrapped):
         yield
-    finally:
-        del unet.forward
 
 
 @dataclass
@@ -280,15 +273,11 @@ class UNetInputs:
 
 
 @torch.no_grad()
-def encoding_peak(modules: list[nn.Module], vae: AutoencoderKL) -> int:
-    """One portrait is encoded beside these models."""
-    with counting(vae, *modules) as counter:
-        vae.encode(torch.empty(1, 3, 8 * SIDE, 8 * SIDE, dtype=HALF)).latent_dist.mode()
-    return counter.peak
-
-
 def preparing_peak(models: Models) -> int:
-    return encoding_peak([models.unet, models.text_encoder, models.clip], models.vae)
+    """One portrait is encoded beside all models."""
+    with counting(models.vae, models.unet, models.text_encoder, models.clip) as counter:
+        models.vae.encode(torch.empty(1, 3, 8 * SIDE, 8 * SIDE, dtype=HALF)).latent_dist.mode()
+    return counter.peak
 
 
 @torch.no_grad()
@@ -351,17 +340,9 @@ def alignment_backward(models: Models, inputs: UNetInputs) -> None:
     ):
         reference, response = paths.reference, paths.response
         resolutions = list(reference.resolutions.values())
-        text = text_consistent_loss(
-            list(response.attention_probs.values()),
-            list(reference.attention_probs.values()),
-            resolutions,
-            sfcm,
-            positions,
-            positions,
-            positions == 0,
-            padding,
-            padding,
-        )
+        probs = [list(features.attention_probs.values()) for features in (response, reference)]
+        matched = positions, positions, positions == 0
+        text = text_consistent_loss(*probs, resolutions, sfcm, *matched, padding, padding)
         fine = fine_grained_loss(list(response.queries.values()), list(reference.queries.values()), resolutions, sfcm)
         base = diffusion_loss(paths.response_pred, paths.reference_pred)
         torch.autograd.backward((text + fine + base).mean())
@@ -406,13 +387,13 @@ def estimate(flags: str) -> dict[str, int]:
 
 
 def print_presets() -> None:
-    print("| GPU | flags, besides `--mixed_precision` | counted |\n| --- | --- | --- |")
-    details = []
+    lines, details = [], []
     for card, flags in PRESETS.items():
         peaks = estimate(flags)
-        print(f"| {card} GB | `{flags}` | {max(peaks.values()) / GIB:.1f} GiB |", flush=True)
+        lines.append([f"{card} GB", f"`{flags}`", f"{max(peaks.values()) / GIB:.1f} GiB"])
         details.append(f"{card} GB: " + ", ".join(f"{name} {peak / GIB:.2f}" for name, peak in peaks.items()))
-    print("\nGiB of each part:", *details, sep="\n- ")
+    print(markdown_table(["GPU", "flags, besides `--mixed_precision`", "counted"], lines))
+    print("GiB of each part:", *details, sep="\n- ")
 
 
 def print_figures() -> None:

@@ -370,7 +370,7 @@ def test_validation_does_not_change_the_training(world, trained, tmp_path):
 
 
 def test_no_picture_of_the_maps_where_each_step_makes_its_own(world, tmp_path):
-    output = train(world, tmp_path / "output", num_validation_images=1, sfcm_mode="noise", stage1_steps=1)
+    output = train(world, tmp_path / "output", num_validation_images=1, sfcm_mode="paper", stage1_steps=1)
     assert "validation/alignment.png" not in files(output)
 
 
