@@ -13,9 +13,8 @@ import copy
 import html
 import ipaddress
 import os
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -26,7 +25,6 @@ from toy_portraits.recipe import BASE_MODEL, LORA
 
 TOY_PROMPT = ("a woman, a green jacket, a purple background", "blonde hair")
 PROMPT = ("a woman, a brown jacket, a curtain background", "blonde hair")
-MAX_LORA_MB = 500
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -55,7 +53,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--max_lora_mb",
         type=float,
-        default=MAX_LORA_MB,
+        default=500,
         help="Largest LoRA that others than this machine's users may have downloaded, in megabytes.",
     )
     args = parser.parse_args(input_args)
@@ -91,10 +89,11 @@ import gradio as gr
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from loras.files import clean_source, download_public_lora, embedding_note, find_lora, load_lora
-from pipeline_spf_portrait import SPFPortraitPipeline, SPFPortraitPipelineOutput, overlay_heat_map
+from loras.slot import LoraSlot
+from pictures import overlay_heat_map
+from pipeline_spf_portrait import SPFPortraitPipeline, SPFPortraitPipelineOutput
 from programs.loading import InputError, choose_device, load_pipeline, naming
-from prompts import MAX_CHARACTERS, find_weights, split_phrases, suggest_replacement
+from wording import MAX_CHARACTERS, find_weights, split_phrases, suggest_replacement
 
 
 HEADERS = ["phrase", "distance", "map", "free"]
@@ -113,76 +112,6 @@ footer { display: none !important; }
 """
 # The fonts of the user's machine: the page loads nothing from elsewhere.
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-
-
-class LoraSlot:
-    """The one LoRA of a pipeline, exchanged by its path or id.
-
-    Args:
-        pipeline: without a LoRA.
-        named: LoRAs that anybody may use, wherever they are. All others are of public repositories then, are asked for
-            without this machine's token, and are not kept. None if the users may have what this machine has.
-        max_bytes: the largest file of a LoRA that is not among those named.
-
-    Attributes:
-        source: what the LoRA was asked for with.
-        note: what is to be said of its file.
-    """
-
-    def __init__(
-        self,
-        pipeline: SPFPortraitPipeline,
-        named: Iterable[str] | None = None,
-        max_bytes: int = MAX_LORA_MB * 10**6,
-    ) -> None:
-        self.pipeline, self.max_bytes = pipeline, max_bytes
-        self.named = None if named is None else tuple(map(_clean, named))
-        self.source = self.note = ""
-        self._last_change = 0.0
-        self._count = 0
-
-    def use(self, source: str) -> None:
-        """Have this LoRA on the pipeline, or none for an empty text; a file that changed is read again.
-
-        Raises:
-            ValueError: there is no such LoRA, or it is for another model; the former one is still there.
-        """
-        is_known = self.named is None or _clean(source) in self.named
-        changed = _last_change(source) if is_known else 0.0
-        if (source, changed) == (self.source, self._last_change):
-            return
-        if source:
-            self._load(source, is_known)
-        else:
-            self.pipeline.unload_lora_weights()
-            self.note = ""
-        self.source, self._last_change = source, changed
-
-    def _load(self, source: str, is_known: bool) -> None:
-        former = self.pipeline.get_active_adapters()
-        self._count += 1
-        # On Windows a file cannot be removed while its weights are mapped.
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            with naming(source):
-                path = find_lora(source) if is_known else download_public_lora(source, Path(folder), self.max_bytes)
-            load_lora(self.pipeline, source, f"lora_{self._count}", path)
-            self.note = embedding_note(path)
-        if former:
-            self.pipeline.delete_adapters(former)
-            self.pipeline.set_adapters(f"lora_{self._count}")
-
-
-def _clean(source: str) -> str:
-    with naming(source):
-        return clean_source(source)
-
-
-def _last_change(source: str) -> float:
-    """Of a file, or of the newest LoRA in a folder; 0 for what is on the Hub."""
-    with naming(source):
-        path = Path(clean_source(source))
-        files = [path] if path.is_file() else list(path.glob("*.safetensors")) if source else []
-        return max((file.stat().st_mtime for file in files), default=0.0)
 
 
 def check_lengths(texts: Mapping[str, str], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -303,32 +232,26 @@ def phrase_table(output: SPFPortraitPipelineOutput, free_phrases: str = "") -> l
     return rows
 
 
-def build_demo(slot: LoraSlot, prompt: str = PROMPT[0], target: str = PROMPT[1]) -> gr.Blocks:
-    """The page. All its visitors share the pipeline, so their drawings wait for one another.
+class Page:
+    """What the page does with its fields; all its visitors share the pipeline.
 
     Args:
         slot: of a pipeline that is on its device; its LoRA is what the page shows at first.
-        prompt: the base prompt at first.
-        target: the target at first.
-
-    Returns:
-        The page, not launched.
-
-    Source: [ours].
     """
-    # Of its own and one at a time: a tokenizer changes its padding with each call, and proposals come while a picture
-    # is drawn.
-    pipeline, tokenizer, tokenizing = slot.pipeline, copy.deepcopy(slot.pipeline.tokenizer), Lock()
-    lora_info = "File, folder, or user/name of the Hub"
-    if slot.named is not None:
-        lora_info = ", ".join([*slot.named, "or a public user/name of the Hub"])
 
-    def propose(prompt: str, target: str, replaces: str, proposed: str) -> tuple[Any, str]:
-        with tokenizing:
-            field, proposal = propose_replacement(prompt, target, replaces, proposed, tokenizer)
+    def __init__(self, slot: LoraSlot) -> None:
+        # A tokenizer of its own and one at a time: it changes its padding with each call, and proposals come while a
+        # picture is drawn.
+        self.slot, self.tokenizer, self.tokenizing = slot, copy.deepcopy(slot.pipeline.tokenizer), Lock()
+
+    def propose(self, prompt: str, target: str, replaces: str, proposed: str) -> tuple[Any, str]:
+        """As of `propose_replacement`."""
+        with self.tokenizing:
+            field, proposal = propose_replacement(prompt, target, replaces, proposed, self.tokenizer)
         return gr.skip() if field is None else field, proposal
 
-    def draw_page(
+    def draw(
+        self,
         prompt: str,
         target: str,
         replaces: str,
@@ -342,12 +265,13 @@ def build_demo(slot: LoraSlot, prompt: str = PROMPT[0], target: str = PROMPT[1])
         guidance_scale: float,
         progress: gr.Progress = gr.Progress(),  # noqa: B008 (how gradio finds it)
     ) -> tuple[Any, ...]:
-        start, lora = time.perf_counter(), lora.strip()
+        """The pictures, what is said of them, the table and the overview."""
+        start, lora, pipeline = time.perf_counter(), lora.strip(), self.slot.pipeline
         fields = {"Prompt": prompt, "Target": target, "Replaces": replaces, "May change, too": free_phrases}
         try:
-            with tokenizing:
-                check_lengths(fields, tokenizer)
-            slot.use(lora)
+            with self.tokenizing:
+                check_lengths(fields, self.tokenizer)
+            self.slot.use(lora)
             if seed is None:
                 raise ValueError("The seed is empty.")
             output = draw(
@@ -370,74 +294,100 @@ def build_demo(slot: LoraSlot, prompt: str = PROMPT[0], target: str = PROMPT[1])
         sfcm = None if output.sfcm is None else overlay_heat_map(image, output.sfcm[0, 0])
         what = f"LoRA {lora} at strength {target_scale:g}" if lora else "No LoRA: the original model draws both"
         lines = [f"{what}; seed {int(seed)}, {time.perf_counter() - start:.1f} s"]
-        if slot.note:
-            lines.append(f"Its file {slot.note}.")
+        if self.slot.note:
+            lines.append(f"Its file {self.slot.note}.")
         weights = next(filter(None, map(find_weights, fields.values())), None)
         if weights is not None:
             lines.append(f"Weights are not read here: `{weights}` is drawn as words.")
         status = "\n\n".join(lines)
         return reference, image, sfcm, status, phrase_table(output, free_phrases), pipeline.visualize(output)
 
+
+def _add_fields(slot: LoraSlot, prompt: str, target: str, proposal: str) -> tuple[gr.Button, list[Any]]:
+    """The button, and the fields as `Page.draw` takes them."""
+    lora_info = "File, folder, or user/name of the Hub"
+    if slot.named is not None:
+        lora_info = ", ".join([*slot.named, "or a public user/name of the Hub"])
+    fields = [
+        gr.Textbox(prompt, label="Prompt", lines=2, info="Phrases, separated by commas"),
+        gr.Textbox(target, label="Target", info="What the LoRA has learned"),
+    ]
+    with gr.Row():
+        fields.append(gr.Textbox(proposal, label="Replaces", info="A phrase of the prompt"))
+        fields.append(gr.Textbox(label="May change, too", info="Phrases of the prompt"))
+    button = gr.Button("Draw", variant="primary")
+    fields += [
+        gr.Textbox(slot.source, label="LoRA", info=lora_info),
+        gr.Slider(0, 2, 1, step=0.05, label="LoRA strength"),
+        gr.Slider(0, 1, 0, step=0.05, label="SFCM guidance", info="1 keeps the original model outside the map"),
+    ]
+    with gr.Accordion("More", open=False):
+        more = [
+            gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1),
+            gr.Slider(1, 100, 25, step=1, label="Steps"),
+            gr.Slider(1, 15, 5, step=0.5, label="Guidance scale"),
+        ]
+        fields += [gr.Checkbox(True, label="LoRA in the empty branch of the guidance"), *more]
+    return button, fields
+
+
+def _add_pictures(has_lora: bool) -> list[Any]:
+    """Where the page shows what `Page.draw` returns."""
+    picture = {"format": "png", "interactive": False, "buttons": ["download", "fullscreen"]}
+    with gr.Row():
+        shown = [
+            gr.Image(label=label, min_width=140, elem_classes="portrait", elem_id=name, **picture)
+            for label, name in (("Original", "original"), ("Adapted", "adapted"), ("Map (SFCM)", "sfcm"))
+        ]
+    status = gr.Markdown("" if has_lora else "No LoRA is loaded.", elem_id="status")
+    table = gr.Dataframe(
+        headers=HEADERS,
+        label="Phrases: CLIP distance to the target, mean of the map, whether it may change, too",
+        interactive=False,
+        elem_id="phrases",
+        wrap=True,
+        column_widths=["40%", "28%", "17%", "15%"],
+    )
+    return [*shown, status, table, gr.Image(label="Overview", show_label=False, elem_id="overview", **picture)]
+
+
+def build_demo(slot: LoraSlot, prompt: str = PROMPT[0], target: str = PROMPT[1]) -> gr.Blocks:
+    """The page, whose drawings wait for one another.
+
+    Args:
+        slot: as of `Page`.
+        prompt: the base prompt at first.
+        target: the target at first.
+
+    Returns:
+        The page, not launched.
+
+    Source: [ours].
+    """
+    page = Page(slot)
+    proposal = propose_replacement(prompt, target, "", "", page.tokenizer)[1]
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(DAY, DAY)) as demo:
         gr.Markdown(ABOUT)
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                prompt_box = gr.Textbox(prompt, label="Prompt", lines=2, info="Phrases, separated by commas")
-                target_box = gr.Textbox(target, label="Target", info="What the LoRA has learned")
-                with gr.Row():
-                    proposal = propose_replacement(prompt, target, "", "", tokenizer)[1]
-                    replaces_box = gr.Textbox(proposal, label="Replaces", info="A phrase of the prompt")
-                    free_box = gr.Textbox(label="May change, too", info="Phrases of the prompt")
-                button = gr.Button("Draw", variant="primary")
-                lora_box = gr.Textbox(slot.source, label="LoRA", info=lora_info)
-                scale_slider = gr.Slider(0, 2, 1, step=0.05, label="LoRA strength")
-                guidance_slider = gr.Slider(
-                    0, 1, 0, step=0.05, label="SFCM guidance", info="1 keeps the original model outside the map"
-                )
-                with gr.Accordion("More", open=False):
-                    seed_box = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1)
-                    steps_slider = gr.Slider(1, 100, 25, step=1, label="Steps")
-                    cfg_slider = gr.Slider(1, 15, 5, step=0.5, label="Guidance scale")
-                    empty_box = gr.Checkbox(True, label="LoRA in the empty branch of the guidance")
+                button, fields = _add_fields(slot, prompt, target, proposal)
             with gr.Column(scale=5, min_width=300):
-                with gr.Row():
-                    original, adapted, overlay = (
-                        gr.Image(
-                            label=label, format="png", interactive=False, min_width=140, elem_classes="portrait",
-                            elem_id=name, buttons=["download", "fullscreen"],
-                        )
-                        for label, name in (("Original", "original"), ("Adapted", "adapted"), ("Map (SFCM)", "sfcm"))
-                    )  # fmt: skip
-                status = gr.Markdown("" if slot.source else "No LoRA is loaded.", elem_id="status")
-                table = gr.Dataframe(
-                    headers=HEADERS,
-                    label="Phrases: CLIP distance to the target, mean of the map, whether it may change, too",
-                    interactive=False,
-                    elem_id="phrases",
-                    wrap=True,
-                    column_widths=["40%", "28%", "17%", "15%"],
-                )
-                overview = gr.Image(
-                    label="Overview", show_label=False, format="png", interactive=False, elem_id="overview",
-                    buttons=["download", "fullscreen"],
-                )  # fmt: skip
+                pictures = _add_pictures(bool(slot.source))
+        prompt_box, target_box, replaces_box = fields[:3]
         gr.on(
             [button.click, prompt_box.submit, target_box.submit],
-            draw_page,
-            [
-                prompt_box, target_box, replaces_box, free_box, lora_box, scale_slider, guidance_slider, empty_box,
-                seed_box, steps_slider, cfg_slider,
-            ],
-            [original, adapted, overlay, status, table, overview],
+            page.draw,
+            fields,
+            pictures,
             api_name="draw",
             concurrency_limit=1,
-            show_progress_on=adapted,
+            show_progress_on=pictures[1],
             scroll_to_output=True,
-        )  # fmt: skip
+        )
         proposed = gr.State(proposal)
         gr.on(
             [prompt_box.change, target_box.change],
-            propose,
+            page.propose,
             [prompt_box, target_box, replaces_box, proposed],
             [replaces_box, proposed],
             api_visibility="private",

@@ -1,7 +1,7 @@
-"""Capturing cross-attention, and the two paths over one set of UNet weights.
+"""Capturing cross-attention.
 
 A captured layer computes an explicit softmax, because its probabilities are wanted; every other layer keeps its own
-processor. The Reference Path is the UNet with its adapters off, the Response Path the same UNet with one adapter on.
+processor.
 
 Legend: B batch, C latent channels, H/W latent size, S = h*w image tokens of a layer, T text tokens, N heads,
 D head dim, E size of a text embedding.
@@ -11,20 +11,13 @@ Paper: arXiv 2504.00396.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-
-
-DUAL_PATH_MODES = ("two_pass", "single_pass")
-BASE_ROW = "__base__"  # peft's name for "no adapter" in a batch of mixed adapters
 
 
 @dataclass
@@ -45,27 +38,23 @@ class CrossAttentionFeatures:
 
     def rows(self, start: int, stop: int) -> CrossAttentionFeatures:
         """The features of the batch rows `start` to `stop`, exclusive."""
-        return CrossAttentionFeatures(
-            {name: probs[start:stop] for name, probs in self.attention_probs.items()},
-            {name: query[start:stop] for name, query in self.queries.items()},
-            dict(self.resolutions),
-        )
+        return self._of(self.resolutions, lambda values: values[start:stop])
 
     def at_resolution(self, resolution: tuple[int, int]) -> CrossAttentionFeatures:
         """Only the layers of that (h, w); empty if there are none."""
-        names = [name for name, size in self.resolutions.items() if size == tuple(resolution)]
-        return CrossAttentionFeatures(
-            {name: self.attention_probs[name] for name in names},
-            {name: self.queries[name] for name in names},
-            {name: self.resolutions[name] for name in names},
-        )
+        return self._of([name for name, size in self.resolutions.items() if size == tuple(resolution)])
 
     def detach(self) -> CrossAttentionFeatures:
         """The same features without gradient."""
+        return self._of(self.resolutions, Tensor.detach)
+
+    def _of(
+        self, names: Collection[str], change: Callable[[Tensor], Tensor] = lambda values: values
+    ) -> CrossAttentionFeatures:
         return CrossAttentionFeatures(
-            {name: probs.detach() for name, probs in self.attention_probs.items()},
-            {name: query.detach() for name, query in self.queries.items()},
-            dict(self.resolutions),
+            {name: change(self.attention_probs[name]) for name in names},
+            {name: change(self.queries[name]) for name in names},
+            {name: self.resolutions[name] for name in names},
         )
 
 
@@ -272,307 +261,62 @@ def _check_capturable(name: str, layer: Attention) -> None:
         raise ValueError(f"{name} groups its queries (fewer key heads than heads), which cannot be captured")
 
 
-@contextmanager
-def capture_cross_attention(
-    unet: nn.Module, layer_names: Sequence[str] | None = None
-) -> Iterator[CrossAttentionStore]:
-    """Install capturing processors on cross-attention layers; the former ones come back on exit, also after an error.
+class CrossAttentionCapture:
+    """The cross-attention layers of a UNet, found once; capturing them is then switched without a walk.
 
     Args:
         unet: a `UNet2DConditionModel`, not a DDP wrapper.
         layer_names: names from `find_cross_attention_layers`, default all.
 
-    Returns:
-        A context with a `CrossAttentionStore`, which is not recording yet.
-
     Raises:
-        ValueError: an unknown layer name, no layer at all, or a layer whose processor is not a stock one (sliced,
-            fused, xformers, IP-Adapter, custom diffusion).
+        ValueError: an unknown layer name, or no layer at all.
 
     Source: [ours].
     """
-    layers = find_cross_attention_layers(unet)
-    if layer_names is not None:
-        unknown = [name for name in layer_names if name not in layers]
+
+    def __init__(self, unet: nn.Module, layer_names: Sequence[str] | None = None) -> None:
+        self._unet, self.layers = unet, find_cross_attention_layers(unet)
+        if layer_names is None:
+            return
+        unknown = [name for name in layer_names if name not in self.layers]
         if unknown or not layer_names:
             raise ValueError(
-                f"unknown cross-attention layers {unknown} in {list(layer_names)}; there are {list(layers)}"
+                f"unknown cross-attention layers {unknown} in {list(layer_names)}; there are {list(self.layers)}"
             )
-        layers = {name: layer for name, layer in layers.items() if name in layer_names}
-    for name, layer in layers.items():
-        _check_capturable(name, layer)
+        self.layers = {name: layer for name, layer in self.layers.items() if name in layer_names}
 
-    store = CrossAttentionStore()
+    @contextmanager
+    def store(self) -> Iterator[CrossAttentionStore]:
+        """Capturing processors are installed inside; the former ones come back on exit, also after an error.
 
-    def before_forward(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        sample = args[0] if args else kwargs["sample"]
-        store.begin_forward(tuple(sample.shape[-2:]))
+        Returns:
+            A context with a `CrossAttentionStore`, which is not recording yet.
 
-    def after_forward(module: nn.Module, args: tuple, output: object) -> None:
-        store.end_forward()
+        Raises:
+            ValueError: a layer's processor is not a stock one (sliced, fused, xformers, IP-Adapter, custom diffusion).
+        """
+        for name, layer in self.layers.items():
+            _check_capturable(name, layer)
+        store = CrossAttentionStore()
 
-    processors = unet.attn_processors
-    capturing = {f"{name}.processor": CapturingAttnProcessor(name, store) for name in layers}
-    hooks = []
-    try:
-        hooks.append(unet.register_forward_pre_hook(before_forward, with_kwargs=True))
-        hooks.append(unet.register_forward_hook(after_forward, always_call=True))
-        unet.set_attn_processor({**processors, **capturing})
-        yield store
-    finally:
-        for hook in hooks:
-            hook.remove()
-        unet.set_attn_processor(dict(processors))  # a copy, for it is emptied by the call
+        def before_forward(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            sample = args[0] if args else kwargs["sample"]
+            store.begin_forward(tuple(sample.shape[-2:]))
 
+        def after_forward(module: nn.Module, args: tuple, output: object) -> None:
+            store.end_forward()
 
-def _adapter_layers(unet: nn.Module, names: Sequence[str]) -> list[BaseTunerLayer]:
-    """The layers that hold adapters, once it is sure that they hold the named ones and that none is merged."""
-    layers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
-    known = list(getattr(unet, "peft_config", {}))
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ValueError(f"unknown adapters {unknown}; the UNet has {known}")
-    if any(layer.merged for layer in layers):
-        raise ValueError(f"A LoRA is fused into the weights of {type(unet).__name__}: call `unfuse_lora()` first.")
-    if any(isinstance(module, AuxiliaryTrainingWrapper) for module in unet.modules()):
-        raise ValueError(
-            f"An adapter of {type(unet).__name__} replaces whole modules (`modules_to_save`), which cannot be turned "
-            "off for a part of a batch: use one without them."
-        )
-    return layers
+        with ExitStack() as stack:
+            stack.callback(self._unet.register_forward_pre_hook(before_forward, with_kwargs=True).remove)
+            stack.callback(self._unet.register_forward_hook(after_forward, always_call=True).remove)
+            for name, layer in self.layers.items():
+                stack.callback(layer.set_processor, layer.processor)
+                layer.set_processor(CapturingAttnProcessor(name, store))
+            yield store
 
 
-@contextmanager
-def _adapter_state(layers: Sequence[BaseTunerLayer], names: Sequence[str] | None) -> Iterator[None]:
-    """Exactly `names` active inside (None: as they are, but switched on; empty: all off).
-
-    peft's switches set requires_grad on what they activate and clear it elsewhere; here the flags stay as they were,
-    inside too.
-    """
-    flags = [(parameter, parameter.requires_grad) for layer in layers for parameter in layer.parameters()]
-    states = [(layer, layer.active_adapters, layer.disable_adapters) for layer in layers]
-
-    def restore_flags() -> None:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-    try:
-        for layer, active, _ in states:
-            layer.set_adapter(list(active if not names else names))
-            layer.enable_adapters(names is None or len(names) > 0)
-        restore_flags()
-        yield
-    finally:
-        for layer, active, disabled in states:
-            layer.set_adapter(list(active))
-            layer.enable_adapters(not disabled)
-        restore_flags()
-
-
-@contextmanager
-def active_adapters(unet: nn.Module, names: str | Sequence[str] | None) -> Iterator[None]:
-    """Exactly these adapters active inside; state and requires_grad flags are as before on exit, also after an error.
-
-    The flags do not change inside either: activating a frozen adapter leaves it frozen.
-
-    Args:
-        unet: with or without adapters, not a DDP wrapper.
-        names: of the adapters; None switches all of them off.
-
-    Raises:
-        ValueError: an unknown adapter, or adapters merged into the weights.
-
-    Source: [ours] the Reference Path is the UNet with all adapters off.
-    """
-    names = [names] if isinstance(names, str) else list(names or ())
-    with _adapter_state(_adapter_layers(unet, names), names):
-        yield
-
-
-@contextmanager
-def adapters_per_sample(unet: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """Each batch row goes through its own adapter. Works in training; a backward under checkpointing must run inside.
-
-    Args:
-        unet: with LoRA adapters, not a DDP wrapper.
-        names: one adapter name per batch row, "__base__" for none.
-
-    Raises:
-        ValueError: an unknown adapter, a UNet without adapters, or adapters merged into the weights; from the forward,
-            a batch whose size is not `len(names)`.
-
-    Source: [ours].
-    """
-    names = list(names)
-    layers = _adapter_layers(unet, [name for name in names if name != BASE_ROW])
-    if not layers:
-        raise ValueError("the UNet has no adapter: adapters_per_sample has nothing to choose from")
-
-    def pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        return args, {**kwargs, "adapter_names": names}
-
-    # A layer whose adapters are switched off ignores `adapter_names`.
-    with _adapter_state(layers, None):
-        hooks = []
-        try:
-            for layer in layers:
-                hooks.append(layer.register_forward_pre_hook(pass_adapter_names, with_kwargs=True))
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-
-@contextmanager
-def original_rows(model: nn.Module, rows: Callable[[int], Iterable[int]]) -> Iterator[None]:
-    """Inside, the adapters of `model` leave some rows of each batch as the original model has them.
-
-    Every row goes through the adapters that are active; then the chosen rows are taken from the layer below. Unlike
-    `adapters_per_sample` this works with several active adapters, with DoRA and for a text encoder; without gradient,
-    and uncompiled.
-
-    Args:
-        model: with or without adapters.
-        rows: chooses the rows from the size of a batch; asked once for each size.
-
-    Raises:
-        ValueError: an adapter is merged into the weights, so that the layer below is not the original, or replaces
-            whole modules.
-
-    Source: [ours].
-    """
-    layers = _adapter_layers(model, ())
-
-    @cache
-    def choose(batch_size: int, device: torch.device) -> Tensor:
-        return torch.tensor(list(rows(batch_size)), dtype=torch.long, device=device)
-
-    def restore(layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        # Indices from a list would be copied to the device, and waited for, in each layer.
-        chosen = choose(len(output), output.device)
-        if len(chosen):
-            output[chosen] = layer.base_layer(args[0][chosen]).to(output.dtype)
-        return output
-
-    with ExitStack() as stack:
-        # A compiled graph knows nothing of the hooks, or, compiled here, would keep them for later calls.
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for layer in layers:
-            stack.callback(layer.register_forward_hook(restore).remove)
-        yield
-
-
-@contextmanager
-def adapter_scales(model: nn.Module, factors: Mapping[str, float]) -> Iterator[None]:
-    """Inside, the strength of each named adapter is multiplied by a factor.
-
-    Args:
-        model: with or without adapters; names it does not have are left to the caller.
-        factors: by adapter name.
-
-    Raises:
-        ValueError: an adapter is merged into the weights, or of a kind that has no strength.
-
-    Source: [ours].
-    """
-    layers = _adapter_layers(model, ())
-    if not all(hasattr(layer, "scaling") for layer in layers):
-        raise ValueError(f"An adapter of {type(model).__name__} is no LoRA and has no strength that could be scaled.")
-    before = [dict(layer.scaling) for layer in layers]
-    try:
-        for layer in layers:
-            layer.scaling.update({name: value * factors.get(name, 1.0) for name, value in layer.scaling.items()})
-        yield
-    finally:
-        for layer, scaling in zip(layers, before, strict=True):
-            layer.scaling.update(scaling)
-
-
-@dataclass
-class DualPathOutput:
-    """Both paths' predictions and, with a store, their features.
-
-    Args:
-        reference_pred: (B, C, H, W), detached.
-        response_pred: (B, C, H, W), gradient flows.
-        reference: detached, None without a store.
-        response: gradient flows, None without a store.
-    """
-
-    reference_pred: Tensor
-    response_pred: Tensor
-    reference: CrossAttentionFeatures | None
-    response: CrossAttentionFeatures | None
-
-
-@contextmanager
-def dual_path(
-    unet: nn.Module,
-    noisy_latents: Tensor,
-    timesteps: Tensor,
-    reference_hidden_states: Tensor,
-    response_hidden_states: Tensor,
-    *,
-    adapter_name: str = "default",
-    mode: str = "two_pass",
-    store: CrossAttentionStore | None = None,
-    response_unet: nn.Module | None = None,
-) -> Iterator[DualPathOutput]:
-    """Run the Reference Path (adapters off) and the Response Path (one adapter on) on the same noisy latents.
-
-    Compute the loss and call `backward` inside the context: gradient checkpointing runs layers again in the backward,
-    and they must find the adapters as the forward found them.
-
-    Args:
-        unet: with the adapter, not a DDP wrapper.
-        noisy_latents: (B, C, H, W).
-        timesteps: (B,), or one for all rows.
-        reference_hidden_states: (B, T, E) of the base prompts.
-        response_hidden_states: (B, T, E) of the full prompts.
-        adapter_name: of the Response Path.
-        mode: "two_pass" (reference first, without gradient) or "single_pass" (one batch of 2B rows; more memory).
-        store: of a `capture_cross_attention` around this call, to record features in the forward.
-        response_unet: the DDP wrapper around `unet` for the forward that has a gradient, default `unet`.
-
-    Returns:
-        A context with a `DualPathOutput`.
-
-    Raises:
-        ValueError: an unknown mode or adapter, or adapters merged into the weights.
-        RuntimeError: a `store` that does not belong to `unet`.
-
-    Source: [paper] the two paths share weights, latents and timesteps; [ours] the batched pass.
-    """
-    if mode not in DUAL_PATH_MODES:
-        raise ValueError(f"mode must be one of {DUAL_PATH_MODES}, got {mode!r}")
-    response_unet = unet if response_unet is None else response_unet
-
-    def predict(
-        model: nn.Module, latents: Tensor, steps: Tensor, states: Tensor
-    ) -> tuple[Tensor, CrossAttentionFeatures | None]:
-        with store.record() if store is not None else nullcontext():
-            pred = model(latents, steps, encoder_hidden_states=states, return_dict=False)[0]
-        return pred, store.pop() if store is not None else None
-
-    if mode == "two_pass":
-        with active_adapters(unet, None), torch.no_grad():
-            reference_pred, reference = predict(unet, noisy_latents, timesteps, reference_hidden_states)
-        with active_adapters(unet, adapter_name):
-            response_pred, response = predict(response_unet, noisy_latents, timesteps, response_hidden_states)
-            yield DualPathOutput(reference_pred, response_pred, reference, response)
-        return
-
-    batch_size = noisy_latents.shape[0]
-    with adapters_per_sample(unet, [BASE_ROW] * batch_size + [adapter_name] * batch_size):
-        pred, features = predict(
-            response_unet,
-            torch.cat([noisy_latents, noisy_latents]),
-            timesteps.reshape(-1).expand(batch_size).repeat(2),
-            torch.cat([reference_hidden_states, response_hidden_states]),
-        )
-        yield DualPathOutput(
-            pred[:batch_size].detach(),
-            pred[batch_size:],
-            None if features is None else features.rows(0, batch_size).detach(),
-            None if features is None else features.rows(batch_size, 2 * batch_size),
-        )
+def capture_cross_attention(
+    unet: nn.Module, layer_names: Sequence[str] | None = None
+) -> AbstractContextManager[CrossAttentionStore]:
+    """`CrossAttentionCapture.store`, for a UNet that is captured once."""
+    return CrossAttentionCapture(unet, layer_names).store()

@@ -6,10 +6,7 @@ Source: [ours].
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
-import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 from programs.console import DTYPES, FlagFormatter, import_libraries, in_home, path_in_home
@@ -66,19 +63,14 @@ if __name__ == "__main__":
 
 import torch
 from diffusers import StableDiffusionPipeline
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 
-from loras.files import (
-    embedding_note,
-    find_lora,
-    is_dora,
-    is_kohya,
-    merge_loras,
-    read_lora,
-    save_diffusers_lora,
-    save_kohya_lora,
-)
+from loras import LORA_WEIGHTS
+from loras.finding import find_lora
+from loras.loading import merge_loras
+from loras.reading import read_lora
+from loras.writing import save_diffusers_lora, save_kohya_lora
 from programs.loading import InputError, cast_models, load_pipeline, naming
+from programs.writing import whole
 
 
 def check_outputs(args: argparse.Namespace) -> None:
@@ -88,7 +80,7 @@ def check_outputs(args: argparse.Namespace) -> None:
             raise InputError(f"--output_kohya {args.output_kohya}: is a folder")
         _check_free("output_kohya", args.output_kohya, args.overwrite)
     if args.output_diffusers:
-        _check_free("output_diffusers", args.output_diffusers / LORA_WEIGHT_NAME_SAFE, args.overwrite)
+        _check_free("output_diffusers", args.output_diffusers / LORA_WEIGHTS, args.overwrite)
     if args.output_merged:
         path = args.output_merged
         # A folder that cannot be made is known now, before the models are loaded.
@@ -111,15 +103,15 @@ def convert(args: argparse.Namespace) -> Path:
     """Write the one LoRA in the format that it does not have, and return where."""
     with naming(args.lora[0]):
         path = find_lora(args.lora[0])
-        layers = read_lora(path)
-    if note := embedding_note(path):
-        _warn(f"{path} {note}")
+        lora = read_lora(path)
+    if lora.note:
+        _warn(f"{path} {lora.note}")
     wanted, flag = ("diffusers'", "output_diffusers") if args.output_diffusers else ("kohya's", "output_kohya")
-    if is_kohya(path) == (flag == "output_kohya"):
+    if lora.is_kohya == (flag == "output_kohya"):
         raise InputError(f"--{flag}: {path} is in {wanted} format already")
     if args.output_diffusers:
         return save_diffusers_lora(path, args.output_diffusers)
-    if is_dora(layers):
+    if lora.is_dora:
         _warn(
             f"{path} is a DoRA; what reads kohya's format applies its magnitude in another way than it was trained, "
             "or ignores it; --output_merged is exact"
@@ -133,59 +125,21 @@ def _warn(message: str) -> None:
     print(f"export_spf_portrait_lora.py: warning: {message}", file=sys.stderr)
 
 
-def merge(
-    base_model: str, loras: Sequence[str], scales: Sequence[float], dtype: torch.dtype
-) -> StableDiffusionPipeline:
-    """Fuse LoRAs into the weights of a base model.
-
-    Args:
-        base_model: a folder or an id of the Hub.
-        loras: as of `find_lora`.
-        scales: their strengths, any real number.
-        dtype: of the weights that come out; they are summed in float32.
-
-    Returns:
-        The stock pipeline without any adapter, on the CPU.
-
-    Raises:
-        ValueError: something cannot be loaded or does not fit.
-
-    Source: [ours].
-    """
-    pipeline = load_pipeline(StableDiffusionPipeline, base_model, torch.float32)
-    merge_loras(pipeline, loras, scales)
-    cast_models(pipeline, dtype)
-    return pipeline
-
-
-def save_merged(pipeline: StableDiffusionPipeline, folder: Path) -> None:
-    """Write a checkpoint whole or not at all, in the place of one that is there, which is kept until then."""
-    # In a folder beside it, so that the last step is a rename on one file system.
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as temporary:
-        whole, former = Path(temporary) / "whole", Path(f"{temporary}-former")
-        pipeline.save_pretrained(whole)
-        if folder.exists():
-            folder.rename(former)
-        try:
-            whole.rename(folder)
-        except OSError:
-            if former.exists():
-                former.rename(folder)
-            raise
-    if former.exists():
-        try:
-            shutil.rmtree(former)
-        except OSError as error:  # of a file that is still open elsewhere, on Windows
-            _warn(f"the former checkpoint stays in {former}: {error}")
+def merge(args: argparse.Namespace) -> Path:
+    """Write the base model with the LoRAs fused into its weights, which are summed in float32, and return where."""
+    pipeline = load_pipeline(StableDiffusionPipeline, args.base_model, torch.float32)
+    merge_loras(pipeline, args.lora, args.scale or [1.0] * len(args.lora))
+    cast_models(pipeline, getattr(torch, args.dtype))
+    with whole(args.output_merged) as folder:
+        pipeline.save_pretrained(folder)
+    return args.output_merged
 
 
 def run_program(args: argparse.Namespace) -> None:
     try:
         check_outputs(args)
         if args.output_merged:
-            scales = args.scale or [1.0] * len(args.lora)
-            save_merged(merge(args.base_model, args.lora, scales, getattr(torch, args.dtype)), args.output_merged)
-            print(args.output_merged)
+            print(merge(args))
         if args.output_kohya or args.output_diffusers:
             print(convert(args))
     except (OSError, ValueError) as error:

@@ -83,9 +83,7 @@ def _break_lines(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     return "\n".join(lines)
 
 
-def overlay_heat_map(
-    image: Image.Image, heat_map: torch.Tensor | np.ndarray, opacity: float = 0.6
-) -> Image.Image:
+def overlay_heat_map(image: Image.Image, heat_map: torch.Tensor | np.ndarray, opacity: float = 0.6) -> Image.Image:
     """Lay a map over the greyed image, dark blue for 0 to pale yellow for 1.
 
     Args:

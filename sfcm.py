@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,9 +62,7 @@ def blur(maps: torch.Tensor, kernel_size: int = 3) -> torch.Tensor:
     return F.avg_pool2d(F.pad(maps, (margin,) * 4, mode="replicate"), kernel_size, stride=1)
 
 
-def epsilon_scale(
-    alphas_cumprod: torch.Tensor | None, timesteps: torch.Tensor, prediction_type: str
-) -> torch.Tensor:
+def epsilon_scale(alphas_cumprod: torch.Tensor | None, timesteps: torch.Tensor, prediction_type: str) -> torch.Tensor:
     """What a difference of two predictions is multiplied by to become one of predicted noise.
 
     Two predictions are of the same noisy latents, so a model that predicts noise and the same one expressed as
@@ -143,7 +142,7 @@ def phrase_distances(phrase_embeds: torch.Tensor, target_embeds: torch.Tensor) -
     """CLIP distance of each base phrase to the target, `1 - cos`.
 
     Args:
-        phrase_embeds: (B, P, E) projected CLIP text embeddings of the phrases.
+        phrase_embeds: (B, P, E) CLIP text embeddings of the phrases.
         target_embeds: (B, E) those of the target.
 
     Returns:
@@ -152,6 +151,40 @@ def phrase_distances(phrase_embeds: torch.Tensor, target_embeds: torch.Tensor) -
     Source: [paper].
     """
     return 1 - F.cosine_similarity(phrase_embeds, target_embeds[:, None], dim=-1)
+
+
+@torch.no_grad()
+def clip_distances(
+    text_encoder: torch.nn.Module, tokenizer: Any, pairs: Sequence[Any], tokens: Sequence[Any], device: torch.device
+) -> list[torch.Tensor]:
+    """CLIP distances of the phrases of each pair of prompts to its target, by a diffusion model's own text encoder.
+
+    A phrase that was cut off stands for nothing, as the target itself would: a prompt may name many of them.
+
+    Args:
+        text_encoder: a CLIP text encoder as it was before any adapter.
+        tokenizer: its tokenizer.
+        pairs: a `PromptPair` each.
+        tokens: their `PromptTokens`.
+        device: where the text encoder computes.
+
+    Returns:
+        Per pair (P,) float32 in [0, 2], on the CPU.
+
+    Source: [paper] the distance; [ours] the model it is measured by.
+    """
+    rows = [
+        [text if places else pair.target_text for text, places in zip(pair.base_phrases, own.phrase_positions)]
+        + [pair.target_text]
+        for pair, own in zip(pairs, tokens, strict=True)
+    ]
+    texts, embed_of = list(dict.fromkeys(text for row in rows for text in row)), {}
+    for start in range(0, len(texts), 64):
+        chunk = texts[start : start + 64]
+        ids = tokenizer(chunk, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        embed_of |= zip(chunk, text_encoder(ids.to(device)).pooler_output.float().cpu(), strict=True)
+    groups = [torch.stack([embed_of[text] for text in row])[None] for row in rows]
+    return [phrase_distances(group[:, :-1], group[:, -1])[0] for group in groups]
 
 
 def relative_distances(distances: torch.Tensor, phrase_mask: torch.Tensor) -> torch.Tensor:

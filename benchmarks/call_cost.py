@@ -23,7 +23,7 @@ from peft import LoraConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from attention_processors import active_adapters
+from adapters import active_adapters
 from benchmarks.parts.drawing import load_pipeline
 from benchmarks.parts.tables import markdown_table
 

@@ -26,7 +26,7 @@ import shlex
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,10 +45,14 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextC
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from attention_processors import active_adapters, capture_cross_attention, dual_path
+from adapters import Adapters, active_adapters
+from attention_processors import CrossAttentionStore, capture_cross_attention
 from benchmarks.parts.tables import markdown_table
 from benchmarks.random_stable_diffusion import TEXT, VISION, make_unet, make_vae
-from training.arguments import parse_args, uses_enhancement
+from families.prompt_embeds import PromptEmbeds
+from families.stable_diffusion import StableDiffusion
+from training.arguments import Flags, parse_args, uses_enhancement
+from training.dual_path import DualPathOutput, dual_path
 from training.losses import compose_prediction, diffusion_loss, fine_grained_loss, text_consistent_loss
 from training.models import lora_config
 from training.prompt_table import embed_pixels
@@ -63,7 +67,7 @@ MATCHED_TOKENS = 24  # of the base prompt; they hardly count
 TEACHER = "stage1"
 # What CUDA's autocast computes in float32, and a CPU's does not.
 UPCAST = ((F, "group_norm"), (F, "layer_norm"), (F, "softmax"), (Tensor, "softmax"))
-# The README's rows: GB of the card, and the flags besides --mixed_precision.
+# The documentation's rows: GB of the card, and the flags besides --mixed_precision.
 PRESETS = {
     8: "--train_batch_size 1 --gradient_accumulation_steps 4 --gradient_checkpointing",
     12: "--train_batch_size 4",
@@ -159,17 +163,17 @@ def like_cuda() -> Iterator[None]:
 # -------------------------------------------------------------------------------------------------------------- models
 
 
-def make_unet_with_lora(args: argparse.Namespace, make: Callable[[], UNet2DConditionModel] = make_unet) -> nn.Module:
+def make_unet_with_lora(flags: Flags, make: Callable[[], UNet2DConditionModel] = make_unet) -> nn.Module:
     """The UNet in bfloat16 with the trainer's LoRA in float32, and the frozen one of stage 1 where that teaches."""
     unet = make().bfloat16().requires_grad_(False)
-    config = lora_config(args, unet)
+    config = lora_config(StableDiffusion, flags.lora, unet)
     unet.add_adapter(config)
-    if args.stage2_objective != "paper":
+    if flags.method.stage2_objective != "paper":
         unet.add_adapter(config, adapter_name=TEACHER)
         unet.set_adapter("default")
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_(".lora_" in name and ".default." in name)
-    if args.gradient_checkpointing:
+    if flags.model.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     return unet
 
@@ -178,7 +182,7 @@ def make_unet_with_lora(args: argparse.Namespace, make: Callable[[], UNet2DCondi
 class Models:
     """All models of a run, and its flags."""
 
-    args: argparse.Namespace
+    flags: Flags
     unet: UNet2DConditionModel
     vae: AutoencoderKL
     text_encoder: CLIPTextModel
@@ -187,19 +191,21 @@ class Models:
     @property
     def judges(self) -> list[nn.Module]:
         """What the enhancement loss keeps on the device."""
-        return [self.vae, self.clip] if uses_enhancement(self.args) else []
+        return [self.vae, self.clip] if uses_enhancement(self.flags.method, self.flags.paper) else []
 
 
 def make_models(flags: str) -> Models:
     """The models with shapes alone, on the meta device."""
-    args = parse_flags(flags)
+    given = parse_flags(flags)
     with torch.device("meta"):
+        clip = CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=768)).requires_grad_(False)
+        del clip.text_model, clip.text_projection
         return Models(
-            args,
-            make_unet_with_lora(args),
+            given,
+            make_unet_with_lora(given),
             make_vae().bfloat16().requires_grad_(False),
             CLIPTextModel(CLIPTextConfig(**TEXT)).bfloat16().requires_grad_(False),
-            CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=768)).requires_grad_(False),
+            clip,
         )
 
 
@@ -220,7 +226,7 @@ def without_content(*modules: nn.Module) -> Iterator[None]:
         yield
 
 
-def parse_flags(flags: str) -> argparse.Namespace:
+def parse_flags(flags: str) -> Flags:
     required = ["--pretrained_model_name_or_path", "model", "--train_data_dir", "portraits"]
     return parse_args([*required, "--mixed_precision", "bf16", *shlex.split(flags)])
 
@@ -254,28 +260,36 @@ def autocast_forward(unet: UNet2DConditionModel) -> Iterator[None]:
 
 @dataclass
 class UNetInputs:
-    """A batch of noisy latents (B, 4, H, W), timesteps (B,) and prompts (B, 77, E)."""
+    """A batch of noisy latents (B, 4, H, W), timesteps (B,) and prompts."""
 
     latents: Tensor
     timesteps: Tensor
-    prompts: Tensor
+    prompts: PromptEmbeds
 
     @classmethod
     def make(cls, unet: UNet2DConditionModel, rows: int, side: int = SIDE) -> UNetInputs:
         return cls(
             torch.empty(rows, unet.config.in_channels, side, side),
             torch.zeros(rows, dtype=torch.long),
-            torch.empty(rows, TOKENS, unet.config.cross_attention_dim, dtype=HALF),
+            PromptEmbeds(torch.empty(rows, TOKENS, unet.config.cross_attention_dim, dtype=HALF)),
         )
 
     def predict(self, unet: UNet2DConditionModel) -> Tensor:
-        return unet(self.latents, self.timesteps, self.prompts, return_dict=False)[0]
+        return StableDiffusion.predict(unet, self.latents, self.timesteps, self.prompts)
+
+    def both_paths(
+        self, unet: UNet2DConditionModel, store: CrossAttentionStore
+    ) -> AbstractContextManager[DualPathOutput]:
+        predict = partial(StableDiffusion.predict, unet)
+        given = (self.latents, self.timesteps, self.prompts, self.prompts)
+        return dual_path(Adapters(unet), predict, *given, store=store)
 
 
 @torch.no_grad()
 def preparing_peak(models: Models) -> int:
     """One portrait is encoded beside all models."""
-    with counting(models.vae, models.unet, models.text_encoder, models.clip) as counter:
+    judges = [models.clip] if models.judges else []
+    with counting(models.vae, models.unet, models.text_encoder, *judges) as counter:
         models.vae.encode(torch.empty(1, 3, 8 * SIDE, 8 * SIDE, dtype=HALF)).latent_dist.mode()
     return counter.peak
 
@@ -286,7 +300,7 @@ def drawing_peak(models: Models) -> int:
     unet = models.unet
     with counting(unet, models.text_encoder, models.vae, *models.judges) as counter, autocast_forward(unet):
         with active_adapters(unet, None):
-            UNetInputs.make(unet, 4 * models.args.train_batch_size).predict(unet)
+            UNetInputs.make(unet, 4 * models.flags.loop.train_batch_size).predict(unet)
         with torch.autocast("cpu", HALF):
             models.vae.decode(torch.empty(2, 4, SIDE, SIDE, dtype=HALF), return_dict=False)
     return counter.peak
@@ -297,8 +311,8 @@ def mapping_peak(models: Models) -> int:
     """The captured paths that the SFCMs of two batches come from."""
     unet = models.unet
     with counting(unet, *models.judges) as counter, autocast_forward(unet), capture_cross_attention(unet) as store:
-        inputs = UNetInputs.make(unet, 2 * models.args.train_batch_size)
-        with dual_path(unet, inputs.latents, inputs.timesteps, inputs.prompts, inputs.prompts, store=store):
+        inputs = UNetInputs.make(unet, 2 * models.flags.loop.train_batch_size)
+        with inputs.both_paths(unet, store):
             pass
     return counter.peak
 
@@ -336,7 +350,7 @@ def alignment_backward(models: Models, inputs: UNetInputs) -> None:
     padding = torch.ones(rows, TOKENS, dtype=torch.bool)
     with (
         capture_cross_attention(unet) as store,
-        dual_path(unet, inputs.latents, inputs.timesteps, inputs.prompts, inputs.prompts, store=store) as paths,
+        inputs.both_paths(unet, store) as paths,
     ):
         reference, response = paths.reference, paths.response
         resolutions = list(reference.resolutions.values())
@@ -351,21 +365,21 @@ def alignment_backward(models: Models, inputs: UNetInputs) -> None:
 Term = Callable[[Models, UNetInputs], None]
 
 
-def stage_terms(args: argparse.Namespace, small: bool = True) -> list[Term]:
+def stage_terms(flags: Flags, small: bool = True) -> list[Term]:
     """Forward and backward of each term of a step in stage 2, and with the last one of stage 1."""
-    terms = [] if args.stage2_objective == "composed" else [alignment_backward]
-    terms += [] if args.stage2_objective == "paper" else [composed_backward]
-    return [*terms, partial(diffusion_backward, enhance=uses_enhancement(args), small=small)]
+    terms = [] if flags.method.stage2_objective == "composed" else [alignment_backward]
+    terms += [] if flags.method.stage2_objective == "paper" else [composed_backward]
+    return [*terms, partial(diffusion_backward, enhance=uses_enhancement(flags.method, flags.paper), small=small)]
 
 
 def steps_peak(models: Models, side: int = SIDE, terms: Sequence[Term] | None = None) -> int:
     """Terms one after another (default: those of both stages), with the trained LoRA's gradients and AdamW's state."""
-    args, unet = models.args, models.unet
+    flags, unet = models.flags, models.unet
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     with counting(unet, *models.judges) as counter, autocast_forward(unet):
         state = [torch.zeros_like(parameter) for parameter in trained for _ in range(2)]
-        inputs = UNetInputs.make(unet, args.train_batch_size, side)
-        for term in stage_terms(args) if terms is None else terms:
+        inputs = UNetInputs.make(unet, flags.loop.train_batch_size, side)
+        for term in stage_terms(flags) if terms is None else terms:
             term(models, inputs)
         for parameter in trained:
             parameter.grad = None
@@ -409,7 +423,7 @@ def print_figures() -> None:
     print(f"The default LoRA: {count / 1e6:.1f} million parameters; AdamW's state {2 * size / MIB:.0f} MiB, ", end="")
     print(f"with gradients {3 * size / MIB:.0f} MiB")
     with without_content(models.unet, models.vae, models.clip):
-        small, full = (steps_peak(models, terms=stage_terms(models.args, small)) for small in (True, False))
+        small, full = (steps_peak(models, terms=stage_terms(models.flags, small)) for small in (True, False))
     print(f"A step of `{ONE_PORTRAIT}`: {small / GIB:.1f} GiB, decoded in full {full / GIB:.1f} GiB")
 
 

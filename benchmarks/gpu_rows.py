@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from attention_processors import active_adapters
+from adapters import active_adapters
 from benchmarks import step_cost
 from benchmarks.estimate_memory import GIB, PRESETS
 from benchmarks.gpu import MODELS, ROOT, Bench, Result
 from benchmarks.parts import trainer
 from benchmarks.random_stable_diffusion import write_model
-from loras.hub import LORA_WEIGHTS
+from loras import LORA_WEIGHTS
 from pipeline_spf_portrait import SPFPortraitPipeline
 from toy_portraits.recipe import BASE_MODEL, LORA, training_flags
 
@@ -297,9 +297,9 @@ def preset(bench: Bench, name: str, card: int) -> Result:
 
 
 def counted(card: int) -> str:
-    """What the README says of a preset's memory."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    return re.search(rf"^\| {card} GB \| `--.+?` \| (.+?) \|", readme, re.MULTILINE)[1]
+    """What the documentation says of a preset's memory."""
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    return re.search(rf"^\| {card} GB \| `--.+?` \| (.+?) \|", page, re.MULTILINE)[1]
 
 
 def runs_of(bench: Bench, name: str, size: str, precision: str) -> dict[str, trainer.Run]:

@@ -21,14 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import CLIPModel, CLIPTokenizer
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from adapters import active_adapters
 from attention_processors import (
     CrossAttentionFeatures,
-    active_adapters,
     capture_cross_attention,
     phrase_map_resolution,
 )
@@ -38,14 +37,15 @@ from benchmarks.parts import drawing, regions
 from benchmarks.parts.regions import TARGET_WORDS, Scenes, map_separation, phrase_games, pointing_game
 from benchmarks.parts.training import run_folder
 from benchmarks.preservation_runs import CONTROLS, METHODS
-from loras.hub import LORA_WEIGHTS
+from families.prompt_embeds import PromptEmbeds
+from families.stable_diffusion import StableDiffusion
+from loras import LORA_WEIGHTS
 from pictures import overlay_heat_map
 from pipeline_spf_portrait import SPFPortraitPipeline
 from prompts import PromptPair, phrase_mask, tokenize_prompt_pair
 from sfcm import SFCM_MODES, noise_difference, phrase_attention_maps
 from toy_portraits.build import to_tensor
 from toy_portraits.judge import PortraitJudge, base_prompts, target_region
-from toy_portraits.recipe import BASE_MODEL
 from toy_portraits.world import TARGETS
 from training.prompt_table import PromptTable, make_prompt_table
 
@@ -59,11 +59,9 @@ PICTURED = 2  # portraits a target in the picture
 
 @dataclass(frozen=True)
 class Tools:
-    """The toy model with the LoRAs to be looked at, CLIP, and the judge."""
+    """The toy model with the LoRAs to be looked at, and the judge."""
 
     pipeline: SPFPortraitPipeline
-    clip: CLIPModel
-    clip_tokenizer: CLIPTokenizer
     judge: PortraitJudge
     device: str
 
@@ -82,16 +80,14 @@ class BandMaps:
 
 def load_tools(device: str) -> Tools:
     """The models, silent and in evaluation mode."""
-    clip = CLIPModel.from_pretrained(BASE_MODEL / "clip").to(device)
-    tokenizer = CLIPTokenizer.from_pretrained(BASE_MODEL / "clip")
-    return Tools(drawing.load_pipeline(device), clip, tokenizer, PortraitJudge.from_pretrained(), device)
+    return Tools(drawing.load_pipeline(device), PortraitJudge.from_pretrained(), device)
 
 
 def prompt_table(tools: Tools, pairs: Sequence[PromptPair]) -> tuple[PromptTable, torch.Tensor]:
     """What the training knows of the prompts, and (B, 1, T) weights that average over each target's tokens."""
     tokenizer = tools.pipeline.tokenizer
     tokens = [tokenize_prompt_pair(pair, tokenizer) for pair in pairs]
-    table = make_prompt_table(pairs, tokens, tokenizer, tools.pipeline.text_encoder, tools.clip, tools.clip_tokenizer)
+    table = make_prompt_table(StableDiffusion, tools.pipeline, pairs, tokens)
     length = tokenizer.model_max_length
     weights = torch.tensor([phrase_mask([row.target_positions], length) for row in tokens], device=tools.device)
     return table, weights
@@ -106,12 +102,12 @@ def encode(tools: Tools, images: np.ndarray) -> torch.Tensor:
 
 @torch.no_grad()
 def predict(
-    unet: torch.nn.Module, adapter: str, latents: torch.Tensor, timesteps: torch.Tensor, embeds: torch.Tensor
+    unet: torch.nn.Module, adapter: str, latents: torch.Tensor, timesteps: torch.Tensor, embeds: PromptEmbeds
 ) -> tuple[torch.Tensor, CrossAttentionFeatures]:
     """The UNet's prediction and cross-attention with one adapter on, or with none ("original")."""
     names = None if adapter == ORIGINAL else adapter
     with active_adapters(unet, names), capture_cross_attention(unet) as store, store.record():
-        model_pred = unet(latents, timesteps, embeds, return_dict=False)[0]
+        model_pred = StableDiffusion.predict(unet, latents, timesteps, embeds)
         return model_pred, store.pop()
 
 

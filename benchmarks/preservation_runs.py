@@ -16,7 +16,7 @@ from PIL import Image
 from benchmarks.parts.drawing import file_digest
 from benchmarks.parts.plane import Color
 from benchmarks.parts.training import UNWATCHED, run_folder, train_into
-from loras.hub import LORA_WEIGHTS
+from loras import LORA_WEIGHTS
 from toy_portraits.judge import PortraitJudge, target_region
 from toy_portraits.probe import CLASS_FACTORS, PIXEL_FACTORS
 from toy_portraits.recipe import FLAGS, training_flags

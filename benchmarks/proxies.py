@@ -30,9 +30,19 @@ from benchmarks.parts import drawing, judging
 from benchmarks.parts.drawing import ROOT, Originals
 from benchmarks.parts.judging import Job
 from benchmarks.parts.tables import markdown_table, with_interval, write_results
-from evaluate_spf_portrait import Compared, Portraits, measure
 from evaluation.judges import Judges, load_judges
-from evaluation.measures import MEASURES, Estimate, interval, mean_of, pixel_change, resample_prompts, resampled_means
+from evaluation.measures import (
+    MEASURES,
+    Compared,
+    Estimate,
+    Portraits,
+    interval,
+    mean_of,
+    measure,
+    pixel_change,
+    resample_prompts,
+    resampled_means,
+)
 from prompts import make_prompt_pair
 from toy_portraits.recipe import BASE_MODEL
 from toy_portraits.world import TARGETS
@@ -96,7 +106,7 @@ def measure_job(
         return measure([Compared(before, after, region, pairs)], _judges())[0]
 
     digest = hashlib.sha256(found["full_images"].tobytes() + base_images.tobytes() + region.tobytes()).hexdigest()
-    measuring = ("evaluate_spf_portrait", "evaluation/judges", "evaluation/measures")
+    measuring = ("evaluation/judges", "evaluation/measures")
     code = drawing.file_digest(*(ROOT / f"{name}.py" for name in measuring))
     key = ["proxies", job.target_name, digest, code, sorted(_judges().missing)]
     measures = drawing.cached_arrays(cache_dir, key, make)

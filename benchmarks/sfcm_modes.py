@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import sfcm
 from sfcm import SfcmMode, percentile_normalize, sfcm_averaged, taken_by_phrases
-from training import arguments
+from training import flag_rules
 
 
 def sfcm_noise(
@@ -61,7 +61,7 @@ LOST = {
 def register() -> None:
     """From now on the trainer and the pipeline of this process know them."""
     sfcm.SFCM_MODES.update(LOST)
-    arguments.SFCM_MODES.extend(name for name in LOST if name not in arguments.SFCM_MODES)
+    flag_rules.SFCM_MODES.extend(name for name in LOST if name not in flag_rules.SFCM_MODES)
 
 
 if __name__ == "__main__":

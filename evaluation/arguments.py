@@ -9,7 +9,7 @@ import argparse
 import math
 from collections.abc import Sequence
 
-from evaluation.measures import JUDGES
+from evaluation.measures import DEFAULT_MODELS
 from programs.console import DTYPES, FlagFormatter, in_home, path_in_home
 from toy_portraits.recipe import BASE_MODEL
 from toy_portraits.world import TARGETS
@@ -23,42 +23,26 @@ REGIONS = {
 
 
 def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read and check the flags.
-
-    Args:
-        input_args: those of the command line if None.
+    """Read and check the flags, those of the command line if None.
 
     Returns:
         The flags, with the toy world's own where `--toy` leaves them out, and `toy_prompts`: whether it brings them.
 
     Source: [ours].
     """
-    parser = argparse.ArgumentParser(
-        prog="evaluate_spf_portrait.py",
-        description="Is my LoRA clean? What it moves besides its target, against the original model's own portraits.",
-        formatter_class=FlagFormatter,
-    )
+    about = "Is my LoRA clean? What it moves besides its target, against the original model's own portraits."
+    parser = argparse.ArgumentParser("evaluate_spf_portrait.py", description=about, formatter_class=FlagFormatter)
     add = parser.add_argument
     add("--pretrained_model_name_or_path", type=in_home, help="Stable Diffusion 1.x or 2.x: a folder or a Hub id.")
-    add(
-        "--lora",
-        type=in_home,
-        action="append",
-        help="A file, a folder, or a Hub id, diffusers' or kohya's; may be repeated.",
-    )
+    about = "A file, a folder, or a Hub id, diffusers' or kohya's; may be repeated."
+    add("--lora", type=in_home, action="append", help=about)
     add("--lora_scale", type=float, default=1.0, help="Strength of every LoRA.")
     add("--checkpoints", type=path_in_home, help="Output folder of a training: its checkpoints and its final LoRA.")
-    add(
-        "--reference_lora",
-        type=in_home,
-        help="The LoRA whose pollution counts as 1: a plain one of the same data and steps.",
-    )
+    about = "The LoRA whose pollution counts as 1: a plain one of the same data and steps."
+    add("--reference_lora", type=in_home, help=about)
     add("--base_prompts", action="extend", nargs="+", help="Prompts without the target; may be repeated.")
-    add(
-        "--prompts_file",
-        type=path_in_home,
-        help="JSON lines with base_prompt and target_prompt, as the training data has.",
-    )
+    about = "JSON lines with base_prompt and target_prompt, as the training data has."
+    add("--prompts_file", type=path_in_home, help=about)
     add("--target_prompt", nargs="+", help="The target, or several at once, of prompts that name none.")
     add("--max_prompts", type=int, help="Use the first so many prompts; all, or 12 of the toy world's, if not set.")
     add("--num_seeds", type=int, default=4, help="Portraits of each prompt.")
@@ -67,15 +51,12 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     add("--guidance_scale", type=float, default=5.0, help="Guidance scale.")
     add("--resolution", type=int, help="Side of the portraits in pixels; the model's own if not set.")
     add("--batch_size", type=int, default=4, help="Portraits drawn at a time.")
-    add(
-        "--region",
-        choices=list(REGIONS),
-        help="Where the target may change a portrait; masks that are given, the probe with --toy, else the SFCM.",
-    )
+    about = "Where the target may change a portrait; masks that are given, the probe with --toy, else the SFCM."
+    add("--region", choices=list(REGIONS), help=about)
     add("--region_masks", type=path_in_home, help="Folder with a mask for each portrait, p000-s0.png and so on.")
     add("--neutral_prompt", help="Text that the leak is measured against; the base prompt if not set.")
     for kind, about in (("clip", "CLIP"), ("dino", "DINOv2"), ("segmenter", "SegFormer for face parsing")):
-        default = JUDGES[kind].default + (", or the toy world's," if kind == "clip" else "")
+        default = DEFAULT_MODELS[kind] + (", or the toy world's," if kind == "clip" else "")
         add(f"--{kind}_model_name_or_path", type=in_home, help=f"{about}; {default} if not set.")
     add("--face_model_name", help="insightface's model for faces, such as buffalo_l; non-commercial weights.")
     add("--num_resamples", type=int, default=1000, help="Resamples of the prompts for the intervals.")
@@ -98,28 +79,30 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Flags that do not go together, or have no sense."""
-    if args.pretrained_model_name_or_path is None:
-        parser.error("--pretrained_model_name_or_path is missing; --toy has its own")
-    if not (args.lora or args.checkpoints or args.reference_lora):
-        parser.error("nothing to evaluate: give --lora, --checkpoints or --reference_lora")
-    if args.base_prompts and args.prompts_file:
-        parser.error("give --base_prompts or --prompts_file, not both")
-    if not (args.base_prompts or args.prompts_file or args.toy):
-        parser.error("no prompts: give --base_prompts or --prompts_file")
-    if args.base_prompts and not args.target_prompt:
-        parser.error("--base_prompts needs --target_prompt")
-    if (args.region == "masks") != (args.region_masks is not None) and args.region is not None:
-        parser.error("--region masks and --region_masks belong together")
-    if args.region == "probe" and args.toy is None:
-        parser.error("--region probe needs --toy")
-    if args.toy is not None and args.resolution is not None:
-        parser.error("--toy has portraits of 64 pixels: leave --resolution out")
+    prompts, masks = args.base_prompts or args.prompts_file, args.region_masks is not None
+    for wrong, message in (
+        (args.pretrained_model_name_or_path is None, "--pretrained_model_name_or_path is missing; --toy has its own"),
+        (
+            not (args.lora or args.checkpoints or args.reference_lora),
+            "nothing to evaluate: give --lora, --checkpoints or --reference_lora",
+        ),
+        (args.base_prompts and args.prompts_file, "give --base_prompts or --prompts_file, not both"),
+        (not (prompts or args.toy), "no prompts: give --base_prompts or --prompts_file"),
+        (args.base_prompts and not args.target_prompt, "--base_prompts needs --target_prompt"),
+        (
+            args.region is not None and (args.region == "masks") != masks,
+            "--region masks and --region_masks belong together",
+        ),
+        (args.region == "probe" and args.toy is None, "--region probe needs --toy"),
+        (args.toy and args.resolution is not None, "--toy has portraits of 64 pixels: leave --resolution out"),
+        (args.seed < 0, f"--seed must be at least 0, not {args.seed}"),
+    ):
+        if wrong:
+            parser.error(message)
     for name in ("num_seeds", "num_inference_steps", "batch_size", "num_resamples", "num_pictures", "max_prompts"):
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name} must be at least 1, not {value}")
-    if args.seed < 0:
-        parser.error(f"--seed must be at least 0, not {args.seed}")
     for name in ("lora_scale", "guidance_scale"):
         if not math.isfinite(getattr(args, name)):
             parser.error(f"--{name} must be a finite number, not {getattr(args, name)}")

@@ -16,11 +16,16 @@ import numpy as np
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from PIL import Image
 
-from loras.files import clean_source, find_lora, read_lora
+from loras.finding import clean_source, find_lora
+from loras.reading import read_lora
+from programs.checkpoints import find_checkpoints
 from programs.loading import InputError, naming, naming_flag
-from prompts import PromptPair, has_phrase, make_prompt_pair
-from training.checkpoints import find_checkpoints
-from training.data import PortraitRow, load_image, read_json_lines, read_phrases, read_target
+from programs.picture_files import load_picture
+from programs.records import read_json_lines, read_phrases, read_target
+from prompts import PromptPair, make_prompt_pair
+from toy_portraits.judge import base_prompts
+from toy_portraits.world import TARGETS
+from wording import has_phrase
 
 
 ORIGINAL_MODEL = "original model"  # how the report calls it, and so no LoRA
@@ -45,13 +50,10 @@ def picture_name(prompt: int, seed: int) -> str:
 
 
 def read_prompts(args: argparse.Namespace) -> list[PromptPair]:
-    """The prompts of --base_prompts or --prompts_file, each once.
+    """The prompts of --base_prompts or --prompts_file or the toy world's, in their order, each once.
 
     Args:
-        args: `base_prompts`, `prompts_file`, `target_prompt` (texts), `max_prompts`.
-
-    Returns:
-        At most `max_prompts` pairs, in their order.
+        args: `base_prompts`, `prompts_file`, `target_prompt` (texts), `max_prompts`; `toy_prompts`, `toy` and `seed`.
 
     Raises:
         InputError: a file that is missing, empty or no JSON lines; no target; a target that the base prompt has
@@ -59,12 +61,20 @@ def read_prompts(args: argparse.Namespace) -> list[PromptPair]:
 
     Source: [ours].
     """
-    if args.prompts_file is None:
+    if args.toy_prompts:
+        pairs = _toy_prompts(args.toy, args.max_prompts or 12, args.seed)
+    elif args.prompts_file is None:
         pairs = [_pair({"base_prompt": text}, args.target_prompt, "--base_prompts") for text in args.base_prompts]
     else:
         pairs = list(_read_prompts_file(args.prompts_file, args.target_prompt))
-    distinct = list(dict.fromkeys(pairs))
-    return distinct[: args.max_prompts]
+    return list(dict.fromkeys(pairs))[: args.max_prompts]
+
+
+def _toy_prompts(toy: str, count: int, seed: int) -> list[PromptPair]:
+    """Fresh prompts of the toy world, which no training set has."""
+    drawn = base_prompts(TARGETS[toy], count, seed)
+    targets = [(p.replaced_phrase, p.target_prompt) if p.replaced_phrase else p.target_prompt for p in drawn]
+    return [make_prompt_pair(p.base_prompt, [target]) for p, target in zip(drawn, targets)]
 
 
 def _read_prompts_file(path: Path, target_prompt: Sequence[str] | None) -> Iterable[PromptPair]:
@@ -183,15 +193,12 @@ def _checkpoint_files(folder: Path) -> list[tuple[str, Path]]:
 
 
 def read_masks(folder: Path, names: Sequence[str], size: tuple[int, int]) -> np.ndarray:
-    """The target's region in each portrait, as a user painted it.
+    """The target's region in each portrait, as a user painted it, (B, H, W) float64 in [0, 1].
 
     Args:
         folder: has `<name>.png` for each name, white where the target may change the portrait.
         names: B, of `picture_name`.
         size: (H, W) of the portraits; a mask of another size is resized.
-
-    Returns:
-        (B, H, W) float64 in [0, 1].
 
     Raises:
         InputError: a mask that is missing or no picture; the message names it.
@@ -204,7 +211,7 @@ def read_masks(folder: Path, names: Sequence[str], size: tuple[int, int]) -> np.
     for name in names:
         path = folder / f"{name}.png"
         try:
-            picture = load_image(PortraitRow(f"--region_masks {folder}", path, "", ""))
+            picture = load_picture(path, f"--region_masks {folder}")
         except FileNotFoundError as error:
             raise InputError(f"--region_masks {folder}: {path.name} is missing") from error
         except ValueError as error:

@@ -1,22 +1,87 @@
-"""How far a LoRA moved the original model's portraits, whether its target is there, and how sure that is.
+"""What is measured of a LoRA's portraits, each measure one function and one entry in `MEASURES`, and intervals.
 
-Pure functions of arrays; whoever calls them brings pictures and embeddings.
+Functions of arrays alone; whoever calls them brings pictures and judges.
 
-Legend: B portraits, H/W picture size in pixels, E size of an embedding, P prompts, S seeds of each prompt,
-R resamples, K checkpoints. Pictures are RGB in 0-255.
+Legend: B or n portraits, H/W picture size in pixels, E size of an embedding, P prompts, S seeds of each prompt,
+R resamples. Pictures are RGB in 0-255.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 
 CONFIDENCE = 0.95
-CLEAN_INDEX = 0.1  # pollution below this share of the reference LoRA's is near 0
-CLEAN_CHANGE = 1.0  # and, without a reference, below one grey level of 255
+# What judges where the user names no other.
+DEFAULT_MODELS = {
+    "clip": "openai/clip-vit-large-patch14",
+    "dino": "facebook/dinov2-base",
+    "segmenter": "jonathandinu/face-parsing",
+}
+
+
+# --------------------------------------------------------------------------------------------------- what is measured
+
+
+@dataclass(frozen=True)
+class Portraits:
+    """What a model drew, n portraits of all: `base` and `full` (n, H, W, 3) uint8."""
+
+    base: np.ndarray
+    full: np.ndarray
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A model's portraits beside the original model's, n of all, and who judges them.
+
+    Attributes:
+        original, adapted: the portraits.
+        region: (n, H, W) in [0, 1], where the target may change them.
+        pairs: n, the prompt of each.
+        judges: a `Judges`; what one of them finds is kept, so that measures share it.
+        neutral_prompt: what the leak is measured against; None is the base prompt.
+    """
+
+    original: Portraits
+    adapted: Portraits
+    region: np.ndarray
+    pairs: Sequence[Any]
+    judges: Any = None
+    neutral_prompt: str | None = None
+    _found: dict = field(default_factory=dict, init=False, repr=False)
+
+    # The original model's of the base prompt; the adapted model's with the target, and of the base prompt alone.
+    before = property(lambda self: self.original.base)
+    after = property(lambda self: self.adapted.full)
+    alone = property(lambda self: self.adapted.base)
+    inside = property(lambda self: only_inside(self.before, self.after, self.region))
+
+    def images(self, judge: str, *which: str) -> list[np.ndarray]:
+        """What a judge makes of "before", "after", "alone" or "inside"."""
+
+        def ask(name: str) -> np.ndarray:
+            return self._once((judge, name), lambda: getattr(self.judges, judge).images(getattr(self, name)))
+
+        return [ask(name) for name in which]
+
+    def texts(self, name: str) -> np.ndarray:
+        """CLIP's embeddings of every pair's "target_text", "base_prompt" or "full_prompt", (n, E)."""
+        return self._once(name, lambda: self.judges.clip.texts([getattr(pair, name) for pair in self.pairs]))
+
+    def truth(self, name: str) -> np.ndarray:
+        """What the toy world's probe reads in `before` and `after`, (n,)."""
+        judges = self.judges
+        return self._once("truth", lambda: judges.probe.compare(self.before, self.after, judges.target))[name]
+
+    def _once(self, key: Any, find: Callable[[], Any]) -> Any:
+        if key not in self._found:
+            self._found[key] = find()
+        return self._found[key]
 
 
 @dataclass(frozen=True)
@@ -28,99 +93,136 @@ class Measure:
         group: "preservation", "response", "pollution" or "truth".
         direction: "higher" or "lower", whichever is better.
         about: what it is, in a sentence.
+        of: measures portraits, (n,); None for what comes from other measures.
+        asks: the judges that it needs.
+        stands_for: which truth, where that is known: their order over LoRAs should be the same, or reversed.
+        whole: for a number of the whole set; from the judges and all that `of` gave of both models' portraits.
     """
 
     label: str
     group: str
     direction: str
     about: str
+    of: Callable[[Compared], Any] | None = None
+    asks: tuple[str, ...] = ()
+    stands_for: str | None = None
+    whole: Callable[[Any, np.ndarray, np.ndarray], float] | None = None
 
 
+def _frechet(judges: Any, before: np.ndarray, after: np.ndarray) -> float:
+    return judges.frechet(before, after)
+
+
+def _leak(part: Compared) -> np.ndarray:
+    (alone,) = part.images("clip", "alone")
+    if part.neutral_prompt is None:
+        return nearer_to(alone, part.texts("full_prompt"), part.texts("base_prompt"))
+    # A neutral text says nothing of the portrait, so neither does what is held against it.
+    return nearer_to(alone, part.texts("target_text"), part.judges.clip.texts([part.neutral_prompt] * len(alone)))
+
+
+def _direction(part: Compared) -> np.ndarray:
+    texts = part.texts("base_prompt"), part.texts("full_prompt")
+    return direction_similarity(*part.images("clip", "before", "inside"), *texts)
+
+
+# In the order of the report.
 MEASURES = {
     "change": Measure(
-        "pixel change", "preservation", "lower", "Mean absolute difference to the original portrait, 0-255."
-    ),
+        "pixel change", "preservation", "lower", "Mean absolute difference to the original portrait, 0-255.",
+        lambda part: pixel_change(part.before, part.after)),
     "change_outside": Measure(
-        "pixel change outside", "preservation", "lower", "The same outside the target's region, 0-255."
-    ),
-    "ssim": Measure("SSIM", "preservation", "higher", "Structural similarity to the original portrait, at most 1."),
-    "lpips": Measure("LPIPS", "preservation", "lower", "Perceptual distance to the original portrait, AlexNet."),
-    "clip_i": Measure("CLIP-I", "preservation", "higher", "Cosine of the CLIP image embeddings of both portraits."),
-    "dino": Measure("DINO", "preservation", "higher", "Cosine of the DINOv2 embeddings of both portraits."),
-    "identity": Measure("identity", "preservation", "higher", "Cosine of both faces, where both are found."),
-    "seg_cons": Measure("Seg-Cons", "preservation", "higher", "Share of pixels that face parsing labels alike."),
-    "fid": Measure("FID", "preservation", "lower", "Fréchet distance of both sets of portraits, Inception features."),
-    "fd_dino": Measure("FD-DINOv2", "preservation", "lower", "The same with DINOv2 features."),
-    "clip_t": Measure("CLIP-T", "response", "higher", "Cosine of portrait and target text, CLIP."),
+        "pixel change outside", "preservation", "lower", "The same outside the target's region, 0-255.",
+        lambda part: pixel_change(part.before, part.after, 1 - part.region), stands_for="truth_kept"),
+    "ssim": Measure("SSIM", "preservation", "higher", "Structural similarity to the original portrait, at most 1.",
+        lambda part: ssim(part.before, part.after), stands_for="truth_kept"),
+    "lpips": Measure("LPIPS", "preservation", "lower", "Perceptual distance to the original portrait, AlexNet.",
+        lambda part: part.judges.lpips(part.before, part.after), ("lpips",), "truth_kept"),
+    "clip_i": Measure("CLIP-I", "preservation", "higher", "Cosine of the CLIP image embeddings of both portraits.",
+        lambda part: cosine(*part.images("clip", "before", "after")), ("clip",), "truth_kept"),
+    "dino": Measure("DINO", "preservation", "higher", "Cosine of the DINOv2 embeddings of both portraits.",
+        lambda part: cosine(*part.images("dino", "before", "after")), ("dino",), "truth_kept"),
+    "identity": Measure("identity", "preservation", "higher", "Cosine of both faces, where both are found.",
+        lambda part: cosine(*part.images("face", "before", "after")), ("face",), "truth_kept"),
+    "seg_cons": Measure("Seg-Cons", "preservation", "higher", "Share of pixels that face parsing labels alike.",
+        lambda part: label_agreement(*part.images("segmenter", "before", "after")), ("segmenter",), "truth_kept"),
+    "fid": Measure("FID", "preservation", "lower", "Fréchet distance of both sets of portraits, Inception features.",
+        lambda part: part.images("inception", "before", "after"), ("frechet", "inception"), "truth_kept", _frechet),
+    "fd_dino": Measure("FD-DINOv2", "preservation", "lower", "The same with DINOv2 features.",
+        lambda part: part.images("dino", "before", "after"), ("frechet", "dino"), "truth_kept", _frechet),
+    "clip_t": Measure("CLIP-T", "response", "higher", "Cosine of portrait and target text, CLIP.",
+        lambda part: cosine(*part.images("clip", "after"), part.texts("target_text")), ("clip",), "truth_response"),
     "clip_t_inside": Measure(
-        "CLIP-T inside", "response", "higher", "The same, with the original portrait outside the target's region."
-    ),
-    "direction": Measure(
-        "direction", "response", "higher",
+        "CLIP-T inside", "response", "higher", "The same, with the original portrait outside the target's region.",
+        lambda part: cosine(*part.images("clip", "inside"), part.texts("target_text")), ("clip",), "truth_response"),
+    "direction": Measure("direction", "response", "higher",
         "Cosine of the change inside the region and that from base to full prompt, CLIP.",
-    ),
+        _direction, ("clip",), "truth_response"),
     "pollution": Measure(
-        "pollution", "pollution", "lower", "What else moved: 0 is the original model, 1 the reference LoRA."
-    ),
+        "pollution", "pollution", "lower", "What else moved: 0 is the original model, 1 the reference LoRA.",
+        stands_for="truth_kept"),
     "base_change": Measure(
-        "base prompt alone: pixel change", "pollution", "lower", "Change of the base prompt's portrait, 0-255."
-    ),
-    "leak": Measure(
-        "leak", "pollution", "lower",
+        "base prompt alone: pixel change", "pollution", "lower", "Change of the base prompt's portrait, 0-255.",
+        lambda part: pixel_change(part.before, part.alone)),
+    "leak": Measure("leak", "pollution", "lower",
         "Share of base-prompt portraits that CLIP finds nearer to the target's text than to the neutral one.",
-    ),
-    "truth_kept": Measure("factors kept", "truth", "higher", "Agreement of the factors that the probe reads."),
+        _leak, ("clip",), "truth_leak"),
+    "truth_kept": Measure("factors kept", "truth", "higher", "Agreement of the factors that the probe reads.",
+        lambda part: part.truth("kept"), ("probe",)),
     "truth_change_outside": Measure(
-        "change outside the true region", "truth", "lower", "Outside the target's labels, as the probe reads them."
-    ),
-    "truth_response": Measure("target there", "truth", "higher", "Share of portraits in which the probe reads it."),
-    "truth_leak": Measure("target there unasked", "truth", "lower", "The same with the base prompt alone."),
+        "change outside the true region", "truth", "lower", "Outside the target's labels, as the probe reads them.",
+        lambda part: part.truth("change_outside"), ("probe",)),
+    "truth_response": Measure("target there", "truth", "higher", "Share of portraits in which the probe reads it.",
+        lambda part: part.truth("response"), ("probe",)),
+    "truth_leak": Measure("target there unasked", "truth", "lower", "The same with the base prompt alone.",
+        lambda part: part.judges.probe.response(part.alone, part.judges.target)["response"], ("probe",)),
 }  # fmt: skip
-@dataclass(frozen=True)
-class Judge:
-    """A model that measures ask: the one that is taken where none is named, and the measures that need it."""
-
-    default: str | None
-    measures: tuple[str, ...]
 
 
-JUDGES = {
-    "clip": Judge("openai/clip-vit-large-patch14", ("clip_i", "clip_t", "clip_t_inside", "direction", "leak")),
-    "dino": Judge("facebook/dinov2-base", ("dino", "fd_dino")),
-    "segmenter": Judge("jonathandinu/face-parsing", ("seg_cons",)),
-    "face": Judge(None, ("identity",)),
-}
-# Which measure stands for which truth where that is known: their order over LoRAs should be the same, or reversed.
-PROXIES = {
-    "change_outside": "truth_kept",
-    "ssim": "truth_kept",
-    "lpips": "truth_kept",
-    "clip_i": "truth_kept",
-    "dino": "truth_kept",
-    "identity": "truth_kept",
-    "seg_cons": "truth_kept",
-    "fid": "truth_kept",
-    "fd_dino": "truth_kept",
-    "pollution": "truth_kept",
-    "clip_t": "truth_response",
-    "clip_t_inside": "truth_response",
-    "direction": "truth_response",
-    "leak": "truth_leak",
-}
+def measure(
+    parts: Iterable[Compared], judges: Any, neutral_prompt: str | None = None
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """All measures of one model; of its portraits, one part at a time is in memory.
+
+    Args:
+        parts: all B portraits.
+        judges: a `Judges`; what asks for one that is None is left out.
+        neutral_prompt: as in `Compared`.
+
+    Returns:
+        Measures of each portrait, (B,), and those of the whole set, NaN for one portrait.
+
+    Source: [ours].
+    """
+    asked = {
+        name: own
+        for name, own in MEASURES.items()
+        if own.of is not None and all(getattr(judges, judge) is not None for judge in own.asks)
+    }
+    found: dict[str, list] = {name: [] for name in asked}
+    for part in parts:
+        judged = replace(part, judges=judges, neutral_prompt=neutral_prompt)
+        for name, own in asked.items():
+            found[name].append(own.of(judged))
+    values = {name: np.concatenate(found[name]) for name, own in asked.items() if own.whole is None}
+    several = len(values["change"]) > 1
+    whole = {
+        name: own.whole(judges, *map(np.concatenate, zip(*found[name]))) if several else float("nan")
+        for name, own in asked.items()
+        if own.whole is not None
+    }
+    return values, whole
 
 
 # ------------------------------------------------------------------------------------------------------------ measures
 
 
 def pixel_change(original: np.ndarray, adapted: np.ndarray, weight: np.ndarray | None = None) -> np.ndarray:
-    """Mean absolute difference of portraits.
+    """Mean absolute difference of portraits, (B,) in 0-255; NaN where no pixel counts.
 
     Args:
         original, adapted: (B, H, W, 3) in 0-255.
         weight: (B, H, W) in [0, 1], how much each pixel counts; None counts all alike.
-
-    Returns:
-        (B,) in 0-255; NaN where no pixel counts.
 
     Source: [ours].
     """
@@ -132,13 +234,10 @@ def pixel_change(original: np.ndarray, adapted: np.ndarray, weight: np.ndarray |
 
 
 def ssim(original: np.ndarray, adapted: np.ndarray) -> np.ndarray:
-    """Structural similarity of portraits, one after another: a whole set in double would not fit into memory.
+    """Structural similarity of portraits, (B,) at most 1; one after another, since doubles of all take much memory.
 
     Args:
         original, adapted: (B, H, W, 3) in 0-255, H and W at least 6.
-
-    Returns:
-        (B,), at most 1.
 
     Source: Wang et al., "Image Quality Assessment", IEEE Transactions on Image Processing 13(4), 2004; the mean over
         the whole picture, mirrored at its edges, and all channels.
@@ -163,23 +262,15 @@ def _windowed_mean(values: np.ndarray) -> np.ndarray:
     weights = np.exp(-((np.arange(-5, 6) / 1.5) ** 2) / 2)
     weights /= weights.sum()
     for axis in (0, 1):
-        length, edges = values.shape[axis], [(0, 0)] * 3
-        edges[axis] = (5, 5)
-        padded = np.pad(values, edges, mode="reflect")
-        parts = (np.take(padded, range(start, start + length), axis) for start in range(11))
-        values = sum(weight * part for weight, part in zip(weights, parts))
+        length = values.shape[axis]
+        padded = np.pad(values, [(5 * (axis == other), 5 * (axis == other)) for other in range(3)], mode="reflect")
+        rows = np.moveaxis(padded, axis, 0)
+        values = np.moveaxis(sum(weight * rows[i : i + length] for i, weight in enumerate(weights)), 0, axis)
     return values
 
 
 def only_inside(original: np.ndarray, adapted: np.ndarray, region: np.ndarray) -> np.ndarray:
-    """The adapted portraits inside the region, and the original ones outside.
-
-    Args:
-        original, adapted: (B, H, W, 3) in 0-255.
-        region: (B, H, W) in [0, 1].
-
-    Returns:
-        (B, H, W, 3) uint8.
+    """(B, H, W, 3) uint8: the adapted portraits inside the region, (B, H, W) in [0, 1], and the original ones outside.
 
     Source: [ours].
     """
@@ -188,16 +279,7 @@ def only_inside(original: np.ndarray, adapted: np.ndarray, region: np.ndarray) -
 
 
 def cosine(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Cosines of embeddings.
-
-    Args:
-        first, second: (B, E).
-
-    Returns:
-        (B,) in [-1, 1]; NaN where either is zero or NaN.
-
-    Source: [ours].
-    """
+    """Cosines of embeddings (B, E): (B,) in [-1, 1], NaN where either is zero or NaN. Source: [ours]."""
     first, second = first.astype(np.float64), second.astype(np.float64)
     norms = np.linalg.norm(first, axis=-1) * np.linalg.norm(second, axis=-1)
     return np.divide((first * second).sum(-1), norms, out=np.full(len(norms), np.nan), where=norms > 0)
@@ -212,10 +294,7 @@ def unit(embeds: np.ndarray) -> np.ndarray:
 def direction_similarity(
     image_before: np.ndarray, image_after: np.ndarray, text_before: np.ndarray, text_after: np.ndarray
 ) -> np.ndarray:
-    """Whether a portrait changed in CLIP's space as its prompt did.
-
-    Args:
-        image_before, image_after, text_before, text_after: (B, E) embeddings of any length, taken at length 1.
+    """Whether a portrait changed in CLIP's space as its prompt did; embeddings (B, E) each, taken at length 1.
 
     Returns:
         (B,) in [-1, 1]; NaN where portrait or prompt did not change.
@@ -231,13 +310,7 @@ def label_agreement(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def nearer_to(images: np.ndarray, target_text: np.ndarray, neutral_text: np.ndarray) -> np.ndarray:
-    """Where CLIP finds a portrait nearer to the target's text than to the neutral one.
-
-    Args:
-        images, target_text, neutral_text: (B, E).
-
-    Returns:
-        (B,) 1.0 or 0.0.
+    """1.0 where portraits are nearer to the target's text than to the neutral one, else 0.0; embeddings (B, E) each.
 
     Source: [ours].
     """
@@ -260,8 +333,7 @@ def resample_prompts(prompts: int, resamples: int, seed: int) -> np.ndarray:
     """Prompts drawn with replacement: the seeds of a prompt stay together, since they are alike.
 
     Args:
-        prompts: P.
-        resamples: R.
+        prompts, resamples: P and R.
         seed: source of all randomness.
 
     Returns:
@@ -296,137 +368,5 @@ def mean_of(values: np.ndarray) -> float:
 
 
 def estimate_mean(values: np.ndarray, resamples: np.ndarray) -> Estimate:
-    """The mean of a measure with its interval.
-
-    Args:
-        values: (P, S); NaN does not count.
-        resamples: as of `resample_prompts`.
-
-    Returns:
-        The estimate; NaN if there is nothing to average.
-
-    Source: [ours].
-    """
+    """The mean of (P, S) values with its interval from `resample_prompts`; NaN does not count. Source: [ours]."""
     return Estimate(mean_of(values), *interval(resampled_means(values, resamples)))
-
-
-# ----------------------------------------------------------------------------------------------------------- pollution
-
-
-@dataclass(frozen=True)
-class Changes:
-    """What pollution is made of, (P, S) each: change outside with the full prompt, change with the base prompt."""
-
-    outside: np.ndarray
-    base: np.ndarray
-
-
-def _excess(
-    changes: Changes, original: Changes, mean: Callable[[np.ndarray], np.ndarray | float]
-) -> np.ndarray | float:
-    """`(outside - outside of the original model) + base`, in grey levels; `mean` is over a sample of portraits.
-
-    What the original model moves outside the region when it is asked for the target is no LoRA's doing. Both terms
-    are pixel changes in one unit, so they can be added.
-    """
-    return mean(changes.outside) - mean(original.outside) + mean(changes.base)
-
-
-def pollution_samples(
-    changes: Changes, original: Changes, reference: Changes | None, resamples: np.ndarray
-) -> tuple[float, np.ndarray]:
-    """The pollution index and its (R,) resampled values, which `estimate_pollution` makes an interval of.
-
-    A ratio of sums: were each term normalised alone, one in which the reference hardly moves would rule the index.
-    """
-
-    def over_resamples(values: np.ndarray) -> np.ndarray:
-        return resampled_means(values, resamples)
-
-    value = _excess(changes, original, mean_of)
-    samples = _excess(changes, original, over_resamples)
-    if reference is not None:
-        value = value / _excess(reference, original, mean_of)
-        samples = samples / _excess(reference, original, over_resamples)
-    return value, samples
-
-
-def estimate_pollution(
-    changes: Changes, original: Changes, reference: Changes | None, resamples: np.ndarray
-) -> Estimate:
-    """The pollution index: 0 for the original model and 1 for the reference LoRA.
-
-    Args:
-        changes: of the LoRA.
-        original: of the original model, asked for the target untuned; its `base` is 0.
-        reference: of the LoRA that counts as 1; None leaves the index in grey levels.
-        resamples: as of `resample_prompts`; LoRA, original and reference are resampled together.
-
-    Returns:
-        The estimate. It may be negative, or larger than 1.
-
-    Source: [ours].
-    """
-    value, samples = pollution_samples(changes, original, reference, resamples)
-    return Estimate(value, *interval(samples))
-
-
-def can_be_reference(reference: Changes, original: Changes, resamples: np.ndarray) -> bool:
-    """Whether a LoRA pollutes at all, by its interval: else nothing can be measured in units of it."""
-    estimate = estimate_pollution(reference, original, None, resamples)
-    return (estimate.value if estimate.low is None else estimate.low) > 0
-
-
-def flags_of(
-    pollution: Estimate, normalised: bool, response: np.ndarray, original: np.ndarray, resamples: np.ndarray
-) -> list[str]:
-    """What is wrong with a LoRA that looks clean, or does nothing.
-
-    Args:
-        pollution: its index.
-        normalised: whether that is in units of a reference LoRA, or in grey levels.
-        response: (P, S), of the LoRA with the full prompts.
-        original: (P, S), of the original model with the full prompts.
-        resamples: as of `resample_prompts`.
-
-    Returns:
-        "over-aligned": nothing moved, and the target is not there either. "no response": the target is not there.
-        The target is there if the response is above the original model's by its interval.
-
-    Source: [paper] over-alignment; [ours] the rule.
-    """
-    difference = estimate_mean(response - original, resamples)
-    least = difference.value if difference.low is None else difference.low
-    if least > 0:
-        return []
-    near_zero = pollution.value < (CLEAN_INDEX if normalised else CLEAN_CHANGE)
-    return ["over-aligned"] if near_zero else ["no response"]
-
-
-# --------------------------------------------------------------------------------------------------------- checkpoints
-
-
-def knee(pollution: Sequence[float], response: Sequence[float], origin: tuple[float, float]) -> int | None:
-    """The checkpoint to keep: the most response for its pollution.
-
-    Both are stretched to [0, 1] over the checkpoints and the original model, and the checkpoint with the largest
-    response minus pollution is taken: the one that lies highest above the line from the least to the most of both.
-
-    Args:
-        pollution: K numbers, such as the pollution index.
-        response: K numbers.
-        origin: pollution and response of the original model.
-
-    Returns:
-        Its index, the first of equals; None if no checkpoint lies above the line.
-
-    Source: Satopää et al., "Finding a Kneedle in a Haystack", ICDCS Workshops 2011; [ours] with the original model.
-    """
-    axes = []
-    for values, start in zip((pollution, response), origin):
-        points = np.array([start, *values], dtype=np.float64)
-        span = points.max() - points.min()
-        axes.append((points - points.min()) / span if span > 0 else np.zeros_like(points))
-    heights = (axes[1] - axes[0])[1:]
-    # Rounding alone lifts no point above the line, nor above its equals.
-    return int(np.flatnonzero(heights > heights.max() - 1e-9)[0]) if heights.max() > 1e-9 else None

@@ -20,50 +20,32 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.transforms import Bbox
+from PIL import Image
+
+from evaluation.drawing import open_arrays, open_portraits
+from pictures import overlay_heat_map
+from programs.console import without_warning
+from programs.loading import naming
+from programs.writing import whole
+from prompts import PromptPair
 
 
-GROUPS = {
-    "pollution": "Pollution",
-    "response": "Response: is the target there?",
-    "preservation": "Preservation: is it still the same portrait?",
-    "truth": "Truth, as the toy world's probe reads it",
-}
-FLAGS = {
-    "over-aligned": "Hardly anything moved, but the target is not there either: preserved for want of a response.",
-    "no response": "The target shows no more often than with the original model.",
-}
+MEANS, PORTRAITS, NUMBERS, PAGE, PLOT = "metrics.csv", "portraits.csv", "metrics.json", "report.html", "response.png"
 THUMBNAIL = 256  # pixels of a picture's longer side in the page, at most; small ones are enlarged by the browser
-COLORS = {"original": (110, 110, 110), "reference": (196, 70, 44), "lora": (30, 90, 200), "checkpoint": (20, 130, 90)}
-CSS = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; color: #1d2430; background: #fafbfc; max-width: 1120px;
-  margin: 0 auto; padding: 24px; }
-h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 19px; margin: 36px 0 8px; }
-p { margin: 6px 0; } .quiet { color: #5b6676; font-size: 13px; }
-.verdict { background: #e9f1ff; border-left: 4px solid #1e5ac8; padding: 10px 14px; border-radius: 4px; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; background: white; font-variant-numeric: tabular-nums; margin: 6px 0; }
-th, td { border: 1px solid #dfe4ea; padding: 5px 8px; text-align: right; vertical-align: top; }
-th { background: #f1f4f7; font-weight: 600; max-width: 120px; vertical-align: bottom; }
-th:first-child, td:first-child, td.text { text-align: left; } td:first-child, .flag { white-space: nowrap; }
-.top { display: flex; flex-wrap: wrap; gap: 16px 28px; align-items: flex-start; margin-top: 14px; }
-.top > div { min-width: 0; max-width: 620px; } .top img { max-width: 100%; }
-td small { display: block; font-size: 12px; color: #5b6676; white-space: nowrap; } td.missing { color: #8a94a3; }
-tr.keep td { background: #eaf7ef; }
-.flag { display: inline-block; background: #fdeceb; color: #a3261b; border-radius: 3px; padding: 0 6px; }
-.pictures { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 6px 8px; max-width: 860px; }
-.pictures .row { grid-column: 1 / -1; color: #5b6676; font-size: 13px; margin-top: 8px; }
-.pictures .head { font-weight: 600; font-size: 13px; }
-.pictures img { width: 100%; display: block; border-radius: 3px; }
-.small img { image-rendering: pixelated; }
-details > summary { cursor: pointer; font-weight: 600; margin: 10px 0 6px; }
-"""
+COLORS = {"original": "#6e6e6e", "reference": "#c4462c", "lora": "#1e5ac8", "checkpoint": "#14825a"}
+NAME_LENGTH = 28  # of a LoRA in the plot, at most
+PICTURE_HEADERS = ("original, base prompt", "adapted, base prompt", "adapted, full prompt", "SFCM")
 
 
 @dataclass(frozen=True)
@@ -72,9 +54,6 @@ class PictureRow:
 
     caption: str
     pictures: Sequence[Image.Image]
-
-
-PICTURE_HEADERS = ("original, base prompt", "adapted, base prompt", "adapted, full prompt", "SFCM")
 
 
 def format_number(value: float | None) -> str:
@@ -92,295 +71,161 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-# -------------------------------------------------------------------------------------------------------------- tables
+# --------------------------------------------------------------------------------------------------------------- files
 
 
-def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Write the document. Source: [ours]."""
-    _write_whole(path, json.dumps(without_nan(document), indent=2, allow_nan=False) + "\n")
+def prepare_folder(folder: Path) -> None:
+    """The output folder, without what an evaluation that did not come to measuring drew into it.
+
+    Raises:
+        InputError: it cannot be made, or holds measures, which were hours of work and are of other portraits.
+    """
+    with naming(f"--output_dir {folder}"):
+        for name in (MEANS, PORTRAITS, NUMBERS, PAGE):
+            if (folder / name).exists():
+                raise ValueError(f"holds {name} of an earlier evaluation: give another folder, or delete this one")
+        folder.mkdir(parents=True, exist_ok=True)
+        for picture in (folder / "pictures").glob("[0-9][0-9]*-*/p[0-9]*-s[0-9]*-*.*"):
+            picture.unlink()
 
 
-def write_csv(path: Path, document: Mapping[str, Any]) -> None:
-    """Write a line for each LoRA and measure; what is not computed has no value but a reason. Source: [ours]."""
+def write_tables(folder: Path, document: Mapping[str, Any], portraits: Sequence[Mapping[str, Any]]) -> None:
+    """Write the CSV tables: a line for each LoRA and measure, which has a reason where it has no value, and a line for
+    each portrait. Source: [ours].
+    """
     lines = []
     for lora in document["loras"]:
         for name in document["measures"]:
             estimate = lora["measures"].get(name, {"value": None, "low": None, "high": None})
             reason = document["not_computed"].get(name, "")
             lines.append({"lora": lora["name"], "role": lora["role"], "measure": name, **estimate, "reason": reason})
-    write_lines(path, lines)
+    for name, table in ((MEANS, lines), (PORTRAITS, portraits)):
+        file = StringIO()
+        writer = csv.DictWriter(file, list(table[0]))
+        writer.writeheader()
+        writer.writerows(without_nan(list(table)))
+        _write_whole(folder / name, file.getvalue())
 
 
-def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Write lines of equal columns as CSV; None and NaN are empty. Source: [ours]."""
-    file = StringIO()
-    writer = csv.DictWriter(file, list(lines[0]))
-    writer.writeheader()
-    writer.writerows(without_nan(list(lines)))
-    _write_whole(path, file.getvalue())
+def write_report(
+    folder: Path, document: Mapping[str, Any], pictures: Iterable[tuple[str, Sequence[PictureRow]]]
+) -> None:
+    """Write the plot, the document, and the page, which loads nothing from anywhere.
+
+    Args:
+        folder: the output folder.
+        document: as above.
+        pictures: of each LoRA its name and some rows; only those of one are looked at at a time.
+
+    Source: [ours].
+    """
+    plot = response_plot(document)
+    if plot is not None:
+        plot.save(folder / PLOT)
+    document = without_nan(document)
+    _write_whole(folder / NUMBERS, json.dumps(document, indent=2, allow_nan=False) + "\n")
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    environment.filters |= {"number": format_number, "whole": _data_url, "thumbnail": _thumbnail_url}
+    page = environment.get_template("report.html.jinja")
+    more = {"pictures": pictures, "plot": plot, "headers": PICTURE_HEADERS, "thumbnail_size": THUMBNAIL}
+    _write_whole(folder / PAGE, page.render(document, **more))
 
 
 def _write_whole(path: Path, text: str) -> None:
-    """Write a file, or leave what there was: never a part of it."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8", newline="")
-    part.replace(path)
+    with whole(path) as file:
+        file.write_text(text, encoding="utf-8", newline="")
 
 
 # ---------------------------------------------------------------------------------------------------------------- plot
 
 
-def response_plot(document: Mapping[str, Any], size: tuple[int, int] = (460, 340)) -> Image.Image | None:
+def response_plot(document: Mapping[str, Any]) -> Image.Image | None:
     """Response over pollution with their intervals; checkpoints are joined, and the one to keep has a ring.
 
     Returns:
-        An RGB image, or None where one of the two was not computed.
+        An RGB image at twice the size at which the page shows it, or None where one of the two was not computed.
 
     Source: [ours].
     """
-    across, up = "pollution", document["response_measure"]
-    points = [
-        (lora, lora["measures"][across], lora["measures"][up])
-        for lora in document["loras"]
-        if up is not None and across in lora["measures"] and up in lora["measures"]
-    ]
+    response = document["response_measure"]
+    points = []
+    for lora in without_nan(document["loras"]):
+        across, up = lora["measures"].get("pollution"), lora["measures"].get(response)
+        if across and up and None not in (across["value"], up["value"]):
+            points.append((lora, across, up))
     if not points:
         return None
-    scale = 2  # drawn at twice the size and shrunk, since PIL's lines are not antialiased
-    panel = Image.new("RGB", (size[0] * scale, size[1] * scale), "white")
-    pen, font = ImageDraw.Draw(panel), ImageFont.load_default(size=12 * scale)
-    left, right, top, bottom = 60 * scale, (size[0] - 20) * scale, 20 * scale, (size[1] - 46) * scale
-    place_x = _Axis([estimate for _, estimate, _ in points], left, right)
-    place_y = _Axis([estimate for _, _, estimate in points], bottom, top)
-    for tick, x in place_x.ticks():
-        pen.line((x, top, x, bottom), fill=(232, 232, 232), width=scale)
-        pen.text((x, bottom + 12 * scale), tick, fill=(90, 90, 90), font=font, anchor="mm")
-    for tick, y in place_y.ticks():
-        pen.line((left, y, right, y), fill=(232, 232, 232), width=scale)
-        pen.text((left - 8 * scale, y), tick, fill=(90, 90, 90), font=font, anchor="rm")
-    label = f"pollution ({document['pollution_unit']})"
-    pen.text(((left + right) / 2, bottom + 34 * scale), label, fill="black", font=font, anchor="mm")
-    response = document["measures"][up]["label"]
-    pen.text((left, 9 * scale), f"response ({response})", fill="black", font=font, anchor="lm")
-
-    places = [(lora, place_x(x["value"]), place_y(y["value"])) for lora, x, y in points]
-    joined = [(x, y) for lora, x, y in places if lora["role"] in ("original", "checkpoint")]
-    if any(lora["role"] == "checkpoint" for lora, _, _ in places):
-        pen.line(joined, fill=(150, 200, 178), width=2 * scale)
-    for (lora, x, y), (_, wide, tall) in zip(places, points):
+    figure = Figure((4.6, 3.4), dpi=200, layout="constrained")
+    canvas, axes = FigureCanvasAgg(figure), figure.subplots()
+    axes.set_xlabel(f"pollution ({document['pollution_unit']})", fontsize=9, parse_math=False)
+    axes.set_ylabel(f"response ({document['measures'][response]['label']})", fontsize=9, parse_math=False)
+    axes.tick_params(colors="#5a5a5a", labelsize=8, length=0)
+    axes.grid(color="#e8e8e8")
+    axes.spines[:].set_visible(False)
+    axes.margins(0.08)
+    run = [(x["value"], y["value"]) for lora, x, y in points if lora["role"] in ("original", "checkpoint")]
+    if any(lora["role"] == "checkpoint" for lora, _, _ in points):
+        axes.plot(*zip(*run), color="#96c8b2", linewidth=2)
+    named = []
+    for lora, x, y in points:
         color = COLORS[lora["role"]]
-        if wide["low"] is not None:
-            pen.line((place_x(wide["low"]), y, place_x(wide["high"]), y), fill=color, width=scale)
-        if tall["low"] is not None:
-            pen.line((x, place_y(tall["low"]), x, place_y(tall["high"])), fill=color, width=scale)
-        pen.ellipse(_around(x, y, 4 * scale), fill=color)
+        for line, across, ends in ((axes.hlines, y, x), (axes.vlines, x, y)):
+            if ends["low"] is not None:
+                line(across["value"], ends["low"], ends["high"], color=color, linewidth=1)
+        axes.plot(x["value"], y["value"], "o", color=color, markersize=5.5)
         if lora["name"] == document["keep"]:
-            pen.ellipse(_around(x, y, 9 * scale), outline=color, width=2 * scale)
-    _write_names(pen, font, [(lora["name"], COLORS[lora["role"]], x, y) for lora, x, y in places], left, right, scale)
-    return panel.resize(size, Image.Resampling.LANCZOS)
+            axes.plot(x["value"], y["value"], "o", markersize=12, mfc="none", mec=color, mew=1.5)
+        named.append((lora["name"], color, x["value"], y["value"]))
+    # A LoRA may be called by letters that the font has not.
+    with without_warning("Glyph"):
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # names do not move the axes
+        _write_names(axes, canvas, named)
+        canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
-def _write_names(
-    pen: ImageDraw.ImageDraw,
-    font: ImageFont.FreeTypeFont,
-    points: Sequence[tuple[str, tuple[int, int, int], float, float]],
-    left: float,
-    right: float,
-    scale: int,
-) -> None:
+def _write_names(axes: Axes, canvas: FigureCanvasAgg, points: Sequence[tuple[str, str, float, float]]) -> None:
     """Each name beside its point, in the first of the places around it that no other name or point has."""
-    taken = [_around(x, y, 5 * scale) for _, _, x, y in points]
+    renderer = canvas.get_renderer()
+    centres = axes.transData.transform([point[2:] for point in points])
+    taken = [Bbox([centre - 11, centre + 11]) for centre in centres]
+    halo = [withStroke(linewidth=2, foreground="white")]
     for name, color, x, y in points:
-        boxes = []
+        short = name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH - 1]}…"
+        style = {"color": color, "fontsize": 8, "parse_math": False, "path_effects": halo}
+        text = axes.annotate(short, (x, y), (0, 0), textcoords="offset points", va="center", **style)
+        choices = []
         for row in (0, 1, -1, 2, -2, 3, -3):
-            for anchor, step in (("lm", 8), ("rm", -8)):
-                place = (x + step * scale, y + (14 * row - 9) * scale)
-                box = pen.textbbox(place, name, font=font, anchor=anchor)
-                crossed = sum(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken)
-                crossed += 100 * (box[0] < left or box[2] > right)
-                boxes.append((crossed, len(boxes), place, anchor, box))
-        _, _, place, anchor, box = min(boxes)
+            for side, align in ((1, "left"), (-1, "right")):
+                text.set(position=(6 * side, 6 - 9 * row), ha=align)
+                box = text.get_window_extent(renderer)
+                outside = box.x0 < axes.bbox.x0 or box.x1 > axes.bbox.x1
+                crossed = 100 * outside + sum(box.overlaps(other) for other in taken)
+                choices.append((crossed, len(choices), text.get_position(), align, box))
+        _, _, place, align, box = min(choices)
+        text.set(position=place, ha=align)
         taken.append(box)
-        pen.text(place, name, fill=color, font=font, anchor=anchor)
 
 
-class _Axis:
-    """Places numbers between two ends of a plot, with some room beyond the outermost."""
-
-    def __init__(self, estimates: Sequence[Mapping[str, float | None]], start: float, end: float) -> None:
-        ends = [number for e in estimates for number in e.values() if number is not None] + [0.0]
-        room = 0.08 * (max(ends) - min(ends)) or 1.0
-        self.low, self.high, self.start, self.end = min(ends) - room, max(ends) + room, start, end
-
-    def __call__(self, value: float) -> float:
-        return self.start + (self.end - self.start) * (value - self.low) / (self.high - self.low)
-
-    def ticks(self) -> list[tuple[str, float]]:
-        """About five round numbers and their places."""
-        rough = (self.high - self.low) / 5
-        magnitude = 10.0 ** math.floor(math.log10(rough))
-        step = next(m * magnitude for m in (1, 2, 5, 10) if m * magnitude >= rough)
-        first = math.ceil(self.low / step)
-        values = [step * i for i in range(first, math.floor(self.high / step) + 1)]
-        decimals = max(0, -math.floor(math.log10(step)))
-        return [(f"{value + 0.0:.{decimals}f}", self(value)) for value in values]
+# ------------------------------------------------------------------------------------------------------------ pictures
 
 
-def _around(x: float, y: float, radius: float) -> tuple[float, float, float, float]:
-    return (x - radius, y - radius, x + radius, y + radius)
-
-
-# ---------------------------------------------------------------------------------------------------------------- page
-
-
-def write_html(
-    path: Path,
-    document: Mapping[str, Any],
-    pictures: Iterable[tuple[str, Sequence[PictureRow]]],
-    plot: Image.Image | None,
-) -> None:
-    """Write the report as one page without scripts that loads nothing from anywhere.
-
-    Args:
-        path: the file.
-        document: as above.
-        pictures: of each LoRA its name and some rows; only those of one are looked at at a time.
-        plot: of `response_plot`.
-
-    Source: [ours].
-    """
-    document = without_nan(document)
-    settings = document["settings"]
-    parts = [
-        "<h1>Is my LoRA clean?</h1>",
-        f'<p class="quiet">{escape(settings["pretrained_model_name_or_path"])}; prompts: {len(document["prompts"])}, '
-        f"seeds of each: {len(document['seeds'])}, {settings['num_inference_steps']} steps, guidance scale "
-        f"{settings['guidance_scale']:g}. Below each number its 95 % interval, from {settings['num_resamples']} "
-        "resamples of the prompts.</p>",
-        f'<p class="verdict">{escape(document["verdict"])}</p>',
-        '<div class="top"><div>' + _summary(document) + "</div>",
-    ]
-    if plot is not None:
-        parts.append(f'<img alt="response over pollution" width="{plot.width}" src="{_data_url(plot)}">')
-    parts.append("</div>")
-    for group, heading in GROUPS.items():
-        names = [name for name, measure in document["measures"].items() if measure["group"] == group]
-        parts += [_group(document, heading, names)] if names else []
-    parts += [_correlations(document), _missing(document), "<h2>Pictures</h2>"]
-    for i, (name, rows) in enumerate(pictures):
-        is_open = " open" if i < 3 else ""
-        parts.append(f"<details{is_open}><summary>{escape(name)}</summary>{_pictures(rows)}</details>")
-    parts += [_prompts(document), _settings(settings)]
-    body = "\n".join(part for part in parts if part)
-    _write_whole(
-        path,
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>Is my LoRA clean?</title>\n'
-        f"<style>{CSS}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n",
-    )
-
-
-def _table(header: Sequence[str], rows: Sequence[str]) -> str:
-    cells = "".join(f"<th>{escape(text)}</th>" for text in header)
-    return f'<div class="scroll"><table><tr>{cells}</tr>{"".join(rows)}</table></div>'
-
-
-def _number_cell(estimate: Mapping[str, float | None] | None, measure: str) -> str:
-    """A number with its interval below, both as they stand in metrics.json too."""
-    if estimate is None or estimate["value"] is None:
-        return '<td class="missing">–</td>'
-    ends = ""
-    if estimate["low"] is not None:
-        ends = f"<small>{format_number(estimate['low'])} to {format_number(estimate['high'])}</small>"
-    value = format_number(estimate["value"])
-    return f'<td data-measure="{measure}" data-value="{estimate["value"]!r}">{value}{ends}</td>'
-
-
-def _row(document: Mapping[str, Any], lora: Mapping[str, Any], names: Sequence[str], last: str = "") -> str:
-    keep = ' class="keep"' if lora["name"] == document["keep"] else ""
-    cells = "".join(_number_cell(lora["measures"].get(name), name) for name in names)
-    return f'<tr{keep} data-lora="{escape(lora["name"])}"><td>{escape(lora["name"])}</td>{cells}{last}</tr>'
-
-
-def _summary(document: Mapping[str, Any]) -> str:
-    leak = "truth_leak" if "truth_leak" in document["measures"] else "leak"
-    names = [name for name in ("pollution", document["response_measure"], leak) if name in document["measures"]]
+def picture_rows(
+    pairs: Sequence[PromptPair], names: Sequence[str], original: Path, adapted: Path, count: int
+) -> list[PictureRow]:
+    """The first seeds of as many prompts as possible, that many rows, of the original model's folder and a LoRA's."""
+    seeds = len(names) // len(pairs)
     rows = []
-    for lora in document["loras"]:
-        flags = "".join(f'<span class="flag">{escape(flag)}</span>' for flag in lora["flags"]) or "–"
-        rows.append(_row(document, lora, names, f'<td class="text">{flags}</td>'))
-    header = ["", *(document["measures"][name]["label"] for name in names), "flag"]
-    raised = dict.fromkeys(flag for lora in document["loras"] for flag in lora["flags"])
-    notes = [document["pollution_note"], *(f"{flag}: {FLAGS[flag]}" for flag in raised)]
-    return _table(header, rows) + "".join(f'<p class="quiet">{escape(note)}</p>' for note in notes)
-
-
-def _group(document: Mapping[str, Any], heading: str, names: Sequence[str]) -> str:
-    computed = [name for name in names if name not in document["not_computed"]]
-    parts = [f"<h2>{escape(heading)}</h2>"]
-    if computed:
-        arrows = {"higher": "↑", "lower": "↓"}
-        labels = {name: document["measures"][name] for name in computed}
-        header = ["", *(f"{measure['label']}\u00a0{arrows[measure['direction']]}" for measure in labels.values())]
-        parts.append(_table(header, [_row(document, lora, computed) for lora in document["loras"]]))
-        about = [f"<b>{escape(measure['label'])}</b>: {escape(measure['about'])}" for measure in labels.values()]
-        parts.append(f'<p class="quiet">{" ".join(about)}</p>')
-    if names[0] == "change":
-        parts.append(f'<p class="quiet">{escape(document["region"])}</p>')
-    return "\n".join(parts)
-
-
-def _correlations(document: Mapping[str, Any]) -> str:
-    found = document["rank_correlations"]
-    if not found:
-        return ""
-    labels = document["measures"]
-    rows = []
-    for row in found:
-        proxy, truth = (escape(labels[row[name]]["label"]) for name in ("proxy", "truth"))
-        value = format_number(row["spearman"])
-        rows.append(f"<tr><td>{proxy}</td><td>{truth}</td><td>{value}</td></tr>")
-    return (
-        "<h2>Do the measures order the LoRAs as the truth does?</h2>"
-        + _table(["measure", "truth", "Spearman"], rows)
-        + f'<p class="quiet">Over {found[0]["loras"]} LoRAs. Where less of the one and more of the other is better, '
-        "-1 is the best.</p>"
-    )
-
-
-def _missing(document: Mapping[str, Any]) -> str:
-    missing = document["not_computed"]
-    if not missing:
-        return ""
-    labels = document["measures"]
-    items = [f"<li><b>{escape(labels[name]['label'])}</b>: {escape(why)}</li>" for name, why in missing.items()]
-    return f"<h2>Not computed</h2><ul>{''.join(items)}</ul>"
-
-
-def _pictures(rows: Sequence[PictureRow]) -> str:
-    small = " small" if max(rows[0].pictures[0].size) < THUMBNAIL else ""
-    cells = [f'<div class="head">{escape(text)}</div>' for text in PICTURE_HEADERS]
-    for row in rows:
-        cells.append(f'<div class="row">{escape(row.caption)}</div>')
-        for text, picture in zip(PICTURE_HEADERS, row.pictures, strict=True):
-            cells.append(f'<img alt="{escape(text)}" src="{_thumbnail_url(picture)}">')
-    return f'<div class="pictures{small}">{"".join(cells)}</div>'
-
-
-def _prompts(document: Mapping[str, Any]) -> str:
-    rows = [
-        "<tr>" + "".join(f'<td class="text">{escape(prompt[key])}</td>' for key in prompt) + "</tr>"
-        for prompt in document["prompts"]
-    ]
-    return f"<details><summary>Prompts</summary>{_table(list(document['prompts'][0]), rows)}</details>"
-
-
-def _settings(settings: Mapping[str, Any]) -> str:
-    rows = [
-        f'<tr><td>--{escape(name)}</td><td class="text">{escape(str(value))}</td></tr>'
-        for name, value in settings.items()
-        if value is not None
-    ]
-    return f"<details><summary>Settings</summary>{_table(['flag', 'value'], rows)}</details>"
+    for i in sorted(sorted(range(len(names)), key=lambda i: (i % seeds, i))[:count]):
+        before, after = (open_portraits(folder, names[i : i + 1]) for folder in (original, adapted))
+        shown = [Image.fromarray(pictures[0]) for pictures in (before.base, after.base, after.full)]
+        shown.append(overlay_heat_map(shown[-1], open_arrays(adapted, names[i : i + 1])[0]))
+        rows.append(PictureRow(f"{names[i]}: {pairs[i // seeds].full_prompt}", shown))
+    return rows
 
 
 def _data_url(picture: Image.Image) -> str:

@@ -1,36 +1,136 @@
-"""From the measures of each portrait to what the report says: numbers with intervals, flags, the checkpoint to keep.
+"""From the measures of each portrait to what the report says: the pollution index, flags, the checkpoint to keep.
 
-Legend: P prompts, S seeds of each prompt.
+Legend: P prompts, S seeds of each prompt, R resamples, K checkpoints.
 Source: [ours].
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from evaluation.measures import (
-    MEASURES,
-    PROXIES,
-    Changes,
-    Estimate,
-    can_be_reference,
-    estimate_mean,
-    estimate_pollution,
-    flags_of,
-    knee,
-    pollution_samples,
-    resample_prompts,
-    resampled_means,
-)
+from evaluation.measures import MEASURES, Estimate, estimate_mean, interval, mean_of, resample_prompts, resampled_means
 
 
 RESPONSES = ("truth_response", "clip_t_inside")  # the first that was measured counts
+CLEAN_INDEX = 0.1  # pollution below this share of the reference LoRA's is near 0
+CLEAN_CHANGE = 1.0  # and, without a reference, below one grey level of 255
+SHOWN = ("label", "group", "direction", "about")  # what the document says of a measure
+
+
+# ----------------------------------------------------------------------------------------------------------- pollution
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What pollution is made of, (P, S) each: change outside with the full prompt, change with the base prompt."""
+
+    outside: np.ndarray
+    base: np.ndarray
+
+
+def pollution_samples(
+    changes: Changes, original: Changes, reference: Changes | None, resamples: np.ndarray
+) -> tuple[float, np.ndarray]:
+    """The pollution index and its (R,) resampled values, of which `estimate_pollution` makes an interval.
+
+    `(outside - outside of the original model) + base`, in grey levels, over the same of the reference: what the
+    original model moves outside the region when it is asked for the target is no LoRA's doing. A ratio of sums: were
+    each term normalised alone, one in which the reference hardly moves would rule the index.
+    """
+    over_resamples = partial(resampled_means, resamples=resamples)
+
+    def excess(own: Changes, mean: Callable[[np.ndarray], Any]) -> Any:
+        return mean(own.outside) - mean(original.outside) + mean(own.base)
+
+    value, samples = excess(changes, mean_of), excess(changes, over_resamples)
+    if reference is None:
+        return value, samples
+    return value / excess(reference, mean_of), samples / excess(reference, over_resamples)
+
+
+def estimate_pollution(
+    changes: Changes, original: Changes, reference: Changes | None, resamples: np.ndarray
+) -> Estimate:
+    """The pollution index: 0 for the original model and 1 for the reference LoRA; it may be negative, or larger.
+
+    Args:
+        changes: of the LoRA.
+        original: of the original model, asked for the target untuned; its `base` is 0.
+        reference: of the LoRA that counts as 1; None leaves the index in grey levels.
+        resamples: as of `resample_prompts`; LoRA, original and reference are resampled together.
+
+    Source: [ours].
+    """
+    value, samples = pollution_samples(changes, original, reference, resamples)
+    return Estimate(value, *interval(samples))
+
+
+def can_be_reference(reference: Changes, original: Changes, resamples: np.ndarray) -> bool:
+    """Whether a LoRA pollutes at all, by its interval: else nothing can be measured in units of it."""
+    estimate = estimate_pollution(reference, original, None, resamples)
+    return (estimate.value if estimate.low is None else estimate.low) > 0
+
+
+def flags_of(
+    pollution: Estimate, normalised: bool, response: np.ndarray, original: np.ndarray, resamples: np.ndarray
+) -> list[str]:
+    """What is wrong with a LoRA that looks clean, or does nothing.
+
+    Args:
+        pollution: its index, in units of a reference LoRA (`normalised`) or in grey levels.
+        response, original: (P, S), of the LoRA and of the original model with the full prompts.
+        resamples: as of `resample_prompts`.
+
+    Returns:
+        "over-aligned": nothing moved, and the target is not there either. "no response": the target is not there.
+        The target is there if the response is above the original model's by its interval.
+
+    Source: [paper] over-alignment; [ours] the rule.
+    """
+    difference = estimate_mean(response - original, resamples)
+    least = difference.value if difference.low is None else difference.low
+    if least > 0:
+        return []
+    near_zero = pollution.value < (CLEAN_INDEX if normalised else CLEAN_CHANGE)
+    return ["over-aligned"] if near_zero else ["no response"]
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def knee(pollution: Sequence[float], response: Sequence[float], origin: tuple[float, float]) -> int | None:
+    """The checkpoint to keep: the most response for its pollution.
+
+    Both are stretched to [0, 1] over the checkpoints and the original model, and the checkpoint with the largest
+    response minus pollution is taken.
+
+    Args:
+        pollution, response: K numbers each.
+        origin: pollution and response of the original model.
+
+    Returns:
+        Its index, the first of equals; None if no checkpoint lies above the line from the least to the most of both.
+
+    Source: Satopää et al., "Finding a Kneedle in a Haystack", ICDCS Workshops 2011; [ours] with the original model.
+    """
+    axes = []
+    for values, start in zip((pollution, response), origin):
+        points = np.array([start, *values], dtype=np.float64)
+        span = points.max() - points.min()
+        axes.append((points - points.min()) / span if span > 0 else np.zeros_like(points))
+    heights = (axes[1] - axes[0])[1:]
+    # Rounding alone lifts no point above the line, nor above its equals.
+    return int(np.flatnonzero(heights > heights.max() - 1e-9)[0]) if heights.max() > 1e-9 else None
+
+
+# ------------------------------------------------------------------------------------------------------- the document
 
 
 @dataclass(frozen=True)
@@ -71,26 +171,27 @@ def summarise(judged: Sequence[Judged], missing: Mapping[str, str], resamples: i
     """
     original = judged[0]
     index = resample_prompts(len(original.values["change"]), resamples, seed)
-    reference = next((own for own in judged if own.role == "reference"), None)
-    unit, note = "grey levels", "Pollution is in grey levels of 255, since there is no --reference_lora."
-    if reference is not None and can_be_reference(reference.changes, original.changes, index):
-        unit, note = f"1 is {reference.name}", f"Pollution: 0 is the original model, 1 is {reference.name}."
-    elif reference is not None:
-        note = f"Pollution is in grey levels of 255, since {reference.name} moves no more than the original model."
-        reference = None
+    unit, unit_name = None, "grey levels"
+    note = "Pollution is in grey levels of 255, since there is no --reference_lora."
+    for own in judged:
+        if own.role == "reference" and can_be_reference(own.changes, original.changes, index):
+            unit, unit_name = own.changes, f"1 is {own.name}"
+            note = f"Pollution: 0 is the original model, 1 is {own.name}."
+        elif own.role == "reference":
+            note = f"Pollution is in grey levels of 255, since {own.name} moves no more than the original model."
     response = next((name for name in RESPONSES if name in original.values), None)
-    entries = [_summarise_one(own, original, reference, response, index) for own in judged]
+    entries = [_summarise_one(own, original, unit, response, index) for own in judged]
     keep, verdict = None, _verdict(entries, response)
     if any(own.role == "checkpoint" for own in judged):
-        keep, verdict = choose_checkpoint(judged, entries, reference, response, index)
+        keep, verdict = choose_checkpoint(judged, entries, unit, response, index)
     shown = [name for name in MEASURES if name in entries[0]["measures"] or name in missing]
     return {
         "verdict": verdict,
         "keep": keep,
-        "pollution_unit": unit,
+        "pollution_unit": unit_name,
         "pollution_note": note,
         "response_measure": response,
-        "measures": {name: asdict(MEASURES[name]) for name in shown},
+        "measures": {name: {key: getattr(MEASURES[name], key) for key in SHOWN} for name in shown},
         "not_computed": {name: missing[name] for name in MEASURES if name in missing},
         "loras": entries,
         "rank_correlations": correlate(entries[1:]),
@@ -98,9 +199,8 @@ def summarise(judged: Sequence[Judged], missing: Mapping[str, str], resamples: i
 
 
 def _summarise_one(
-    own: Judged, original: Judged, reference: Judged | None, response: str | None, index: np.ndarray
+    own: Judged, original: Judged, unit: Changes | None, response: str | None, index: np.ndarray
 ) -> dict[str, Any]:
-    unit = None if reference is None else reference.changes
     pollution = estimate_pollution(own.changes, original.changes, unit, index)
     found = {name: estimate_mean(values, index) for name, values in own.values.items()}
     found |= {name: Estimate(value, None, None) for name, value in own.whole.items()} | {"pollution": pollution}
@@ -123,19 +223,16 @@ def _verdict(entries: Sequence[Mapping[str, Any]], response: str | None) -> str:
 
 
 def choose_checkpoint(
-    judged: Sequence[Judged],
-    entries: Sequence[Mapping[str, Any]],
-    reference: Judged | None,
-    response: str | None,
+    judged: Sequence[Judged], entries: Sequence[Mapping[str, Any]], unit: Changes | None, response: str | None,
     index: np.ndarray,
-) -> tuple[str | None, str]:
+) -> tuple[str | None, str]:  # fmt: skip
     """The checkpoint to keep, or None, and a line that says why.
 
     How often resampled prompts choose the same one tells how sure the choice is.
 
     Args:
         judged, entries: all models and what the report says of them, in one order, the original model first.
-        reference: the LoRA that pollution is in units of.
+        unit: of the LoRA that pollution is in units of.
         response: the measure of the response; None if there is none.
         index: of `resample_prompts`.
 
@@ -150,8 +247,7 @@ def choose_checkpoint(
     chosen = knee(pollution[1:], responses[1:], (pollution[0], responses[0]))
     if chosen is None:
         return None, "No checkpoint stands out: none gains more response than pollution."
-    original, unit = judged[0].changes, None if reference is None else reference.changes
-    polluted = zip(*(pollution_samples(judged[i].changes, original, unit, index)[1] for i in places))
+    polluted = zip(*(pollution_samples(judged[i].changes, judged[0].changes, unit, index)[1] for i in places))
     responded = zip(*(resampled_means(judged[i].values[response], index) for i in places))
     again = [knee(p[1:], r[1:], (p[0], r[0])) for p, r in zip(polluted, responded)]
     share = f"; {again.count(chosen) / len(again):.0%} of the resamples choose it too" if again else ""
@@ -181,8 +277,8 @@ def correlate(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | No
     except ModuleNotFoundError:
         return None
     found = []
-    for proxy, truth in PROXIES.items():
-        if proxy in entries[0]["measures"]:
+    for truth in MEASURES:
+        for proxy in (name for name in entries[0]["measures"] if MEASURES[name].stands_for == truth):
             first, second = ([float(entry["measures"][n]["value"]) for entry in entries] for n in (proxy, truth))
             # torchmetrics makes 0 of a series that is constant.
             varies = len(set(first)) > 1 and len(set(second)) > 1

@@ -4,7 +4,43 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 
 # Before any library of the Hub is imported: they read it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+pytest_plugins = ["tiny_unet"]  # its fixtures
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    from test_prompts import write_vocabulary
+    from transformers import CLIPTokenizer
+
+    folder = write_vocabulary(tmp_path_factory.mktemp("tokenizer"))
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
+
+
+@pytest.fixture
+def own_world(tokenizer):
+    """Tiny pipelines, see `pipeline_world.py`."""
+    from pipeline_world import World
+
+    return World(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def world(tokenizer):
+    """The same, shared: no test may change it."""
+    from pipeline_world import World
+
+    return World(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def bare_world(tokenizer):
+    """The same without a LoRA, shared: no test may change it."""
+    from pipeline_world import World
+
+    return World(tokenizer, lora=False)

@@ -1,7 +1,7 @@
 """A small Hub on loopback, over real HTTP: enough of its API to make a repository, push to it and load from it.
 
-huggingface_hub reads `HF_ENDPOINT` when it is imported, so what talks to this Hub runs in a process of its own, with
-`HubServer.environment`.
+huggingface_hub reads `HF_ENDPOINT` when it is imported: what talks to this Hub runs in a process of its own, with
+`HubServer.environment`, or in this one, inside `HubServer.here`.
 """
 
 import base64
@@ -10,12 +10,17 @@ import json
 import os
 import re
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import pytest
 import yaml
+from huggingface_hub import constants
+from huggingface_hub.utils import close_session
 
 
 @dataclass
@@ -78,6 +83,30 @@ class HubServer:
             "HF_HUB_DISABLE_TELEMETRY": "1",
         }
         return inherited | proxies | hub | ({} if token is None else {"HF_TOKEN": token})
+
+    @contextmanager
+    def here(self, home: Path, token: str | None = None) -> Iterator[None]:
+        """Inside, this process knows this Hub alone; as `environment` otherwise."""
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+                patch.delenv(name, raising=False)
+            for name in ("NO_PROXY", "no_proxy"):
+                patch.setenv(name, "127.0.0.1")
+            if token is not None:
+                patch.setenv("HF_TOKEN", token)
+            values = {
+                "ENDPOINT": self.url,
+                "HUGGINGFACE_CO_URL_TEMPLATE": f"{self.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+                "HF_HUB_CACHE": str(home / "hub"),
+                "HF_TOKEN_PATH": str(home / "token"),
+                "HF_HUB_DISABLE_XET": True,
+                "HF_HUB_OFFLINE": False,
+            }
+            for name, value in values.items():
+                patch.setattr(constants, name, value)
+            close_session()  # it keeps the proxies that it began with
+            yield
+        close_session()
 
     def sha(self, repo_id: str) -> str:
         """The newest commit; every repository begins with an empty one."""
@@ -207,10 +236,12 @@ class _Handler(BaseHTTPRequestHandler):
     def tree(self, repo_id: str) -> None:
         if self.may_read(repo_id):
             files = self.hub.repos[repo_id].items()
-            self.send_json([
-                {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-                for path, content in sorted(files)
-            ])
+            self.send_json(
+                [
+                    {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                    for path, content in sorted(files)
+                ]
+            )
 
     def resolve(self, repo_id: str, revision: str, path: str) -> None:
         if not self.may_read(repo_id):

@@ -17,12 +17,14 @@ import pytest
 import safetensors.torch
 import torch
 from hub_server import HubServer
+from huggingface_hub import hf_hub_download
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
 import app
-from app import LoraSlot, build_demo, check_lengths, draw, parse_args, phrase_table, propose_replacement
-from loras.files import load_lora
+from app import build_demo, check_lengths, draw, parse_args, phrase_table, propose_replacement
+from loras.loading import load_lora
+from loras.slot import LoraSlot
 from pipeline_spf_portrait import SPFPortraitPipeline
 from programs.loading import InputError, choose_device, load_pipeline
 from toy_portraits.recipe import BASE_MODEL, LORA
@@ -32,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LORA_FILE = LORA / "pytorch_lora_weights.safetensors"
 PROMPT, TARGET = "a man, black hair, a white jacket", "blonde hair"
 PHRASES = PROMPT.split(", ")
+FEW = 6  # steps of a drawing
 CHROMIUM = "/usr/bin/chromium"
 QUIET = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
@@ -260,51 +263,26 @@ def test_of_this_machine_others_get_the_loras_that_are_named(bare_pipeline, tmp_
     assert difference(image_of(bare_pipeline), strong) > 0
 
 
-FROM_THE_HUB = """
-import sys
-from pathlib import Path
-import torch
-from app import LoraSlot
-from programs.loading import load_pipeline
-from huggingface_hub import hf_hub_download
-from pipeline_spf_portrait import SPFPortraitPipeline
-from toy_portraits.recipe import BASE_MODEL
-
-hf_hub_download("tester/private", "pytorch_lora_weights.safetensors")  # with the token, into the cache
-print("asked with the token")
-pipeline = load_pipeline(SPFPortraitPipeline, str(BASE_MODEL), torch.float32)
-limit = int(sys.argv[1])
-slot = LoraSlot(pipeline, ["tester/named"], limit)
-for source in ("named", "public", "large", "private", "none", "public/x.safetensors"):
-    source = f"tester/{source}"
-    try:
-        slot.use(source)
-        print(source, pipeline.get_active_adapters())
-    except ValueError as error:
-        print(error)
-print(slot.source)
-"""
-
-
-def test_from_the_hub_others_get_public_loras_of_a_size_without_the_token(tmp_path):
-    content = LORA_FILE.read_bytes()
-    with HubServer("tester", "hf_SECRETofTheTester") as hub:
+def test_from_the_hub_others_get_public_loras_of_a_size_without_the_token(bare_pipeline, tmp_path):
+    content, token, said = LORA_FILE.read_bytes(), "hf_SECRETofTheTester", {}
+    with HubServer("tester", token) as hub, hub.here(tmp_path / "home", token):
         for name in ("public", "large", "private", "named"):
             hub.repos[f"tester/{name}"] = {LORA_FILE.name: content * (3 if name == "large" else 1)}
             hub.add_commit(f"tester/{name}")
         hub.private |= {"tester/private", "tester/named"}
-        environment = hub.environment(tmp_path / "home", token="hf_SECRETofTheTester")
-        result = subprocess.run(
-            [sys.executable, "-c", FROM_THE_HUB, str(2 * len(content))],
-            cwd=ROOT, env=environment, capture_output=True, text=True,
-        )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    _, named, public, large, private, none, file, last = result.stdout.splitlines()
-    assert named == "tester/named ['lora_1']" and public == "tester/public ['lora_2']" and last == "tester/public"
-    assert re.match(f"tester/large: .*at most {2 * len(content) / 1e6:g} MB are downloaded", large)
-    assert private.startswith("tester/private: not found among the public LoRAs of the Hub: ")
-    assert private.replace("tester/private", "tester/none") == none
-    assert file.startswith("tester/public/x.safetensors: no x.safetensors there")
+        hf_hub_download("tester/private", LORA_FILE.name)  # with the token, into the cache
+        slot = LoraSlot(bare_pipeline, ["tester/named"], 2 * len(content))
+        for name in ("named", "public", "large", "private", "none", "public/x.safetensors"):
+            try:
+                slot.use(f"tester/{name}")
+                said[name] = bare_pipeline.get_active_adapters()
+            except ValueError as error:
+                said[name] = str(error)
+    assert said["named"] == ["lora_1"] and said["public"] == ["lora_2"] and slot.source == "tester/public"
+    assert re.match(f"tester/large: .*at most {2 * len(content) / 1e6:g} MB are downloaded", said["large"])
+    assert said["private"].startswith("tester/private: not found among the public LoRAs of the Hub: ")
+    assert said["private"].replace("tester/private", "tester/none") == said["none"]
+    assert said["public/x.safetensors"].startswith("tester/public/x.safetensors: no x.safetensors there")
 
     def asked(name):
         """Methods, and whether with a token, of the requests for a repository's files."""
@@ -440,12 +418,14 @@ class Page:
     def set_number(self, label, value):
         self.page.get_by_label(f"number input for {label}").fill(str(value))
 
-    def draw(self, seed):
+    def draw(self, seed, steps=FEW):
         """Draw with this seed and wait for it; each call of a test has another seed, so that the wait can end."""
         more = self.page.get_by_role("button", name="More")
         if not self.page.get_by_label("Seed").is_visible():
             more.click()
         self.page.get_by_label("Seed").fill(str(seed))
+        if steps is not None:  # else as the page has them at first
+            self.set_number("Steps", steps)
         self.button.click()
         self.page.locator("#status").get_by_text(f"seed {seed},").wait_for(timeout=300_000)
         return {name: self.image(name) for name in ("original", "adapted", "sfcm", "overview")}
@@ -472,7 +452,7 @@ def page(browser, server):
 
 
 def direct(pipeline, seed, prompt=PROMPT, **options):
-    arguments = {"target_scale": 1.0, "num_inference_steps": 25, "guidance_scale": 5.0, "replaces": "black hair"}
+    arguments = {"target_scale": 1.0, "num_inference_steps": FEW, "guidance_scale": 5.0, "replaces": "black hair"}
     arguments |= options
     return draw(pipeline, prompt, TARGET, seed=seed, **arguments)
 
@@ -480,7 +460,7 @@ def direct(pipeline, seed, prompt=PROMPT, **options):
 @pytest.mark.slow
 def test_the_page_draws_what_the_pipeline_draws(page, pipeline):
     page.fill_prompt()
-    found, expected = page.draw(1), direct(pipeline, 1)
+    found, expected = page.draw(1, None), direct(pipeline, 1, num_inference_steps=25)
     assert difference(found["original"], expected.reference_images[0]) <= 1
     assert difference(found["adapted"], expected.images[0]) <= 1
     assert difference(found["original"], found["adapted"]) > 50
@@ -525,8 +505,9 @@ def test_errors_are_shown_and_the_page_goes_on(page, pipeline):
     assert page.error() == "Prompt: 60 tokens are more than the 30 that the text encoder takes."
     prompt = "a man, a white jacket, (a hat:1.2)"
     page.fill("Prompt", prompt)
-    found = page.draw(4)["adapted"]
-    assert difference(found, direct(pipeline, 4, prompt, replaces="").images[0]) <= 1
+    found = page.draw(4, None)["adapted"]
+    expected = direct(pipeline, 4, prompt, replaces="", num_inference_steps=25)
+    assert difference(found, expected.images[0]) <= 1
     assert "Weights are not read here: (a hat:1.2) is drawn" in page.page.locator("#status").inner_text()
 
 

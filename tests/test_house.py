@@ -12,17 +12,22 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module or a folder by the first name of its imports. Each floor imports from those below it alone, a module of a
 # folder from its own folder as well.
 FLOORS = (
-    {"attention_processors", "prompts", "sfcm", "pictures", "programs"},
+    {"adapters", "attention_processors", "lora_layers", "wording", "sfcm", "pictures", "programs"},
+    {"prompts"},
+    {"spf_arguments", "spf_observer"},
+    {"spf_call"},
     {"loras", "pipeline_spf_portrait"},
+    {"families"},
     {"training", "evaluation"},
     {"train_spf_portrait_lora", "evaluate_spf_portrait", "app", "export_spf_portrait_lora", "toy_portraits",
      "benchmarks", "tests"},
 )  # fmt: skip
 # The evaluation knows the toy world's targets, whose regions its renderer draws.
-ALSO = {("evaluation", "toy_portraits"), ("evaluation", "training")}
+ALSO = {("evaluation", "toy_portraits")}
 PURE = {
-    "prompts": {"transformers"}, "sfcm": {"torch"}, "training/losses": {"torch"}, "evaluation/measures": {"numpy"},
-    "programs/console": {"tqdm"},
+    "wording": set(), "prompts": {"wording", "transformers"}, "sfcm": {"torch"}, "training/losses": {"torch"},
+    "evaluation/measures": {"numpy"}, "programs/console": {"tqdm"}, "programs/picture_files": {"PIL"},
+    "programs/records": set(),
 }  # fmt: skip
 # Every Python file that belongs to the repository; hidden folders hold environments and caches.
 FILES = sorted(

@@ -24,9 +24,9 @@ if __name__ == "__main__":
 import torch
 from PIL import Image
 
-from loras.hub import LORA_WEIGHTS
-from pictures import picture_grid
-from pipeline_spf_portrait import SPFPortraitPipeline, overlay_heat_map
+from loras import LORA_WEIGHTS
+from pictures import overlay_heat_map, picture_grid
+from pipeline_spf_portrait import SPFPortraitPipeline
 from toy_portraits.recipe import BASE_MODEL, HERE, training_flags
 from toy_portraits.world import TARGETS
 

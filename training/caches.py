@@ -8,8 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+
+from programs.writing import whole
 
 
 Part = str | bytes | int | float | tuple | None
@@ -141,16 +141,10 @@ def _read(path: Path) -> torch.Tensor | None:
 
 
 def _write(path: Path, tensor: torch.Tensor) -> None:
-    """Write a file that appears whole or not at all, whoever else writes it."""
-    # A name of its own for each writer; opened by hand, for the permissions of a `tempfile` would shut others out.
-    temporary = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(save({_TENSOR: tensor}))
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with whole(path) as file:
+            file.write_bytes(save({_TENSOR: tensor}))
     except OSError as error:
         raise OSError(f"--cache_dir: {path} cannot be written: {error.strerror}") from error
 

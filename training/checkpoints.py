@@ -1,7 +1,6 @@
 """Checkpoints of a training run: folders that are whole or not there at all, and no pickle in them.
 
-A checkpoint is written into a hidden folder beside its place and renamed. Its manifest holds the size and the hash of
-every file, so that a damaged one is told from a whole one.
+A checkpoint's manifest holds the size and the hash of every file, so that a damaged one is told from a whole one.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +19,9 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
+
+from programs import writing
+from programs.checkpoints import checkpoint_folder, find_checkpoints
 
 
 logger = logging.getLogger(__name__)
@@ -115,22 +116,18 @@ def save_checkpoint(
 
     Source: [ours].
     """
-    place = output_dir / f"checkpoint-{step}"
-    hidden = output_dir / f"{HIDDEN_PREFIX}{step}-{os.getpid()}"
+    place = checkpoint_folder(output_dir, step)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        hidden.mkdir()
-        write_lora(hidden)
-        _write_state(hidden, state)
-        _write_manifest(hidden, step)
-        _put_in_place(hidden, place)
+        with writing.whole(place, prefix=f"{HIDDEN_PREFIX}{step}-") as folder:
+            folder.mkdir()
+            write_lora(folder)
+            _write_state(folder, state)
+            _write_manifest(folder, step)
+        _sync(output_dir)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(hidden, ignore_errors=True)
         message = f"{place} could not be written: {' '.join(str(error).split())}; {what_is_safe(output_dir)}"
         raise CheckpointError(message) from error
-    except BaseException:
-        shutil.rmtree(hidden, ignore_errors=True)
-        raise
     if total_limit is not None:
         # Never the one just written: a run that went on from an earlier one has others ahead of it.
         others = [folder for folder in find_checkpoints(output_dir) if folder != place]
@@ -156,13 +153,6 @@ def _write_manifest(folder: Path, step: int) -> None:
     manifest.write_text(json.dumps({"step": step, "files": files}, indent=1), encoding="utf-8")
     _sync(manifest)
     _sync(folder)
-
-
-def _put_in_place(hidden: Path, place: Path) -> None:
-    if place.exists():  # the run was here before, and what it left is damaged or of a later interruption
-        _remove(place)
-    os.rename(hidden, place)
-    _sync(place.parent)
 
 
 def _remove(folder: Path) -> None:
@@ -236,16 +226,6 @@ def lock_folder(folder: Path) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------------- reading
 
 
-def find_checkpoints(output_dir: Path) -> list[Path]:
-    """The folders `checkpoint-<step>` in a folder, by step, whole or not. Source: [ours]."""
-    found = [
-        path
-        for path in output_dir.glob("checkpoint-*")
-        if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()
-    ]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
-
-
 def check_checkpoint(folder: Path) -> None:
     """Compare a checkpoint with its manifest.
 
@@ -304,6 +284,7 @@ def what_is_safe(output_dir: Path) -> str:
 
 
 def remove_leftovers(output_dir: Path) -> None:
-    """Delete the hidden folders of a run that was killed while it wrote or deleted a checkpoint. Source: [ours]."""
-    for folder in output_dir.glob(f"{HIDDEN_PREFIX}*"):
-        _clean(folder, shutil.rmtree)
+    """Delete the hidden folders of a run that was killed while it wrote or deleted something. Source: [ours]."""
+    for prefix in (HIDDEN_PREFIX, writing.HIDDEN_PREFIX):
+        for folder in output_dir.glob(f"{prefix}*"):
+            _clean(folder, shutil.rmtree)

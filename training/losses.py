@@ -48,63 +48,6 @@ def masked_diffusion_loss(model_pred: torch.Tensor, target: torch.Tensor, mask: 
     return (mask * error).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=torch.finfo(mask.dtype).tiny)
 
 
-def min_snr_weights(
-    alphas_cumprod: torch.Tensor, timesteps: torch.Tensor, gamma: float, prediction_type: str = "epsilon"
-) -> torch.Tensor:
-    """Weights that keep the easy, nearly clean timesteps from ruling the diffusion loss.
-
-    Args:
-        alphas_cumprod: (number of training timesteps,).
-        timesteps: (B,) integers.
-        gamma: largest signal-to-noise ratio that counts, 5 is usual.
-        prediction_type: "epsilon" or "v_prediction".
-
-    Returns:
-        (B,) float32, for epsilon `min(snr, gamma) / snr`, for v `min(snr, gamma) / (snr + 1)`.
-
-    Source: Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy", arXiv 2303.09556.
-    """
-    alpha_bar = alphas_cumprod.to(timesteps.device)[timesteps].float()
-    snr = alpha_bar / (1 - alpha_bar)
-    if prediction_type == "v_prediction":
-        return snr.clamp(max=gamma) / (snr + 1)
-    # Written so that a timestep of pure noise has the weight 1 and not 0 / 0.
-    return (gamma / snr).clamp(max=1)
-
-
-def predict_original_sample(
-    noisy_latents: torch.Tensor,
-    model_pred: torch.Tensor,
-    timesteps: torch.Tensor,
-    alphas_cumprod: torch.Tensor,
-    prediction_type: str = "epsilon",
-) -> torch.Tensor:
-    """One-step prediction of the clean latents.
-
-    Args:
-        noisy_latents: (B, C, H, W).
-        model_pred: (B, C, H, W), gradient flows.
-        timesteps: (B,) integers.
-        alphas_cumprod: (number of training timesteps,).
-        prediction_type: "epsilon" or "v_prediction".
-
-    Returns:
-        (B, C, H, W) float32.
-
-    Raises:
-        ValueError: an unknown prediction type.
-
-    Source: [paper] the response path's portrait x0_hat.
-    """
-    alpha_bar = alphas_cumprod.to(noisy_latents.device)[timesteps].float().view(-1, 1, 1, 1)
-    noisy_latents, model_pred = noisy_latents.float(), model_pred.float()
-    if prediction_type == "epsilon":
-        return (noisy_latents - (1 - alpha_bar).sqrt() * model_pred) / alpha_bar.sqrt()
-    if prediction_type == "v_prediction":
-        return alpha_bar.sqrt() * noisy_latents - (1 - alpha_bar).sqrt() * model_pred
-    raise ValueError(f"prediction_type must be 'epsilon' or 'v_prediction', got {prediction_type!r}")
-
-
 def preservation_weight(sfcm: torch.Tensor, resolution: tuple[int, int]) -> torch.Tensor:
     """`1 - SFCM` at a layer's resolution.
 

@@ -1,28 +1,41 @@
-"""The models of a training run, loaded as the flags say and from safetensors alone, and the LoRA on the UNet.
+"""The models of a training run: loaded from safetensors alone, the LoRA on the UNet, and what lies on the device.
 
+Legend: B batch, C channels, H/W latent size, T text tokens, E size of a text embedding.
 Source: [ours].
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import XFormersAttnProcessor
 from peft import LoraConfig
-from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
-from attention_processors import find_cross_attention_layers
-from loras.files import ReferenceLora, find_lora, load_lora, merge_loras, read_lora
-from programs.loading import cast_models, load_pipeline, load_tokenizer, naming_flag
+from adapters import Adapters
+from families.noise_process import DDPM
+from families.prompt_embeds import PromptEmbeds
+from families.stable_diffusion import StableDiffusion
+from loras.finding import find_lora
+from loras.loading import ReferenceLora, load_lora, merge_loras
+from loras.reading import read_lora
+from programs.console import without_warning
+from programs.loading import cast_models, load_pipeline, naming_flag
+from training.flags import LoraFlags, ModelFlags
+from training.prompt_table import PromptTable, encode_prompts
+
+
+STAGE1_ADAPTER = "stage1"
 
 
 def load_base_model(
     pipeline_class: type[StableDiffusionPipeline],
-    args: argparse.Namespace,
+    args: ModelFlags,
     weight_dtype: torch.dtype,
     references: Sequence[ReferenceLora] = (),
 ) -> StableDiffusionPipeline:
@@ -58,29 +71,21 @@ def load_base_model(
     return pipeline
 
 
-def load_clip(
-    args: argparse.Namespace, device: torch.device
-) -> tuple[CLIPModel, CLIPTokenizer, CLIPImageProcessorPil]:
-    """The CLIP model of --clip_model_name_or_path in float32, its tokenizer and its image processor."""
-    name = args.clip_model_name_or_path
-    with naming_flag("clip_model_name_or_path", name):
-        clip = CLIPModel.from_pretrained(name, cache_dir=args.cache_dir, dtype=torch.float32, use_safetensors=True)
-    tokenizer = load_tokenizer(name, cache_dir=args.cache_dir)
-    return clip.to(device).eval(), tokenizer, CLIPImageProcessorPil.from_pretrained(name, cache_dir=args.cache_dir)
-
-
-def load_decoder(
-    args: argparse.Namespace, pipeline: StableDiffusionPipeline, weight_dtype: torch.dtype, device: torch.device
-) -> AutoencoderKL | AutoencoderTiny:
-    """What decodes for the enhancement loss: the tiny VAE if there is one, else the model's own."""
-    name = args.tiny_vae_model_name_or_path
-    if name is None:
-        return pipeline.vae
-    with naming_flag("tiny_vae_model_name_or_path", name):
-        decoder = AutoencoderTiny.from_pretrained(
-            name, cache_dir=args.cache_dir, dtype=weight_dtype, use_safetensors=True
-        )
-    return decoder.to(device).eval()
+def load_text_part(family: type[StableDiffusion], model: ModelFlags) -> StableDiffusionPipeline:
+    """The base model as far as it reads prompts, without denoiser and VAE."""
+    return load_pipeline(
+        family.pipeline_class,
+        model.pretrained_model_name_or_path,
+        torch.float32,
+        "pretrained_model_name_or_path",
+        revision=model.revision,
+        cache_dir=model.cache_dir,
+        variant=model.variant,
+        safety_checker=None,
+        requires_safety_checker=False,
+        vae=None,
+        **{family.denoiser: None},
+    )
 
 
 @torch.no_grad()
@@ -90,7 +95,7 @@ def load_adapter(pipeline: StableDiffusionPipeline, path: str | Path) -> None:
     load_lora(pipeline, str(path), "default")
     keep_in_float32(unet, "default")
     # PEFT has rounded it to the dtype of the layers it was added to.
-    for name, layer in read_lora(find_lora(str(path)))["unet"].items():
+    for name, layer in read_lora(find_lora(str(path))).layers["unet"].items():
         module = unet.get_submodule(name)
         module.lora_A["default"].weight.copy_(layer.down)
         module.lora_B["default"].weight.copy_(layer.up)
@@ -118,14 +123,11 @@ def use_xformers(unet: UNet2DConditionModel) -> None:
     unet.set_attn_processor(processors)
 
 
-def lora_config(args: argparse.Namespace, unet: UNet2DConditionModel) -> LoraConfig:
+def lora_config(family: type[StableDiffusion], args: LoraFlags, unet: UNet2DConditionModel) -> LoraConfig:
     """LoRA on the projections of the cross-attention layers, of all attention layers, or on the layers named."""
     targets = args.lora_layers
     if targets is None:
-        names = list(find_cross_attention_layers(unet))
-        if args.lora_target == "all":
-            names += [name.removesuffix("attn2") + "attn1" for name in names]
-        targets = [f"{name}.{projection}" for name in names for projection in ("to_q", "to_k", "to_v", "to_out.0")]
+        targets = family.lora_targets(unet, args.lora_target)
     return LoraConfig(
         r=args.rank,
         lora_alpha=args.lora_alpha,
@@ -134,3 +136,147 @@ def lora_config(args: argparse.Namespace, unet: UNet2DConditionModel) -> LoraCon
         init_lora_weights="gaussian",
         target_modules=targets,
     )
+
+
+class Models:
+    """The base model with the LoRA in training, the teacher once there is one, and what of them lies on the device.
+
+    Attributes:
+        family: what is particular to the base model.
+        pipeline: draws with the models as they are.
+        unet: its UNet, with the adapter "default", which is trained.
+        response_unet: the distributed wrapper of `unet`, or `unet` itself.
+        noise: of training.
+        adapters, capture: switch the adapters, and capture the attention, of `unet`.
+        device: where steps are computed.
+    """
+
+    def __init__(
+        self, family: type[StableDiffusion], pipeline: StableDiffusionPipeline, device: torch.device
+    ) -> None:
+        self.family, self.pipeline, self.device = family, pipeline, device
+        self.unet = self.response_unet = getattr(pipeline, family.denoiser)
+        self.noise = DDPM(type(pipeline.scheduler).__name__, pipeline.scheduler.config)
+        self.adapters, self.capture = Adapters(self.unet), family.capture(self.unet)
+        self._released: tuple[str, ...] = ()
+
+    def release(self, names: Sequence[str]) -> None:
+        """Take models that no step uses off the device; for pictures they come back, see `resident`."""
+        self._released = tuple(names)
+        for name in names:
+            getattr(self.pipeline, name).to("cpu")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @contextmanager
+    def resident(self) -> Iterator[None]:
+        """Inside, all of the pipeline's models lie on the device."""
+        try:
+            for name in self._released:
+                getattr(self.pipeline, name).to(self.device)
+            yield
+        finally:
+            for name in self._released:
+                getattr(self.pipeline, name).to("cpu")
+
+    def encode(self, ids: torch.Tensor) -> PromptEmbeds:
+        """Prompts of tokens `ids` (B, T)."""
+        return self.family.encode(self.pipeline, ids.to(self.device))
+
+    def reference_embeds(self, table: PromptTable, rows: torch.Tensor) -> PromptEmbeds:
+        """The reference prompts of table rows (B,)."""
+        return encode_prompts(table, table.reference_rows[rows], self.encode)
+
+    def response_embeds(self, table: PromptTable, rows: torch.Tensor) -> PromptEmbeds:
+        """The response prompts of table rows (B,)."""
+        return encode_prompts(table, table.response_rows[rows], self.encode)
+
+    def predict(self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, embeds: PromptEmbeds) -> torch.Tensor:
+        """What the UNet predicts, (B, C, H, W), with the adapters that are active."""
+        return self.family.predict(self.unet, noisy_latents, timesteps, embeds)
+
+    def respond(self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, embeds: PromptEmbeds) -> torch.Tensor:
+        """The same through the distributed wrapper: the one forward of a step that a gradient flows through."""
+        return self.family.predict(self.response_unet, noisy_latents, timesteps, embeds)
+
+    def to_latents(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Latents (B, C, H, W) float32 of pictures (B, 3, H', W') in [-1, 1]; nothing in them is random."""
+        return self.family.to_latents(self.pipeline.vae, pixels)
+
+    def lora(self, adapter: str = "default") -> dict[str, torch.Tensor]:
+        """The weights of an adapter under PEFT's names."""
+        return get_peft_model_state_dict(self.unet, adapter_name=adapter)
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the LoRA of stage 1 is there as a second adapter."""
+        return STAGE1_ADAPTER in self.unet.peft_config
+
+    def add_teacher(self, state: dict[str, torch.Tensor]) -> None:
+        """Add stage 1's LoRA as a second, frozen adapter beside the one in training."""
+        unet = self.unet
+        with without_warning("Already found a `peft_config` attribute"):  # a second adapter is what is meant
+            unet.add_adapter(unet.peft_config["default"], STAGE1_ADAPTER)
+        keep_in_float32(unet, STAGE1_ADAPTER)
+        set_peft_model_state_dict(unet, state, adapter_name=STAGE1_ADAPTER)
+        unet.set_adapter("default")
+        unet.eval()  # the new adapter's dropout is on when it is made
+        self.adapters = Adapters(unet)
+        for name, parameter in unet.named_parameters():
+            parameter.requires_grad_(".lora_" in name and f".{STAGE1_ADAPTER}." not in name)
+
+    @torch.no_grad()
+    def bring_to_zero(self) -> None:
+        """Make the LoRA in training the original model again.
+
+        Started from there it has nothing to unlearn: it is the original model until it is shown more.
+        """
+        for layer in self.adapters.layers:
+            layer.lora_B["default"].weight.zero_()
+            if layer.use_dora.get("default", False):
+                magnitude = layer.lora_magnitude_vector["default"].weight
+                norms = layer.get_base_layer().weight.float().flatten(1).norm(dim=1)
+                magnitude.copy_(norms.view_as(magnitude))  # that of a convolution has sides of 1 beside its outputs
+
+
+def load_models(
+    family: type[StableDiffusion],
+    model: ModelFlags,
+    lora: LoraFlags,
+    accelerator: Accelerator,
+    references: Sequence[ReferenceLora],
+    earlier: str | Path | None,
+) -> Models:
+    """The base model on the device, frozen, with a new LoRA on its UNet, or an earlier one that goes on.
+
+    Args:
+        family: of the base model.
+        model, lora: the flags.
+        accelerator: knows device and precision.
+        references: earlier LoRAs to merge into the base model.
+        earlier: file or folder of the LoRA that goes on.
+
+    Raises:
+        InputError: weights are missing, damaged or a pickle.
+    """
+    pipeline = load_base_model(family.pipeline_class, model, weight_dtype(accelerator), references)
+    pipeline.to(accelerator.device)
+    unet = getattr(pipeline, family.denoiser)
+    for name in (family.denoiser, "vae", *family.text_encoders):
+        getattr(pipeline, name).requires_grad_(False)
+    if earlier is None:
+        unet.add_adapter(lora_config(family, lora, unet))
+    else:
+        load_adapter(pipeline, earlier)
+    keep_in_float32(unet, "default")
+    if model.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if model.enable_xformers_memory_efficient_attention:
+        use_xformers(unet)
+    unet.eval()  # the LoRA's dropout is on in the training forward alone
+    return Models(family, pipeline, accelerator.device)
+
+
+def weight_dtype(accelerator: Accelerator) -> torch.dtype:
+    """Of the frozen weights."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)

@@ -7,21 +7,39 @@ Paper: arXiv 2504.00396.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTextModel, CLIPTokenizer
+from diffusers import DiffusionPipeline
+from torch.nn.utils.rnn import pad_sequence
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
+from families.prompt_embeds import PromptEmbeds
+from families.stable_diffusion import StableDiffusion
 from programs.console import phase_bar
 from prompts import PromptPair, PromptTokens, phrase_mask
-from sfcm import phrase_distances
 from training.caches import TensorCache, fingerprint, module_fingerprint
 
 
 # What a row asks for: the target, or no change with the base prompt or with the empty prompt.
 FULL, BASE, EMPTY = 0, 1, 2
+
+
+class TokenPositions(NamedTuple):
+    """Which tokens of both prompts belong together, R rows."""
+
+    base: torch.Tensor  # (R, K) tokens of the reference prompt
+    full: torch.Tensor  # (R, K) the same words in the response prompt
+    mask: torch.Tensor  # (R, K) bool, False where a row has fewer
+    base_padding: torch.Tensor  # (R, T) bool
+    full_padding: torch.Tensor  # (R, T) bool
+
+    def of(self, rows: torch.Tensor) -> TokenPositions:
+        """Those of some rows (B,)."""
+        return TokenPositions(*(values[rows] for values in self))
 
 
 @dataclass(frozen=True)
@@ -32,61 +50,22 @@ class PromptTable:
     """
 
     prompt_ids: torch.Tensor  # (U, T) tokens of the U different prompts
-    prompt_embeds: torch.Tensor | None  # (U, T, E), or None where each step encodes its own
+    prompt_embeds: PromptEmbeds | None  # of all U, or None where each step encodes its own
     reference_rows: torch.Tensor  # (R,) rows of the two above
     response_rows: torch.Tensor  # (R,)
     phrase_weights: torch.Tensor  # (N, P, T)
     phrase_mask: torch.Tensor  # (N, P) bool
     free_mask: torch.Tensor  # (N, P) bool, those of them that may change along with the target
     distances: torch.Tensor  # (N, P) CLIP distances
-    target_embeds: torch.Tensor  # (N, E') CLIP text embeddings of the targets
-    base_positions: torch.Tensor  # (R, K)
-    full_positions: torch.Tensor  # (R, K)
-    position_mask: torch.Tensor  # (R, K) bool
-    base_padding: torch.Tensor  # (R, T) bool
-    full_padding: torch.Tensor  # (R, T) bool
-
-
-@torch.no_grad()
-def encode_clip_texts(clip: CLIPModel, tokenizer: CLIPTokenizer, texts: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Projected CLIP text embedding (E',) float32 of each different text."""
-    unique = list(dict.fromkeys(texts))
-    embeds = {}
-    for start in range(0, len(unique), 64):
-        chunk = unique[start : start + 64]
-        inputs = tokenizer(chunk, padding="max_length", truncation=True, return_tensors="pt").to(clip.device)
-        features = clip.get_text_features(
-            input_ids=inputs.input_ids, attention_mask=inputs.attention_mask
-        ).pooler_output
-        embeds |= dict(zip(chunk, features.float(), strict=True))
-    return embeds
-
-
-def clip_phrase_distances(
-    clip: CLIPModel, tokenizer: CLIPTokenizer, pairs: Sequence[PromptPair]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Distances (N, P) of the base phrases to their targets, the mask (N, P) of phrases, target embeddings (N, E')."""
-    embeds = encode_clip_texts(
-        clip, tokenizer, [text for pair in pairs for text in (*pair.base_phrases, pair.target_text)]
-    )
-    targets = torch.stack([embeds[pair.target_text] for pair in pairs])
-    width = max(len(pair.base_phrases) for pair in pairs)
-    phrases = targets.new_zeros(len(pairs), width, targets.shape[-1])
-    mask = torch.zeros(len(pairs), width, dtype=torch.bool, device=targets.device)
-    for i, pair in enumerate(pairs):
-        phrases[i, : len(pair.base_phrases)] = torch.stack([embeds[phrase] for phrase in pair.base_phrases])
-        mask[i, : len(pair.base_phrases)] = True
-    return phrase_distances(phrases, targets), mask, targets
+    positions: TokenPositions
 
 
 @torch.no_grad()
 def make_prompt_table(
+    family: type[StableDiffusion],
+    pipeline: DiffusionPipeline,
     pairs: Sequence[PromptPair],
     pair_tokens: Sequence[PromptTokens],
-    tokenizer: CLIPTokenizer,
-    text_encoder: CLIPTextModel,
-    clip: CLIPModel,
-    clip_tokenizer: CLIPTokenizer,
     *,
     encode: bool = True,
     cache: TensorCache | None = None,
@@ -95,20 +74,18 @@ def make_prompt_table(
     """Encode every prompt once and lay out token positions.
 
     Args:
+        family: of the diffusion model.
+        pipeline: the diffusion model; the table lies on the device of its text encoder.
         pairs: N pairs of prompts.
-        pair_tokens: their tokens, from `tokenize_prompt_pair` with `tokenizer`.
-        tokenizer: the diffusion model's.
-        text_encoder: the diffusion model's; the table lies on its device.
-        clip: the model that measures phrases against targets.
-        clip_tokenizer: its tokenizer.
+        pair_tokens: their tokens, from the family's `locate`.
         encode: False leaves the prompts to `encode_prompts` in each step.
         cache: where text embeddings are looked up and kept; None computes them.
         shown: whether a bar shows it.
 
     Source: [paper] phrases, PAD and distances; [ours] the rows that ask for no change, and phrases that may change.
     """
-    device, count = text_encoder.device, len(pairs)
-    empty_ids = tokenizer("", padding="max_length", truncation=True).input_ids
+    device, count = getattr(pipeline, family.text_encoders[0]).device, len(pairs)
+    empty_ids = getattr(pipeline, family.tokenizers[0])("", padding="max_length", truncation=True).input_ids
     base_ids = [tuple(tokens.base_input_ids) for tokens in pair_tokens]
     full_ids = [tuple(tokens.full_input_ids) for tokens in pair_tokens]
     reference, response = (
@@ -117,7 +94,7 @@ def make_prompt_table(
     )
     unique = {ids: row for row, ids in enumerate(dict.fromkeys(reference + response))}
     all_ids = torch.tensor(list(unique), device=device)
-    embeds = _encode_once(text_encoder, all_ids, cache, shown) if encode else None
+    embeds = _encode_once(family, pipeline, all_ids, cache, shown) if encode else None
 
     length = len(empty_ids)
     # Set against itself, every token of a prompt between BOS and its padding matches.
@@ -129,8 +106,8 @@ def make_prompt_table(
     base_positions, position_mask = _pad_rows([base for base, _ in positions])
     full_positions, _ = _pad_rows([full for _, full in positions])
 
-    distances, mask, targets = clip_phrase_distances(clip, clip_tokenizer, pairs)
-    weights, free = torch.zeros(*mask.shape, length), torch.zeros(mask.shape, dtype=torch.bool)
+    distances = pad_sequence(family.distances(pipeline, pairs, pair_tokens), batch_first=True)
+    weights, free = torch.zeros(*distances.shape, length), torch.zeros(distances.shape, dtype=torch.bool)
     for i, (pair, tokens) in enumerate(zip(pairs, pair_tokens, strict=True)):
         free[i, : len(pair.base_phrases)] = torch.tensor([phrase in pair.free_phrases for phrase in pair.base_phrases])
         weights[i, : len(tokens.phrase_positions)] = torch.tensor(phrase_mask(tokens.phrase_positions, length))
@@ -141,43 +118,50 @@ def make_prompt_table(
         response_rows=torch.tensor([unique[ids] for ids in response], device=device),
         phrase_weights=weights.to(device),
         # A phrase that was cut off is nowhere in the image, like the padding of a shorter prompt.
-        phrase_mask=mask & weights.any(-1).to(mask.device),
+        phrase_mask=weights.any(-1).to(device),
         free_mask=(free & weights.any(-1)).to(device),
-        distances=distances,
-        target_embeds=targets,
-        base_positions=base_positions.to(device),
-        full_positions=full_positions.to(device),
-        position_mask=position_mask.to(device),
-        base_padding=_row_mask([base for base, _ in padding], length).to(device),
-        full_padding=_row_mask([full for _, full in padding], length).to(device),
+        distances=distances.to(device),
+        positions=TokenPositions(
+            base_positions.to(device),
+            full_positions.to(device),
+            position_mask.to(device),
+            _row_mask([base for base, _ in padding], length).to(device),
+            _row_mask([full for _, full in padding], length).to(device),
+        ),
     )
 
 
 def _encode_once(
-    text_encoder: CLIPTextModel, ids: torch.Tensor, cache: TensorCache | None, shown: bool
-) -> torch.Tensor:
-    """Text embeddings (U, T, E) of the prompts `ids` (U, T), from the cache as far as it has them."""
+    family: type[StableDiffusion],
+    pipeline: DiffusionPipeline,
+    ids: torch.Tensor,
+    cache: TensorCache | None,
+    shown: bool,
+) -> PromptEmbeds:
+    """Text embeddings of the U prompts `ids` (U, T), from the cache as far as it has them."""
 
     def compute(missing: Sequence[int]) -> Iterator[torch.Tensor]:
         with phase_bar("prompts", len(missing), "prompt", shown) as bar:
             for chunk in ids[list(missing)].split(32):
-                yield from text_encoder(chunk)[0]
+                yield from family.encode(pipeline, chunk).states
                 bar.update(len(chunk))
 
     if cache is None:
-        return torch.stack(list(compute(range(len(ids)))))
-    model = module_fingerprint(text_encoder)
-    keys = [fingerprint("text embedding", model, tuple(row)) for row in ids.tolist()]
-    return torch.stack(cache.get_or_compute(keys, compute)).to(ids.device)
+        return PromptEmbeds(torch.stack(list(compute(range(len(ids))))))
+    models = [module_fingerprint(getattr(pipeline, name)) for name in family.text_encoders]
+    keys = [fingerprint("text embedding", *models, tuple(row)) for row in ids.tolist()]
+    return PromptEmbeds(torch.stack(cache.get_or_compute(keys, compute)).to(ids.device))
 
 
 @torch.no_grad()
-def encode_prompts(table: PromptTable, rows: torch.Tensor, text_encoder: CLIPTextModel) -> torch.Tensor:
-    """Text embeddings (B, T, E) of the prompts `rows` (B,), from the table or by the text encoder."""
+def encode_prompts(
+    table: PromptTable, rows: torch.Tensor, encode: Callable[[torch.Tensor], PromptEmbeds]
+) -> PromptEmbeds:
+    """Text embeddings of the prompts `rows` (B,), from the table or by `encode`, which takes tokens (B, T)."""
     if table.prompt_embeds is not None:
         return table.prompt_embeds[rows]
     unique, places = rows.unique(return_inverse=True)
-    return text_encoder(table.prompt_ids[unique])[0][places]
+    return encode(table.prompt_ids[unique])[places]
 
 
 def _pad_rows(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -197,6 +181,19 @@ def _row_mask(rows: Sequence[Sequence[int]], length: int) -> torch.Tensor:
     for i, row in enumerate(rows):
         mask[i, list(row)] = True
     return mask
+
+
+@torch.no_grad()
+def embed_targets(clip: CLIPModel, tokenizer: CLIPTokenizer, pairs: Sequence[PromptPair]) -> torch.Tensor:
+    """Projected CLIP text embeddings (N, E') float32 of the pairs' targets; CLIP loses its text tower by it."""
+    texts, embeds = list(dict.fromkeys(pair.target_text for pair in pairs)), []
+    for start in range(0, len(texts), 64):
+        inputs = tokenizer(texts[start : start + 64], padding="max_length", truncation=True, return_tensors="pt")
+        inputs = inputs.to(clip.device)
+        features = clip.get_text_features(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask)
+        embeds.append(features.pooler_output.float())
+    del clip.text_model, clip.text_projection
+    return torch.cat(embeds)[[texts.index(pair.target_text) for pair in pairs]]
 
 
 def embed_pixels(clip: CLIPModel, processor: CLIPImageProcessorPil, pixels: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 
-from loras.hub import LORA_WEIGHTS
+from loras import LORA_WEIGHTS
 from pictures import captioned_pictures
 from pipeline_spf_portrait import SPFPortraitPipeline
 from toy_portraits.judge import ToyPrompt, base_prompts

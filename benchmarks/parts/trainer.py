@@ -5,11 +5,10 @@ Source: [ours].
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -19,31 +18,65 @@ from accelerate.state import AcceleratorState
 
 import train_spf_portrait_lora as trainer
 from toy_portraits.recipe import training_flags
-from training.arguments import parse_args, uses_enhancement
+from training.alignment import prepare_alignment
+from training.arguments import Flags, parse_args, uses_enhancement
+from training.batches import BatchDrawer
+from training.engine import Engine
+from training.enhancement import Enhancement
+from training.flags import OutputFlags
 from training.inputs import check_inputs
-
-
-Run = trainer.Run
+from training.objectives import make_objectives, paper
+from training.objectives.composed import Composed
+from training.objectives.objective import Objective, Parts
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs
 
 
-def prepare(flags: list[str], steps: int) -> Run:
+@dataclass(frozen=True)
+class Run:
+    """A run in which steps of both stages can be taken; `objectives` are those of each stage."""
+
+    flags: Flags
+    parts: Parts
+    engine: Engine
+    objectives: dict[int, list[Objective]]
+
+    @classmethod
+    def make(cls, flags: Flags, parts: Parts, engine: Engine) -> Run:
+        return cls(flags, parts, engine, {stage: make_objectives(stage, flags, parts) for stage in (1, 2)})
+
+    @property
+    def composed(self) -> list[Composed]:
+        return [objective for objective in self.objectives[2] if isinstance(objective, Composed)]
+
+
+def prepare(input_args: list[str], steps: int) -> Run:
     """A run at the start of a stage 2 of so many steps."""
-    args = parse_args(flags)
-    accelerator = trainer.make_accelerator(args)
-    run = trainer.prepare_run(args, check_inputs(args), accelerator)
-    run.response_unet = accelerator.prepare(run.unet)
-    trainer.start_stage2(run)
-    trainer.prepare_optimizer(run, trained_parameters(run), steps, "constant")
-    trainer.start_reading(run, steps)
+    flags = parse_args(input_args)
+    accelerator, inputs = trainer.make_accelerator(flags.model.mixed_precision, flags.output), check_inputs(flags)
+    parts = trainer.prepare(flags, inputs, accelerator)
+    models = parts.models
+    models.response_unet = accelerator.prepare(models.unet)
+    engine = Engine(accelerator, models.adapters.parameters("default"), flags.optimizer, flags.loop, None)
+    run = Run.make(flags, replace(parts, alignment=prepare_alignment(flags, inputs, parts, accelerator)), engine)
+    for objective in run.objectives[2]:
+        objective.prepare()
+    engine.start_stage(2, steps)
+    parts.training.start_reading(range(steps * flags.loop.gradient_accumulation_steps))
     return run
 
 
 def with_flags(run: Run, changes: dict[str, Any]) -> Run:
     """The same run with other values of flags that nothing but a step asks for, and no targets made."""
-    return replace(run, args=argparse.Namespace(**{**vars(run.args), **changes}), targets={})
+    groups = {
+        name: replace(group, **{key: value for key, value in changes.items() if hasattr(group, key)})
+        for name, group in run.flags._asdict().items()
+        if name != "asked"
+    }
+    flags = run.flags._replace(**groups)
+    enhancement = run.parts.enhancement if uses_enhancement(flags.method, flags.paper) else None
+    return Run.make(flags, replace(run.parts, enhancement=enhancement), run.engine)
 
 
 def make_stage1(target: str, output_dir: Path) -> Path:
@@ -51,10 +84,6 @@ def make_stage1(target: str, output_dir: Path) -> Path:
     flags = training_flags(target) + ["--output_dir", str(output_dir), "--report_to", "none"]
     trainer.main(flags + ["--stage1_steps", "4", "--stage2_steps", "0", "--num_validation_images", "0"])
     return output_dir
-
-
-def trained_parameters(run: Run) -> list[torch.nn.Parameter]:
-    return [parameter for parameter in run.unet.parameters() if parameter.requires_grad]
 
 
 # --------------------------------------------------------------------------------------------------------------- steps
@@ -73,18 +102,20 @@ def now() -> float:
 
 def first_step(run: Run) -> int:
     """Of stage 2."""
-    return run.args.stage1_steps
+    return run.flags.method.stage1_steps
 
 
 def make_targets(run: Run, step: int) -> None:
     """Make and keep the composed targets of a step without accumulation."""
-    with torch.no_grad(), trainer.composed_terms(run, step):
-        pass
+    for objective in run.composed:
+        with torch.no_grad(), objective.losses(step):
+            pass
 
 
 def take_step(run: Run, step: int, stage: int) -> dict[str, float]:
     """The losses."""
-    return trainer.train_step(run, stage, step, run.optimizer, trained_parameters(run))
+    run.engine.global_step = step
+    return trainer.train_step(run.engine, run.parts.models, run.objectives[stage])
 
 
 def timed_step(run: Run, step: int, stage: int = 2) -> tuple[float, dict[str, float]]:
@@ -96,11 +127,12 @@ def timed_step(run: Run, step: int, stage: int = 2) -> tuple[float, dict[str, fl
 
 def host_step(run: Run, step: int, stage: int) -> tuple[float, float, dict[str, float]]:
     """Seconds of a step, those of them in which Python did not wait for the GPU, and the losses."""
-    reduce, waits = run.accelerator.reduce, []
+    accelerator, waits = run.engine.accelerator, []
+    reduce = accelerator.reduce
 
     def synchronize() -> None:
-        if run.device.type == "cuda":
-            torch.cuda.synchronize(run.device)
+        if accelerator.device.type == "cuda":
+            torch.cuda.synchronize(accelerator.device)
 
     def waiting(*args: Any, **kwargs: Any) -> torch.Tensor:
         start = time.perf_counter()
@@ -111,7 +143,7 @@ def host_step(run: Run, step: int, stage: int) -> tuple[float, float, dict[str, 
     synchronize()
     start = time.perf_counter()
     # The losses are read right after they are reduced, which would wait for the GPU.
-    with patch.object(run.accelerator, "reduce", waiting):
+    with patch.object(accelerator, "reduce", waiting):
         losses = take_step(run, step, stage)
     host = time.perf_counter() - start - sum(waits)
     synchronize()
@@ -122,15 +154,16 @@ def host_step(run: Run, step: int, stage: int) -> tuple[float, float, dict[str, 
 def timing_parts(run: Run, clock: dict[str, float]) -> Iterator[None]:
     """Inside, each part of a step adds its seconds to the clock."""
     owners = [
-        (trainer, "draw_batch", "drawing the batch"),
-        (trainer, "composed_predictions", "reference and teacher"),
-        (run.unet, "forward", "UNet, all forwards"),
-        (trainer, "text_consistent_loss", "text-consistent loss, forward"),
-        (trainer, "fine_grained_loss", "fine-grained loss, forward"),
-        (trainer, "enhancement_loss", "enhancement loss, forward"),
-        (run.accelerator, "backward", "backward"),
-        (run.accelerator, "clip_grad_norm_", "norm of the gradient"),
-        (run.optimizer, "step", "optimizer"),
+        (BatchDrawer, "training", "drawing the batch"),
+        (BatchDrawer, "aligned", "drawing the batch"),
+        (Composed, "predictions", "reference and teacher"),
+        (run.parts.models.unet, "forward", "UNet, all forwards"),
+        (paper, "text_consistent_loss", "text-consistent loss, forward"),
+        (paper, "fine_grained_loss", "fine-grained loss, forward"),
+        (Enhancement, "loss", "enhancement loss, forward"),
+        (run.engine.accelerator, "backward", "backward"),
+        (torch.nn.utils, "clip_grad_norm_", "norm of the gradient"),
+        (run.engine.optimizer, "step", "optimizer"),
     ]
 
     def timed(function: Callable, label: str) -> Callable:
@@ -151,9 +184,12 @@ def timing_parts(run: Run, clock: dict[str, float]) -> Iterator[None]:
 
 def held_tensors(run: Run, stage: int) -> list[torch.Tensor]:
     """What is in memory when a step begins: the models that it needs, the optimizer's state, the kept targets."""
-    modules = [run.unet, run.decoder, run.clip] if stage == 2 and uses_enhancement(run.args) else [run.unet]
-    state = [value for values in run.optimizer.state.values() for value in values.values()]
-    return [*state, *run.targets.values(), *(parameter for module in modules for parameter in module.parameters())]
+    enhancement, modules = run.parts.enhancement, [run.parts.models.unet]
+    if stage == 2 and enhancement is not None:
+        modules += [enhancement.decoder, enhancement.clip]
+    state = [value for values in run.engine.optimizer.state.values() for value in values.values()]
+    targets = [target for objective in run.composed for target in objective._targets.values()]
+    return [*state, *targets, *(parameter for module in modules for parameter in module.parameters())]
 
 
 # ---------------------------------------------------------------------------------------------------- whole trainings
@@ -164,8 +200,8 @@ def half_on_cpu() -> Iterator[None]:
     """Inside, the trainer's fp16 runs on a CPU: accelerate refuses it, torch's autocast and scaler do not."""
     make = trainer.make_accelerator
 
-    def make_half(args: argparse.Namespace) -> trainer.Accelerator:
-        accelerator = make(argparse.Namespace(**{**vars(args), "mixed_precision": "no"}))
+    def make_half(mixed_precision: str | None, output: OutputFlags) -> trainer.Accelerator:
+        accelerator = make("no", output)
         accelerator.state._mixed_precision = "fp16"
         accelerator.native_amp = True
         accelerator.scaler = torch.amp.GradScaler("cpu")

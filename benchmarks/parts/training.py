@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks import sfcm_modes
 from benchmarks.parts.drawing import ROOT, base_model_digest
-from loras.hub import LORA_WEIGHTS
+from loras import LORA_WEIGHTS
 
 
 # Of every training: no pictures and no logs.

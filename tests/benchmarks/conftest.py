@@ -13,7 +13,7 @@ from pipeline_spf_portrait import SPFPortraitPipeline
 from sfcm import SFCM_MODES
 from toy_portraits.judge import PortraitJudge
 from toy_portraits.recipe import BASE_MODEL
-from training import arguments
+from training import flag_rules
 
 
 @pytest.fixture(scope="session")
@@ -44,9 +44,9 @@ def write_lora():
 @pytest.fixture
 def registered():
     """The trainer knows the SFCMs that lost, in this test alone."""
-    before = list(arguments.SFCM_MODES)
+    before = list(flag_rules.SFCM_MODES)
     sfcm_modes.register()
     yield
-    arguments.SFCM_MODES[:] = before
+    flag_rules.SFCM_MODES[:] = before
     for name in sfcm_modes.LOST:
         del SFCM_MODES[name]

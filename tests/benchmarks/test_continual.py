@@ -21,7 +21,7 @@ from benchmarks.continual import (
     train_seed,
 )
 from benchmarks.parts import drawing, training
-from loras.hub import LORA_WEIGHTS
+from loras import LORA_WEIGHTS
 from toy_portraits.world import TARGETS, render, sample_factors
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks import gpu, gpu_rows
 from benchmarks.estimate_memory import PRESETS
 from benchmarks.gpu import FAILED, NOT_HERE, OK, Bench, Outcome, Row
-from loras.hub import LORA_WEIGHTS
+from loras import LORA_WEIGHTS
 
 
 @pytest.fixture

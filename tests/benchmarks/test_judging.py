@@ -9,7 +9,7 @@ import torch
 from benchmarks.parts import drawing, judging
 from benchmarks.parts.drawing import DrawSettings, draw, draw_guided, load_originals
 from benchmarks.parts.judging import Job, judge_job, judge_original
-from loras.hub import LORA_WEIGHTS
+from loras import LORA_WEIGHTS
 from toy_portraits.judge import base_prompts
 from toy_portraits.world import SIZE, TARGETS
 

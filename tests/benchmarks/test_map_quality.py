@@ -2,13 +2,15 @@
 
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from attention_processors import capture_cross_attention, dual_path
+from adapters import Adapters
+from attention_processors import capture_cross_attention
 from benchmarks.map_quality import (
     by_seed,
     encode,
@@ -41,8 +43,10 @@ from benchmarks.parts.regions import (
     render_scenes,
     separation,
 )
+from families.stable_diffusion import StableDiffusion
 from toy_portraits.judge import MARGIN
 from toy_portraits.world import LABELS, SIZE, TARGETS
+from training.dual_path import dual_path
 
 
 def left_half(count: int = 1, size: int = 4) -> np.ndarray:
@@ -259,7 +263,10 @@ def test_both_predictions_are_those_of_the_dual_path(write_lora, tmp_path):
     with (
         torch.no_grad(),
         capture_cross_attention(unet) as store,
-        dual_path(unet, latents, timesteps, base, full, adapter_name="stage1-seed101", store=store) as paths,
+        dual_path(
+            Adapters(unet), partial(StableDiffusion.predict, unet), latents, timesteps, base, full,
+            adapter_name="stage1-seed101", store=store,
+        ) as paths,
     ):
         assert torch.equal(paths.reference_pred, reference) and torch.equal(paths.response_pred, response)
         for name, probs in paths.reference.attention_probs.items():

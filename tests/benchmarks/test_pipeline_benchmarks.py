@@ -10,7 +10,7 @@ import pytest
 from benchmarks import call_cost, sfcm_guidance
 from benchmarks.parts.tables import ORIGINAL, Row
 from benchmarks.sfcm_guidance import SWEEPS, parse_args, plot_of, table_of
-from loras.hub import LORA_WEIGHTS
+from loras import LORA_WEIGHTS
 from toy_portraits.recipe import LORA
 
 

@@ -38,7 +38,7 @@ from benchmarks.preservation_runs import (
     true_regions,
     write_masks,
 )
-from loras.hub import LORA_WEIGHTS
+from loras import LORA_WEIGHTS
 from toy_portraits.judge import MARGIN, base_prompts
 from toy_portraits.recipe import LORA
 from toy_portraits.world import LABELS, SIZE, TARGETS, render, sample_factors
@@ -208,8 +208,8 @@ def test_every_runs_command_is_one_the_trainer_takes(tmp_path, registered):
     for name in RUNS:
         command = training_command(args, "blonde_hair", name, 4)
         taken = parse_training_args([*command, "--output_dir", str(tmp_path / name)])
-        assert taken.stage2_steps == (args.stage2_steps if RUNS[name].continues else 0)
-    assert taken.stage2_objective == "paper"
+        assert taken.method.stage2_steps == (args.stage2_steps if RUNS[name].continues else 0)
+    assert taken.method.stage2_objective == "paper"
 
 
 def test_every_run_starts_the_training_script_with_the_right_stages(tmp_path):

@@ -7,12 +7,12 @@ from test_sfcm import make_inputs
 from benchmarks import sfcm_modes
 from benchmarks.sfcm_modes import LOST, sfcm_noise, sfcm_product
 from sfcm import SFCM_MODES, blur, percentile_normalize
-from training import arguments
+from training import flag_rules
 
 
 def test_they_are_known_once_they_are_registered(registered):
     sfcm_modes.register()
-    assert arguments.SFCM_MODES == list(SFCM_MODES) and LOST.keys() < SFCM_MODES.keys()
+    assert flag_rules.SFCM_MODES == list(SFCM_MODES) and LOST.keys() < SFCM_MODES.keys()
 
 
 def test_noise_map_looks_at_the_difference_alone():

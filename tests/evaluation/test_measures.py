@@ -1,27 +1,27 @@
-"""The evaluation's measures against numbers worked out by hand, its intervals, the index, the flags and the knee."""
+"""The evaluation's measures against numbers worked out by hand, and its intervals."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from evaluation.judges import Judges
 from evaluation.measures import (
-    Changes,
+    MEASURES,
+    Compared,
     Estimate,
-    can_be_reference,
+    Measure,
+    Portraits,
     cosine,
     direction_similarity,
     estimate_mean,
-    estimate_pollution,
-    flags_of,
     interval,
-    knee,
     label_agreement,
     mean_of,
+    measure,
     nearer_to,
     only_inside,
     pixel_change,
-    pollution_samples,
     resample_prompts,
     resampled_means,
     ssim,
@@ -122,91 +122,6 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
     assert 0.90 <= covered / 300 <= 0.98
 
 
-def changes(outside, base):
-    return Changes(np.full((3, 2), float(outside)), np.full((3, 2), float(base)))
-
-
-def test_pollution_is_0_for_the_original_model_and_1_for_the_reference():
-    original, reference, resamples = changes(1, 0), changes(9, 8), resample_prompts(3, 50, 0)
-    assert estimate_pollution(original, original, reference, resamples).value == 0
-    assert estimate_pollution(reference, original, reference, resamples) == Estimate(1.0, 1.0, 1.0)
-    lora = estimate_pollution(changes(5, 3), original, reference, resamples)
-    assert lora == Estimate(7 / 16, 7 / 16, 7 / 16)
-    assert estimate_pollution(changes(5, 3), original, None, resamples).value == 7  # grey levels
-
-
-def test_pollution_of_less_than_the_original_models_own_change_is_negative():
-    assert estimate_pollution(changes(0.5, 0), changes(1, 0), changes(9, 8), resample_prompts(3, 5, 0)).value < 0
-
-
-def test_pollution_is_resampled_with_its_reference():
-    rng, resamples = np.random.default_rng(0), resample_prompts(30, 500, 0)
-    outside = rng.uniform(2, 20, (30, 1))
-    original, reference = Changes(np.zeros((30, 1)), np.zeros((30, 1))), Changes(outside, outside)
-    # Half the reference's in every portrait: what the prompts' luck does to one it does to the other.
-    value, samples = pollution_samples(Changes(outside / 2, outside / 2), original, reference, resamples)
-    assert value == pytest.approx(0.5) and samples == pytest.approx(np.full(500, 0.5))
-
-
-def test_a_lora_that_moves_nothing_is_no_reference():
-    resamples = resample_prompts(3, 50, 0)
-    assert can_be_reference(changes(9, 8), changes(1, 0), resamples)
-    assert not can_be_reference(changes(1, 0), changes(1, 0), resamples)
-    one = (Changes(np.ones((1, 2)), np.ones((1, 2))), Changes(np.ones((1, 2)), np.zeros((1, 2))))
-    assert can_be_reference(*one, resample_prompts(1, 50, 0))
-
-
-@pytest.mark.parametrize(
-    ("pollution", "normalised", "gain", "flags"),
-    [
-        (0.05, True, 0.0, ["over-aligned"]),
-        (0.05, True, 0.3, []),
-        (0.5, True, 0.0, ["no response"]),
-        (0.5, True, 0.3, []),
-        (0.5, False, 0.0, ["over-aligned"]),  # half a grey level
-        (5.0, False, 0.0, ["no response"]),
-        (-0.2, True, -0.1, ["over-aligned"]),
-    ],
-)
-def test_a_lora_that_keeps_everything_for_want_of_the_target_is_flagged(pollution, normalised, gain, flags):
-    rng = np.random.default_rng(0)
-    original = rng.uniform(0.2, 0.3, (20, 2))
-    response = original + gain + rng.normal(0, 0.02, (20, 2))
-    estimate = Estimate(pollution, None, None)
-    assert flags_of(estimate, normalised, response, original, resample_prompts(20, 500, 0)) == flags
-
-
-def test_a_gain_that_chance_explains_is_no_response():
-    rng = np.random.default_rng(1)
-    original, noise = np.zeros((8, 1)), rng.normal(0, 1, (8, 1))
-    noise += 0.2 - noise.mean()  # above 0, and by far less than its error of about 0.35
-    resamples = resample_prompts(8, 500, 0)
-    assert flags_of(Estimate(0.0, None, None), True, noise, original, resamples) == ["over-aligned"]
-    # One prompt has no interval, so its difference itself counts.
-    one = resample_prompts(1, 500, 0)
-    assert flags_of(Estimate(0.0, None, None), True, original[:1] + 0.2, original[:1], one) == []
-
-
-def test_the_knee_is_where_response_exceeds_pollution_most():
-    pollution, response = [0.1, 0.2, 0.6, 1.0], [0.5, 0.9, 0.95, 1.0]
-    assert knee(pollution, response, (0, 0)) == 1
-    # In other units it is the same one.
-    assert knee([12 * p for p in pollution], [0.2 + 0.1 * r for r in response], (0, 0.2)) == 1
-    # Order does not matter: a run may pollute less later on.
-    assert knee(pollution[::-1], response[::-1], (0, 0)) == 2
-
-
-def test_the_knee_of_equals_is_the_first_and_that_of_a_line_is_none():
-    assert knee([0.2, 0.4, 1.0], [0.6, 0.8, 1.0], (0, 0)) == 0
-    assert knee([0.25, 0.5, 1.0], [0.25, 0.5, 1.0], (0, 0)) is None
-    assert knee([0.5, 0.8, 1.0], [0.1, 0.3, 1.0], (0, 0)) is None
-
-
-def test_the_knee_of_checkpoints_that_do_not_pollute_is_the_one_that_responds_most():
-    assert knee([0, 0, 0], [0.3, 0.9, 0.5], (0, 0)) == 1
-    assert knee([0.1, 0.5], [0.2, 0.2], (0, 0.2)) is None
-
-
 # ---------------------------------------------------------------------------------------------------------------- SSIM
 
 
@@ -231,3 +146,30 @@ def test_ssim_is_that_of_torchmetrics_for_the_whole_set(size):
     pictures = (torch.from_numpy(part).permute(0, 3, 1, 2).double() for part in (second, first))
     expected = functional.structural_similarity_index_measure(*pictures, data_range=255.0, reduction="none")
     assert np.abs(ssim(first, second) - expected.numpy()).max() < 1e-12
+
+
+# ---------------------------------------------------------------------------------------------------- what is measured
+
+
+class Judge:
+    """A mean color, and how often it was asked for one."""
+
+    asked = 0
+
+    def images(self, pictures):
+        self.asked += len(pictures)
+        return pictures.mean((1, 2))
+
+
+def test_a_measure_is_one_entry_and_a_judge_is_asked_once(monkeypatch):
+    pictures = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    before, after = Portraits(pictures[:2], pictures[:2]), Portraits(pictures[1:3], pictures[2:])
+    part = Compared(before, after, np.ones((2, 8, 8)), [None] * 2)
+    judges = Judges(dino=Judge(), frechet=lambda first, second: len(first))
+    brightness = [pictures[2:].mean((1, 2, 3)), pictures[:2].mean((1, 2, 3))]
+    brighter = Measure("brighter", "response", "higher", "", lambda p: (p.after * 1.0 - p.before).mean((1, 2, 3)))
+    monkeypatch.setitem(MEASURES, "brighter", brighter)
+    values, whole = measure([part, part], judges)
+    assert values["brighter"] == pytest.approx(np.tile(brightness[0] - brightness[1], 2))
+    assert whole == {"fd_dino": 4} and judges.dino.asked == 8
+    assert set(values) == {"change", "change_outside", "base_change", "ssim", "dino", "brighter"}

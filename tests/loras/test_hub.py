@@ -1,4 +1,4 @@
-"""Tests of `hub.py`: the card here, and the push in processes of their own against a small Hub."""
+"""The card, and the push against a small Hub: from here, and back in a process of its own."""
 
 import ast
 import copy
@@ -20,13 +20,15 @@ from hub_server import HubServer
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
-from test_pipeline import make_components
+from pipeline_world import make_components
 from test_prompts import BASE, write_vocabulary
 from transformers import CLIPTokenizer
 
-from loras import hub
-from loras.files import save_kohya_lora
-from loras.hub import KOHYA_WEIGHTS, LORA_WEIGHTS, CardFacts, EarlierLora, write_model_card
+from loras import KOHYA_WEIGHTS, LORA_WEIGHTS, hub
+from loras.card import TAGS, CardFacts, write_model_card
+from loras.loading import ReferenceLora
+from loras.writing import save_kohya_lora
+from training.sharing import PIPELINE_CODE as CODE
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,10 +38,6 @@ SECRET = "hf_SECRETofTheTester"
 READ_SECRET = "hf_SECRETthatMayRead"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 PICTURE = "validation/step_000004.png"
-CODE = {
-    "pipeline.py": ROOT / "pipeline_spf_portrait.py",
-    **{f"{name}.py": ROOT / f"{name}.py" for name in ("attention_processors", "pictures", "prompts", "sfcm")},
-}
 CLOSE = 1e-5  # of pixels in [0, 1]; the LoRA itself moves them by hundreds of times as much
 
 
@@ -118,7 +116,7 @@ def test_the_card_says_what_the_hub_and_the_reader_want(tmp_path):
         "license": "creativeml-openrail-m",
         "inference": True,
         "instance_prompt": f"{TARGET}, a blue hat",
-        "tags": list(hub.TAGS),
+        "tags": list(TAGS),
         "widget": [{"text": FULL, "output": {"url": PICTURE}}],
     }
     for part in (
@@ -144,7 +142,10 @@ def test_the_card_tells_of_a_dora_and_of_no_kohya_file(tmp_path):
 
 
 def test_the_card_tells_what_the_lora_was_trained_on_top_of(tmp_path):
-    earlier = (EarlierLora("you/hair", "kohya/hair.safetensors", 0.75), EarlierLora(None, "", 1.0))
+    earlier = (
+        ReferenceLora("hair", Path("x"), ("you/hair", "kohya/hair.safetensors"), "", 0.75),
+        ReferenceLora("hat", Path("y"), None, "", 1.0),
+    )
     card = ModelCard.load(write_model_card(tmp_path, make_facts(earlier_loras=earlier)))
     first = "- [you/hair](https://huggingface.co/you/hair), file `kohya/hair.safetensors`, at scale 0.75\n"
     assert first + "- an earlier LoRA that is not on the Hub, at scale 1\n" in card.text
@@ -210,28 +211,6 @@ def test_a_card_without_a_target_is_refused(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------- the Hub
 
-MAKE_AND_PUSH = """
-import json, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from loras import hub
-
-folder, code, files, cases = json.loads(sys.argv[2])
-results = []
-for name, token, private, push in cases:
-    try:
-        repo_id = name
-        if push != "only":
-            repo_id = hub.create_hub_repo(name, token, private)
-        url = None
-        if push:
-            url = hub.push_lora(Path(folder), repo_id, token, {k: Path(v) for k, v in code.items()}, files)
-        results.append([None, repo_id, url])
-    except (ValueError, OSError) as error:
-        results.append([type(error).__name__, str(error), None])
-print(json.dumps(results))
-"""
-
 LOAD = """
 import json, sys
 import numpy as np
@@ -283,36 +262,50 @@ def run_python(source: str, *arguments: str, cwd: Path, env: dict[str, str]) -> 
     return run.stdout.strip().splitlines()[-1]
 
 
-def make_and_push(server: HubServer, output: Path, tmp_path: Path, cases: list) -> list:
-    job = [str(output), {name: str(path) for name, path in CODE.items()}, [KOHYA_WEIGHTS, PICTURE], cases]
-    environment = server.environment(tmp_path / "pusher")
-    return json.loads(run_python(MAKE_AND_PUSH, str(ROOT), json.dumps(job), cwd=tmp_path, env=environment))
+def make_and_push(server: HubServer, output: Path, home: Path, cases: list) -> list:
+    """For each name, token, whether private, and whether to push: the error's kind and text, or repository and URL."""
+    results = []
+    with server.here(home):
+        for name, token, private, push in cases:
+            try:
+                repo_id = name if push == "only" else hub.create_hub_repo(name, token, private)
+                url = hub.push_lora(output, repo_id, token, CODE, [KOHYA_WEIGHTS, PICTURE]) if push else None
+                results.append([None, repo_id, url])
+            except (ValueError, OSError) as error:
+                results.append([type(error), str(error), None])
+    return results
 
 
-def test_a_push_and_the_way_back(world, output, tmp_path):
+@pytest.fixture
+def pushed(output, tmp_path):
+    """A Hub with what was pushed to it; a name alone goes to the token's user."""
     with HubServer("tester", SECRET) as server:
-        # A name alone goes to the token's user.
-        assert make_and_push(server, output, tmp_path, [["x", SECRET, False, True]]) == [
-            [None, "tester/x", f"{server.url}/tester/x"]
-        ]
-        pushed = {"README.md", LORA_WEIGHTS, KOHYA_WEIGHTS, PICTURE, *CODE}
-        assert server.repos["tester/x"].keys() == pushed
-        for name, content in server.repos["tester/x"].items():
-            assert content == CODE.get(name, output / name).read_bytes()
-        assert len(server.commits["tester/x"]) == 2  # the empty one, and ours
-        assert all(SECRET.encode() not in request.body for request in server.requests)
-        assert any(SECRET in request.headers.get("authorization", "") for request in server.requests)
+        results = make_and_push(server, output, tmp_path / "pusher", [["x", SECRET, False, True]])
+        assert results == [[None, "tester/x", f"{server.url}/tester/x"]]
+        yield server
 
-        # A reader without a token, elsewhere, runs the examples of the card.
-        card = ModelCard(server.repos["tester/x"]["README.md"].decode())
-        blocks = [
-            block.replace("dtype=torch.float16", "safety_checker=None").replace('.to("cuda")', "")
-            for block in code_blocks(card)
-        ]
-        job = json.dumps([blocks, KOHYA_WEIGHTS, [FULL, BASE, TARGET]])
-        (tmp_path / "elsewhere").mkdir()
-        said = run_python(LOAD, job, cwd=tmp_path / "elsewhere", env=server.environment(tmp_path / "reader"))
-        assert said == "SPFPortraitPipeline False"  # the siblings came from the repository
+
+def test_a_push_holds_what_is_listed_and_no_more(pushed, output):
+    repository = pushed.repos["tester/x"]
+    assert repository.keys() == {"README.md", LORA_WEIGHTS, KOHYA_WEIGHTS, PICTURE, *CODE}
+    for name, content in repository.items():
+        assert content == CODE.get(name, output / name).read_bytes()
+    assert len(pushed.commits["tester/x"]) == 2  # the empty one, and ours
+    assert all(SECRET.encode() not in request.body for request in pushed.requests)
+    assert any(SECRET in request.headers.get("authorization", "") for request in pushed.requests)
+
+
+@pytest.mark.slow
+def test_a_reader_without_a_token_runs_the_examples_of_the_card(pushed, world, output, tmp_path):
+    card = ModelCard(pushed.repos["tester/x"]["README.md"].decode())
+    blocks = [
+        block.replace("dtype=torch.float16", "safety_checker=None").replace('.to("cuda")', "")
+        for block in code_blocks(card)
+    ]
+    job = json.dumps([blocks, KOHYA_WEIGHTS, [FULL, BASE, TARGET]])
+    (tmp_path / "elsewhere").mkdir()
+    said = run_python(LOAD, job, cwd=tmp_path / "elsewhere", env=pushed.environment(tmp_path / "reader"))
+    assert said == "SPFPortraitPipeline False"  # the siblings came from the repository
     images = np.load(tmp_path / "elsewhere" / "images.npy")
     expected = draw(world, output / LORA_WEIGHTS)
     stock, custom, custom_full, without, kohya = images
@@ -355,7 +348,7 @@ def test_wrong_names_wrong_tokens_and_a_broken_hub_give_one_line(output, tmp_pat
         assert server.private == {"tester/hidden"}
         flags = [flag for flag, group in cases.items() for _ in group]
         for flag, (kind, message, _) in zip(flags, results[2:], strict=True):
-            assert kind == ("OSError" if flag == "--push_to_hub" else "ValueError"), message
+            assert kind == (OSError if flag == "--push_to_hub" else ValueError), message
             assert message.startswith(f"{flag}: ") and "\n" not in message
             assert SECRET not in message and READ_SECRET not in message
         broken = results[2 + flags.index("--push_to_hub")][1]
@@ -369,7 +362,7 @@ def test_a_hub_out_of_reach_is_one_line_too(output, tmp_path):
     with HubServer("tester", SECRET) as server:
         pass
     ((kind, message, _),) = make_and_push(server, output, tmp_path, [["x", SECRET, False, False]])
-    assert kind == "ValueError" and message.startswith(f"--hub_token: cannot ask {server.url}")
+    assert kind is ValueError and message.startswith(f"--hub_token: cannot ask {server.url}")
     assert "\n" not in message and SECRET not in message
 
 
@@ -395,7 +388,7 @@ def push(output, tmp_path, monkeypatch):
     for name in ("README.md", LORA_WEIGHTS, PICTURE):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes((output / name).read_bytes())
-    monkeypatch.setattr(hub.HfApi, "create_commit", lambda *_, **__: pytest.fail("something was sent"))
+    monkeypatch.setattr(hub.HfApi, "upload_folder", lambda *_, **__: pytest.fail("something was sent"))
 
     def run(files=(), code=CODE, token=SECRET):
         return hub.push_lora(folder, "tester/x", token, code, files)

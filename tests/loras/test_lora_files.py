@@ -23,17 +23,11 @@ import evaluate_spf_portrait
 import export_spf_portrait_lora
 import train_spf_portrait_lora
 from evaluation.inputs import find_loras
-from loras.files import (
-    clean_source,
-    find_lora,
-    find_on_hub,
-    load_lora,
-    merge_loras,
-    read_lora,
-    save_diffusers_lora,
-    save_kohya_lora,
-)
-from loras.hub import KOHYA_WEIGHTS, LORA_WEIGHTS
+from loras import KOHYA_WEIGHTS, LORA_WEIGHTS
+from loras.finding import clean_source, find_lora, find_on_hub
+from loras.loading import load_lora, merge_loras
+from loras.reading import read_lora
+from loras.writing import save_diffusers_lora, save_kohya_lora
 from pipeline_spf_portrait import SPFPortraitPipeline
 from programs.loading import load_pipeline
 from toy_portraits.recipe import BASE_MODEL, HERE, LORA
@@ -81,9 +75,9 @@ def test_a_lora_is_loaded_from_file_and_folder(pipeline):
 
 # What a file of another kind holds, and what is said of it.
 WRONG = {
-    "another_layer": (lambda key, tensor: (key.replace("down_blocks.0", "down_blocks.9"), tensor), "24 of its 28"),
+    "another_layer": (lambda key, tensor: (key.replace("down_blocks.0", "down_blocks.9"), tensor), "no layer unet."),
     "another_model": (lambda key, tensor: (key.replace("unet.", "transformer."), tensor), "is no LoRA weight"),
-    "shape": (lambda key, tensor: (key, torch.cat([tensor] * 2, 1) if "lora_A" in key else tensor), "size mismatch"),
+    "shape": (lambda key, tensor: (key, torch.cat([tensor] * 2, 1) if "lora_A" in key else tensor), "features, not"),
     "no_lora": (lambda key, tensor: (key.replace("lora", "weight"), tensor), "is no LoRA weight"),
 }
 
@@ -318,7 +312,7 @@ def test_a_textual_inversion_beside_a_lora_is_left_out_and_said(pipeline, tmp_pa
     load_lora(pipeline, str(LORA), "alone")
     assert np.abs(found - toy_image(pipeline)).max() < CLOSE and not caplog.records
     ours = SPFPortraitPipeline(**pipeline.components, requires_safety_checker=False)
-    with pytest.raises(ValueError, match=f"The LoRA {tmp_path}/x.safetensors holds a textual inversion beside"):
+    with pytest.raises(ValueError, match=f"The LoRA {tmp_path}/x.safetensors: holds a textual inversion beside"):
         ours.load_lora_weights(tmp_path, weight_name=path.name)
 
 
@@ -575,8 +569,8 @@ def test_a_lora_of_both_models_goes_to_kohyas_format_and_back(world, tmp_path, c
     }
     differences = {way: np.abs(draw_both(world, load) - expected).max() for way, load in ways.items()}
     assert max(differences.values()) < CLOSE, differences
-    assert {model: group.keys() for model, group in read_lora(returned).items()} == {
-        model: group.keys() for model, group in read_lora(lora).items()
+    assert {model: group.keys() for model, group in read_lora(returned).layers.items()} == {
+        model: group.keys() for model, group in read_lora(lora).layers.items()
     }
 
 
@@ -590,7 +584,7 @@ def test_each_layer_of_a_kohya_file_has_its_own_alpha(world, tmp_path):
     assert np.abs(draw(world, save_diffusers_lora(kohya, tmp_path / "back")) - expected).max() < CLOSE
     assert np.abs(draw_both(world, lambda pipeline: load_lora(pipeline, str(kohya), "x")) - expected).max() < CLOSE
     assert np.abs(draw(world, kohya) - expected).max() > 1e-3
-    layers = read_lora(kohya)["unet"]
+    layers = read_lora(kohya).layers["unet"]
     assert {layer.alpha for name, layer in layers.items() if name.endswith("attn2.to_v")} == {24}
 
 
@@ -613,12 +607,12 @@ def older_name(name):
 
 def test_older_names_of_diffusers_are_those_of_the_same_layers(world, tmp_path):
     lora = save_lora_of_both_models(world, tmp_path, {}, {})
-    expected, layers = draw_both(world, lambda pipeline: load_lora(pipeline, str(lora), "x")), read_lora(lora)
+    expected, layers = draw_both(world, lambda pipeline: load_lora(pipeline, str(lora), "x")), read_lora(lora).layers
     edit_lora(lora, lambda state: {older_name(name): tensor for name, tensor in state.items()})
     names = load_file(lora)
     assert sum(".processor.to_out_lora.up." in name for name in names) > 0
     assert sum(".text_model.encoder.layers.0.self_attn.to_q_lora.down." in name for name in names) == 1
-    older = read_lora(lora)
+    older = read_lora(lora).layers
     for model in ("unet", "text_encoder"):
         assert older[model].keys() == layers[model].keys()
         assert all(torch.equal(older[model][name].up, layer.up) for name, layer in layers[model].items())
@@ -672,8 +666,8 @@ def test_our_pipeline_refuses_what_does_not_fit_under_every_name(world, tmp_path
     edited = {key.replace("down_blocks.0", "down_blocks.9").replace("down_blocks_0", "down_blocks_9"): tensor
               for key, tensor in load_file(lora).items()}  # fmt: skip
     save_file(edited, elsewhere)
-    for path, message in ((wide, "has 16 features, not 8"), (elsewhere, "there is no layer unet.down_blocks.9.")):
-        with pytest.raises(ValueError, match=f"{path} is for another architecture: .*{re.escape(message)}"):
+    for path, message in ((wide, "has 8 x 16 features, not 8 x 8"), (elsewhere, "no layer unet.down_blocks.9.")):
+        with pytest.raises(ValueError, match=f"{path}: is for another architecture: .*{re.escape(message)}"):
             draw_both(world, lambda pipeline, path=path: pipeline.load_lora_weights(path))
 
 

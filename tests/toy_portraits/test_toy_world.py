@@ -31,6 +31,7 @@ from toy_portraits.world import (
     sample_factors,
 )
 from training.data import check_images, load_rows
+from training.flags import ColumnFlags, DataFlags
 
 
 BASE_MODEL = build.HERE / "base_model"
@@ -222,7 +223,7 @@ def test_the_judge_refuses_what_it_cannot_compare(judge):
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_polluted_set_is_there_and_is_what_it_says(judge, name):
     target = TARGETS[name]
-    rows = load_rows(train_data_dir=build.HERE / name)
+    rows = load_rows(DataFlags(train_data_dir=build.HERE / name), ColumnFlags())
     assert 200 <= len(rows) <= 300
     check_images(rows)
     images = np.stack([np.asarray(Image.open(row.image)) for row in rows])
@@ -268,7 +269,7 @@ def test_a_tiny_build_writes_every_part(tmp_path, capsys):
     assert not any(str(tmp_path) in text for text in texts), "the folder it was built in is no one's business"
     PortraitJudge.from_pretrained(tmp_path / "probe")
     for name in TARGETS:
-        assert len(load_rows(train_data_dir=tmp_path / name)) == 5
+        assert len(load_rows(DataFlags(train_data_dir=tmp_path / name), ColumnFlags())) == 5
     scores = json.loads((tmp_path / "probe" / "accuracy.json").read_text(encoding="utf-8"))
     assert 0 <= scores["hat"] <= 1
     assert "built clip, vae, probe, unet, sets" in capsys.readouterr().out

@@ -9,7 +9,8 @@ from test_train import fresh_accelerator, make_flags, refusal, train, world, wri
 
 from prompts import make_prompt_pair
 from training import inputs as inputs_module
-from training.arguments import PATHS, parse_args
+from training.alignment_prompts import thin_out
+from training.arguments import parse_args
 from training.data import PortraitRow
 
 
@@ -129,25 +130,6 @@ def test_a_phrase_that_stands_twice_may_be_replaced_once(world, tmp_path, capsys
 def test_a_copy_of_a_replaced_phrase_is_protected_in_every_drawn_prompt():
     pair = make_prompt_pair("a hat, a man, a wall, a hat", [("a hat", "a red coat")])
     random = np.random.default_rng(0)
-    drawn = [inputs_module.thin_out(pair, 0.3, random) for _ in range(300)]
+    drawn = [thin_out(pair, 0.3, random) for _ in range(300)]
     assert all(("a hat" in own.base_phrases) == (own.base_prompt.count("a hat") == 2) for own in drawn)
     assert {own.base_prompt for own in drawn} >= {"a hat, a man, a hat", "a hat, a hat", "a hat, a man"}
-
-
-def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    given = {name: f"~/{name}" for name in PATHS}
-    (tmp_path / "stage1_lora_path").touch()
-    changes = ["--stage1_steps=0", "--stage2_objective=paper", "--reference_lora", "hat", "~/reference_lora"]
-    args = parse_args([*(f"--{name}={path}" for name, path in given.items()), *changes])
-    assert args.reference_lora == [str(tmp_path / "reference_lora"), "hat", str(tmp_path / "reference_lora")]
-    assert {name: getattr(args, name) for name in PATHS if name != "reference_lora"} == {
-        name: str(tmp_path / name) for name in PATHS if name != "reference_lora"
-    }
-
-
-def test_every_flag_that_names_a_file_or_folder_knows_the_tilde():
-    args = vars(parse_args(["--pretrained_model_name_or_path=x", "--train_data_dir=x"]))
-    ends = ("_dir", "_path", "_lora", "dataset_name", "checkpoint")
-    named = {name for name in args if name.endswith(ends) and name != "dual_path"}
-    assert named == {*PATHS}

@@ -6,18 +6,12 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from test_resume import WEIGHTS, copy_checkpoint, one_thread  # noqa: F401  (fixture)
-from test_train import (  # noqa: F401  (fixtures)
-    difference,
-    fresh_accelerator,
-    train,
-    trained,
-    watch,
-    watch_runs,
-    world,
-)
+from test_train import difference, train, watch
 
 import train_spf_portrait_lora as script
-from training.data import revisited_batch
+from training.objectives import composed
+from training.objectives.composed import Composed
+from training.training_set import revisited_batch
 
 
 KEPT = 2
@@ -27,12 +21,12 @@ REUSED = {"composed_target_reuse": 2, "stage2_steps": 6}
 @pytest.fixture
 def two_kept(monkeypatch):
     """Cycles of two batches, so that a few steps are more than one."""
-    monkeypatch.setattr(script, "KEPT_TARGETS", KEPT)
+    monkeypatch.setattr(composed, "KEPT_TARGETS", KEPT)
 
 
 def watch_numbers(monkeypatch) -> list[int]:
     """The batches of composed alignment, by number."""
-    return watch(monkeypatch, "composed_batch")
+    return watch(monkeypatch, Composed, "number_of")
 
 
 # ------------------------------------------------------------------------------------------------------ the order
@@ -70,58 +64,60 @@ def test_later_visits_are_shuffled_by_seed_cycle_and_visit():
     [{}, {"dual_path": "single_pass", "lora_dropout": 0.3}, {"sfcm_mode": "paper", "stage2_objective": "both"}],
     ids=str,
 )
-def test_kept_targets_are_those_that_would_be_made_anew(world, tmp_path, monkeypatch, two_kept, flags):  # noqa: F811
+def test_kept_targets_are_those_that_would_be_made_anew(world, tmp_path, monkeypatch, two_kept, flags):
     """And they are made once a batch."""
-    numbers, made = watch_numbers(monkeypatch), watch(monkeypatch, "composed_predictions")
+    numbers, made = watch_numbers(monkeypatch), watch(monkeypatch, Composed, "predictions")
     kept = train(world, tmp_path / "kept", **REUSED, **flags)
     assert len(numbers) == 6 and len(made) == 4
     assert [number - 2 for number in numbers[:2] + numbers[4:]] == [0, 1, 2, 3]
     assert sorted(numbers[2:4]) == numbers[:2]
-    target, made_before = script.composed_target, len(made)
+    target, made_before = Composed.target, len(made)
 
-    def forgetful(run, *args):
-        run.targets = {}
-        return target(run, *args)
+    def forgetful(self, *args):
+        self.maps_changed()
+        return target(self, *args)
 
-    monkeypatch.setattr(script, "composed_target", forgetful)
+    monkeypatch.setattr(Composed, "target", forgetful)
     anew = train(world, tmp_path / "anew", **REUSED, **flags)
     assert len(made) - made_before == 6
     assert difference(kept, anew) == 0
     assert difference(kept, kept / "stage1") > 1e-3
 
 
-def test_one_visit_is_the_training_without_reuse(world, tmp_path, monkeypatch, two_kept):  # noqa: F811
-    numbers, runs = watch_numbers(monkeypatch), watch_runs(monkeypatch)
+def test_one_visit_is_the_training_without_reuse(world, tmp_path, monkeypatch, two_kept):
+    numbers, objectives = watch_numbers(monkeypatch), watch(monkeypatch, script, "make_objectives")
     train(world, tmp_path / "output", composed_target_reuse=1, stage2_steps=5)
-    assert numbers == [2, 3, 4, 5, 6] and runs[0].targets == {}
+    assert numbers == [2, 3, 4, 5, 6] and objectives[-1][0]._targets == {}
 
 
-def test_no_more_targets_are_kept_than_a_cycle_has(world, tmp_path, monkeypatch, two_kept):  # noqa: F811
+def test_no_more_targets_are_kept_than_a_cycle_has(world, tmp_path, monkeypatch, two_kept):
     """Those of the cycle that is over are let go, also where it had been entered in its middle."""
-    runs, counts, step = watch_runs(monkeypatch), [], script.train_step
+    counts, last, step = [], [], script.train_step
 
-    def train_step(run, *args):
-        losses = step(run, *args)
-        counts.append(sorted(run.targets))
+    def train_step(engine, models, objectives):
+        losses = step(engine, models, objectives)
+        last.append(objectives[0])
+        counts.append(sorted(getattr(objectives[0], "_targets", {})))
         return losses
 
     monkeypatch.setattr(script, "train_step", train_step)
     train(world, tmp_path / "output", composed_target_reuse=2, stage2_steps=9)
     cycles = [[], [], [2], [2, 3], [2, 3], [2, 3], [4], [4, 5], [4, 5], [4, 5], [6]]
     assert counts == cycles
-    latents = runs[0].alignment.latents[0].shape
-    assert {(tuple(t.shape), t.dtype) for t in runs[0].targets.values()} == {((2, *latents), torch.float32)}
+    own = last[-1]
+    latents = own.alignment.latents[0].shape
+    assert {(tuple(t.shape), t.dtype) for t in own._targets.values()} == {((2, *latents), torch.float32)}
 
 
-def test_accumulated_batches_are_revisited_too(world, tmp_path, monkeypatch, two_kept):  # noqa: F811
-    numbers, made = watch_numbers(monkeypatch), watch(monkeypatch, "composed_predictions")
+def test_accumulated_batches_are_revisited_too(world, tmp_path, monkeypatch, two_kept):
+    numbers, made = watch_numbers(monkeypatch), watch(monkeypatch, Composed, "predictions")
     train(world, tmp_path / "output", composed_target_reuse=2, stage2_steps=2, gradient_accumulation_steps=2)
     assert numbers[:2] == [4, 5] == sorted(numbers[2:]) and len(made) == 2
 
 
-def test_new_maps_make_new_targets(world, tmp_path, monkeypatch, two_kept):  # noqa: F811
+def test_new_maps_make_new_targets(world, tmp_path, monkeypatch, two_kept):
     """After the second step the maps are others, and so are the targets of the same two batches."""
-    numbers, targets = watch_numbers(monkeypatch), watch(monkeypatch, "composed_target")
+    numbers, targets = watch_numbers(monkeypatch), watch(monkeypatch, Composed, "target")
     # Both batches of the cycle ask for the target in every row, and the LoRA has moved by then.
     flags = {"composed_target_reuse": 2, "stage2_steps": 4, "base_prompt_share": 0, "learning_rate": 0.1}
     train(world, tmp_path / "output", sfcm_refresh_steps=2, **flags)
@@ -132,7 +128,7 @@ def test_new_maps_make_new_targets(world, tmp_path, monkeypatch, two_kept):  # n
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [{}, {"sfcm_refresh_steps": 3}], ids=str)
-def test_a_resumed_run_makes_the_targets_that_it_needs(world, tmp_path, two_kept, flags):  # noqa: F811
+def test_a_resumed_run_makes_the_targets_that_it_needs(world, tmp_path, two_kept, flags):
     """From the middle of each visit, and with maps made anew in a cycle, to the same bits."""
     flags = {**REUSED, "checkpointing_steps": 1, **flags}
     whole = train(world, tmp_path / "whole", **flags)
@@ -140,20 +136,20 @@ def test_a_resumed_run_makes_the_targets_that_it_needs(world, tmp_path, two_kept
         resumed(world, whole, step, tmp_path / f"again{step}", **flags)
 
 
-def test_a_run_resumed_in_a_second_visit_ends_the_same(world, tmp_path, two_kept):  # noqa: F811
+def test_a_run_resumed_in_a_second_visit_ends_the_same(world, tmp_path, two_kept):
     """It makes the target of its first step again, which the whole run had kept."""
     flags = {"composed_target_reuse": 2, "stage2_steps": 4, "checkpointing_steps": 5}
     resumed(world, train(world, tmp_path / "whole", **flags), 5, tmp_path / "again", **flags)
 
 
-def resumed(world, whole, step, output_dir, **flags):  # noqa: F811
+def resumed(world, whole, step, output_dir, **flags):
     AcceleratorState._reset_state(reset_partial_state=True)
     copy_checkpoint(whole, step, output_dir)
     again = train(world, output_dir, **flags, resume_from_checkpoint="latest")
     assert (again / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
 
 
-def test_another_reuse_is_another_run(world, tmp_path, two_kept):  # noqa: F811
+def test_another_reuse_is_another_run(world, tmp_path, two_kept):
     output = train(world, tmp_path / "output", **REUSED, checkpointing_steps=4)
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(SystemExit, match="composed_target_reuse"):
@@ -165,15 +161,17 @@ def test_another_reuse_is_another_run(world, tmp_path, two_kept):  # noqa: F811
 
 
 @pytest.mark.parametrize("objective", ["composed", "both"])
-def test_losses_and_norm_are_read_once_a_step(world, tmp_path, monkeypatch, objective):  # noqa: F811
+def test_losses_and_norm_are_read_once_a_step(world, tmp_path, monkeypatch, objective):
     """A GPU is waited for whenever Python asks for a number; what lies on the CPU anyway does not count."""
     step, readings = script.train_step, []
     reads = {name: getattr(torch.Tensor, name) for name in ("item", "tolist", "__bool__", "__float__", "__int__")}
 
-    def train_step(run, stage, global_step, optimizer, parameters):
-        # The optimizer asks its own counters, which lie on the CPU.
-        idle = SimpleNamespace(step=lambda: None, zero_grad=optimizer.zero_grad, step_was_skipped=False)
+    def train_step(engine, *args):
+        global_step, optimizer = engine.global_step, engine.optimizer
         with pytest.MonkeyPatch.context() as patch:
+            # The optimizer asks its own counters, which lie on the CPU.
+            idle = SimpleNamespace(step=lambda: None, zero_grad=optimizer.zero_grad, step_was_skipped=False)
+            patch.setattr(engine, "optimizer", idle)
             for name, read in reads.items():
 
                 def reading(self, *args, read=read, name=name):
@@ -182,7 +180,7 @@ def test_losses_and_norm_are_read_once_a_step(world, tmp_path, monkeypatch, obje
                     return read(self, *args)
 
                 patch.setattr(torch.Tensor, name, reading)
-            return step(run, stage, global_step, idle, parameters)
+            return step(engine, *args)
 
     monkeypatch.setattr(script, "train_step", train_step)
     train(world, tmp_path / "output", stage2_objective=objective, gradient_accumulation_steps=2)
@@ -190,14 +188,13 @@ def test_losses_and_norm_are_read_once_a_step(world, tmp_path, monkeypatch, obje
     assert readings == [(0, "tolist", 2), (1, "tolist", 2), (2, "tolist", values), (3, "tolist", values)]
 
 
-def test_without_a_weight_the_teacher_is_not_asked_for_the_base_prompt(world, tmp_path, monkeypatch):  # noqa: F811
-    batches, runs = [], watch_runs(monkeypatch)
-    step = script.train_step
+def test_without_a_weight_the_teacher_is_not_asked_for_the_base_prompt(world, tmp_path, monkeypatch):
+    batches, step = [], script.train_step
 
-    def train_step(run, stage, *args):
-        hook = run.unet.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
+    def train_step(engine, models, objectives):
+        hook = models.unet.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
         try:
-            return step(run, stage, *args)
+            return step(engine, models, objectives)
         finally:
             hook.remove()
 
@@ -208,4 +205,3 @@ def test_without_a_weight_the_teacher_is_not_asked_for_the_base_prompt(world, tm
         AcceleratorState._reset_state(reset_partial_state=True)
         train(world, tmp_path / str(weight), teacher_base_weight=weight, **flags)
         assert batches == [5, 5, rows, 5]
-    assert len(runs) == 2

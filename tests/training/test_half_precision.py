@@ -20,28 +20,29 @@ from test_train import (  # noqa: F401  (fixtures)
     fresh_accelerator,
     make_flags,
     train,
-    watch_runs,
     world,
 )
 
 import train_spf_portrait_lora as script
-from attention_processors import active_adapters
-from loras.files import save_kohya_lora
-from loras.hub import KOHYA_WEIGHTS
+from loras import KOHYA_WEIGHTS
+from loras.writing import save_kohya_lora
+from training import models
+from training.objectives import diffusion
+from training.objectives.composed import Composed
 
 
 @pytest.fixture
 def in_float32(monkeypatch):
     """The models of a run in float32 whatever its precision, so that the scaler is all that differs."""
-    load = script.load_base_model
+    load = models.load_base_model
 
-    def load_in_float32(kind, args, weight_dtype, references):
-        return load(kind, args, torch.float32, references)
+    def load_in_float32(kind, flags, weight_dtype, references):
+        return load(kind, flags, torch.float32, references)
 
     def no_autocast(*_):
         return torch.autocast("cpu", enabled=False)
 
-    monkeypatch.setattr(script, "load_base_model", load_in_float32)
+    monkeypatch.setattr(models, "load_base_model", load_in_float32)
     monkeypatch.setattr("accelerate.accelerator.get_mixed_precision_context_manager", no_autocast)
 
 
@@ -53,8 +54,8 @@ def scaled(monkeypatch, in_float32):
     """
     make, scalers = script.make_accelerator, []
 
-    def make_with_scaler(args):
-        accelerator = make(args)
+    def make_with_scaler(*args):
+        accelerator = make(*args)
         accelerator.state._mixed_precision = "fp16"
         accelerator.native_amp = True
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
@@ -74,7 +75,7 @@ def norm(state: dict[str, torch.Tensor]) -> float:
     return math.sqrt(sum(value.square().sum().item() for value in state.values()))
 
 
-@pytest.mark.parametrize("objective", ["composed", "paper"])
+@pytest.mark.parametrize("objective", ["composed", pytest.param("paper", marks=pytest.mark.slow)])
 def test_stage_2_learns_as_much_under_a_gradient_scaler(world, tmp_path, scaled, monkeypatch, objective):  # noqa: F811
     flags = {"stage2_objective": objective, "composed_init": "stage1", "stage2_steps": 3, **SMOOTH}
     under_scaler = update_of_stage2(train(world, tmp_path / "scaled", **flags))
@@ -113,7 +114,9 @@ def whole_bf16_run(world, tmp_path_factory):  # noqa: F811
 
 
 @pytest.mark.parametrize("step", [1, BORDER, BORDER + 1])
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "composed" else pytest.mark.slow) for name in RESUMED]
+)
 def test_a_bf16_run_goes_on_to_the_same_bits(world, whole_bf16_run, tmp_path, name, step):  # noqa: F811
     whole = whole_bf16_run(name)
     copy_checkpoint(whole, step, tmp_path / "output")
@@ -132,9 +135,9 @@ def test_an_earlier_lora_is_not_rounded(world, whole_bf16_run, tmp_path, monkeyp
         given = tmp_path / "kohya.safetensors"
         save_kohya_lora(earlier, given)
 
-    def copy_and_step(run, *args):
-        states.append({name: adapter_state(run.unet, name) for name in ("default", script.STAGE1_ADAPTER)})
-        return step(run, *args)
+    def copy_and_step(engine, own, objectives):
+        states.append({name: adapter_state(own.unet, name) for name in ("default", models.STAGE1_ADAPTER)})
+        return step(engine, own, objectives)
 
     monkeypatch.setattr(script, "train_step", copy_and_step)
     flags = {"stage1_steps": 0, "stage2_steps": 1, "composed_init": "stage1", "mixed_precision": "bf16"}
@@ -145,21 +148,21 @@ def test_an_earlier_lora_is_not_rounded(world, whole_bf16_run, tmp_path, monkeyp
 
 
 def test_a_convolutions_dora_starts_stage_2_as_the_original_model(world, tmp_path, monkeypatch):  # noqa: F811
-    runs, differences, start = watch_runs(monkeypatch), [], script.start_stage2
+    differences, prepare = [], Composed.prepare
 
     @torch.no_grad()
-    def compare(run):
-        start(run)
-        latents, embeds = torch.randn(1, 4, 4, 4), torch.randn(1, 77, run.unet.config.cross_attention_dim)
-        preds = []
+    def compare(self, state=None):
+        prepare(self, state)
+        unet, preds = self.models.unet, []
+        latents, embeds = torch.randn(1, 4, 4, 4), torch.randn(1, 77, unet.config.cross_attention_dim)
         for name in ("default", None):
-            with active_adapters(run.unet, name):
-                preds.append(run.unet(latents, torch.tensor([500]), embeds).sample)
+            with self.models.adapters.only(name):
+                preds.append(unet(latents, torch.tensor([500]), embeds).sample)
         differences.append((preds[0] - preds[1]).abs().max().item())
 
-    monkeypatch.setattr(script, "start_stage2", compare)
+    monkeypatch.setattr(Composed, "prepare", compare)
     train(world, tmp_path / "output", use_dora=True, lora_layers="attn2.to_k,resnets.0.conv1")
-    assert differences[0] < 1e-5 and runs
+    assert len(differences) == 1 and differences[0] < 1e-5
 
 
 def test_a_run_that_goes_on_holds_no_file_of_its_checkpoint(world, whole_bf16_run, tmp_path, monkeypatch):  # noqa: F811
@@ -167,9 +170,9 @@ def test_a_run_that_goes_on_holds_no_file_of_its_checkpoint(world, whole_bf16_ru
     copy_checkpoint(whole_bf16_run("composed"), 1, tmp_path / "output")
     maps, step = [], script.train_step
 
-    def watched(run, *args):
+    def watched(*args):
         maps.append(Path("/proc/self/maps").read_text())
-        return step(run, *args)
+        return step(*args)
 
     monkeypatch.setattr(script, "train_step", watched)
     flags = {**STEPS, "mixed_precision": "bf16", "resume_from_checkpoint": "latest"}
@@ -181,58 +184,59 @@ def test_a_run_that_goes_on_holds_no_file_of_its_checkpoint(world, whole_bf16_ru
 
 
 def test_a_scaler_leaves_out_what_is_not_finite_and_goes_on(world, tmp_path, scaled, monkeypatch):  # noqa: F811
-    loss, runs = script.diffusion_loss, watch_runs(monkeypatch)
-    schedules, step = [], script.train_step
+    loss, step, schedules, engines = diffusion.diffusion_loss, script.train_step, [], []
 
     def explode_once(model_pred, target):
         factor = math.inf if len(schedules) == 1 else 1.0
         return loss(model_pred, target) * factor
 
-    def watched(run, *args):
-        schedules.append(run.lr_scheduler.last_epoch)
-        before = adapter_state(run.unet, "default")
-        losses = step(run, *args)
-        moved = difference(adapter_state(run.unet, "default"), before) > 0
+    def watched(engine, own, objectives):
+        engines.append(engine)
+        schedules.append(engine.lr_scheduler.last_epoch)
+        before = adapter_state(own.unet, "default")
+        losses = step(engine, own, objectives)
+        moved = difference(adapter_state(own.unet, "default"), before) > 0
         assert moved == math.isfinite(losses["diffusion"])
         return losses
 
-    monkeypatch.setattr(script, "diffusion_loss", explode_once)
+    monkeypatch.setattr(diffusion, "diffusion_loss", explode_once)
     monkeypatch.setattr(script, "train_step", watched)
     train(world, tmp_path / "output", stage1_steps=3, stage2_steps=0)
     assert schedules == [0, 0, 1], "a step that was left out moved the learning rate on"
-    assert (runs[0].skipped_updates, runs[0].skipped_in_a_row) == (1, 0)
+    assert (engines[0].skipped_updates, engines[0]._skipped_in_a_row) == (1, 0)
     assert scaled[0].get_scale() == 2.0**15
 
 
-@pytest.mark.parametrize("step", [1, BORDER, BORDER + 1])
-def test_the_scaler_goes_on_as_it_was(world, tmp_path, scaled, monkeypatch, step):  # noqa: F811
+def test_the_scaler_goes_on_as_it_was(world, tmp_path, scaled, monkeypatch):  # noqa: F811
     """Also from the end of stage 1, whose checkpoint is of another stage than the next step."""
-    loss, calls = script.diffusion_loss, []
+    loss, calls = diffusion.diffusion_loss, []
 
     def explode_at_first(model_pred, target):
         calls.append(1)
         return loss(model_pred, target) * (math.inf if len(calls) == 1 else 1.0)
 
-    monkeypatch.setattr(script, "diffusion_loss", explode_at_first)
+    monkeypatch.setattr(diffusion, "diffusion_loss", explode_at_first)
     whole = train(world, tmp_path / "whole", **STEPS)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    copy_checkpoint(whole, step, tmp_path / "again")
-    again = train(world, tmp_path / "again", **STEPS, resume_from_checkpoint="latest")
-    assert [scaler.get_scale() for scaler in scaled] == [2.0**15, 2.0**15]
-    assert_same_ending(again, whole)
+    for step in (1, BORDER, BORDER + 1):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        again = tmp_path / f"{step}"
+        copy_checkpoint(whole, step, again)
+        train(world, again, **STEPS, resume_from_checkpoint="latest")
+        assert_same_ending(again, whole)
+    assert [scaler.get_scale() for scaler in scaled] == [2.0**15] * 4
 
 
 def test_a_scaler_that_skips_for_ever_is_an_error(world, tmp_path, scaled, monkeypatch):  # noqa: F811
-    loss = script.diffusion_loss
-    monkeypatch.setattr(script, "diffusion_loss", lambda pred, target: loss(pred, target) * math.nan)
+    loss = diffusion.diffusion_loss
+    monkeypatch.setattr(diffusion, "diffusion_loss", lambda pred, target: loss(pred, target) * math.nan)
     with pytest.raises(SystemExit, match="not finite in 16 steps in a row, up to step 15.*diffusion nan"):
         train(world, tmp_path / "output", stage1_steps=20, stage2_steps=0)
     assert not (tmp_path / "output" / WEIGHTS).exists()
 
 
 def test_a_loss_that_the_gradient_does_not_show_is_an_error_under_a_scaler(world, tmp_path, scaled, monkeypatch):  # noqa: F811
-    loss = script.diffusion_loss
-    monkeypatch.setattr(script, "diffusion_loss", lambda pred, target: loss(pred, target) + math.nan)
+    loss = diffusion.diffusion_loss
+    monkeypatch.setattr(diffusion, "diffusion_loss", lambda pred, target: loss(pred, target) + math.nan)
     with pytest.raises(SystemExit, match="'diffusion' is nan at step 0"):
         train(world, tmp_path / "output")
 

@@ -1,67 +1,31 @@
-"""Tests of the way from a training to the Hub and back: the trainer, the client and the reader are processes.
+"""From a training to the Hub: one run in a process of its own, others in this one.
 
-They talk HTTP to the small Hub of hub_server.py. What `hub.py` itself does is tested in test_hub.py.
+They talk HTTP to the small Hub of hub_server.py. What `hub.py` does, and the way back, is tested in test_hub.py.
 """
 
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import test_train
-import torch
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 from hub_server import HubServer
 from safetensors import safe_open
 from test_train import ROWS, files, make_flags
 
+from training.sharing import PIPELINE_CODE as CODE
+
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "hf_SECRETofTheTester"
 CARD, LORA, KOHYA = "README.md", "pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"
-CODE = {"pipeline.py", "attention_processors.py", "pictures.py", "prompts.py", "sfcm.py"}
 PICTURE = "validation/step_000004.png"
-BASE, TARGET = ROWS[0]["base_prompt"], ROWS[0]["target_prompt"]
-FULL = f"{BASE}, {TARGET}"
-CLOSE = 1e-5  # of pixels in [0, 1]
+TARGET = ROWS[0]["target_prompt"]
 PUSH = {"push_to_hub": True, "hub_model_id": "spf", "hub_token": SECRET}
 world, fresh_accelerator = test_train.world, test_train.fresh_accelerator
-
-READ = """
-import sys
-
-import numpy as np
-import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
-
-model, kohya, base, target, full = sys.argv[1:]
-
-
-def draw(pipe, *args, **kwargs):
-    pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(0)
-    return pipe(*args, num_inference_steps=2, output_type="np", generator=generator, **kwargs).images[0]
-
-
-custom = DiffusionPipeline.from_pretrained(
-    model, custom_pipeline="tester/spf", trust_remote_code=True, safety_checker=None
-)
-assert type(custom).__name__ == "SPFPortraitPipeline" and "attention_processors" not in sys.modules
-custom.load_lora_weights("tester/spf", weight_name="pytorch_lora_weights.safetensors")
-stock = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
-images = {"without": draw(stock, full)}
-stock.load_lora_weights("tester/spf", weight_name="pytorch_lora_weights.safetensors")
-images |= {"stock": draw(stock, full), "custom": draw(custom, base, target_prompt=target)}
-stock.unload_lora_weights()
-stock.load_lora_weights("tester/spf", weight_name=kohya)
-images["kohya"] = draw(stock, full)
-np.savez("images.npz", **images)
-"""
 
 
 def run_trainer(flags: list[str], cwd: Path, variables: dict[str, str]) -> subprocess.CompletedProcess:
@@ -76,11 +40,10 @@ def run_trainer(flags: list[str], cwd: Path, variables: dict[str, str]) -> subpr
     )
 
 
-@pytest.fixture(scope="module")
-def pushed(world, tmp_path_factory):
-    """A run that is pushed, and the Hub that it is pushed to, with what must not get there in its folder."""
-    folder = tmp_path_factory.mktemp("pushed")
-    output = folder / "output"
+@pytest.mark.slow
+def test_a_run_pushes_what_others_need_and_its_token_stays_unseen(world, tmp_path):
+    """One run in a process of its own, with what must not get to the Hub in its folder."""
+    output = tmp_path / "output"
     flags = make_flags(
         world,
         output,
@@ -94,103 +57,64 @@ def pushed(world, tmp_path_factory):
         cache_dir=output / "cache",
     )
     with HubServer("tester", SECRET) as server:
-        run = run_trainer(flags, folder, server.environment(folder / "home"))
-        assert run.returncode == 0, run.stderr
-        yield SimpleNamespace(folder=folder, output=output, server=server, run=run, requests=list(server.requests))
+        run = run_trainer(flags, tmp_path, server.environment(tmp_path / "home"))
+    assert run.returncode == 0, run.stderr
+    assert f"The LoRA is on the Hub: {server.url}/tester/spf" in run.stderr
 
-
-def test_the_repository_holds_what_others_need_and_no_more(pushed):
-    there = files(pushed.output)
+    there, repository = files(output), server.repos["tester/spf"]
     for kind in ("checkpoint-4/", "logs/", "cache/", "stage1/", "validation/step_000001"):
         assert any(name.startswith(kind) for name in there), f"nothing to leave out: no {kind} in {sorted(there)}"
-    repository = pushed.server.repos["tester/spf"]
     assert repository.keys() == {CARD, LORA, KOHYA, PICTURE, *CODE}
     for name in (CARD, LORA, KOHYA, PICTURE):
-        assert repository[name] == (pushed.output / name).read_bytes()
-    assert repository["pipeline.py"] == (ROOT / "pipeline_spf_portrait.py").read_bytes()
-    assert len(pushed.server.commits["tester/spf"]) == 2  # the empty one, and ours
-    assert "tester/spf" not in pushed.server.private
-    assert f"The LoRA is on the Hub: {pushed.server.url}/tester/spf" in pushed.run.stderr
-
-
-def test_the_repository_is_made_before_anything_is_trained(pushed):
-    paths = [request.path for request in pushed.requests if request.method == "POST"]
+        assert repository[name] == (output / name).read_bytes()
+    for name, path in CODE.items():
+        assert repository[name] == path.read_bytes()
+    assert len(server.commits["tester/spf"]) == 2  # the empty one, and ours
+    assert "tester/spf" not in server.private
+    # It is made before anything is trained.
+    paths = [request.path for request in server.requests if request.method == "POST"]
     assert paths[0] == "/api/repos/create" and paths[-1] == "/api/models/tester/spf/commit/main"
 
-
-def test_the_token_is_in_the_headers_alone(pushed):
-    assert any(request.headers.get("authorization") == f"Bearer {SECRET}" for request in pushed.requests)
+    assert any(request.headers.get("authorization") == f"Bearer {SECRET}" for request in server.requests)
     secret = SECRET.encode()
-    assert all(secret not in request.body and SECRET not in request.path for request in pushed.requests)
-    assert SECRET not in pushed.run.stdout + pushed.run.stderr
-    found = [path for path in pushed.folder.rglob("*") if path.is_file() and secret in path.read_bytes()]
-    assert found == [] and len(files(pushed.output)) > 30
-    assert not any(SECRET in path.name for path in pushed.folder.rglob("*"))
+    assert all(secret not in request.body and SECRET not in request.path for request in server.requests)
+    assert SECRET not in run.stdout + run.stderr
+    found = [path for path in tmp_path.rglob("*") if path.is_file() and secret in path.read_bytes()]
+    assert found == [] and len(there) > 30
+    assert not any(SECRET in path.name for path in tmp_path.rglob("*"))
 
-
-def test_the_way_back_draws_the_same_image(pushed, world, tmp_path):
-    pipeline = StableDiffusionPipeline.from_pretrained(world.model, safety_checker=None)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.load_lora_weights(pushed.output)
-    generator = torch.Generator().manual_seed(0)
-    expected = pipeline(FULL, num_inference_steps=2, output_type="np", generator=generator).images[0]
-
-    # No token, no cache and no folder of the trainer's.
-    reader = subprocess.run(
-        [sys.executable, "-c", READ, str(world.model), KOHYA, BASE, TARGET, FULL],
-        capture_output=True,
-        text=True,
-        env={**pushed.server.environment(tmp_path / "home"), "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
-        timeout=300,
-    )
-    assert reader.returncode == 0, reader.stderr
-    images = np.load(tmp_path / "images.npz")
-    differences = {name: float(np.abs(images[name] - expected).max()) for name in images}
-    print(differences)
-    assert differences.pop("without") > 1000 * CLOSE
-    assert differences.keys() == {"stock", "custom", "kohya"} and max(differences.values()) < CLOSE
-
-
-def test_the_kohya_file_has_the_alpha_of_the_flags(pushed):
-    with safe_open(pushed.output / KOHYA, "pt") as file:
+    with safe_open(output / KOHYA, "pt") as file:
         alphas = {file.get_tensor(name).item() for name in file.keys() if name.endswith(".alpha")}
         ranks = {len(file.get_tensor(name)) for name in file.keys() if name.endswith(".lora_down.weight")}
     assert alphas == {4.0} and ranks == {2}
-
-
-def test_the_card_of_the_repository_names_no_folder(pushed, world):
-    card = pushed.server.repos["tester/spf"][CARD].decode()
+    card = repository[CARD].decode()
     assert "'tester/spf'" in card and f"({PICTURE}" in card.replace("<", "") and KOHYA in card
-    assert_private(card, world, pushed.folder)
+    assert_private(card, world, tmp_path)
 
 
 @pytest.mark.slow
 def test_without_the_kohya_file(world, tmp_path):
-    with HubServer("tester", SECRET) as server:
+    with HubServer("tester", SECRET) as server, server.here(tmp_path / "home"):
         given = {"no-output_kohya_format": True, "stage2_steps": 0, "hub_private_repo": True}
-        flags = make_flags(world, tmp_path / "output", **PUSH, **given)
-        run = run_trainer(flags, tmp_path, server.environment(tmp_path / "home"))
-        assert run.returncode == 0, run.stderr
-        assert server.repos["tester/spf"].keys() == {CARD, LORA, *CODE} and server.private == {"tester/spf"}
+        test_train.train(world, tmp_path / "output", **PUSH, **given)
+    assert server.repos["tester/spf"].keys() == {CARD, LORA, *CODE} and server.private == {"tester/spf"}
     assert files(tmp_path / "output") == {CARD, LORA}
     assert KOHYA not in (tmp_path / "output" / CARD).read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
-def test_a_push_that_is_refused_at_the_end_loses_nothing(world, tmp_path):
+def test_a_push_that_is_refused_at_the_end_loses_nothing(world, tmp_path, capfd, caplog):
     output = tmp_path / "output"
-    with HubServer("tester", SECRET, echo_token=True) as server:
+    with HubServer("tester", SECRET, echo_token=True) as server, server.here(tmp_path / "home"):
         server.failures = {"/commit/": 500}
         # The name of the repository is the folder's.
-        flags = make_flags(world, output, **PUSH | {"hub_model_id": None}, stage2_steps=0)
-        run = run_trainer(flags, tmp_path, server.environment(tmp_path / "home"))
-        assert server.repos == {"tester/output": {}}
-    line = run.stderr.splitlines()[-1]
-    assert run.returncode == 1 and "Traceback" not in run.stderr
+        with pytest.raises(SystemExit) as stop:
+            test_train.train(world, output, **PUSH | {"hub_model_id": None}, stage2_steps=0)
+    assert server.repos == {"tester/output": {}}
+    line = stop.value.code
     assert line.startswith("train_spf_portrait_lora.py: error: --push_to_hub: tester/output was not pushed (")
     assert f"the LoRA is whole in {output}" in line and "hf upload tester/output" in line and "500" in line
-    assert SECRET not in run.stdout + run.stderr
+    assert "\n" not in line and SECRET not in "".join([line, caplog.text, *capfd.readouterr()])
     assert files(output) == {CARD, LORA, KOHYA}
     StableDiffusionPipeline.from_pretrained(world.model, safety_checker=None).load_lora_weights(output)
 
@@ -213,10 +137,11 @@ def assert_private(card: str, world, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_card_that_is_not_pushed_names_no_folder_and_no_token(world, tmp_path):
+def test_a_card_that_is_not_pushed_names_no_folder_and_no_token(world, tmp_path, monkeypatch, capfd, caplog):
     """Every flag that takes a path has one, and the environment a token."""
     output = tmp_path / "output"
-    flags = make_flags(
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    test_train.train(
         world,
         output,
         pretrained_vae_model_name_or_path=world.model / "vae",
@@ -227,10 +152,7 @@ def test_a_card_that_is_not_pushed_names_no_folder_and_no_token(world, tmp_path)
         checkpointing_steps=2,
         resume_from_checkpoint="latest",
     )
-    variables = {**os.environ, "HF_TOKEN": SECRET, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    run = run_trainer(flags, tmp_path, variables)
-    assert run.returncode == 0, run.stderr
     card = (output / CARD).read_text(encoding="utf-8")
     assert "path/to/model" in card and f"`{TARGET}`" in card
     assert_private(card, world, tmp_path)
-    assert KOHYA not in card and SECRET not in run.stderr
+    assert KOHYA not in card and SECRET not in "".join([caplog.text, *capfd.readouterr()])

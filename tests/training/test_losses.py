@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
 
 from training.losses import (
     ENHANCEMENT_LOSSES,
@@ -12,7 +11,6 @@ from training.losses import (
     enhancement_direct,
     fine_grained_loss,
     masked_diffusion_loss,
-    predict_original_sample,
     preservation_weight,
     representation_bias,
     text_consistent_loss,
@@ -28,7 +26,7 @@ def indices(*rows: list[int]) -> torch.Tensor:
     return torch.tensor(rows)
 
 
-# ------------------------------------------------------------------------------------------ diffusion, x0, the weight
+# ------------------------------------------------------------------------------------------ ---- diffusion, the weight
 
 
 def test_masked_diffusion_loss_by_hand():
@@ -51,36 +49,6 @@ def test_diffusion_loss_by_hand():
     assert loss.tolist() == [2.5, 4.0]
     loss.sum().backward()
     assert model_pred.grad is not None and target.grad is None
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_original_sample_inverts_the_noising(prediction_type, dtype):
-    scheduler = DDPMScheduler(beta_schedule="scaled_linear", prediction_type=prediction_type)
-    latents, noise = random(4, 4, 8, 8), random(4, 4, 8, 8, seed=1)
-    timesteps = torch.tensor([0, 10, 400, 800])
-    noisy_latents = scheduler.add_noise(latents, noise, timesteps)
-    velocity = scheduler.get_velocity(latents, noise, timesteps)
-    model_pred = noise if prediction_type == "epsilon" else velocity
-    predicted = predict_original_sample(
-        noisy_latents.to(dtype), model_pred.to(dtype), timesteps, scheduler.alphas_cumprod, prediction_type
-    )
-    assert predicted.dtype == torch.float32
-    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
-    torch.testing.assert_close(predicted, latents, atol=tolerance, rtol=0)
-
-
-def test_original_sample_is_what_the_scheduler_predicts():
-    scheduler = DDPMScheduler(prediction_type="epsilon", clip_sample=False)
-    noisy_latents, model_pred = random(1, 4, 8, 8), random(1, 4, 8, 8, seed=1)
-    expected = scheduler.step(model_pred, 300, noisy_latents).pred_original_sample
-    predicted = predict_original_sample(noisy_latents, model_pred, torch.tensor([300]), scheduler.alphas_cumprod)
-    torch.testing.assert_close(predicted, expected)
-
-
-def test_original_sample_refuses_another_prediction_type():
-    with pytest.raises(ValueError, match="'epsilon' or 'v_prediction', got 'sample'"):
-        predict_original_sample(random(1, 4, 2, 2), random(1, 4, 2, 2), torch.tensor([0]), torch.ones(10), "sample")
 
 
 def test_preservation_weight_by_hand():

@@ -16,8 +16,10 @@ from test_train import (  # noqa: F401  (fixtures)
 )
 
 import train_spf_portrait_lora as script
+from families.noise_process import DDPM
 from pipeline_spf_portrait import SPFPortraitPipeline
 from sfcm import epsilon_scale
+from training import models
 
 
 def express_as_velocity(pipeline: SPFPortraitPipeline) -> SPFPortraitPipeline:
@@ -84,11 +86,11 @@ def stage1(world, tmp_path_factory):  # noqa: F811
 def test_both_expressions_train_alike(world, stage1, tmp_path, monkeypatch, objective):  # noqa: F811
     flags = {"stage1_steps": 0, "stage1_lora_path": stage1, "stage2_steps": 1, "stage2_objective": objective}
     flags |= {"composed_init": "stage1", "train_batch_size": 4, "base_prompt_share": 0.5}
-    clip, load, seen = torch.nn.utils.clip_grad_norm_, script.load_base_model, {}
+    clip, load, seen = torch.nn.utils.clip_grad_norm_, models.load_base_model, {}
     for kind in ("epsilon", "v_prediction"):
         with monkeypatch.context() as patch:
             if kind == "v_prediction":
-                patch.setattr(script, "load_base_model", lambda *args: express_as_velocity(load(*args)))
+                patch.setattr(models, "load_base_model", lambda *args: express_as_velocity(load(*args)))
             gradients = []
 
             def keep(parameters, *args, gradients=gradients):
@@ -96,7 +98,7 @@ def test_both_expressions_train_alike(world, stage1, tmp_path, monkeypatch, obje
                 return clip(parameters, *args)
 
             patch.setattr(torch.nn.utils, "clip_grad_norm_", keep)
-            alignments, losses = watch(patch, "prepare_alignment"), watch(patch, "train_step")
+            alignments, losses = watch(patch, script, "prepare_alignment"), watch(patch, script, "train_step")
             AcceleratorState._reset_state(reset_partial_state=True)
             train(world, tmp_path / kind, **flags)
             seen[kind] = SimpleNamespace(maps=torch.stack(alignments[0].sfcm), gradients=gradients, losses=losses[0])
@@ -146,7 +148,7 @@ def test_a_schedule_that_ends_in_pure_noise_draws_its_end_as_another_does():
         scheduler = DDPMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=rescaled
         )
-        density = script.timestep_density((1 - scheduler.betas).cumprod(0), 0.5)
+        density = DDPM("DDPMScheduler", scheduler.config).timestep_density(0.5)
         shares.append((density[990:].sum() / density.sum()).item())
     print(f"\nshare of t >= 990: {shares[0]:.3f}, ending in pure noise {shares[1]:.3f}")
     assert shares[1] < 2 * shares[0]

@@ -10,7 +10,9 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 from test_train import (  # noqa: F401 (fixtures)
+    CARD,
     ROWS,
+    RUN_FILE,
     WEIGHTS,
     difference,
     files,
@@ -24,6 +26,12 @@ from test_train import (  # noqa: F401 (fixtures)
 )
 
 import train_spf_portrait_lora as script
+from training import losses as loss_module
+from training.batches import BatchDrawer
+from training.maps import MapMaker
+from training.objectives import diffusion, paper
+from training.objectives.kept_rows import KeepingRows
+from training.objectives.objective import Parts
 from training.prompt_table import BASE, FULL
 
 
@@ -46,9 +54,16 @@ def masked(tmp_path) -> Path:
     return folder
 
 
+@torch.no_grad()
+def encoded(parts: Parts, world, texts: list[str]) -> torch.Tensor:  # noqa: F811
+    """What the base model's text encoder makes of prompts."""
+    ids = world.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
+    return parts.models.pipeline.text_encoder(ids)[0]
+
+
 def steps_of(monkeypatch) -> list[dict[str, float]]:
     """The losses of every step."""
-    return watch(monkeypatch, "train_step")
+    return watch(monkeypatch, script, "train_step")
 
 
 def test_none_is_a_plain_lora_of_as_many_steps(world, trained):  # noqa: F811
@@ -60,57 +75,59 @@ def test_none_is_a_plain_lora_of_as_many_steps(world, trained):  # noqa: F811
 @pytest.mark.parametrize("way", WITH_ROWS)
 def test_a_row_beside_each_training_portrait(world, tmp_path, monkeypatch, way):  # noqa: F811
     """One forward has both; the second half's prompts ask for no target, and only that half is kept."""
-    kept, forwards = watch(monkeypatch, "kept_rows"), []
-    runs, losses = watch_runs(monkeypatch), steps_of(monkeypatch)
-    prepare = script.prepare_run
+    kept, forwards = watch(monkeypatch, KeepingRows, "kept_rows"), []
+    stages, losses = watch(monkeypatch, script, "make_objectives"), steps_of(monkeypatch)
+    prepare = script.prepare
 
-    def prepare_and_watch(*args) -> script.Run:
-        run = prepare(*args)
-        run.unet.register_forward_pre_hook(
+    def prepare_and_watch(*args) -> Parts:
+        parts = prepare(*args)
+        parts.models.unet.register_forward_pre_hook(
             lambda module, given: forwards.append(given) if torch.is_grad_enabled() else None
         )
-        return run
+        return parts
 
-    monkeypatch.setattr(script, "prepare_run", prepare_and_watch)
+    monkeypatch.setattr(script, "prepare", prepare_and_watch)
     output = train(world, tmp_path / "output", preservation=way, preservation_weight=3.0)
-    run, unet = runs[0], runs[0].unet
-    assert files(output) == {WEIGHTS, "README.md"} and len(losses) == len(kept) == len(forwards) == 4
+    ((objective,),) = stages
+    models = objective.models
+    assert files(output) == {WEIGHTS, CARD, RUN_FILE} and len(losses) == len(kept) == len(forwards) == 4
     assert set(losses[0]) == {"diffusion", "preservation"}
-    assert run.stage == 1 and "stage1" not in unet.peft_config
+    assert objective.weights == {"diffusion": 1.0, "preservation": 3.0} and not models.has_teacher
     latents, timesteps, embeds = forwards[1]
     assert len(latents) == 4 and torch.equal(latents[2:], kept[1].noisy_latents)
-    assert torch.equal(embeds[2:], kept[1].embeds) and torch.equal(timesteps[2:], kept[1].timesteps)
-    assert (run.alignment is not None) == (way == "prior")
+    assert torch.equal(embeds[2:], kept[1].embeds.states) and torch.equal(timesteps[2:], kept[1].timesteps)
+    assert (objective.alignment is not None) == (way == "prior")
     if way == "prior":
         assert not torch.equal(timesteps[:2], timesteps[2:])
     else:
         assert torch.equal(latents[:2], latents[2:])
-        with torch.no_grad(), script.active_adapters(unet, None):
-            original = unet(kept[1].noisy_latents, kept[1].timesteps, kept[1].embeds).sample
+        with torch.no_grad(), models.adapters.only(None):
+            original = models.predict(kept[1].noisy_latents, kept[1].timesteps, kept[1].embeds)
         torch.testing.assert_close(kept[1].target, original)
         # Before the first update the LoRA changes nothing, so there is nothing to keep yet.
         assert losses[0]["preservation"] == pytest.approx(0, abs=1e-10) and losses[2]["preservation"] > 1e-8
 
 
 def test_prior_keeps_the_noise_of_the_original_models_portraits(world, tmp_path, monkeypatch):  # noqa: F811
-    batches, kept, runs = watch(monkeypatch, "draw_batch"), watch(monkeypatch, "kept_rows"), watch_runs(monkeypatch)
+    batches, drawn_batches = watch(monkeypatch, BatchDrawer, "training"), watch(monkeypatch, BatchDrawer, "aligned")
+    portraits, kept = watch(monkeypatch, script, "draw_portraits"), watch(monkeypatch, KeepingRows, "kept_rows")
+    runs = watch_runs(monkeypatch)
     train(world, tmp_path / "output", preservation="prior", stage1_steps=1, stage2_steps=0)
-    training, drawn = batches
-    run = runs[0]
-    assert (training.kinds == FULL).all() and len(run.alignment.latents) == 3
+    ((training,), (drawn,), (alignment,), (parts,)) = batches, drawn_batches, portraits, runs
+    assert (training.kinds == FULL).all() and len(alignment.latents) == 3
     assert torch.equal(kept[0].target, drawn.noise) and not torch.equal(training.noise, drawn.noise)
-    assert all(any(torch.equal(own, latents) for latents in run.alignment.latents) for own in drawn.latents)
-    base, _ = script.prompt_embeds(run, BASE * len(run.inputs.pairs) + drawn.pairs)
-    assert torch.equal(kept[0].embeds, base)
+    assert all(any(torch.equal(own, latents) for latents in alignment.latents) for own in drawn.latents)
+    base = parts.models.response_embeds(parts.table, BASE * parts.batches.pairs + drawn.pairs)
+    assert torch.equal(kept[0].embeds.states, base.states)
 
 
 BUCKETS = {"resolution": None, "aspect_ratio_buckets": "16,16;24,16", "preservation": "prior"}
 
 
 def test_prior_keeps_portraits_of_the_size_of_the_batch(world, tmp_path, monkeypatch):  # noqa: F811
-    kept, batches = watch(monkeypatch, "kept_rows"), watch(monkeypatch, "draw_batch")
+    kept, batches = watch(monkeypatch, KeepingRows, "kept_rows"), watch(monkeypatch, BatchDrawer, "training")
     train(world, tmp_path / "output", **BUCKETS, num_alignment_images=6, stage1_steps=6)
-    assert [rows.noisy_latents.shape for rows in kept] == [batch.latents.shape for batch in batches[::2]]
+    assert [rows.noisy_latents.shape for rows in kept] == [batch.latents.shape for batch in batches]
     assert len({rows.noisy_latents.shape for rows in kept}) == 2, "one size alone shows nothing"
 
 
@@ -122,32 +139,26 @@ def test_prior_needs_a_portrait_of_each_size(world, tmp_path):  # noqa: F811
 
 def test_equal_prompts_are_drawn_in_each_size(world, tmp_path, monkeypatch):  # noqa: F811
     data = write_data(tmp_path / "data", [{**row, "base_prompt": "a man, a green hat"} for row in ROWS])
-    runs = watch_runs(monkeypatch)
+    portraits = watch(monkeypatch, script, "draw_portraits")
     train(world, tmp_path / "output", **BUCKETS, train_data_dir=data, num_alignment_images=2)
-    assert len(set(runs[0].alignment.buckets)) == 2
+    assert len(set(portraits[0].buckets)) == 2
 
 
 def test_dop_asks_for_the_base_prompt(world, tmp_path, monkeypatch):  # noqa: F811
-    batches, kept, runs = watch(monkeypatch, "draw_batch"), watch(monkeypatch, "kept_rows"), watch_runs(monkeypatch)
+    batches, kept = watch(monkeypatch, BatchDrawer, "training"), watch(monkeypatch, KeepingRows, "kept_rows")
+    runs, inputs = watch_runs(monkeypatch), watch(monkeypatch, script, "check_inputs")
     train(world, tmp_path / "output", preservation="dop", stage1_steps=1, stage2_steps=0)
-    run, batch = runs[0], batches[0]
-    texts = [run.inputs.pairs[i].base_prompt for i in batch.pairs.tolist()]
-    ids = run.inputs.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
-    with torch.no_grad():
-        expected = run.pipeline.text_encoder(ids)[0]
-    torch.testing.assert_close(kept[0].embeds, expected)
+    texts = [inputs[0].pairs[i].base_prompt for i in batches[0].pairs.tolist()]
+    torch.testing.assert_close(kept[0].embeds.states, encoded(runs[0], world, texts))
 
 
 @pytest.mark.parametrize("prompts", [None, ("a dog", "a red car, a street")])
 def test_cat_asks_for_unrelated_prompts(world, tmp_path, monkeypatch, prompts):  # noqa: F811
-    kept, runs = watch(monkeypatch, "kept_rows"), watch_runs(monkeypatch)
+    kept, runs = watch(monkeypatch, KeepingRows, "kept_rows"), watch_runs(monkeypatch)
     train(world, tmp_path / "output", preservation="cat", unrelated_prompts=prompts, stage1_steps=6, stage2_steps=0)
-    run, seen = runs[0], set()
-    ids = run.inputs.tokenizer(list(prompts or [""]), padding="max_length", return_tensors="pt").input_ids
-    with torch.no_grad():
-        expected = run.pipeline.text_encoder(ids)[0]
+    expected, seen = encoded(runs[0], world, list(prompts or [""])), set()
     for rows in kept:
-        for row in rows.embeds:
+        for row in rows.embeds.states:
             distances = [(row - own).abs().max().item() for own in expected]
             assert min(distances) < 1e-5
             seen.add(int(np.argmin(distances)))
@@ -155,17 +166,17 @@ def test_cat_asks_for_unrelated_prompts(world, tmp_path, monkeypatch, prompts): 
 
 
 def test_a_masked_loss_is_deaf_outside_the_mask(world, tmp_path, masked, monkeypatch):  # noqa: F811
-    masks, batches = watch(monkeypatch, "batch_masks"), watch(monkeypatch, "draw_batch")
-    losses, gradients = steps_of(monkeypatch), []
-    loss = script.masked_diffusion_loss
+    batches, losses = watch(monkeypatch, BatchDrawer, "training"), steps_of(monkeypatch)
+    loss, masks, gradients = diffusion.masked_diffusion_loss, [], []
 
     def watched(pred, target, mask):
+        masks.append(mask)
         pred.register_hook(gradients.append)
         return loss(pred, target, mask)
 
-    monkeypatch.setattr(script, "masked_diffusion_loss", watched)
+    monkeypatch.setattr(diffusion, "masked_diffusion_loss", watched)
     output = train(world, tmp_path / "output", preservation="mask", train_data_dir=masked)
-    assert files(output) == {WEIGHTS, "README.md"} and set(losses[0]) == {"diffusion"}
+    assert files(output) == {WEIGHTS, CARD, RUN_FILE} and set(losses[0]) == {"diffusion"}
     for batch, mask, gradient in zip(batches, masks, gradients, strict=True):
         assert mask.shape == (2, 1, *batch.latents.shape[-2:]) and gradient.shape == batch.latents.shape
         middle = mask.shape[-2] // 2
@@ -185,7 +196,7 @@ def test_masks_are_cropped_and_mirrored_with_their_pictures(world, tmp_path, mon
     runs = watch_runs(monkeypatch)
     train(world, tmp_path / "output", preservation="mask", train_data_dir=folder, **flags)
     # A mask is resized by area, whatever the pictures are resized by.
-    training_set = replace(runs[0].training_set, interpolation="box")
+    training_set = replace(runs[0].training.training_set, interpolation="box")
     for step in range(3):
         torch.testing.assert_close(training_set.batch_masks(step), training_set.batch_pixels(step)[:, :1] / 2 + 0.5)
 
@@ -241,12 +252,12 @@ def test_saved_maps_can_be_given_back(world, tmp_path, trained, monkeypatch):  #
     names = {f"{i:05d}.png" for i in range(count)}
     assert {path.name for path in (output / "alignment").glob("*.png")} == names
     assert {path.name for path in (output / "alignment" / "sfcm").glob("*.png")} == names
-    runs = watch_runs(monkeypatch)
+    alignments = watch(monkeypatch, script, "prepare_alignment")
     maps = output / "alignment" / "sfcm"
     train(world, tmp_path / "again", sfcm_dir=maps, alignment_source="both")
-    for i, sfcm in enumerate(runs[0].alignment.sfcm):
+    for i, sfcm in enumerate(alignments[0].sfcm):
         with Image.open(maps / f"{i:05d}.png") as picture:
-            size = tuple(reversed(runs[0].alignment.latents[i].shape[-2:]))
+            size = tuple(reversed(alignments[0].latents[i].shape[-2:]))
             expected = np.asarray(picture.resize(size, Image.Resampling.BOX), dtype=np.float32) / 255
         np.testing.assert_allclose(sfcm[0].numpy(), expected, atol=0.01)
 
@@ -258,10 +269,8 @@ def test_a_given_map_rules_whatever_the_mode(world, tmp_path, monkeypatch, objec
     folder.mkdir()
     for i in range(3):
         Image.new("L", (16, 16), 51 * i).save(folder / f"{i:05d}.png")
-    used = watch(monkeypatch, "alignment_sfcm")
-    batches = watch(monkeypatch, "draw_batch")
+    used, aligned = watch(monkeypatch, MapMaker, "of_batch"), watch(monkeypatch, BatchDrawer, "aligned")
     train(world, tmp_path / "output", sfcm_dir=folder, sfcm_mode=mode, stage2_objective=objective)
-    aligned = [batch for batch in batches if len(batch.kinds) and batch.pairs.min() >= len(ROWS)]
     assert len(aligned) == len(used) == 2
     for batch, sfcm in zip(aligned, used, strict=True):
         expected = batch.index * 0.2 * (batch.kinds == FULL)
@@ -284,25 +293,24 @@ def test_maps_that_are_missing_are_named(world, tmp_path):  # noqa: F811
 
 
 def test_the_enhancement_without_its_weights(world, tmp_path, monkeypatch):  # noqa: F811
-    runs, batches, terms = watch_runs(monkeypatch), watch(monkeypatch, "draw_batch"), []
-    difference_loss = script.ENHANCEMENT_LOSSES["difference"]
+    runs, batches, terms = watch_runs(monkeypatch), watch(monkeypatch, BatchDrawer, "training"), []
+    difference_loss = loss_module.ENHANCEMENT_LOSSES["difference"]
 
     def watched(*args):
         terms.append(difference_loss(*args))
         return terms[-1]
 
-    monkeypatch.setitem(script.ENHANCEMENT_LOSSES, "difference", watched)
+    monkeypatch.setitem(loss_module.ENHANCEMENT_LOSSES, "difference", watched)
     losses = steps_of(monkeypatch)
     train(world, tmp_path / "output", stage2_objective="paper", stage1_steps=0, enhancement_weighting="none")
     assert [step["enhancement"] for step in losses] == pytest.approx([term.mean().item() for term in terms])
-    train_batches = [batch for batch in batches if batch.pairs.max() < len(ROWS)]
-    weights = runs[0].noise_scheduler.alphas_cumprod[train_batches[0].timesteps]
+    weights = runs[0].models.noise.signal(batches[0].timesteps)
     assert losses[0]["enhancement"] != pytest.approx((weights * terms[0]).mean().item())
 
 
 def test_aligned_layers_of_one_resolution(world, tmp_path, monkeypatch):  # noqa: F811
-    seen, loss = [], script.fine_grained_loss
-    monkeypatch.setattr(script, "fine_grained_loss", lambda *args: seen.append(set(args[2])) or loss(*args))
+    seen, loss = [], paper.fine_grained_loss
+    monkeypatch.setattr(paper, "fine_grained_loss", lambda *args: seen.append(set(args[2])) or loss(*args))
     for layers in ("all", "phrase_map"):
         train(world, tmp_path / layers, stage2_objective="paper", stage2_steps=1, alignment_layers=layers)
         AcceleratorState._reset_state(reset_partial_state=True)

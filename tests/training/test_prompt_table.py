@@ -1,6 +1,8 @@
 """Tests of the prompt table, with a tiny random CLIP and text encoder and the tokenizer of `test_prompts.py`."""
 
 import logging
+from copy import deepcopy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,19 +20,20 @@ from transformers import (
     CLIPVisionConfig,
 )
 
+from families.stable_diffusion import StableDiffusion
 from prompts import make_prompt_pair, tokenize_prompt_pair
 from training.prompt_table import (
     BASE,
     EMPTY,
     FULL,
-    clip_phrase_distances,
     embed_pixels,
-    encode_clip_texts,
+    embed_targets,
     make_prompt_table,
 )
 
 
 SIDE = 16
+PROCESSOR = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
 PAIRS = [
     make_prompt_pair("a woman, a green hat", "red hair"),
     make_prompt_pair("a man", "red hair"),
@@ -84,18 +87,18 @@ def text_encoder(tokenizer):
 
 
 @pytest.fixture(scope="module")
-def processor():
-    return CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
-
-
-@pytest.fixture(scope="module")
 def tokens(tokenizer):
     return [tokenize_prompt_pair(pair, tokenizer) for pair in PAIRS]
 
 
 @pytest.fixture(scope="module")
-def table(tokens, tokenizer, text_encoder, clip, clip_tokenizer):
-    return make_prompt_table(PAIRS, tokens, tokenizer, text_encoder, clip, clip_tokenizer)
+def table(tokens, tokenizer, text_encoder):
+    return make_table(PAIRS, tokens, tokenizer, text_encoder)
+
+
+def make_table(pairs, tokens, tokenizer, text_encoder):
+    pipeline = SimpleNamespace(tokenizer=tokenizer, text_encoder=text_encoder)
+    return make_prompt_table(StableDiffusion, pipeline, pairs, tokens)
 
 
 def clip_text(clip, clip_tokenizer, text: str) -> torch.Tensor:
@@ -111,55 +114,48 @@ def encode(text_encoder, tokenizer, text: str) -> torch.Tensor:
 
 
 def matched(table, row: int) -> list[tuple[int, int]]:
-    mask = table.position_mask[row]
-    return list(zip(table.base_positions[row][mask].tolist(), table.full_positions[row][mask].tolist()))
+    mask = table.positions.mask[row]
+    return list(zip(table.positions.base[row][mask].tolist(), table.positions.full[row][mask].tolist()))
 
 
-# -------------------------------------------------------------------------------------------------------- CLIP texts
+# ------------------------------------------------------------------------------------------------- distances, targets
 
 
-def test_each_different_text_is_encoded_as_if_it_were_alone(clip, clip_tokenizer):
-    embeds = encode_clip_texts(clip, clip_tokenizer, ["red hair", "a man", "red hair", "a much longer text, a hat"])
-    assert list(embeds) == ["red hair", "a man", "a much longer text, a hat"]
-    for text, embed in embeds.items():
-        assert embed.shape == (12,) and embed.dtype == torch.float32
-        torch.testing.assert_close(embed, clip_text(clip, clip_tokenizer, text), rtol=1e-4, atol=1e-5)
-    assert F.cosine_similarity(embeds["red hair"], embeds["a man"], dim=0) < 0.99
-
-
-def test_more_texts_than_one_chunk(clip, clip_tokenizer):
-    texts = [f"a hat {i}" for i in range(70)]
-    embeds = encode_clip_texts(clip, clip_tokenizer, texts)
-    assert list(embeds) == texts
-    for i in (0, 63, 64, 69):
-        torch.testing.assert_close(embeds[texts[i]], clip_text(clip, clip_tokenizer, texts[i]), rtol=1e-4, atol=1e-5)
-
-
-def test_a_text_that_is_too_long_for_clip_is_cut_off(clip, clip_tokenizer):
-    embeds = encode_clip_texts(clip, clip_tokenizer, ["x" * 60, "x" * 70])
-    first, second = embeds.values()
-    assert torch.isfinite(first).all() and torch.equal(first, second)
-
-
-def test_distances_masks_and_targets_by_hand(clip, clip_tokenizer):
-    distances, mask, targets = clip_phrase_distances(clip, clip_tokenizer, PAIRS)
-    assert mask.tolist() == [[True, True], [True, False], [True, True]]
+def test_distances_by_hand(table, text_encoder, tokenizer):
     assert PAIRS[2].base_phrases == ("a woman", "a red hat") and PAIRS[2].target_text == "a red scarf, red hair"
+
+    def pooled(text: str) -> torch.Tensor:
+        with torch.no_grad():
+            return text_encoder(**tokenizer(text, return_tensors="pt")).pooler_output[0]
+
     for i, pair in enumerate(PAIRS):
-        target = clip_text(clip, clip_tokenizer, pair.target_text)
-        torch.testing.assert_close(targets[i], target, rtol=1e-4, atol=1e-5)
         for j, phrase in enumerate(pair.base_phrases):
-            expected = 1 - F.cosine_similarity(clip_text(clip, clip_tokenizer, phrase), target, dim=0)
-            assert distances[i, j] == pytest.approx(expected.item(), abs=1e-5)
-    assert torch.isfinite(distances).all(), "padding must not be NaN: the maps multiply it by zero"
-    assert not targets.requires_grad
+            expected = 1 - F.cosine_similarity(pooled(phrase), pooled(pair.target_text), dim=0)
+            assert table.distances[i, j] == pytest.approx(expected.item(), abs=1e-5) and expected > 0.01
+    assert torch.isfinite(table.distances).all(), "padding must not be NaN: the maps multiply it by zero"
+    assert table.distances.dtype == torch.float32 and not table.distances.requires_grad
+
+
+def test_each_target_is_embedded_once_as_if_it_were_alone(clip, clip_tokenizer):
+    """Also behind the 64 of one chunk, and one that is too long and cut off; the text tower is gone afterwards."""
+    pairs = [make_prompt_pair("a man", f"a hat {i % 70}") for i in range(75)] + [make_prompt_pair("a man", "x" * 60)]
+    own = deepcopy(clip)
+    embeds = embed_targets(own, clip_tokenizer, pairs)
+    assert embeds.shape == (76, 12) and embeds.dtype == torch.float32 and torch.isfinite(embeds).all()
+    for i in (0, 63, 64, 69, 70):
+        expected = clip_text(clip, clip_tokenizer, pairs[i].target_text)
+        torch.testing.assert_close(embeds[i], expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(embeds[70], embeds[0]) and F.cosine_similarity(embeds[0], embeds[75], dim=0) < 0.99
+    assert not any(name.startswith("text_") for name, _ in own.named_parameters())
+    pixels = noise_pixels(SIDE)
+    assert torch.equal(embed_pixels(own, PROCESSOR, pixels), embed_pixels(clip, PROCESSOR, pixels))
 
 
 # ------------------------------------------------------------------------------------------------------ prompt table
 
 
 def test_every_kind_of_row_sets_the_right_prompts_against_each_other(table, text_encoder, tokenizer):
-    reference, response = table.prompt_embeds[table.reference_rows], table.prompt_embeds[table.response_rows]
+    reference, response = (table.prompt_embeds[rows].states for rows in (table.reference_rows, table.response_rows))
     for i, pair in enumerate(PAIRS):
         expected = {
             FULL: (pair.base_prompt, pair.full_prompt),
@@ -170,7 +166,7 @@ def test_every_kind_of_row_sets_the_right_prompts_against_each_other(table, text
             row = kind * len(PAIRS) + i
             for embeds, prompt in zip((reference[row], response[row]), prompts, strict=True):
                 torch.testing.assert_close(embeds, encode(text_encoder, tokenizer, prompt), rtol=1e-4, atol=1e-5)
-    assert not table.prompt_embeds.requires_grad
+    assert not table.prompt_embeds.states.requires_grad
 
 
 def test_each_different_prompt_is_encoded_once(table):
@@ -178,13 +174,13 @@ def test_each_different_prompt_is_encoded_once(table):
     assert len(table.prompt_embeds) == len(prompts) == 7
 
 
-def test_more_prompts_than_one_chunk(tokenizer, text_encoder, clip, clip_tokenizer):
+def test_more_prompts_than_one_chunk(tokenizer, text_encoder):
     pairs = [make_prompt_pair(f"a woman, hat {i}", "red hair") for i in range(20)]
     tokens = [tokenize_prompt_pair(pair, tokenizer) for pair in pairs]
-    table = make_prompt_table(pairs, tokens, tokenizer, text_encoder, clip, clip_tokenizer)
+    table = make_table(pairs, tokens, tokenizer, text_encoder)
     assert len(table.prompt_embeds) == 41
     for i, pair in enumerate(pairs):
-        found = table.prompt_embeds[table.response_rows[i]]
+        found = table.prompt_embeds.states[table.response_rows[i]]
         torch.testing.assert_close(found, encode(text_encoder, tokenizer, pair.full_prompt), rtol=1e-4, atol=1e-5)
 
 
@@ -211,11 +207,11 @@ def test_every_position_is_bos_text_or_padding(table, tokens, tokenizer):
                 BASE: (row.base_padding, row.base_padding),
                 EMPTY: (range(1, length), range(1, length)),
             }[kind]
-            for mask, positions in zip((table.base_padding[index], table.full_padding[index]), paddings, strict=True):
+            for mask, positions in zip(table.positions.of(index)[3:], paddings, strict=True):
                 assert mask.shape == (length,) and not mask[0]
                 assert mask.nonzero().flatten().tolist() == list(positions)
     ids = torch.tensor([row.base_input_ids for row in tokens])
-    assert (ids[table.base_padding[: len(PAIRS)]] == tokenizer.eos_token_id).all()
+    assert (ids[table.positions.base_padding[: len(PAIRS)]] == tokenizer.eos_token_id).all()
 
 
 def test_phrase_weights_average_over_each_phrase(table, tokens):
@@ -229,7 +225,7 @@ def test_phrase_weights_average_over_each_phrase(table, tokens):
     assert table.phrase_mask.tolist() == [[True, True], [True, False], [True, True]]
 
 
-def test_free_phrases_are_marked_where_they_are_in_the_image(tmp_path, text_encoder, clip, clip_tokenizer, table):
+def test_free_phrases_are_marked_where_they_are_in_the_image(tmp_path, text_encoder, table):
     tokenizer = CLIPTokenizer.from_pretrained(write_vocabulary(tmp_path / "short"), model_max_length=12)
     long = "a woman, a green hat, xx zzzzzz"
     pairs = [
@@ -239,17 +235,12 @@ def test_free_phrases_are_marked_where_they_are_in_the_image(tmp_path, text_enco
     ]
     tokens = [tokenize_prompt_pair(pair, tokenizer) for pair in pairs]
     assert tokens[2].phrase_positions[-1] == ()
-    free = make_prompt_table(pairs, tokens, tokenizer, text_encoder, clip, clip_tokenizer).free_mask
+    free = make_table(pairs, tokens, tokenizer, text_encoder).free_mask
     assert free[:, :2].tolist() == [[False, True], [False, False], [False, False]] and not free[:, 2:].any()
     assert not table.free_mask.any() and table.free_mask.shape == table.phrase_mask.shape
 
 
-def test_distances_in_the_table_are_clips(table, clip, clip_tokenizer):
-    distances, _, targets = clip_phrase_distances(clip, clip_tokenizer, PAIRS)
-    assert torch.equal(table.distances, distances) and torch.equal(table.target_embeds, targets)
-
-
-def test_a_phrase_that_was_cut_off_counts_like_padding(tmp_path, text_encoder, clip, clip_tokenizer, caplog):
+def test_a_phrase_that_was_cut_off_counts_like_padding(tmp_path, text_encoder, caplog):
     """It is nowhere in the image, so it may not dilute the mean over the phrases that are."""
     tokenizer = CLIPTokenizer.from_pretrained(write_vocabulary(tmp_path / "short"), model_max_length=12)
     base_prompt = "a woman, a green hat, xx zzzzzz"
@@ -257,17 +248,17 @@ def test_a_phrase_that_was_cut_off_counts_like_padding(tmp_path, text_encoder, c
     with caplog.at_level(logging.WARNING):
         tokens = tokenize_prompt_pair(pair, tokenizer)
     assert "zzzzzz" in caplog.text and tokens.phrase_positions[1] == ()
-    table = make_prompt_table([pair], [tokens], tokenizer, text_encoder, clip, clip_tokenizer)
-    assert table.phrase_mask.tolist() == [[True, False]]
+    table = make_table([pair], [tokens], tokenizer, text_encoder)
+    assert table.phrase_mask.tolist() == [[True, False]] and table.distances[0, 1].abs() < 1e-6
     assert table.phrase_weights[0, 0].sum() == pytest.approx(1) and table.phrase_weights[0, 1].sum() == 0
 
 
-def test_a_prompt_that_fills_every_token(tmp_path, text_encoder, clip, clip_tokenizer):
+def test_a_prompt_that_fills_every_token(tmp_path, text_encoder):
     tokenizer = CLIPTokenizer.from_pretrained(write_vocabulary(tmp_path / "short"), model_max_length=12)
     pair = make_prompt_pair("a woman, xxxxxxxxxxxx", "red hair", "red hair, a woman, xxxxxxxxxxxx")
     tokens = tokenize_prompt_pair(pair, tokenizer)
-    table = make_prompt_table([pair], [tokens], tokenizer, text_encoder, clip, clip_tokenizer)
-    assert table.base_padding[0].nonzero().flatten().tolist() == [11]
+    table = make_table([pair], [tokens], tokenizer, text_encoder)
+    assert table.positions.base_padding[0].nonzero().flatten().tolist() == [11]
     assert matched(table, 1) == [(position, position) for position in range(1, 11)]
 
 
@@ -280,37 +271,37 @@ def noise_pixels(side: int, count: int = 2) -> torch.Tensor:
     return levels.float() / 127.5 - 1
 
 
-def by_processor(clip, processor, pixels: torch.Tensor) -> torch.Tensor:
+def by_processor(clip, pixels: torch.Tensor) -> torch.Tensor:
     arrays = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    inputs = processor([Image.fromarray(np.ascontiguousarray(array)) for array in arrays], return_tensors="pt")
+    inputs = PROCESSOR([Image.fromarray(np.ascontiguousarray(array)) for array in arrays], return_tensors="pt")
     with torch.no_grad():
         return clip.get_image_features(**inputs).pooler_output
 
 
-def test_pictures_of_clips_size_are_embedded_as_the_processor_does(clip, processor):
+def test_pictures_of_clips_size_are_embedded_as_the_processor_does(clip):
     pixels = noise_pixels(SIDE)
-    embeds = embed_pixels(clip, processor, pixels)
+    embeds = embed_pixels(clip, PROCESSOR, pixels)
     assert embeds.shape == (2, 12)
-    torch.testing.assert_close(embeds, by_processor(clip, processor, pixels), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(embeds, by_processor(clip, pixels), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("side", [8, 32, 40])
-def test_other_sizes_are_resized_as_the_processor_does(clip, processor, side):
+def test_other_sizes_are_resized_as_the_processor_does(clip, side):
     pixels = F.interpolate(noise_pixels(4), (side, side), mode="bilinear")
-    embeds = embed_pixels(clip, processor, pixels)
+    embeds = embed_pixels(clip, PROCESSOR, pixels)
     # Pillow rounds to whole levels and cuts off the bicubic overshoot.
-    assert F.cosine_similarity(embeds, by_processor(clip, processor, pixels)).min() > 0.999
+    assert F.cosine_similarity(embeds, by_processor(clip, pixels)).min() > 0.999
     assert F.cosine_similarity(embeds[:1], embeds[1:]).item() < 0.99
 
 
-def test_half_precision_pictures_are_embedded_in_float32(clip, processor):
+def test_half_precision_pictures_are_embedded_in_float32(clip):
     pixels = noise_pixels(SIDE)
-    embeds = embed_pixels(clip, processor, pixels.bfloat16())
+    embeds = embed_pixels(clip, PROCESSOR, pixels.bfloat16())
     assert embeds.dtype == torch.float32
-    torch.testing.assert_close(embeds, embed_pixels(clip, processor, pixels), rtol=0.1, atol=0.1)
+    torch.testing.assert_close(embeds, embed_pixels(clip, PROCESSOR, pixels), rtol=0.1, atol=0.1)
 
 
-def test_gradient_reaches_every_pixel(clip, processor):
+def test_gradient_reaches_every_pixel(clip):
     pixels = noise_pixels(2 * SIDE).requires_grad_()
-    embed_pixels(clip, processor, pixels).square().sum().backward()
+    embed_pixels(clip, PROCESSOR, pixels).square().sum().backward()
     assert (pixels.grad.abs().sum(1) > 0).float().mean() > 0.99

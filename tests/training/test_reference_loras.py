@@ -1,6 +1,5 @@
 """Tests of training on top of earlier LoRAs: the merge, the two paths, what is saved, resumed, told and refused."""
 
-import argparse
 import hashlib
 import json
 import re
@@ -17,7 +16,6 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load, load_file, save_file
-from test_hub_training import run_trainer
 from test_resume import STEPS, assert_same_ending, one_thread  # noqa: F401  (fixture)
 from test_train import (  # noqa: F401  (fixtures)
     LAYERS,
@@ -37,12 +35,15 @@ from test_train import (  # noqa: F401  (fixtures)
 )
 
 import train_spf_portrait_lora as script
-from attention_processors import active_adapters
-from loras.files import ReferenceLora, merge_loras
+from loras.loading import ReferenceLora, merge_loras
 from pipeline_spf_portrait import SPFPortraitPipeline
 from programs.loading import InputError
 from prompts import make_prompt_pair
-from training import inputs as inputs_module
+from training import portraits as portraits_module
+from training.alignment_prompts import ask_for_reference_targets
+from training.arguments import parse_args
+from training.flags import LoraFlags
+from training.model_checks import find_references
 from training.models import load_base_model
 
 
@@ -165,8 +166,7 @@ def test_a_reference_is_a_file_a_folder_or_neither(world, earlier, tmp_path):  #
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
 
     def find(name, scale):
-        flags = {"reference_lora": [name], "reference_lora_scale": [scale], "cache_dir": None, "use_dora": False}
-        return inputs_module.find_references(argparse.Namespace(**flags))
+        return find_references(LoraFlags(reference_lora=[name], reference_lora_scale=[scale]), None)
 
     assert find(str(folder), 0.5) == (ReferenceLora(str(folder), file, None, digest, 0.5),)
     assert find(str(file), 1.0) == (ReferenceLora(str(file), file, None, digest, 1.0),)
@@ -200,12 +200,13 @@ def test_both_paths_are_those_of_the_loras_side_by_side(world, earlier, on_top):
     earlier_loras = [earlier["hair"], earlier["hat"]]
     reference = predict(activate(stock(world), earlier_loras, [1.0, 0.6]))
     response = predict(activate(stock(world), [*earlier_loras, output], [1.0, 0.6, 1.0]))
-    (row,) = {int(run.table.reference_rows[i]) for i, row in enumerate(ROWS) if row["base_prompt"] == PROMPT}
-    embeds = run.table.prompt_embeds[row][None]
-    with active_adapters(run.unet, None):
-        assert largest(predict(run.pipeline, embeds), reference) < CLOSE
-    with active_adapters(run.unet, "default"):
-        assert largest(predict(run.pipeline, embeds), response) < CLOSE
+    models, table = run.models, run.table
+    (row,) = {int(table.reference_rows[i]) for i, row in enumerate(ROWS) if row["base_prompt"] == PROMPT}
+    embeds = table.prompt_embeds.states[row][None]
+    with models.adapters.only(None):
+        assert largest(predict(models.pipeline, embeds), reference) < CLOSE
+    with models.adapters.only("default"):
+        assert largest(predict(models.pipeline, embeds), response) < CLOSE
     assert largest(reference, response) > 0.01 and largest(reference, predict(stock(world))) > 0.01
 
 
@@ -214,7 +215,7 @@ def test_the_new_lora_alone_is_saved_and_trained(earlier, on_top):
     for folder in (output, output / "stage1", output / "checkpoint-3"):
         names = load_file(folder / WEIGHTS).keys()
         assert len(names) == LAYERS * 4 * 2 and all(".attn2." in name for name in names)
-    assert all(".default." in name for name, value in run.unet.named_parameters() if value.requires_grad)
+    assert all(".default." in name for name, value in run.models.unet.named_parameters() if value.requires_grad)
 
 
 @pytest.mark.slow
@@ -237,8 +238,8 @@ def test_each_layer_of_a_kohya_file_has_its_own_alpha(world, earlier, tmp_path):
         state[name] = state[name] * 4
         state[name.replace(".alpha", ".lora_up.weight")] /= 4
     save_file(state, path)
-    args = script.parse_args([f"--pretrained_model_name_or_path={world.model}", f"--reference_lora={path}"])
-    pipeline = load_base_model(SPFPortraitPipeline, args, torch.float32, inputs_module.find_references(args))
+    flags = parse_args([f"--pretrained_model_name_or_path={world.model}", f"--reference_lora={path}"])
+    pipeline = load_base_model(SPFPortraitPipeline, flags.model, torch.float32, find_references(flags.lora, None))
     assert largest(predict(pipeline), predict(activate(stock(world), [earlier["hair"]], [1.0]))) < CLOSE
 
 
@@ -258,7 +259,7 @@ def test_in_half_precision_it_is_merged_before_it_is_rounded(world, earlier, tmp
     merged = stock(world)
     merge_loras(merged, [str(earlier["hair"])], [1.0])
     for part in ("unet", "text_encoder"):
-        found = getattr(runs[0].pipeline, part).state_dict()
+        found = getattr(runs[0].models.pipeline, part).state_dict()
         for name, weight in getattr(merged, part).state_dict().items():
             own = found[name] if name in found else found[re.sub(r"\.(weight|bias)$", r".base_layer.\1", name)]
             assert own.dtype == torch.bfloat16 and torch.equal(own, weight.bfloat16()), name
@@ -276,14 +277,14 @@ def test_the_single_pass_trains_the_same(world, earlier, tmp_path):  # noqa: F81
 
 @pytest.mark.slow
 def test_cached_text_embeddings_belong_to_the_text_encoder_that_made_them(world, earlier, tmp_path, monkeypatch):  # noqa: F811
-    tables = watch(monkeypatch, "make_prompt_table")
+    tables = watch(monkeypatch, script, "make_prompt_table")
     cache, counts = tmp_path / "cache", []
     for name in (None, "hat", "hair"):
         AcceleratorState._reset_state(reset_partial_state=True)
         reference = None if name is None else earlier[name]
         train(world, tmp_path / f"run of {name}", reference_lora=reference, cache_dir=cache)
         counts.append(len(list(cache.rglob("*.safetensors"))))
-    embeds = [table.prompt_embeds for table in tables]
+    embeds = [table.prompt_embeds.states for table in tables]
     assert torch.equal(embeds[0], embeds[1]) and (embeds[0] - embeds[2]).abs().max() > 0.01
     # The LoRA without a part in the text encoder finds all that is cached.
     assert counts[0] == counts[1] and counts[2] == counts[1] + len(embeds[2])
@@ -334,21 +335,21 @@ def drawn(count: int = 6) -> list:
 @pytest.mark.parametrize("count, asked", [(1, 1), (6, 3), (7, 4)])
 def test_half_of_the_drawn_portraits_are_asked_for_what_is_there_already(count, asked):
     pairs = drawn(count)
-    found = inputs_module.ask_for_reference_targets(pairs, ["sunglasses"], seed=0)
+    found = ask_for_reference_targets(pairs, ["sunglasses"], seed=0)
     changed = [(old, new) for old, new in zip(pairs, found, strict=True) if old != new]
     assert len(changed) == asked
     for old, new in changed:
         assert new.base_prompt == f"{old.base_prompt.rstrip('.')}, sunglasses"
         assert new.full_prompt == f"{old.base_prompt.rstrip('.')}, sunglasses, red hair"
         assert new.base_phrases == (*old.base_phrases, "sunglasses") and new.target_prompts == old.target_prompts
-    assert found == inputs_module.ask_for_reference_targets(pairs, ["sunglasses"], seed=0)
+    assert found == ask_for_reference_targets(pairs, ["sunglasses"], seed=0)
 
 
 def test_several_targets_come_alone_together_and_not_at_all():
-    found = inputs_module.ask_for_reference_targets(drawn(40), ["sunglasses", "a scarf"], seed=1)
+    found = ask_for_reference_targets(drawn(40), ["sunglasses", "a scarf"], seed=1)
     kinds = [("sunglasses" in pair.base_prompt, "a scarf" in pair.base_prompt) for pair in found]
     assert len(set(kinds)) == 4 and [sum(column) for column in zip(*kinds)] == [20, 20]
-    other = inputs_module.ask_for_reference_targets(drawn(40), ["sunglasses", "a scarf"], seed=2)
+    other = ask_for_reference_targets(drawn(40), ["sunglasses", "a scarf"], seed=2)
     assert found != other
 
 
@@ -358,7 +359,7 @@ def test_a_prompt_that_has_the_target_stays_and_a_phrase_that_contradicts_it_giv
         make_prompt_pair("A man with brown hair, in a suit.", [("a suit", "a robe")], free_phrases=["brown hair"]),
         make_prompt_pair("a man in a suit", "a crown"),
     ]
-    found = set(inputs_module.ask_for_reference_targets(pairs * 20, ["blonde hair"], seed=0))
+    found = set(ask_for_reference_targets(pairs * 20, ["blonde hair"], seed=0))
     assert {pair.base_prompt for pair in found} == {
         "a woman, Blonde Hair", "A man with brown hair, in a suit.", "A man with blonde hair, in a suit.",
         "a man in a suit", "a man in a suit, blonde hair",
@@ -369,7 +370,7 @@ def test_a_prompt_that_has_the_target_stays_and_a_phrase_that_contradicts_it_giv
 
 
 def test_a_new_target_with_the_same_noun_is_warned_about(caplog):
-    inputs_module.ask_for_reference_targets(drawn(), ["blonde hair", "a scarf"], seed=0)
+    ask_for_reference_targets(drawn(), ["blonde hair", "a scarf"], seed=0)
     (record,) = caplog.records
     assert record.message == "--reference_target_prompt 'blonde hair' may contradict the new target 'red hair'"
 
@@ -377,22 +378,22 @@ def test_a_new_target_with_the_same_noun_is_warned_about(caplog):
 @pytest.mark.parametrize("text", ["red hair", "Red  Hair", "hair", "long red hair"])
 def test_an_earlier_target_is_not_the_new_one(text):
     with pytest.raises(ValueError, match=f"--reference_target_prompt '{text}' overlaps .* 'red hair'"):
-        inputs_module.ask_for_reference_targets(drawn(), [text], seed=0)
+        ask_for_reference_targets(drawn(), [text], seed=0)
 
 
 def test_the_portraits_are_drawn_from_those_prompts(world, earlier, tmp_path, monkeypatch):  # noqa: F811
-    runs = watch_runs(monkeypatch)
-    asked, draw_latents = [], script.draw_latents
+    inputs = watch(monkeypatch, script, "check_inputs")
+    asked, draw_latents = [], portraits_module.draw_latents
 
     def watched(pipeline, prompts, **kwargs):
         asked.extend(prompts)
         return draw_latents(pipeline, prompts, **kwargs)
 
-    monkeypatch.setattr(script, "draw_latents", watched)
+    monkeypatch.setattr(portraits_module, "draw_latents", watched)
     flags = {"reference_lora": earlier["hair"], "reference_target_prompt": ("sunglasses",), "num_alignment_images": 4}
     train(world, tmp_path / "output", **flags)
     assert sum(prompt.endswith(", sunglasses") for prompt in asked) == 2 and len(asked) == 4
-    drawn_pairs = runs[0].inputs.pairs[len(ROWS) :]
+    drawn_pairs = inputs[0].pairs[len(ROWS) :]
     assert [pair.base_prompt for pair in drawn_pairs] == asked
     assert all(("sunglasses" in pair.base_phrases) == ("sunglasses" in pair.full_prompt) for pair in drawn_pairs)
 
@@ -447,8 +448,7 @@ def test_our_pipeline_compares_with_the_merged_model(world, earlier, on_top):  #
 
 @pytest.mark.slow
 def test_a_reference_of_the_hub_is_found_and_named(world, earlier, tmp_path):  # noqa: F811
-    token = "hf_SECRETofTheTester"
-    with HubServer("tester", token) as server:
+    with HubServer("tester", "hf_SECRETofTheTester") as server, server.here(tmp_path / "home"):
         server.repos["tester/hair"] = {WEIGHTS: (earlier["hair"] / WEIGHTS).read_bytes()}
         server.repos["tester/loras"] = {"kohya/hair.safetensors": earlier["hair of kohya"].read_bytes()}
         for repository in server.repos:
@@ -459,16 +459,14 @@ def test_a_reference_of_the_hub_is_found_and_named(world, earlier, tmp_path):  #
                 "tester/loras/kohya/hair.safetensors": "loras), file `kohya/hair.safetensors`, at scale 1",
             }.items()
         ):
-            flags = make_flags(world, tmp_path / f"output {i}", reference_lora=name, cache_dir=tmp_path / "cache")
-            run = run_trainer(flags, tmp_path, server.environment(tmp_path / "home"))
-            assert run.returncode == 0, run.stderr
-            assert told in (tmp_path / f"output {i}" / "README.md").read_text(encoding="utf-8")
+            AcceleratorState._reset_state(reset_partial_state=True)
+            output = train(world, tmp_path / f"output {i}", reference_lora=name, cache_dir=tmp_path / "cache")
+            assert told in (output / "README.md").read_text(encoding="utf-8")
         for name, told in {"tester/none": "nor found on the Hub", "tester/loras": "name the file, as in"}.items():
-            flags = make_flags(world, tmp_path / "output", reference_lora=name)
-            run = run_trainer(flags, tmp_path, server.environment(tmp_path / "home"))
-            assert run.returncode == 1 and "Traceback" not in run.stderr
-            last = run.stderr.splitlines()[-1]
-            assert f"error: --reference_lora {name}: " in last and told in last
+            with pytest.raises(SystemExit) as stop:
+                train(world, tmp_path / "output", reference_lora=name)
+            assert f"error: --reference_lora {name}: " in stop.value.code and told in stop.value.code
+            assert "\n" not in stop.value.code
     assert difference(tmp_path / "output 0", tmp_path / "output 1") < 1e-6
 
 
@@ -503,16 +501,16 @@ def spoil(kind: str, path: Path) -> str:
             name: torch.cat([weight] * 2, 1).contiguous() if ".attn2.to_k.lora_A" in name else weight
             for name, weight in state.items()
         }
-        says = "for another model"
+        says = "is for another architecture"
     elif kind == "another text encoder":
         state = {
             name: torch.cat([weight] * 2, 1).contiguous() if ".q_proj.lora_A" in name else weight
             for name, weight in state.items()
         }
-        says = "for another model"
+        says = "is for another architecture"
     elif kind == "another architecture":
         state = {name.replace("unet.down_blocks.0", "unet.down_blocks.7"): weight for name, weight in state.items()}
-        says = "belongs to no layer of this base model"
+        says = "there is no layer unet.down_blocks.7."
     elif kind == "a transformer":
         state = {name.replace("unet.", "transformer."): weight for name, weight in state.items()}
         says = "is no LoRA weight of Stable Diffusion's UNet or text encoder"

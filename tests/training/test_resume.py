@@ -9,7 +9,6 @@ import logging
 import os
 import random
 import re
-import select
 import shutil
 import signal
 import subprocess
@@ -25,36 +24,37 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from filelock import FileLock
+from forks import ROOT, SCRIPT, Run, environment
 from PIL import Image
 from test_checkpoints import flip_a_byte
 from test_train import (  # noqa: F401  (fixtures)
-    ROOT,
     ROWS,
     WEIGHTS,
     files,
     fresh_accelerator,
     make_flags,
     train,
-    watch,
     world,
     write_data,
 )
 
 import train_spf_portrait_lora as script
+from programs.checkpoints import find_checkpoints
 from toy_portraits.recipe import training_flags
-from training import inputs as inputs_module
+from training import models, resuming
+from training.batches import Batch, BatchDrawer
 from training.checkpoints import (
     HIDDEN_PREFIX,
     MANIFEST,
     STATE_TENSORS,
     STATE_VALUES,
     check_checkpoint,
-    find_checkpoints,
     read_state,
 )
+from training.run_file import RUN_FILE
+from training.training_set import TrainingSet
 
 
-SCRIPT = ROOT / "train_spf_portrait_lora.py"
 # Two steps of stage 1 and three of stage 2: a checkpoint in stage 1, one at the border, and three in stage 2.
 STEPS = {"stage1_steps": 2, "stage2_steps": 3, "checkpointing_steps": 1}
 BORDER, TOTAL = 2, 5
@@ -72,6 +72,11 @@ def one_thread():
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, hidden ones too."""
     return {name: (folder / name).read_bytes() for name in files(folder)}
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    """The same without what a run was asked for, where the folder's name is."""
+    return {name: content for name, content in contents(folder).items() if name != RUN_FILE}
 
 
 def weights(folder: Path) -> bytes:
@@ -134,13 +139,23 @@ OPTIONS = {
     "one pass": {"dual_path": "single_pass", "stage2_objective": "both"},
     "all layers": {"lora_target": "all", "gradient_checkpointing": True},
 }
-EVERY = {"composed", "paper", "both", "refreshed maps"}
+EVERY = {"composed", "refreshed maps"}
 POINTS = [
     (name, step) for name in OPTIONS for step in (range(1, TOTAL + 1) if name in EVERY else (1, BORDER, BORDER + 1))
 ]
+QUICK = {("composed", 1), ("composed", BORDER)} | {
+    (name, BORDER + 1)
+    for name in ("composed", "both", "accumulation", "dropout", "prodigy", "pictures of each step", "buckets")
+}
 
 
-@pytest.mark.parametrize("name, step", POINTS, ids=[f"{name}, step {step}" for name, step in POINTS])
+@pytest.mark.parametrize(
+    "name, step",
+    [
+        pytest.param(*point, id=f"{point[0]}, step {point[1]}", marks=() if point in QUICK else pytest.mark.slow)
+        for point in POINTS
+    ],
+)
 def test_a_run_goes_on_to_the_same_bits(world, whole_run, tmp_path, name, step):  # noqa: F811
     package = {"prodigy": "prodigyopt", "8 bits": "bitsandbytes"}.get(name)
     if package is not None:
@@ -153,7 +168,7 @@ def test_a_run_goes_on_to_the_same_bits(world, whole_run, tmp_path, name, step):
     assert (again / "stage1").exists() == (step <= BORDER)
 
 
-@pytest.mark.parametrize("without", ["optimizer", "lr_scheduler", "alignment", "teacher", "LoRA"])
+@pytest.mark.parametrize("without", ["optimizer", "lr_scheduler", "alignment", "objectives", "LoRA"])
 def test_each_part_of_a_checkpoint_is_needed(world, whole_run, tmp_path, monkeypatch, without):  # noqa: F811
     """Had the training no use for one of them, the comparisons above would not show that it is kept."""
     options = {"stage2_objective": "both", "lr_warmup_steps": 2}
@@ -163,60 +178,66 @@ def test_each_part_of_a_checkpoint_is_needed(world, whole_run, tmp_path, monkeyp
     if without == "LoRA":
         # Of stage 1: the first step of a warm-up moves nothing.
         earlier = whole / f"checkpoint-{BORDER - 1}" / WEIGHTS
-        monkeypatch.setattr(script, "load_adapter", lambda unet, _, load=script.load_adapter: load(unet, earlier))
+        load = models.load_adapter
+        monkeypatch.setattr(models, "load_adapter", lambda pipeline, _: load(pipeline, earlier))
     else:
         state, other = read_state(folder), read_state(whole / f"checkpoint-{step - 1}")
         if without == "alignment":
             state["alignment"]["sfcm"] = [value * 0.5 for value in state["alignment"]["sfcm"]]
-        elif without == "teacher":
-            state["teacher"] = {key: value * 0.5 for key, value in state["teacher"].items()}
+        elif without == "objectives":
+            teacher = state["objectives"]["Composed"]
+            teacher |= {key: value * 0.5 for key, value in teacher.items()}
         elif without == "optimizer":
             groups = state["optimizer"]["param_groups"]
             state["optimizer"] = {"state": {}, "param_groups": groups}
         else:
             state["lr_scheduler"] = {**other["lr_scheduler"], "last_epoch": 0, "_step_count": 1}
-        monkeypatch.setattr(inputs_module, "read_state", lambda _: state)
+        monkeypatch.setattr(resuming, "read_state", lambda _: state)
     train(world, again, **{**STEPS, **options}, resume_from_checkpoint="latest")
     assert weights(again) != weights(whole)
 
 
-@pytest.mark.parametrize("step", [1, BORDER, BORDER + 1])
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["both", "accumulation", "pictures of each step", "buckets"])
-def test_no_sample_comes_twice_and_none_is_left_out(world, whole_run, tmp_path, monkeypatch, name, step):  # noqa: F811
+def test_no_sample_comes_twice_and_none_is_left_out(world, tmp_path, monkeypatch, name):  # noqa: F811
     options = {**STEPS, **OPTIONS[name]}
-    read, batch_pixels = [], inputs_module.TrainingSet.batch_pixels
+    read, batch_pixels = [], TrainingSet.batch_pixels
+    batches, noised = [], BatchDrawer._noised
 
-    def watched(self, micro_step):
+    def watched_pixels(self, micro_step) -> torch.Tensor:
         read.append(micro_step)
         return batch_pixels(self, micro_step)
 
-    monkeypatch.setattr(inputs_module.TrainingSet, "batch_pixels", watched)
-    batches = watch(monkeypatch, "draw_batch")
+    def watched_batch(self, *args, **kwargs) -> Batch:
+        batches.append(noised(self, *args, **kwargs))
+        return batches[-1]
+
+    monkeypatch.setattr(TrainingSet, "batch_pixels", watched_pixels)
+    monkeypatch.setattr(BatchDrawer, "_noised", watched_batch)
 
     def drawn() -> list[tuple]:
         return [(batch.index.tolist(), batch.rows.tolist(), batch.noise.sum().item()) for batch in batches]
 
-    train(world, tmp_path / "whole", **options)
+    whole = train(world, tmp_path / "whole", **options)
     expected, pictures = drawn(), list(read)
-    batches.clear(), read.clear()
-    AcceleratorState._reset_state(reset_partial_state=True)
-    copy_checkpoint(whole_run(**OPTIONS[name]), step, tmp_path / "again")
-    batches.clear(), read.clear()
-    train(world, tmp_path / "again", **options, resume_from_checkpoint="latest")
     accumulation = options.get("gradient_accumulation_steps", 1)
-    in_stage1, in_stage2 = 1, {"composed": 1}.get(options.get("stage2_objective"), 3)
-    skipped = accumulation * (min(step, BORDER) * in_stage1 + max(0, step - BORDER) * in_stage2)
-    assert len(expected) == accumulation * (BORDER * in_stage1 + (TOTAL - BORDER) * in_stage2) or name == "buckets"
-    if name == "buckets":
-        skipped = step
-    assert drawn() == expected[skipped:] and drawn()
-    assert read == pictures[step * accumulation :]
+    in_stage2 = 1 if name == "buckets" else 3
+    assert len(expected) == accumulation * (BORDER + (TOTAL - BORDER) * in_stage2)
     assert bool(pictures) == (name == "pictures of each step")
+    for step in (1, BORDER, BORDER + 1):
+        batches.clear(), read.clear()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        copy_checkpoint(whole, step, tmp_path / f"{step}")
+        train(world, tmp_path / f"{step}", **options, resume_from_checkpoint="latest")
+        done = accumulation * (min(step, BORDER) + max(0, step - BORDER) * in_stage2)
+        assert drawn() == expected[done:] and drawn()
+        assert read == pictures[step * accumulation :]
 
 
 # ------------------------------------------------------------------------------------------- what may be another
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, BORDER])
 def test_more_steps_of_stage_2_can_be_asked_for(world, whole_run, tmp_path, step):  # noqa: F811
     whole = whole_run(stage2_steps=4)
@@ -225,6 +246,7 @@ def test_more_steps_of_stage_2_can_be_asked_for(world, whole_run, tmp_path, step
     assert_same_ending(again, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [BORDER + 1, TOTAL])
 def test_a_run_in_stage_2_or_at_its_end_goes_on_for_longer(world, whole_run, tmp_path, step):  # noqa: F811
     options = {"stage2_lr_scheduler": "constant"}
@@ -258,14 +280,14 @@ def test_the_data_may_lie_elsewhere(world, whole_run, tmp_path):  # noqa: F811
 
 def test_latest_without_a_checkpoint_starts_anew(world, whole_run, tmp_path):  # noqa: F811
     again = train(world, tmp_path / "output", **STEPS, resume_from_checkpoint="latest")
-    assert contents(again) == contents(whole_run())
+    assert results(again) == results(whole_run())
 
 
 def test_latest_after_the_end_writes_the_same_lora(world, whole_run, tmp_path):  # noqa: F811
     again = Path(shutil.copytree(whole_run(), tmp_path / "output"))
     (again / WEIGHTS).unlink()
     train(world, again, **STEPS, resume_from_checkpoint="latest")
-    assert contents(again) == contents(whole_run())
+    assert results(again) == results(whole_run())
 
 
 @pytest.mark.parametrize("resume", [None, "latest"])
@@ -290,7 +312,7 @@ def test_a_finished_lora_is_not_written_over_for_damaged_checkpoints(world, whol
 @pytest.mark.parametrize("came", ["LoRA", "checkpoint"])
 def test_what_another_run_wrote_before_the_lock_is_seen(world, whole_run, tmp_path, monkeypatch, came):  # noqa: F811
     """It ended after this one had looked, and before this one kept others out."""
-    output, keep = tmp_path / "output", script.keep_folder
+    output, keep = tmp_path / "output", script.lock_folder
 
     def finish_and_keep(*args):
         if came == "LoRA":
@@ -301,31 +323,34 @@ def test_what_another_run_wrote_before_the_lock_is_seen(world, whole_run, tmp_pa
         return keep(*args)
 
     whole_run()
-    monkeypatch.setattr(script, "keep_folder", finish_and_keep)
+    monkeypatch.setattr(script, "lock_folder", finish_and_keep)
     message = f"--output_dir {output} holds the {WEIGHTS}|another run has written checkpoints meanwhile"
     with pytest.raises(SystemExit, match=message):
         train(world, output, **STEPS)
 
 
-def test_two_runs_are_kept_out_of_one_folder(world, tmp_path, monkeypatch):  # noqa: F811
+def test_two_runs_are_kept_out_of_one_folder(world, tmp_path, monkeypatch, forks):  # noqa: F811
     output, step, refused = tmp_path / "new" / "output", script.train_step, []
 
     def meanwhile(*args):
-        command = [sys.executable, SCRIPT, *make_flags(world, output)]
-        refused.append(subprocess.run(command, capture_output=True, text=True, timeout=120))
+        refused.append(forks.start(make_flags(world, output)))
+        assert refused[0].wait() == 1
         return step(*args)
 
     monkeypatch.setattr(script, "train_step", meanwhile)
     train(world, output, stage1_steps=1, stage2_steps=0)
-    assert refused[0].returncode == 1
-    assert f"--output_dir {output}: another run is writing into it" in refused[0].stderr.splitlines()[-1]
+    assert f"--output_dir {output}: another run is writing into it" in refused[0].last_line()
     assert not [name for name in files(output) if "lock" in name]
 
 
-def test_a_run_that_ends_early_leaves_no_folder_that_it_made_for_nothing(world, tmp_path):  # noqa: F811
+def test_a_run_that_ends_early_leaves_no_folder_that_it_made_for_nothing(world, tmp_path, monkeypatch):  # noqa: F811
     with pytest.raises(SystemExit, match="'diffusion' is"):
-        train(world, tmp_path / "new" / "output", learning_rate=1e30, stage1_steps=4)
-    assert not (tmp_path / "new").exists()
+        train(world, tmp_path / "first" / "output", learning_rate=1e30, stage1_steps=4)
+    assert files(tmp_path) == {f"first/output/{RUN_FILE}"}
+    monkeypatch.setattr(script, "prepare", lambda *_: (tmp_path / "missing").stat())
+    with pytest.raises(SystemExit, match="No such file"):
+        train(world, tmp_path / "second" / "output")
+    assert not (tmp_path / "second").exists()
 
 
 def test_a_damaged_checkpoint_costs_its_steps_alone(world, whole_run, tmp_path, caplog):  # noqa: F811
@@ -334,7 +359,7 @@ def test_a_damaged_checkpoint_costs_its_steps_alone(world, whole_run, tmp_path, 
         flip_a_byte(again / f"checkpoint-{step}" / STATE_TENSORS)
     train(world, again, **STEPS, resume_from_checkpoint="latest")
     assert "checkpoint-5 is damaged" in caplog.text and "checkpoint-4 is damaged" in caplog.text
-    assert contents(again) == contents(whole_run()), "the damaged ones were not replaced"
+    assert results(again) == results(whole_run()), "the damaged ones were not replaced"
 
 
 def test_a_checkpoint_can_be_named(world, whole_run, tmp_path):  # noqa: F811
@@ -342,7 +367,7 @@ def test_a_checkpoint_can_be_named(world, whole_run, tmp_path):  # noqa: F811
     whole = whole_run()
     again = Path(shutil.copytree(whole, tmp_path / "first" / "output"))
     train(world, again, **STEPS, resume_from_checkpoint="checkpoint-3")
-    assert contents(again) == contents(whole)
+    assert results(again) == results(whole)
     AcceleratorState._reset_state(reset_partial_state=True)
     other = train(world, tmp_path / "second", **STEPS, resume_from_checkpoint=whole / "checkpoint-3")
     assert_same_ending(other, whole)
@@ -356,24 +381,21 @@ def test_the_limit_of_checkpoints(world, whole_run, tmp_path, limit, kept):  # n
     assert_same_ending(output, whole_run())
 
 
-@pytest.mark.parametrize(
-    "objective", ["composed", *(pytest.param(name, marks=pytest.mark.slow) for name in ("paper", "both"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["composed", "both"])
 def test_pictures_and_checkpoints_do_not_touch_the_training(world, whole_run, tmp_path, objective):  # noqa: F811
     options = {"stage2_objective": objective, "lora_dropout": 0.3}
     expected = weights(whole_run(**options))
-    pictures = {"num_validation_images": 1, "validation_steps": 1}
     for name, changes in {
         "none": {"checkpointing_steps": 0},
-        "pictures": {"checkpointing_steps": 0, **pictures},
-        "both": pictures,
+        "pictures": {"num_validation_images": 1, "validation_steps": 1},
         "seldom": {"checkpointing_steps": 3},
     }.items():
         AcceleratorState._reset_state(reset_partial_state=True)
         output = train(world, tmp_path / name, **{**STEPS, **options, **changes})
         assert weights(output) == expected, name
         steps = [int(path.name.removeprefix("checkpoint-")) for path in find_checkpoints(output)]
-        assert steps == {"both": [1, 2, 3, 4, 5], "seldom": [3]}.get(name, [])
+        assert steps == {"pictures": [1, 2, 3, 4, 5], "seldom": [3]}.get(name, [])
 
 
 def test_no_file_is_a_pickle(world, tmp_path):  # noqa: F811
@@ -382,7 +404,7 @@ def test_no_file_is_a_pickle(world, tmp_path):  # noqa: F811
     assert {Path(name).suffix for name in files(output)} >= {".safetensors", ".json", ".png", ".md"}
     for name in files(output):
         # TensorBoard's own files among them.
-        known = Path(name).suffix in (".safetensors", ".json", ".png", ".md", ".yml") or "tfevents" in name
+        known = Path(name).suffix in (".safetensors", ".json", ".png", ".md", ".yml", ".yaml") or "tfevents" in name
         # Pickles begin with the protocol, and torch's files are zip archives.
         start = (output / name).read_bytes()[:2]
         assert known and start[:1] != b"\x80" and start != b"PK", name
@@ -507,16 +529,13 @@ def test_a_new_run_does_not_mix_with_an_old_one(wrong_resume, tmp_path):
 class Process:
     """The script in a process of its own, with one thread, and what it has written so far."""
 
-    def __init__(self, flags: list[str], *launcher: str, before_start=None, **variables: str):
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-        threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    def __init__(self, flags: list[str], *launcher: str, **variables: str):
         self.popen = subprocess.Popen(
             [sys.executable, *launcher, str(SCRIPT), *flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env={**kept, **threads, **variables},
+            env=environment(**variables),
             cwd=ROOT,
-            preexec_fn=before_start,
             start_new_session=True,
         )
         self.written = bytearray()
@@ -558,74 +577,68 @@ LONG = {"stage1_steps": 40, "stage2_steps": 40, "checkpointing_steps": 1, "check
 # Where a signal finds the run: flags, when that is so, and the steps that may be done when it has stopped.
 PLACES = {
     "first picture": (
-        {**STEPS, "num_validation_images": 1, "validation_inference_steps": 400},
-        lambda process, output: "steps of stage 1" in process.text,
+        {**STEPS, "num_validation_images": 1, "validation_inference_steps": 200},
+        lambda run, output: "steps of stage 1" in run.stderr,
         range(0, 1),
     ),
-    "stage 1": (LONG, lambda process, output: (output / "checkpoint-2").is_dir(), range(2, 40)),
+    "stage 1": (LONG, lambda run, output: (output / "checkpoint-2").is_dir(), range(2, 40)),
     "alignment portraits": (
-        {**STEPS, "alignment_inference_steps": 400, "checkpointing_steps": 0},
-        lambda process, output: "preparing generated alignment portraits" in process.text,
+        {**STEPS, "alignment_inference_steps": 200, "checkpointing_steps": 0},
+        lambda run, output: "preparing generated alignment portraits" in run.stderr,
         range(BORDER, BORDER + 1),
     ),
-    "stage 2": (LONG, lambda process, output: (output / "checkpoint-42").is_dir(), range(42, 80)),
+    "stage 2": (LONG, lambda run, output: (output / "checkpoint-42").is_dir(), range(42, 80)),
     "validation picture": (
-        {**STEPS, "num_validation_images": 1, "validation_inference_steps": 400, "validation_steps": 4},
-        lambda process, output: (output / "checkpoint-4").is_dir(),
+        {**STEPS, "num_validation_images": 1, "validation_inference_steps": 60, "validation_steps": 4},
+        lambda run, output: (output / "checkpoint-4").is_dir(),
         range(4, 5),
     ),
 }
-CASES = [(place, number) for place in PLACES for number in (signal.SIGTERM, signal.SIGINT)]
+# Each place with one of the signals, which are caught alike.
+SIGNALS = dict(zip(PLACES, (signal.SIGTERM, signal.SIGINT) * 3, strict=False))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
 @pytest.mark.parametrize(
-    "place, number",
-    [
-        pytest.param(
-            *case, marks=() if case in (CASES[2], CASES[5]) else pytest.mark.slow, id=f"{case[0]}-{case[1].name}"
-        )
-        for case in CASES
-    ],
+    "place", [pytest.param(place, marks=() if place == "validation picture" else pytest.mark.slow) for place in PLACES]
 )
-def test_a_signal_leaves_a_whole_checkpoint(world, tmp_path, place, number):  # noqa: F811
-    flags, arrived, steps = PLACES[place]
+def test_a_signal_leaves_a_whole_checkpoint(world, whole_run, forks, tmp_path, place):  # noqa: F811
+    (flags, arrived, steps), number = PLACES[place], SIGNALS[place]
     output = tmp_path / "output"
-    process = Process(make_flags(world, output, **flags))
-    process.wait_for(lambda: arrived(process, output))
+    run = forks.start(make_flags(world, output, **flags))
+    run.wait_for(lambda: arrived(run, output))
     time.sleep(random.random() * 0.3 if place not in ("stage 1", "stage 2") else 0)
-    process.popen.send_signal(number)
-    assert process.wait() == 128 + number, process.text
-    assert "Traceback" not in process.text
+    os.kill(run.pid, number)
+    assert run.wait() == 128 + number, run.stderr
+    assert "Traceback" not in run.stderr
 
     checkpoints = find_checkpoints(output)
     step = int(checkpoints[-1].name.removeprefix("checkpoint-")) if checkpoints else 0
     total = flags["stage1_steps"] + flags["stage2_steps"]
-    assert step in steps and f"{number.name} after step {step} of {total}: " in process.last_line()
+    assert step in steps and f"{number.name} after step {step} of {total}: " in run.last_line()
     if step:
-        assert f"--resume_from_checkpoint latest ({output})" in process.last_line()
+        assert f"--resume_from_checkpoint latest ({output})" in run.last_line()
         check_checkpoint(checkpoints[-1])
         stage = read_state(checkpoints[-1])["stage"]
         assert stage == (2 if step > flags["stage1_steps"] else 1)
     else:
-        assert "start again" in process.last_line()
+        assert "start again" in run.last_line()
     if "picture" in place:
         assert not (output / "validation" / f"step_{step:06d}.png").exists(), "the signal came too late"
     assert not [name for name in files(output) if name.startswith(".") or "/." in name]
     assert not (output / WEIGHTS).exists()
 
     # Pictures are no matter for the weights, and take long here.
-    flags = {**flags, "num_validation_images": 0, "checkpointing_steps": 1}
+    without = ("num_validation_images", "validation_steps", "validation_inference_steps", "checkpointing_steps")
+    flags = {**STEPS, **{name: value for name, value in flags.items() if name not in without}}
     train(world, output, **flags, resume_from_checkpoint="latest")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    whole = train(world, tmp_path / "whole", **flags)
-    assert_same_ending(output, whole)
+    assert_same_ending(output, whole_run(**flags))
 
 
 def test_the_advice_names_a_checkpoint_that_is_there(world, whole_run, tmp_path, monkeypatch, caplog):  # noqa: F811
     """A run that came from elsewhere and was stopped before its first step has none in its own folder."""
     folder = whole_run() / f"checkpoint-{BORDER}"
-    monkeypatch.setattr(script, "prepare_alignment", lambda run: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(script, "prepare_alignment", lambda *_: signal.raise_signal(signal.SIGTERM))
     with caplog.at_level(logging.WARNING), pytest.raises(SystemExit) as caught:
         train(world, tmp_path / "output", **STEPS, resume_from_checkpoint=folder)
     assert caught.value.code == 128 + signal.SIGTERM
@@ -667,8 +680,7 @@ def whole_of_two(world, tmp_path_factory) -> Path:  # noqa: F811
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc to find the launched processes")
 @pytest.mark.slow
-@pytest.mark.parametrize("to", ["the launcher", "all", "first", "second"])
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("to, stage", [("the launcher", 1), ("all", 2), ("first", 2), ("second", 1)])
 def test_two_processes_stop_after_the_same_step(world, whole_of_two, tmp_path, to, stage):  # noqa: F811
     """Whoever gets the signal; one that went on alone would fail in its next exchange with the other."""
     flags = {**LONG, "train_batch_size": 1}
@@ -709,25 +721,19 @@ def test_two_processes_stop_after_the_same_step(world, whole_of_two, tmp_path, t
 # --------------------------------------------------------------------------------------------------- full disks
 
 
-def limit_files(size: int) -> Callable[[], None]:
-    """No file of the process can grow above so many bytes, which fails as it does on a full disk."""
-    import resource
-
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-
-
 ONLY_LORA = {"checkpointing_steps": 0}
 # What cannot be written, with which flags, and whether a checkpoint is there by then.
 FULL = {
-    "checkpoint": ({"checkpointing_steps": 3}, 3000, 2),
-    "first checkpoint": ({}, 3000, 0),
-    "LoRA of stage 1": (ONLY_LORA, 3000, 0),
-    "LoRA of stage 1, checkpoint": (ONLY_LORA, 3000, 2),
-    "LoRA": ({"stage2_steps": 0, **ONLY_LORA}, 3000, 0),
-    "LoRA, checkpoint": ({"stage2_steps": 0, **ONLY_LORA}, 3000, 2),
-    "first picture": ({"num_validation_images": 1}, 300, 0),
+    "checkpoint": ({"checkpointing_steps": 3}, 8000, 2),
+    "first checkpoint": ({}, 8000, 0),
+    "LoRA of stage 1": (ONLY_LORA, 8000, 0),
+    "LoRA of stage 1, checkpoint": (ONLY_LORA, 8000, 2),
+    "LoRA": ({"stage2_steps": 0, **ONLY_LORA}, 8000, 0),
+    "LoRA, checkpoint": ({"stage2_steps": 0, **ONLY_LORA}, 8000, 2),
+    "first picture": ({"num_validation_images": 1}, 8000, 0),
     "last picture": ({"stage2_steps": 0, "num_validation_images": 1, **ONLY_LORA}, 20_000, 2),
     "latents": ({"cache_dir": "cache"}, 100, 0),
+    "what was asked for": ({}, 100, 0),
 }
 
 
@@ -735,7 +741,7 @@ FULL = {
 @pytest.mark.parametrize(
     "what", [pytest.param(name, marks=() if name == "checkpoint" else pytest.mark.slow) for name in FULL]
 )
-def test_a_full_disk_ends_the_program_with_one_line(world, whole_run, tmp_path, what):  # noqa: F811
+def test_a_full_disk_ends_the_program_with_one_line(world, whole_run, forks, tmp_path, what):  # noqa: F811
     changes, size, step = FULL[what]
     if "cache_dir" in changes:
         changes = {"cache_dir": tmp_path / "cache"}
@@ -743,10 +749,10 @@ def test_a_full_disk_ends_the_program_with_one_line(world, whole_run, tmp_path, 
     if step:
         copy_checkpoint(whole_run(), step, output)
         flags["resume_from_checkpoint"] = "latest"
-    process = Process(make_flags(world, output, **flags), before_start=limit_files(size))
-    assert process.wait() == 1, process.text
-    line = process.last_line()
-    assert "Traceback" not in process.text and line.startswith("train_spf_portrait_lora.py: error: "), process.text
+    run = forks.start(make_flags(world, output, **flags), largest_file=size)
+    assert run.wait() == 1, run.stderr
+    line = run.last_line()
+    assert "Traceback" not in run.stderr and line.startswith("train_spf_portrait_lora.py: error: "), run.stderr
     assert "File too large" in line
     if what == "last picture":
         assert line.endswith(f"; {output / WEIGHTS} is whole")
@@ -774,72 +780,6 @@ PORTRAITS = {"no": 64, "bf16": 32}
 # The first of them, whose kills wait for a checkpoint, or a LoRA, that is being written.
 AIMED = {number: "checkpoint" for number in range(8)} | {number: "LoRA" for number in (8, 9)}
 TOY_STEPS = 6  # of each stage
-ZYGOTE = """
-import json, os, sys, traceback
-
-import train_spf_portrait_lora as script
-
-print(json.dumps("ready"), flush=True)
-for line in sys.stdin:
-    log, flags = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(descriptor, 1), os.dup2(descriptor, 2)
-        status = 1
-        try:
-            script.main(flags)
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(status)
-    print(json.dumps(pid), flush=True)
-    print(json.dumps(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])), flush=True)
-"""
-
-
-class Zygote:
-    """A process that has imported everything and forks one that trains: 0.1 s instead of seconds, of which a kill
-    would mostly hit the imports."""
-
-    def __init__(self):
-        threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        self.popen = subprocess.Popen(
-            [sys.executable, "-c", ZYGOTE],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, **threads},
-            cwd=ROOT,
-        )
-        assert self.answer() == "ready"
-
-    def answer(self) -> object:
-        return json.loads(self.popen.stdout.readline())
-
-    def start(self, log: Path, flags: list[str]) -> int:
-        """Begin a run; returns its process."""
-        self.popen.stdin.write(json.dumps([str(log), flags]).encode() + b"\n")
-        self.popen.stdin.flush()
-        return self.answer()
-
-    def ended(self) -> bool:
-        """Whether the run's exit status lies ready."""
-        return bool(select.select([self.popen.stdout], [], [], 0)[0])
-
-    def close(self) -> None:
-        self.popen.stdin.close()
-        self.popen.wait()
-
-
-@pytest.fixture(scope="module")
-def zygote():
-    """One for each process of tests."""
-    own = Zygote()
-    yield own
-    own.close()
 
 
 def toy_flags(output: Path, precision: str) -> list[str]:
@@ -865,23 +805,23 @@ def toy_flags(output: Path, precision: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(zygote, tmp_path_factory, worker_id) -> Callable[[str], SimpleNamespace]:
+def undisturbed(forks, tmp_path_factory, worker_id) -> Callable[[str], SimpleNamespace]:
     """The run of a precision that nobody kills, and how long it took; one for all processes of tests."""
 
-    def run(precision: str) -> SimpleNamespace:
+    def own(precision: str) -> SimpleNamespace:
         base = tmp_path_factory.getbasetemp()
         shared = (base if worker_id == "master" else base.parent) / f"kills-{precision}"
         shared.mkdir(exist_ok=True)
         with FileLock(shared / "lock"):
             if not (shared / "seconds").exists():
                 started = time.monotonic()
-                zygote.start(shared / "log", toy_flags(shared / "output", precision))
-                assert zygote.answer() == 0, (shared / "log").read_text()
+                run = forks.start(toy_flags(shared / "output", precision))
+                assert run.wait() == 0, run.stderr
                 (shared / "seconds").write_text(str(time.monotonic() - started))
         seconds = float((shared / "seconds").read_text())
         return SimpleNamespace(shared=shared, output=shared / "output", seconds=seconds)
 
-    return run
+    return own
 
 
 def unfinished(output: Path, what: str) -> list[str]:
@@ -895,10 +835,10 @@ def unfinished(output: Path, what: str) -> list[str]:
     return [name for name in found if name.startswith(f"{HIDDEN_PREFIX}lora-") == (what == "LoRA")]
 
 
-def wait_for_a_write(zygote: Zygote, output: Path, what: str, skip: int, delay: float) -> None:
+def wait_for_a_write(run: Run, output: Path, what: str, skip: int, delay: float) -> None:
     """Until one is being written or deleted for the `skip + 1`-th time, and a moment more."""
     seen, present = 0, False
-    while not zygote.ended():
+    while not run.ended():
         now = bool(unfinished(output, what))
         if now and not present:
             seen += 1
@@ -913,10 +853,10 @@ def wait_for_a_write(zygote: Zygote, output: Path, what: str, skip: int, delay: 
 @pytest.mark.parametrize(
     "precision, number", [(precision, number) for precision, count in KILL_RUNS.items() for number in range(count)]
 )
-def test_a_killed_run_ends_as_if_it_had_not_been(undisturbed, zygote, tmp_path, precision, number):
+def test_a_killed_run_ends_as_if_it_had_not_been(undisturbed, forks, tmp_path, precision, number):
     """SIGKILL at any time, up to three times, and again with the same command each time."""
     reference = undisturbed(precision)
-    chance, output, log = random.Random(number), tmp_path / "output", tmp_path / "log"
+    chance, output = random.Random(number), tmp_path / "output"
     aim = AIMED.get(number) if precision == "no" else None
     facts = {"kills": 0, "in a checkpoint": 0, "in a LoRA": 0, "anew": 0, "stage 1": 0, "border": 0, "stage 2": 0}
     wanted = chance.randint(1, 3)
@@ -925,24 +865,24 @@ def test_a_killed_run_ends_as_if_it_had_not_been(undisturbed, zygote, tmp_path, 
         return aim is not None and facts[f"in a {aim}"] == 0
 
     for attempt in range(30):
-        pid = zygote.start(log, toy_flags(output, precision))
+        run = forks.start(toy_flags(output, precision))
         # Also after the kills that were wanted, if no run was hit as it should be.
         kill = facts["kills"] < wanted or missed(facts)
         if kill and aim is not None:
             # Of a dozen checkpoints at first, and of what may be left later on.
             skip = chance.randint(0, 1 if aim == "LoRA" else 10 if attempt == 0 else 2)
-            wait_for_a_write(zygote, output, aim, skip, chance.random() * (0.003 if aim == "checkpoint" else 0.001))
+            wait_for_a_write(run, output, aim, skip, chance.random() * (0.003 if aim == "checkpoint" else 0.001))
         elif kill:
             # Most of them when there may be a checkpoint: a third of a run goes by until there is one.
             first, last = (0.35, 0.95) if attempt == 0 else (0.3, 0.6)
             place = chance.uniform(0.0 if chance.random() < 0.25 else first, last)
             end = time.monotonic() + place * reference.seconds
-            while time.monotonic() < end and not zygote.ended():
+            while time.monotonic() < end and not run.ended():
                 time.sleep(0.001)
-        if kill and not zygote.ended():
-            os.kill(pid, signal.SIGKILL)
-        status = zygote.answer()
-        found = re.search(r"Going on from .*checkpoint-(\d+)", log.read_text())
+        if kill and not run.ended():
+            os.kill(run.pid, signal.SIGKILL)
+        status = run.wait()
+        found = re.search(r"Going on from .*checkpoint-(\d+)", run.stderr)
         if attempt:
             step = int(found[1]) if found else 0
             place = "anew" if step == 0 else "border" if step == TOY_STEPS else f"stage {1 + (step > TOY_STEPS)}"
@@ -952,13 +892,13 @@ def test_a_killed_run_ends_as_if_it_had_not_been(undisturbed, zygote, tmp_path, 
             facts["in a checkpoint"] += bool(unfinished(output, "checkpoint"))
             facts["in a LoRA"] += bool(unfinished(output, "LoRA"))
             continue
-        assert status == 0, log.read_text()
+        assert status == 0, run.stderr
         if facts["kills"] == 0 or missed(facts):
             shutil.rmtree(output)  # it was faster than the kill
             continue
         break
     assert facts["kills"] and not missed(facts), facts
-    assert contents(output) == contents(reference.output)
+    assert results(output) == results(reference.output)
     record(reference.shared / "runs.json", number, facts, KILL_RUNS[precision])
 
 

@@ -1,0 +1,155 @@
+"""Portraits on disk: what is measured later is what was drawn, and none of it has to be in memory.
+
+A model's folder has `p000-s0-base.png` and `-full.png` for each prompt and seed, a LoRA's `-sfcm.npy` as well, and the
+original model's `-region.npy`.
+
+Legend: n portraits of all, H/W their size in pixels, h/w that of their maps.
+Source: [ours].
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tqdm import tqdm
+
+from evaluation.inputs import LoraSource, picture_name, read_masks
+from evaluation.measures import Compared, Portraits
+from loras.loading import load_lora
+from pipeline_spf_portrait import SPFPortraitPipeline
+from prompts import PromptPair
+from toy_portraits.judge import PortraitJudge, target_region
+from toy_portraits.world import TARGETS
+
+
+AT_A_TIME = 4  # portraits in memory while they are measured
+
+
+@contextmanager
+def on_pipeline(pipeline: SPFPortraitPipeline, lora: LoraSource, scale: float) -> Iterator[None]:
+    """Inside, the pipeline has this LoRA; before and after, none."""
+    load_lora(pipeline, str(lora.path), "evaluated")
+    pipeline.set_adapters("evaluated", scale)
+    yield
+    pipeline.unload_lora_weights()
+
+
+def picture_folders(output_dir: Path, models: Sequence[LoraSource]) -> list[Path]:
+    """A folder for each model. Its number tells apart what is alike where signs that no folder takes are left out."""
+    names = ("".join(c if c.isalnum() or c in "-_." else "_" for c in model.name)[:60] for model in models)
+    return [output_dir / "pictures" / f"{i:02d}-{name}" for i, name in enumerate(names)]
+
+
+def draw_portraits(
+    pipeline: SPFPortraitPipeline, pairs: Sequence[PromptPair], args: argparse.Namespace, folder: Path,
+    with_map: bool, bar: tqdm,
+) -> None:  # fmt: skip
+    """Draw every prompt with every seed, with the base prompt alone and with the target.
+
+    Args:
+        pipeline: with a LoRA on it, or none.
+        pairs: the prompts.
+        args: seeds and sampler; the noise of a seed is the same for every model and prompt.
+        folder: where they go, with their SFCMs if `with_map`.
+        bar: counts portraits.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    seeds = range(args.seed, args.seed + args.num_seeds)
+    size = {} if args.resolution is None else {"height": args.resolution, "width": args.resolution}
+
+    def call(pair: PromptPair, chosen: Sequence[int], **options: Any) -> Any:
+        generators = [torch.Generator().manual_seed(seed) for seed in chosen]
+        return pipeline(
+            pair.base_prompt, num_images_per_prompt=len(chosen), generator=generators, output_type="np",
+            num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale, **size, **options,
+        )  # fmt: skip
+
+    for prompt, pair in enumerate(pairs):
+        options = {"target_prompt": list(pair.target_argument), "base_phrases": list(pair.base_phrases)}
+        if with_map:
+            options |= {"return_sfcm": True, "free_phrases": list(pair.free_phrases)}
+        for start in range(0, args.num_seeds, args.batch_size):
+            chosen = seeds[start : start + args.batch_size]
+            full, base = call(pair, chosen, **options), call(pair, chosen)
+            for i, seed in enumerate(chosen):
+                name = picture_name(prompt, seed)
+                for kind, output in (("base", base), ("full", full)):
+                    picture = np.rint(output.images[i] * 255).astype(np.uint8)
+                    Image.fromarray(picture).save(folder / f"{name}-{kind}.png")
+                if with_map:
+                    np.save(folder / f"{name}-sfcm.npy", full.sfcm[i, 0].numpy())
+            bar.update(len(chosen))
+
+
+def open_portraits(folder: Path, names: Sequence[str]) -> Portraits:
+    """Those of a model by the names of their files."""
+
+    def read(kind: str) -> np.ndarray:
+        return np.stack([np.asarray(Image.open(folder / f"{name}-{kind}.png")) for name in names])
+
+    return Portraits(read("base"), read("full"))
+
+
+def open_arrays(folder: Path, names: Sequence[str], kind: str = "sfcm") -> np.ndarray:
+    """(n, h, w), the SFCMs of a LoRA's portraits, or the original model's regions."""
+    return np.stack([np.load(folder / f"{name}-{kind}.npy") for name in names])
+
+
+def parts_of(names: Sequence[str]) -> Iterator[Sequence[str]]:
+    """The names, a few at a time."""
+    return (names[start : start + AT_A_TIME] for start in range(0, len(names), AT_A_TIME))
+
+
+def save_regions(
+    folders: Sequence[Path], names: Sequence[str], args: argparse.Namespace, probe: PortraitJudge | None
+) -> None:
+    """Write where the target may change each portrait, the same for all LoRAs, beside the original model's portraits.
+
+    Args:
+        folders: of the original model and each LoRA.
+        names: of the portraits.
+        args: `region`, which is not "masks", and `toy`.
+        probe: for the region "probe".
+    """
+    for some in parts_of(names):
+        if args.region == "probe":
+            before = probe.read(open_portraits(folders[0], some).base).labels
+            after = (probe.read(open_portraits(folder, some).full).labels for folder in folders[1:])
+            regions = np.any([target_region(before, own, TARGETS[args.toy]) for own in after], axis=0)
+        else:
+            regions = np.mean([open_arrays(folder, some) for folder in folders[1:]], axis=0)
+        for name, region in zip(some, regions, strict=True):
+            np.save(folders[0] / f"{name}-region.npy", region)
+
+
+def open_compared(
+    original: Path, adapted: Path, names: Sequence[str], pairs: Sequence[PromptPair], masks: Path | None, bar: tqdm
+) -> Iterator[Compared]:
+    """All portraits of a model from its folder, a few at a time.
+
+    Args:
+        original, adapted: folders.
+        names: of all portraits, in the order of `pairs` with the seeds of each together.
+        pairs: the prompts.
+        masks: a folder of masks, or None for what `save_regions` wrote.
+        bar: counts portraits when the next ones are asked for.
+    """
+    of_name = {name: pairs[i * len(pairs) // len(names)] for i, name in enumerate(names)}
+    for some in parts_of(names):
+        before = open_portraits(original, some)
+        size = before.base.shape[1:3]
+        if masks is None:
+            found = torch.from_numpy(open_arrays(original, some, "region"))[:, None].double()
+            region = F.interpolate(found, size, mode="bilinear", align_corners=False)[:, 0].numpy()
+        else:
+            region = read_masks(masks, some, size)
+        yield Compared(before, open_portraits(adapted, some), region, [of_name[name] for name in some])
+        bar.update(len(some))

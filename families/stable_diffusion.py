@@ -1,0 +1,189 @@
+"""Stable Diffusion 1.x and 2.x: a UNet that is told a prompt by one CLIP text encoder.
+
+Legend: B batch, C latent channels, H/W latent size, H'/W' size in pixels, T text tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, ConfigMixin, DDPMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import AutoConfig, CLIPTextConfig, CLIPTokenizer
+
+from attention_processors import CrossAttentionCapture, find_cross_attention_layers
+from families.noise_process import DDPM
+from families.prompt_embeds import PromptEmbeds
+from pipeline_spf_portrait import SPFPortraitPipeline
+from programs.loading import check_model_name, load_tokenizer, naming_flag
+from prompts import PromptPair, PromptTokens, tokenize_prompt_pair
+from sfcm import clip_distances
+
+
+MODEL, VAE, TINY_VAE = (
+    "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "tiny_vae_model_name_or_path",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a model before its weights are loaded.
+
+    Attributes:
+        denoiser_config, text_config: of the UNet and of the text encoder.
+        tokenizers: as `StableDiffusion.locate` takes them.
+        side_multiple: number of pixels that each side of a picture must be a multiple of.
+        num_train_timesteps: of its noise process.
+    """
+
+    denoiser_config: dict[str, Any]
+    text_config: CLIPTextConfig
+    tokenizers: tuple[CLIPTokenizer, ...]
+    side_multiple: int
+    num_train_timesteps: int
+
+
+class StableDiffusion:
+    """What is particular to this family; it has no state, and is used without an instance.
+
+    Attributes:
+        pipeline_class, pipeline_file: of the pipeline that draws with it, and its file at the top of the repository.
+        denoiser, text_encoders, tokenizers: names of the pipeline's components.
+        licence, hub_tag: of the published models, as the Hub spells them.
+    """
+
+    pipeline_class = SPFPortraitPipeline
+    pipeline_file = "pipeline_spf_portrait.py"
+    denoiser = "unet"
+    text_encoders = ("text_encoder",)
+    tokenizers = ("tokenizer",)
+    licence = "creativeml-openrail-m"
+    hub_tag = "stable-diffusion"
+
+    @staticmethod
+    def check(
+        model: str,
+        denoiser_config: Mapping[str, Any],
+        *,
+        revision: str | None = None,
+        cache_dir: str | None = None,
+        vae: str | None = None,
+        tiny_vae: str | None = None,
+        prediction_type: str | None = None,
+    ) -> ModelFacts:
+        """Read the other configurations of a model, without weights.
+
+        Args:
+            model, revision, cache_dir, vae, tiny_vae, prediction_type: the flags.
+            denoiser_config: the UNet's.
+
+        Raises:
+            InputError: one line that names the flag, the value and the part of the model that does not fit.
+        """
+        hub = {"revision": revision, "cache_dir": cache_dir}
+        unet_config = _with_defaults(UNet2DConditionModel, denoiser_config)
+        if vae is None:
+            with naming_flag(MODEL, f"{model}, vae"):
+                vae_config = _with_defaults(AutoencoderKL, read_config(AutoencoderKL, model, subfolder="vae", **hub))
+                _check_latents(vae_config, unet_config)
+        else:
+            vae_config = _check_decoder(VAE, vae, AutoencoderKL, unet_config, cache_dir)
+        if tiny_vae is not None:
+            _check_decoder(TINY_VAE, tiny_vae, AutoencoderTiny, unet_config, cache_dir)
+        with naming_flag(MODEL, f"{model}, scheduler"):
+            config = read_config(DDPMScheduler, model, subfolder="scheduler", **hub)
+        with naming_flag(MODEL, model):
+            changed = {} if prediction_type is None else {"prediction_type": prediction_type}
+            process = DDPM(config.get("_class_name", "DDPMScheduler"), {**config, **changed})
+        with naming_flag(MODEL, f"{model}, tokenizer"):
+            tokenizer = load_tokenizer(model, subfolder="tokenizer", **hub)
+        with naming_flag(MODEL, f"{model}, text_encoder"):
+            text_config = AutoConfig.from_pretrained(model, subfolder="text_encoder", **hub)
+        return ModelFacts(
+            denoiser_config=unet_config,
+            text_config=text_config,
+            tokenizers=(tokenizer,),
+            # Each level of the VAE and of the UNet but the first halves the sides.
+            side_multiple=2 ** (len(vae_config["block_out_channels"]) + len(unet_config["block_out_channels"]) - 2),
+            num_train_timesteps=process.num_train_timesteps,
+        )
+
+    @staticmethod
+    def locate(pair: PromptPair, tokenizers: Sequence[CLIPTokenizer]) -> PromptTokens:
+        """Where words and padding of both prompts lie among the tokens that the UNet attends to."""
+        return tokenize_prompt_pair(pair, tokenizers[0])
+
+    @staticmethod
+    def encode(pipeline: SPFPortraitPipeline, ids: Tensor) -> PromptEmbeds:
+        """Prompts, as tokens (B, T) of the pipeline's tokenizer, for the UNet."""
+        return PromptEmbeds(pipeline.text_encoder(ids)[0])
+
+    @staticmethod
+    def distances(
+        pipeline: SPFPortraitPipeline, pairs: Sequence[PromptPair], tokens: Sequence[PromptTokens]
+    ) -> list[Tensor]:
+        """CLIP distances (P,) of each pair's phrases to its target, as the pipeline itself has them."""
+        encoder = pipeline.text_encoder
+        return clip_distances(encoder, pipeline.tokenizer, pairs, tokens, encoder.device)
+
+    @staticmethod
+    def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
+        """What the UNet, or its distributed wrapper, predicts, (B, C, H, W)."""
+        return denoiser(noisy_latents, timesteps, embeds.states, return_dict=False)[0]
+
+    @staticmethod
+    @torch.no_grad()
+    def to_latents(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+        """Latents (B, C, H, W) float32 of pictures (B, 3, H', W') in [-1, 1]; nothing in them is random."""
+        return vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float() * vae.config.scaling_factor
+
+    @staticmethod
+    def to_pixels(vae: AutoencoderKL | AutoencoderTiny, latents: Tensor) -> Tensor:
+        """Pictures (B, 3, H', W') of latents (B, C, H, W); gradient flows."""
+        return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+
+    @staticmethod
+    def capture(denoiser: nn.Module) -> CrossAttentionCapture:
+        """The layers whose attention to the prompt can be recorded."""
+        return CrossAttentionCapture(denoiser)
+
+    @staticmethod
+    def lora_targets(denoiser: nn.Module, kind: Literal["cross", "all"]) -> list[str]:
+        """Names of the layers that a LoRA is on: the projections of cross-attention, or of all attention."""
+        names = list(find_cross_attention_layers(denoiser))
+        if kind == "all":
+            names += [name.removesuffix("attn2") + "attn1" for name in names]
+        return [f"{name}.{projection}" for name in names for projection in ("to_q", "to_k", "to_v", "to_out.0")]
+
+
+def read_config(kind: type[ConfigMixin], name: str, **where: str | None) -> dict[str, Any]:
+    """A configuration of a folder or an id of the Hub."""
+    config = kind.load_config(name, **where)
+    if not isinstance(config, dict):
+        raise ValueError(f"its configuration is no JSON object but {config!r}")
+    return config
+
+
+def _with_defaults(kind: type[ConfigMixin], config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration, and the class's own values for what it leaves out."""
+    return {key: value.default for key, value in inspect.signature(kind).parameters.items()} | config
+
+
+def _check_decoder(flag: str, name: str, kind: type, unet_config: dict, cache_dir: str | None) -> dict[str, Any]:
+    """The configuration of the autoencoder that a flag names, of this kind and with the UNet's latents."""
+    with naming_flag(flag, name):
+        check_model_name(name, kind.__name__)
+        config = _with_defaults(kind, read_config(kind, name, cache_dir=cache_dir))
+        if config.get("_class_name") != kind.__name__:
+            raise ValueError(f"not an {kind.__name__} but {config.get('_class_name')!r}")
+        _check_latents(config, unet_config)
+    return config
+
+
+def _check_latents(config: dict[str, Any], unet_config: dict[str, Any]) -> None:
+    if config["latent_channels"] != unet_config["in_channels"]:
+        raise ValueError(f"has {config['latent_channels']} latent channels, the UNet {unet_config['in_channels']}")

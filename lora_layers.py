@@ -1,0 +1,229 @@
+"""The layers of a LoRA: read from tensors under any of diffusers' names, and compared with a model's.
+
+Source: [ours].
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from peft.utils.other import get_pattern_key
+from torch import Tensor
+
+
+EMBEDDING = "bundle_emb."  # begins the names of a textual inversion that trainers put beside a LoRA's layers
+# A model, a layer, and which of its tensors. One tensor has three names: PEFT's, diffusers' own, and an older one.
+_KEY = re.compile(
+    r"(\w+)\.(.+)[._]"
+    r"(?:(?:lora_|lora\.|lora_linear_layer\.)(A|B|down|up)\.weight|lora_(magnitude)_vector(?:\.weight)?)"
+)
+_SIDES = {"A": "down", "B": "up"}
+# What PEFT has numbers of its own for where metadata leaves it out.
+_NEEDED = {"r": int, "lora_alpha": (int, float), "target_modules": (str, list)}
+
+
+@dataclass(frozen=True)
+class LoraLayer:
+    """What a LoRA adds to the weight of one layer: `alpha / rank * up @ down`.
+
+    Args:
+        down: (rank, in) or, of a convolution, (rank, in, h, w).
+        up: (out, rank) or (out, rank, 1, 1).
+        alpha: any real number.
+        magnitude: (out,) a DoRA's norm of each output's weight, or None.
+    """
+
+    down: Tensor
+    up: Tensor
+    alpha: float
+    magnitude: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return len(self.down)
+
+
+Layers = dict[str, dict[str, LoraLayer]]  # by model, "unet" and "text_encoder", and by the layer's name in it
+
+
+def parse_key(key: str) -> tuple[str, str, str] | None:
+    """Model, layer, and "down", "up" or "magnitude", of a name of diffusers; None if it is none of a LoRA."""
+    match = _KEY.fullmatch(key)
+    if match is None:
+        return None
+    model, name, side = match[1], match[2].removeprefix("text_model.").replace(".processor.", "."), match[3]
+    # As the layers are called, whichever version of diffusers and transformers wrote it.
+    if model == "unet":
+        name = re.sub(r"\.to_out$", ".to_out.0", name)
+    else:
+        name = re.sub(r"\.to_(q|k|v|out)$", r".\1_proj", name)
+    return model, name, _SIDES.get(side, side) or match[4]
+
+
+def parse_layers(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> Layers:
+    """The layers of a LoRA in diffusers' format.
+
+    Args:
+        tensors: by their names, of which those that are no LoRA's are passed over.
+        metadata: what the file says of ranks and alphas; where it has no alpha, that is the rank.
+
+    Returns:
+        The layers, whose weights and alphas are numbers.
+
+    Raises:
+        ValueError: a layer that is not whole, or has no numbers; metadata of another form; one line.
+
+    Source: [ours].
+    """
+    found: dict[tuple[str, str], dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if place := parse_key(key):
+            found.setdefault(place[:2], {})[place[2]] = tensor
+    layers: Layers = {}
+    for (model, name), weights in found.items():
+        alpha = _alpha_of(metadata or {}, model, name)
+        layer = make_layer(f"{model}.{name}", weights, alpha)
+        if (metadata or {}).get(f"{model}.use_rslora"):
+            # rsLoRA divides by the root of the rank, and all others by the rank.
+            layer = replace(layer, alpha=layer.alpha * math.sqrt(layer.rank))
+        layers.setdefault(model, {})[name] = layer
+    return layers
+
+
+def _alpha_of(metadata: Mapping[str, Any], model: str, layer: str) -> Any:
+    pattern = metadata.get(f"{model}.alpha_pattern") or {}
+    if not isinstance(pattern, Mapping):
+        raise ValueError(f"its metadata {LORA_ADAPTER_METADATA_KEY} has another form than diffusers writes")
+    try:
+        key = get_pattern_key(pattern, layer)
+    except re.error as error:
+        raise ValueError(f"its metadata {model}.alpha_pattern has a name that is no pattern ({error})") from error
+    return pattern.get(key, metadata.get(f"{model}.lora_alpha"))
+
+
+def make_layer(name: str, weights: Mapping[str, Tensor], alpha: Any = None) -> LoraLayer:
+    """One layer of its tensors.
+
+    Args:
+        name: of the layer, for the error.
+        weights: "down", "up" and, of a DoRA, "magnitude".
+        alpha: as it stands in the file; None where it has none, and then it is the rank.
+
+    Raises:
+        ValueError: it is not whole, its tensors do not belong together, or they or its alpha are no numbers.
+
+    Source: [ours].
+    """
+    if missing := sorted({"down", "up"} - weights.keys()):
+        raise ValueError(f"layer {name!r} has no lora_{' and no lora_'.join(missing)}")
+    down, up = weights["down"], weights["up"]
+    if down.ndim < 2 or up.ndim != down.ndim:
+        raise ValueError(f"layer {name!r} has weights that are no matrices")
+    if up.shape[1] != len(down):
+        raise ValueError(f"layer {name!r} has the ranks {len(down)} and {up.shape[1]}")
+    for weight in weights.values():
+        values = weight.float()  # not all kinds of 8-bit numbers can be asked
+        if not values.isfinite().all():
+            kind = "NaN" if values.isnan().any() else "infinite"
+            raise ValueError(f"its weights are not numbers ({kind}) in layer {name}")
+    return LoraLayer(alpha=float(len(down)) if alpha is None else read_alpha(alpha, name), **weights)
+
+
+def read_alpha(alpha: Any, layer: str) -> float:
+    """An alpha as a file holds it; a ValueError that names the layer if it is no number. Source: [ours]."""
+    try:
+        value = float(alpha)
+    except (TypeError, ValueError, RuntimeError):  # a list, a text, a tensor of several numbers
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"its alpha is not a number ({alpha}) in layer {layer}")
+    return value
+
+
+def missing_metadata(metadata: Mapping[str, Any], model: str) -> list[str]:
+    """What PEFT needs to know of a model's layers, and metadata does not tell. Source: [ours]."""
+    given = {key: metadata.get(f"{model}.{key}") for key in _NEEDED}
+    return [key for key, kind in _NEEDED.items() if not isinstance(given[key], kind) or given[key] in ("", [])]
+
+
+def check_fits(lora: Layers, models: Mapping[str, Mapping[str, torch.nn.Module]]) -> None:
+    """Compare a LoRA's layers and shapes with those of a base model, of whose weights nothing but the shape is needed.
+
+    Args:
+        lora: as of `parse_layers`.
+        models: the modules by name, of each model that may have a LoRA: "unet", "text_encoder".
+
+    Raises:
+        ValueError: it is a LoRA of another model; one line.
+
+    Source: [ours].
+    """
+    for model, group in lora.items():
+        # Beside an earlier LoRA, the layer itself is a `base_layer`. Some versions of transformers have a
+        # CLIPTextModel whose layers lie in a `text_model`, and others do not.
+        modules = {
+            name.replace(".base_layer", "").removeprefix("text_model."): module
+            for name, module in models.get(model, {}).items()
+        }
+        for name, layer in group.items():
+            shape = _weight_shape(modules.get(name))
+            if shape is None:
+                raise ValueError(_another(f"there is no layer {model}.{name}"))
+            magnitude = layer.up if layer.magnitude is None else layer.magnitude.reshape(-1)
+            for own in ((len(layer.up), *layer.down.shape[1:]), (len(magnitude), *shape[1:])):
+                if own != shape:
+                    features, others = (" x ".join(map(str, sizes)) for sizes in (own, shape))
+                    raise ValueError(_another(f"{model}.{name} has {features} features, not {others}"))
+
+
+def _another(difference: str) -> str:
+    return f"is for another architecture: {difference}; it needs a model as it was trained on"
+
+
+def check_loadable(
+    tensors: Mapping[str, Tensor],
+    alphas: Mapping[str, Any] | None,
+    metadata: Mapping[str, Any] | None,
+    models: Mapping[str, Mapping[str, torch.nn.Module]],
+) -> None:
+    """Whether diffusers loads a LoRA into these models as it is meant.
+
+    Args:
+        tensors, alphas, metadata: as of diffusers' `lora_state_dict`.
+        models: as of `check_fits`.
+
+    Raises:
+        ValueError: it is for other models, damaged, or what diffusers takes for something else; one line.
+
+    Source: [ours].
+    """
+    embedding = next((key for key in tensors if key.startswith(EMBEDDING)), None)
+    if embedding is not None:
+        raise ValueError(
+            f"holds a textual inversion beside its layers ({embedding!r}), and diffusers reads none of both: "
+            "export_spf_portrait_lora.py writes the LoRA without it"
+        )
+    lora = parse_layers(tensors, metadata)
+    if not lora:
+        raise ValueError("has no LoRA layer that is known here")
+    for layer, alpha in (alphas or {}).items():
+        read_alpha(alpha, layer)
+    for model in lora if metadata else ():
+        if missing := missing_metadata(metadata, model):
+            raise ValueError(f"its metadata tells no {' and no '.join(missing)} of the {model}'s layers")
+    check_fits(lora, models)
+
+
+def _weight_shape(layer: torch.nn.Module | None) -> tuple[int, ...] | None:
+    """Of a layer's weights, of which quantized ones do not tell it; None for modules of other kinds."""
+    if getattr(layer, "weight", None) is None:
+        return None
+    if hasattr(layer, "in_channels"):
+        return (layer.out_channels, layer.in_channels, *layer.kernel_size)
+    return (layer.out_features, layer.in_features) if hasattr(layer, "in_features") else None

@@ -1,0 +1,130 @@
+"""The model card of a finished LoRA, in Markdown with the metadata that the Hub reads.
+
+Paper: arXiv 2504.00396.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+from diffusers.utils.hub_utils import populate_model_card
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from loras import CARD, KOHYA_WEIGHTS, LORA_WEIGHTS
+from loras.loading import ReferenceLora
+from programs.writing import whole
+
+
+TEMPLATE = Path(__file__).with_name("card.md")
+TAGS = (
+    "text-to-image",
+    "stable-diffusion",
+    "lora",
+    "diffusers",
+    "diffusers-training",
+    "spf-portrait",
+    "template:sd-lora",
+)
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """All that a model card says."""
+
+    base_model: str  # Hub id or local folder
+    targets: tuple[str, ...]  # the target prompts, which are the trigger words
+    example_prompt: str  # a full prompt, base and target
+    base_prompt: str  # its base, for the example with the custom pipeline
+    # What is added to it there, or replaces a phrase: texts, and pairs of phrase and text.
+    example_target: tuple[str | tuple[str, str], ...]
+    settings: dict[str, object]  # the training flags, free of secrets; None is a flag that was not given
+    pictures: tuple[str, ...]  # as paths inside the repository, such as "validation/step_000240.png"
+    licence: str  # as the Hub spells it, such as "creativeml-openrail-m"
+    repo_id: str | None  # on the Hub; None while nothing is pushed, and the examples then name the output folder
+    has_kohya: bool  # whether the file for ComfyUI and A1111 lies beside the LoRA
+    is_dora: bool = False  # whether it has a magnitude, which the readers of that file treat differently
+    # What it was trained on top of, in the order in which they are loaded; of one not on the Hub no more is told.
+    earlier_loras: tuple[ReferenceLora, ...] = ()
+
+
+def write_model_card(folder: Path, facts: CardFacts) -> Path:
+    """Write README.md with the metadata that the Hub reads, over one that is there.
+
+    The Hub rejects a card whose `base_model` is no id, so a local folder is named in the text alone.
+
+    Args:
+        folder: the output folder, which exists.
+        facts: what the card says.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: no target prompt.
+
+    Source: [ours].
+    """
+    if not facts.targets:
+        raise ValueError("targets: a model card needs at least one target prompt")
+    targets, is_on_hub = list(dict.fromkeys(facts.targets)), _is_hub_id(facts.base_model)
+    data = ModelCardData(
+        base_model=facts.base_model if is_on_hub else None,
+        license=facts.licence,
+        inference=True,
+        instance_prompt=", ".join(targets),
+        widget=[{"text": facts.example_prompt, "output": {"url": picture}} for picture in facts.pictures] or None,
+    )
+    target = list(facts.example_target)
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        facts=facts,
+        lora=facts.repo_id or folder.resolve().name,
+        is_on_hub=is_on_hub,
+        targets=targets,
+        example_target=target[0] if len(target) == 1 and isinstance(target[0], str) else target,
+        # Earlier LoRAs are named by their place: side by side with this one, or merged before it is loaded.
+        names=[f"earlier_{i}" for i in range(1, len(facts.earlier_loras) + 1)],
+        scales=[lora.scale for lora in facts.earlier_loras],
+        settings=[(_cell(f"--{name}"), _cell(value)) for name, value in facts.settings.items() if value is not None],
+        weights=LORA_WEIGHTS,
+        kohya=Path(KOHYA_WEIGHTS).stem,
+        inline=_inline,
+        quote=quote,
+        repr=repr,
+    )
+    path = folder / CARD
+    with whole(path) as file:
+        populate_model_card(card, list(TAGS)).save(file)
+    return path
+
+
+def _is_hub_id(base_model: str) -> bool:
+    # `from_pretrained` takes the folder where there are both.
+    if Path(base_model).exists():
+        return False
+    try:
+        validate_repo_id(base_model)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _inline(text: object) -> str:
+    """Code in Markdown, whatever quotes and breaks it holds."""
+    line = " ".join(str(text).split())
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
+    pad = " " if "`" in line else ""
+    return f"{fence}{pad}{line}{pad}{fence}"
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, list | tuple):
+        value = " ".join(map(str, value))
+    # A bar ends a cell, even inside code.
+    return _inline(value).replace("|", r"\|")

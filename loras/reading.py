@@ -1,0 +1,129 @@
+"""LoRA files read: diffusers' format, and kohya's, in which most LoRAs for Stable Diffusion are published.
+
+Source: [ours].
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lora_layers import EMBEDDING, Layers, make_layer, missing_metadata, parse_key, parse_layers
+
+
+_KOHYA_KEY = re.compile(r"lora_(unet|te)_(\w+)\.(?:lora_(down|up)\.weight|(alpha)|(dora_scale))")
+_KOHYA_MODELS = {"unet": "unet", "te": "text_encoder"}
+# What kohya's names, which have "_" for every ".", hold of names with a "_" of their own.
+_COMPOUNDS = (
+    "down_blocks|up_blocks|mid_block|transformer_blocks|time_emb_proj|time_embedding|linear_1|linear_2|conv_shortcut|"
+    "conv_in|conv_out|proj_in|proj_out|to_q|to_k|to_v|to_out|text_model|self_attn|q_proj|k_proj|v_proj|out_proj"
+)
+_KOHYA_PART = re.compile(rf"({_COMPOUNDS}|[^_]+)(?:_|$)")
+_LAYERS = {
+    "unet": re.compile(r"(down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding)\b.*"),
+    "text_encoder": re.compile(r"encoder\.layers\..+"),
+}
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA as it lies in a file.
+
+    Attributes:
+        layers: by model and name.
+        is_kohya: whether it has names of kohya's format.
+        note: what to say of textual inversions that lie beside it; empty if there are none.
+        reads_as_meant: whether diffusers takes each layer's rank and alpha as they are here. Where metadata leaves one
+            out, PEFT has a number of its own; without any metadata both take the rank as alpha.
+    """
+
+    layers: Layers
+    is_kohya: bool
+    note: str
+    reads_as_meant: bool
+
+    @property
+    def is_dora(self) -> bool:
+        """Whether a layer has a magnitude."""
+        return any(layer.magnitude is not None for group in self.layers.values() for layer in group.values())
+
+
+def read_lora(path: Path) -> LoraFile:
+    """Read a LoRA of either format.
+
+    Args:
+        path: a `.safetensors` file. Where it has no alpha, that is the rank, as diffusers and kohya take it.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is damaged, or holds something other than a LoRA of Stable Diffusion 1.x or 2.x; one line
+            without the path.
+
+    Source: [ours].
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = _read_metadata(file)
+            embeddings = [key for key in file.keys() if key.startswith(EMBEDDING)]
+            tensors = {key: file.get_tensor(key) for key in file.keys() if key not in embeddings}
+    except SafetensorError as error:
+        raise ValueError(f"no safetensors file, and a pickle is not read ({error})") from error
+    if not tensors:
+        raise ValueError("holds no LoRA")
+    is_kohya = any(name.startswith(("lora_unet_", "lora_te")) for name in tensors)
+    layers = _read_kohya(tensors) if is_kohya else _read_diffusers(tensors, metadata)
+    for model, group in layers.items():
+        for layer in group:
+            if not _LAYERS[model].fullmatch(layer):
+                raise ValueError(f"{layer!r} is no layer of Stable Diffusion 1.x or 2.x ({model})")
+    words = ", ".join(dict.fromkeys(key.removeprefix(EMBEDDING).split(".")[0] for key in embeddings))
+    note = f"holds a textual inversion ({words}), which is left out: only the LoRA is read" if embeddings else ""
+    lacks = metadata and any(missing_metadata(metadata, model) for model in layers)
+    return LoraFile(layers, is_kohya, note, not (is_kohya or embeddings or lacks))
+
+
+def _read_metadata(file: Any) -> dict:
+    """What an open file says of ranks and alphas; empty if nothing."""
+    try:
+        metadata = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
+    except ValueError as error:
+        raise ValueError(f"its metadata {LORA_ADAPTER_METADATA_KEY} is no JSON ({error})") from error
+    if not isinstance(metadata, dict):
+        raise ValueError(f"its metadata {LORA_ADAPTER_METADATA_KEY} has another form than diffusers writes")
+    return metadata
+
+
+def _read_diffusers(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Layers:
+    for key in tensors:
+        place = parse_key(key)
+        if place is None or place[0] not in _LAYERS:
+            raise ValueError(f"{key!r} is no LoRA weight of Stable Diffusion's UNet or text encoder")
+    return parse_layers(tensors, metadata)
+
+
+def _read_kohya(tensors: Mapping[str, Tensor]) -> Layers:
+    found: dict[tuple[str, str], dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = _KOHYA_KEY.fullmatch(key)
+        if match is None:
+            raise ValueError(f"{key!r} is no weight that a LoRA of Stable Diffusion 1.x or 2.x has")
+        if match[5]:
+            raise ValueError(
+                f"a DoRA in kohya's format ({key!r}): what wrote it decides what its magnitude means, so it cannot be "
+                "read"
+            )
+        layer = ".".join(_KOHYA_PART.findall(match[2])).removeprefix("text_model.")
+        found.setdefault((_KOHYA_MODELS[match[1]], layer), {})[match[3] or match[4]] = tensor
+    layers: Layers = {}
+    for (model, layer), weights in found.items():
+        alpha = weights.pop("alpha", None)
+        layers.setdefault(model, {})[layer] = make_layer(f"{model}.{layer}", weights, alpha)
+    return layers

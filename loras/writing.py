@@ -1,0 +1,162 @@
+"""LoRA files written, each whole or not at all: kohya's format, which ComfyUI and A1111 read, and diffusers'.
+
+Source: [ours].
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from diffusers import StableDiffusionPipeline
+from peft import LoraConfig
+
+from lora_layers import LoraLayer
+from loras import LORA_WEIGHTS
+from loras.reading import read_lora
+from programs.loading import naming
+from programs.writing import whole
+
+
+_SD2_TEXT_WIDTH = 1024  # of the text embeddings that a cross-attention layer reads; SD 1.x has 768
+
+
+def save_kohya_lora(lora: Path, path: Path) -> None:
+    """Write a LoRA of diffusers' format in kohya's format, which ComfyUI and A1111 read, whole or not at all.
+
+    Both scale a layer by `alpha / rank`, and kohya's file holds an alpha for each layer. diffusers has a converter of
+    its own; it writes `alpha = rank` whatever the alpha, and does not find DoRA's magnitude in a UNet. Its loader
+    takes one of the file's alphas for all layers: they are made equal here, and what a layer's own alpha differs is
+    put into `lora_up`.
+
+    A DoRA's magnitude is written as (out, 1), one number for each output. No common reader treats it as PEFT does:
+    diffusers drops `dora_scale`, ComfyUI divides by the norm of the original weight alone, A1111 by that of columns.
+
+    Args:
+        lora: a `.safetensors` file of diffusers' format.
+        path: the file to write; its folder exists.
+
+    Raises:
+        ValueError: `read_lora` cannot read it; one line that begins with its path.
+
+    Source: [ours].
+    """
+    with naming(str(lora)):
+        layers = read_lora(lora).layers
+    alpha = _most_common(layer.alpha for group in layers.values() for layer in group.values())
+    state, ranks, widths = {}, set(), set()
+    for model, group in layers.items():
+        for name, layer in group.items():
+            prefix = "lora_unet_" if model == "unet" else "lora_te_text_model_"
+            key, up = f"{prefix}{name.replace('.', '_')}", layer.up
+            if layer.alpha != alpha:
+                up = up * (layer.alpha / alpha)
+            state |= {f"{key}.lora_down.weight": layer.down, f"{key}.lora_up.weight": up}
+            state[f"{key}.alpha"] = torch.tensor(alpha)
+            if layer.magnitude is not None:
+                # A plain vector would be taken for one number an input, and broadcast along the wrong side.
+                state[f"{key}.dora_scale"] = layer.magnitude.reshape(-1, *[1] * (up.ndim - 1))
+            ranks.add(layer.rank)
+            if "attn2.to_k" in name:
+                widths.add(layer.down.shape[1])
+    metadata = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(*ranks) if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": str(alpha),
+        # Without it, A1111 takes a LoRA with metadata for one of SD 1.x, and hides it from other models.
+        "ss_v2": str(_SD2_TEXT_WIDTH in widths),
+    }
+    with whole(path) as file:
+        file.write_bytes(safetensors.torch.save(state, metadata))
+        _sort_header(file)
+
+
+def save_diffusers_lora(lora: Path, folder: Path) -> Path:
+    """Write a LoRA in diffusers' format, each layer with its own rank and alpha.
+
+    Args:
+        lora: a `.safetensors` file of kohya's format, or one of diffusers' whose metadata is not whole.
+        folder: where the file is written, under the name that diffusers looks for; it is made.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: `read_lora` cannot read it; one line that begins with its path.
+
+    Source: [ours].
+    """
+    with naming(str(lora)):
+        file = read_lora(lora)
+        if file.is_dora:
+            raise ValueError("a DoRA is read with whole metadata alone, which names ranks, alphas and layers")
+    return write_diffusers_lora(folder, {model: _peft_state(group) for model, group in file.layers.items()})
+
+
+def write_diffusers_lora(
+    folder: Path, models: Mapping[str, tuple[dict[str, torch.Tensor], LoraConfig]], prefix: str = ".saving-"
+) -> Path:
+    """Write a LoRA as diffusers does, the same in each process.
+
+    Args:
+        folder: where the file is written, under the name that diffusers looks for; it is made.
+        models: of "unet" and "text_encoder" those with a LoRA, its tensors under PEFT's names, and its configuration.
+        prefix: of `whole`.
+
+    Returns:
+        The file.
+
+    Source: [ours].
+    """
+    options = {}
+    for model, (state, config) in models.items():
+        # A set has no order of its own.
+        metadata = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+        options |= {f"{model}_lora_layers": state, f"{model}_lora_adapter_metadata": metadata}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LORA_WEIGHTS
+    with whole(path, prefix) as file:
+        StableDiffusionPipeline.save_lora_weights(file.parent, **options)
+        _sort_header(file)
+    return path
+
+
+def _peft_state(group: Mapping[str, LoraLayer]) -> tuple[dict[str, torch.Tensor], LoraConfig]:
+    """One model's layers, each of which may have a rank and an alpha of its own, as PEFT has them."""
+    rank = _most_common(layer.rank for layer in group.values())
+    alpha = _most_common(layer.alpha for layer in group.values())
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        rank_pattern={name: layer.rank for name, layer in group.items() if layer.rank != rank},
+        alpha_pattern={name: layer.alpha for name, layer in group.items() if layer.alpha != alpha},
+        target_modules=list(group),
+    )
+    state = {
+        f"{name}.{key}.weight": tensor.contiguous()
+        for name, layer in group.items()
+        for key, tensor in (("lora_A", layer.down), ("lora_B", layer.up))
+    }
+    return state, config
+
+
+def _sort_header(path: Path) -> None:
+    """Put the metadata in order, which safetensors writes in an order of chance: equal runs have equal files then.
+
+    Source: the format as safetensors documents it: the header's length in 8 bytes, the header, the tensors.
+    """
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the tensors stay aligned
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+
+
+def _most_common(values: Iterable[float]) -> float:
+    return Counter(values).most_common(1)[0][0]

@@ -1,0 +1,192 @@
+"""Pictures as users keep them: opened, made upright, measured and told apart, or refused with a line that says why.
+
+Source: [ours].
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from io import BytesIO
+from pathlib import Path
+
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+
+MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb
+# The values of EXIF's orientation, and how each is made upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS = (5, 6, 7, 8)  # those that swap width and height
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_ORIENTATIONS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # texts of a PNG that can say it
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+# What Pillow's plugins let out for a damaged file, and its refusal of an absurd size.
+_UNREADABLE_IMAGE = (
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    EOFError,
+    IndexError,
+    KeyError,
+    RuntimeError,
+    struct.error,
+)
+
+
+def load_picture(picture: Path | Image.Image, source: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode a picture.
+
+    Args:
+        picture: its file, or the picture itself, of which no more than the header may be decoded.
+        source: where it is named, which errors begin with.
+        max_pixels: largest width * height; a larger image is refused without decoding it. Pillow's own limit,
+            `PIL.Image.MAX_IMAGE_PIXELS`, holds besides.
+
+    Returns:
+        The image in RGB and upright (EXIF orientation applied), on white where it was transparent.
+
+    Raises:
+        FileNotFoundError: the file is gone.
+        ValueError: the image is broken, too large, or has more than 8 bits in its one channel.
+
+    Source: [ours].
+    """
+    where = _name(picture, source)
+    image = open_picture(picture, where) if isinstance(picture, Path) else picture
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ValueError(f"{where} has {width}x{height} pixels, more than the {max_pixels} allowed.")
+    if image.mode.startswith(("I", "F")):
+        # Pillow would clip these to 255, which is a white image for most.
+        raise ValueError(f"{where} has the mode {image.mode!r}; save it with 8 bits a channel.")
+    try:
+        with _metadata_aside():
+            image.load()
+            orientation = image.getexif().get(ExifTags.Base.Orientation)
+            # Pillow's own turning writes the whole EXIF back, and fails at what else is in there.
+            if orientation in _UPRIGHT:
+                image = image.transpose(_UPRIGHT[orientation])
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except _UNREADABLE_IMAGE as error:
+        raise ValueError(f"{where} cannot be decoded: {error}") from error
+
+
+def upright_size(picture: Path | Image.Image, source: str) -> tuple[int, int]:
+    """Size of a picture as `load_picture` returns it, from the file's header where that tells it.
+
+    Args:
+        picture, source: as there.
+
+    Returns:
+        (width, height) with the EXIF orientation applied.
+
+    Raises:
+        FileNotFoundError: the file is gone.
+        ValueError: the image is broken.
+
+    Source: [ours].
+    """
+    where = _name(picture, source)
+    image = open_picture(picture, where) if isinstance(picture, Path) else picture
+    try:
+        with _metadata_aside():
+            if image.format == "TIFF":
+                # Pillow turns a TIFF while it decodes it; until then its size may be the turned one or not.
+                image.load()
+            width, height = image.size
+            sideways = image.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS
+    except _UNREADABLE_IMAGE as error:
+        raise ValueError(f"{where} cannot be decoded: {error}") from error
+    return (height, width) if sideways else (width, height)
+
+
+def content_key(picture: Path | Image.Image, source: str) -> str:
+    """A name for what a picture shows: a picture that changed under its old name has another.
+
+    Args:
+        picture, source: as there.
+
+    Returns:
+        SHA-256 in hexadecimal digits: of the file's bytes; for one that is no file, of the size and pixels
+        that `load_picture` returns.
+
+    Raises:
+        FileNotFoundError: the file is gone.
+        ValueError: the file cannot be read, or the image is one that `load_picture` refuses.
+
+    Source: [ours].
+    """
+    if isinstance(picture, Path):
+        try:
+            return hashlib.sha256(picture.read_bytes()).hexdigest()
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{_name(picture, source)} does not exist.") from error
+        except OSError as error:
+            raise ValueError(f"{_name(picture, source)} cannot be read: {error}") from error
+    # The pixels of a palette image are numbers that say nothing without the palette, so those in RGB are taken.
+    image = load_picture(picture, source)
+    header = f"{image.mode} {image.width}x{image.height} "
+    return hashlib.sha256(header.encode() + image.tobytes()).hexdigest()
+
+
+def open_picture(file: Path | BytesIO, where: str) -> Image.Image:
+    """Read an image's header."""
+    start = b""
+    try:
+        with nullcontext(file) if isinstance(file, BytesIO) else file.open("rb") as stream:
+            start = stream.read(12)
+            if start.startswith(_PNG):
+                file = BytesIO(_without_texts(start + stream.read()))
+        with _metadata_aside():
+            return Image.open(file)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{where} does not exist.") from error
+    except UnidentifiedImageError as error:
+        if start[4:8] == b"ftyp" and start[8:] in _HEIC_BRANDS:
+            raise ValueError(f"{where} is a HEIC picture, which is not read; save it as JPEG or PNG.") from error
+        raise ValueError(f"{where} cannot be read: it is no picture of a known format.") from error
+    except _UNREADABLE_IMAGE as error:
+        raise ValueError(f"{where} cannot be read: {error}") from error
+
+
+def _name(picture: Path | Image.Image, source: str) -> str:
+    """How an error names a picture."""
+    return f"{source}: the image {picture}" if isinstance(picture, Path) else f"{source}: the image"
+
+
+@contextmanager
+def _metadata_aside() -> Iterator[None]:
+    """What is wrong with the texts beside the pixels is nobody's concern here; an absurd size is."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+def _without_texts(png: bytes) -> bytes:
+    """A PNG without the texts that other programs keep in it, for Pillow refuses a picture for long ones."""
+    parts, start = [png[:8]], 8
+    while start < len(png):
+        end = start + 12 + int.from_bytes(png[start : start + 4], "big")
+        text = png[start + 4 : start + 8] in (b"tEXt", b"zTXt", b"iTXt")
+        if not text or png.startswith(_PNG_ORIENTATIONS, start + 8):
+            parts.append(png[start:end])
+        start = end
+    return b"".join(parts)

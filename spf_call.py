@@ -1,0 +1,370 @@
+"""The pipeline's call, as every family of models shares it, and what it returns.
+
+Legend: B images of one call (prompts times `num_images_per_prompt`), H/W latent size, P base phrases, K targets,
+N calls of the denoiser in a run.
+Paper: arXiv 2504.00396.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+
+
+# The siblings as modules of the package that a custom pipeline is, or as modules on the path.
+try:
+    from . import adapters, pictures, prompts, sfcm, spf_arguments, spf_observer, wording
+except ImportError:
+    import adapters as adapters
+    import pictures as pictures
+    import prompts as prompts
+    import sfcm as sfcm
+    import spf_arguments as spf_arguments
+    import spf_observer as spf_observer
+    import wording as wording
+
+Embeds = tuple[Tensor, ...]  # all tensors that a family makes of a prompt, (B, ...) each
+
+
+@dataclass
+class SPFPortraitPipelineOutput(StableDiffusionPipelineOutput):
+    """Output of a call with `compare` or `return_sfcm`; what was not asked for is None.
+
+    Maps are float32 on the CPU, in [0, 1].
+
+    Args:
+        images: B images of the full prompts (of the prompts themselves without a target), as `output_type` says.
+        nsfw_content_detected: B flags for `images`, or None without a safety checker.
+        reference_images: the original model's B images of the base prompts from the same noise, like `images`.
+        sfcm: (B, 1, H, W), high where the target responds; without a target, where the LoRA changes the picture, and
+            None if there is no LoRA either.
+        sfcm_per_step: (B, N, H, W), the same of each call of the denoiser.
+        phrases: per image its base phrases; P is the longest's count.
+        phrase_maps: (B, P, H, W), where the original model looks at them; zeros where an image has fewer phrases.
+        phrase_distances: (B, P) float32 on the CPU, `1 - cos` of phrase and target, in [0, 2]; zeros likewise, and
+            where a phrase was cut off. None without a target.
+        targets: per image its K targets.
+        target_maps: (B, K, H, W), where the portrait's own attention looks at the targets' words.
+    """
+
+    reference_images: list[PIL.Image.Image] | np.ndarray | Tensor | None = None
+    sfcm: Tensor | None = None
+    sfcm_per_step: Tensor | None = None
+    phrases: list[tuple[str, ...]] | None = None
+    phrase_maps: Tensor | None = None
+    phrase_distances: Tensor | None = None
+    targets: list[tuple[str, ...]] | None = None
+    target_maps: Tensor | None = None
+
+
+class SPFCall:
+    """What a stock pipeline becomes with targets, references and maps; the class of a family derives from both.
+
+    Components, loading, saving and all that is not named here are the stock pipeline's. The family's class has
+    `__call__`, which hands all its arguments to `_draw`, and three hooks:
+
+    - `_encode(prompts, guided, stock)`: `Embeds` of the prompts, and of the negative prompts or None (without
+      guidance), as the stock call encodes them,
+    - `_stock_prompts(embeds, negatives)`: the keywords of the stock call that stand for them,
+    - `_extra_rows(args, kwargs, rows, own, appended)`: the arguments of a call of the denoiser, with the rows that the
+      `RowLayout` appends; `own` are the embeds of the conditional branch, `appended` those of each appended group.
+    """
+
+    def _draw(self, **stock) -> Any:
+        """The call, of arguments by name."""
+        request = spf_arguments.Request(**{own.name: stock.pop(own.name) for own in fields(spf_arguments.Request)})
+        prompt = stock.pop("prompt")
+        request.check(stock["return_dict"])
+        spf_arguments.check_generator(stock["generator"])
+        if request.is_stock:
+            spf_arguments.warn_of_weights(prompt)
+            return super().__call__(prompt, **stock)
+        texts, targets, phrases, images = self._compose(prompt, request, stock)
+        target_only = request.target_prompt is not None and sfcm.SFCM_MODES[request.sfcm_mode].target_only
+        rows = spf_observer.RowLayout(
+            images,
+            request.compare,
+            request.adapter_in_unconditional,
+            appended=(1 + target_only) * request.observed,
+        )
+        with ExitStack() as stack:
+            active = stack.enter_context(self._adapters(request, targets))
+            guided = stock["guidance_scale"] > 1 and self.unet.config.time_cond_proj_dim is None
+            encode = partial(self._encode, guided=guided, stock=stock)
+            embeds, negatives = encode(texts[0] if isinstance(prompt, str) else texts)
+            if request.splits_rows:
+                with self._original_text_encoders():
+                    originals, original_negatives = encode(prompt)
+                appended = [originals][: rows.appended]
+                if rows.appended > 1:
+                    appended.append(encode(prompt)[0])
+                if not request.adapter_in_unconditional:
+                    negatives = original_negatives
+                if request.compare:
+                    stock = stock | self._twin_noise(images, embeds[0].dtype, stock)
+                    embeds = _join(embeds, originals)
+                    negatives = _join(negatives, original_negatives) if guided else None
+                observer = spf_observer.Observer(
+                    rows, partial(self._extra_rows, rows=rows, own=embeds, appended=appended), self._to_epsilon
+                )
+                if request.sfcm_guidance > 0:
+                    observer.guide = spf_observer.Guide(request.sfcm_guidance, request.sfcm_guidance_exponent, phrases)
+                looks = request.return_sfcm or (request.observed and phrases.free.any())
+                stack.enter_context(observer.watch(uncompiled(self.unet), with_attention=bool(looks)))
+            stock = stock | self._stock_prompts(embeds, negatives) | {"num_images_per_prompt": 1}
+            output = super().__call__(**stock)
+        if not (request.compare or request.return_sfcm):
+            return output
+
+        flags, maps, has_target = output.get("nsfw_content_detected"), {}, bool(targets)
+        if request.return_sfcm:
+            # With neither a target nor a LoRA both paths are the same, and their difference would be rounding.
+            has_map, per_step = has_target or bool(active), request.return_sfcm == "per_step"
+            maps = observer.maps(phrases, request.sfcm_mode, has_target, has_map, per_step)
+        return SPFPortraitPipelineOutput(
+            images=output.images[:images],
+            nsfw_content_detected=None if flags is None else flags[:images],
+            reference_images=output.images[images:] if request.compare else None,
+            **maps,
+        )
+
+    def _compose(
+        self, prompt: str | list[str] | None, request: spf_arguments.Request, stock: dict[str, Any]
+    ) -> tuple[list[str] | None, list[spf_arguments.Target], spf_observer.Phrases | None, int]:
+        """The full prompts, their targets, where all that the maps are about stands, and B; all of it checked."""
+        self._check_stock_inputs(prompt, stock)
+        one_prompt, embeds = isinstance(prompt, str), stock["prompt_embeds"]
+        base = full = [prompt] if one_prompt else prompt
+        if embeds is not None and (request.target_prompt is not None or request.return_sfcm):
+            raise ValueError("`target_prompt` and `return_sfcm` need the text as `prompt`, not `prompt_embeds`.")
+        if embeds is None:
+            spf_arguments.check_prompts(base)
+        per_prompt, count = stock["num_images_per_prompt"], len(base if embeds is None else embeds)
+        if request.splits_rows:
+            spf_arguments.check_rows(stock, per_prompt * count)
+
+        def given(name: str) -> list[list[str] | None]:
+            return spf_arguments.phrase_lists(name, getattr(request, name), count, one_prompt)
+
+        def of_images(rows: Sequence[Any]) -> list[Any]:
+            return [row for row in rows for _ in range(per_prompt)]
+
+        targets, phrases = [], None
+        if request.target_prompt is not None:
+            targets = spf_arguments.list_targets(request.target_prompt)
+            pairs = [
+                prompts.make_prompt_pair(text, targets, base_phrases=own, free_phrases=free or ())
+                for text, own, free in zip(base, given("base_phrases"), given("free_phrases"), strict=True)
+            ]
+            full = [pair.full_prompt for pair in pairs]
+            for pair in pairs:
+                spf_arguments.warn_of_contradictions(pair)
+        spf_arguments.warn_of_weights(full)
+        if targets:
+            tokens = [prompts.tokenize_prompt_pair(pair, self.tokenizer) for pair in pairs]
+            # A call without maps may come without a text encoder on the device.
+            if request.observed:
+                rows = pairs, tokens, self._phrase_distances(pairs, tokens)
+                phrases = spf_observer.target_phrases(*map(of_images, rows))
+        elif request.return_sfcm:
+            rows = self._base_phrases(base, given("base_phrases"))
+            phrases = spf_observer.base_phrases(*map(of_images, rows), self.tokenizer.model_max_length)
+        if request.observed and any(
+            self.maybe_convert_prompt(text, self.tokenizer) != text for text in [*full, *base]
+        ):
+            # The prompts as they are tokenized have to be those that are drawn, else the maps are of other words.
+            raise ValueError("The SFCM does not work with textual inversions of several vectors.")
+        return full, targets, phrases, per_prompt * count
+
+    @staticmethod
+    def visualize(output: SPFPortraitPipelineOutput, index: int = 0, columns: int = 4) -> PIL.Image.Image:
+        """One picture of all that a call with `return_sfcm` or `compare` returned about an image.
+
+        Args:
+            output: of a call with any `output_type` but "latent".
+            index: which image, in [0, B).
+            columns: pictures a row.
+
+        Returns:
+            An RGB image: the original model's portrait, the portrait, the SFCM over it, and a heat map over the
+            portrait for each target and over the original for each base phrase, with its words and its CLIP
+            distance to the target.
+
+        Raises:
+            ValueError: latents, or an output without maps and references.
+            IndexError: there is no such image; the message says how many there are.
+
+        Source: [ours].
+        """
+        if not isinstance(output, SPFPortraitPipelineOutput):
+            raise ValueError("Nothing to show beside the image: call with `return_sfcm=True` or `compare=True`.")
+        if not 0 <= index < len(output.images):
+            raise IndexError(f"There is no image {index}: the output has {len(output.images)}, counted from 0.")
+        overlay = pictures.overlay_heat_map
+        portrait, targets = _pil_image(output.images, index), (output.targets or {index: ()})[index]
+        reference = portrait if output.reference_images is None else _pil_image(output.reference_images, index)
+        shown = [] if output.reference_images is None else [("original model", reference)]
+        shown.append((", ".join(targets) or "with the LoRA", portrait))
+        if output.sfcm is not None:
+            shown.append(("SFCM", overlay(portrait, output.sfcm[index, 0])))
+        if output.phrases is not None:
+            for text, heat_map in zip(targets, output.target_maps[index] if targets else ()):
+                shown.append((f"{text} (target)", overlay(portrait, heat_map)))
+            for i, text in enumerate(output.phrases[index]):
+                distance = "" if not targets else f" ({output.phrase_distances[index, i]:.2f})"
+                shown.append((f"{text}{distance}", overlay(reference, output.phrase_maps[index, i])))
+        captions, drawn = zip(*shown)
+        return pictures.captioned_pictures(drawn, captions, columns)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """Save the components as the stock pipeline, which this one is but for its call.
+
+        A folder that named this class could be loaded with this code at hand alone. For a merged checkpoint call
+        `fuse_lora()` and `unload_lora_weights()` before. Arguments as in the stock pipeline.
+
+        Raises:
+            `ValueError`: a LoRA is loaded, under which the weights would be saved by names that no loader knows.
+        """
+        if any(isinstance(module, BaseTunerLayer) for model in self._adapted_models() for module in model.modules()):
+            raise ValueError(
+                "A LoRA is loaded: call `unload_lora_weights()` before saving, and `fuse_lora()` before that to keep "
+                "it in the weights."
+            )
+        stock = next(kind for kind in type(self).__mro__ if kind.__module__.startswith("diffusers."))
+        _, options = self._get_signature_keys(self)
+        # Not `from_pipe`, which would turn the models that both share into float32.
+        twin = stock(**self.components, **{name: self.config[name] for name in options if name in self.config})
+        twin.save_pretrained(save_directory, **kwargs)
+
+    def _check_stock_inputs(self, prompt: Any, stock: dict[str, Any]) -> None:
+        """What the stock call checks, before anything is encoded."""
+        given, callback = stock | {"prompt": prompt}, stock["callback_on_step_end"]
+        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+            given["callback_on_step_end_tensor_inputs"] = callback.tensor_inputs
+        if not (given["height"] and given["width"]):
+            given |= {"height": 8, "width": 8}  # the stock call takes its own size if one of the two is missing
+        self.check_inputs(**{name: given.get(name) for name in inspect.signature(self.check_inputs).parameters})
+
+    def _adapted_models(self) -> list[torch.nn.Module]:
+        """The models that a LoRA can be in."""
+        return [model for name in self._lora_loadable_modules if (model := getattr(self, name)) is not None]
+
+    @contextmanager
+    def _adapters(
+        self, request: spf_arguments.Request, targets: Sequence[spf_arguments.Target]
+    ) -> Iterator[list[str]]:
+        """Inside, the adapters of a call are active, as strong as it says; gives their names in order."""
+        models = self._adapted_models()
+        layers = [module for model in models for module in model.modules() if isinstance(module, BaseTunerLayer)]
+        switched_on = [layer.active_adapters for layer in layers if not layer.disable_adapters]
+        active = list(dict.fromkeys(name for names in switched_on for name in names))
+        with ExitStack() as stack:
+            if isinstance(request.target_prompt, dict):
+                active = list(request.target_prompt)
+                known = list(dict.fromkeys(name for model in models for name in getattr(model, "peft_config", {})))
+                unknown = [name for name in active if name not in known]
+                if unknown:
+                    raise ValueError(
+                        f"`target_prompt` names the adapters {unknown}, but loaded are {known}: call "
+                        "`load_lora_weights(…, adapter_name=…)` first."
+                    )
+                for model in models:
+                    own = [name for name in active if name in getattr(model, "peft_config", {})]
+                    stack.enter_context(adapters.active_adapters(model, own))
+            if request.target_scale is not None:
+                factors = spf_arguments.scale_factors(request.target_scale, active, targets)
+                for model in models:
+                    stack.enter_context(adapters.adapter_scales(model, factors))
+            yield active
+
+    @contextmanager
+    def _original_text_encoders(self) -> Iterator[None]:
+        """Inside, prompts are encoded without adapters."""
+        with ExitStack() as stack:
+            for model in self._adapted_models():
+                if model is not self.unet:
+                    stack.enter_context(adapters.original_rows(model, range))
+            yield
+
+    def _to_epsilon(self, timestep: Tensor) -> Tensor:
+        """What makes a difference of two predictions at a timestep one of predicted noise."""
+        # What has no table of signal, as flow matching and EDM, weighs each step's prediction as it is.
+        alphas_cumprod = getattr(self.scheduler, "alphas_cumprod", None)
+        prediction_type = self.scheduler.config.get("prediction_type", "epsilon")
+        if alphas_cumprod is None or prediction_type == "flow_prediction":
+            prediction_type = "epsilon"
+        return sfcm.epsilon_scale(alphas_cumprod, timestep, prediction_type)
+
+    def _twin_noise(self, count: int, dtype: torch.dtype, stock: dict[str, Any]) -> dict[str, Any]:
+        """Latents and generators of a run of both halves, with equal noise in them, drawn as the stock call would."""
+        latents, generator = stock["latents"], stock["generator"]
+        if latents is None:
+            sides = self.unet.config.sample_size
+            sides = (sides, sides) if isinstance(sides, int) else sides
+            if stock["height"] and stock["width"]:
+                sides = (stock["height"] // self.vae_scale_factor, stock["width"] // self.vae_scale_factor)
+            shape = (count, self.unet.config.in_channels, *sides)
+            latents = randn_tensor(shape, generator, self._execution_device, dtype)
+        return {"latents": torch.cat([latents, latents]), "generator": _pair_generators(generator, count)}
+
+    def _base_phrases(self, base: Sequence[str], given: Sequence[list[str] | None]) -> tuple[list[Any], list[Any]]:
+        """Per prompt without a target its phrases, and the token positions of these."""
+        texts = [
+            tuple(wording.split_phrases(text) if own is None else own) for text, own in zip(base, given, strict=True)
+        ]
+        if not all(texts):
+            raise ValueError(f"There is no phrase in one of the prompts {list(base)}; give `base_phrases`.")
+        return texts, [
+            prompts.locate_phrases(text, own, self.tokenizer) for text, own in zip(base, texts, strict=True)
+        ]
+
+    def _phrase_distances(
+        self, pairs: Sequence[prompts.PromptPair], tokens: Sequence[prompts.PromptTokens]
+    ) -> list[Tensor]:
+        """Per prompt the (P,) float32 distances of its phrases to the target, by the original text encoder."""
+        with self._original_text_encoders():
+            return sfcm.clip_distances(self.text_encoder, self.tokenizer, pairs, tokens, self._execution_device)
+
+
+def uncompiled(model: torch.nn.Module) -> torch.nn.Module:
+    """The model itself, with its layers under their own names, where `torch.compile` has wrapped it."""
+    return model._orig_mod if is_compiled_module(model) else model
+
+
+def _join(first: Embeds, second: Embeds) -> Embeds:
+    return tuple(torch.cat(both) for both in zip(first, second, strict=True))
+
+
+def _pair_generators(generator: torch.Generator | list[torch.Generator] | None, count: int) -> list[torch.Generator]:
+    """Generators for `count` rows and their twins, each twin drawing the very same noise as its row."""
+    if generator is None:
+        # From the global generator, but not a copy of it: that would draw the next call's latents in advance.
+        generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+    generators = generator if isinstance(generator, list) else [generator] * count
+    twins = {id(own): torch.Generator(own.device).set_state(own.get_state()) for own in generators}
+    return [*generators, *(twins[id(own)] for own in generators)]
+
+
+def _pil_image(images: list[PIL.Image.Image] | np.ndarray | Tensor, index: int) -> PIL.Image.Image:
+    if isinstance(images, list):
+        return images[index]
+    if isinstance(images, Tensor):
+        if images.shape[1] != 3:
+            raise ValueError("Latents cannot be shown: call with another `output_type` than 'latent'.")
+        images = VaeImageProcessor.pt_to_numpy(images)
+    return VaeImageProcessor.numpy_to_pil(images[index])[0]

@@ -1,0 +1,265 @@
+"""What a call sees beside its own rows of the batch: the original model's prediction and attention, and their maps.
+
+Legend: B images of one call, C latent channels, H/W latent size, S = h*w image tokens of a layer, T text tokens,
+P base phrases, K targets, N calls of the denoiser in a run.
+Paper: arXiv 2504.00396.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+
+# The siblings as modules of the package that a custom pipeline is, or as modules on the path.
+try:
+    from . import adapters, attention_processors, prompts, sfcm
+except ImportError:
+    import adapters as adapters
+    import attention_processors as attention_processors
+    import prompts as prompts
+    import sfcm as sfcm
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Which rows of the denoiser's batch are whose.
+
+    A branch has B rows of the response and, beside references, B of these. The negative branch of classifier-free
+    guidance comes first, the conditional one next, and appended rows last. Rows are counted from the end, for a
+    callback may end guidance during the run.
+
+    Args:
+        images: B.
+        compare: whether references are drawn too.
+        negative_adapters: whether the adapters are on in the negative branch.
+        appended: groups of B rows that the caller does not see; the first is the Reference Path, on the response's own
+            latents, and in a second one the adapters are on.
+    """
+
+    images: int
+    compare: bool = False
+    negative_adapters: bool = True
+    appended: int = 0
+
+    @property
+    def branch(self) -> int:
+        """Rows of a branch."""
+        return self.images * (1 + self.compare)
+
+    def response(self, own: Tensor) -> Tensor:
+        """The response's rows, a view, in the rows of the call itself."""
+        return own[-self.branch :][: self.images]
+
+    def append(self, own: Tensor) -> Tensor:
+        """The rows of the call itself, and the response's again for each group that is appended."""
+        return torch.cat([own, *[self.response(own)] * self.appended])
+
+    def own(self, rows: Any) -> Any:
+        """The rows of the call itself, in those of the whole batch."""
+        return rows[: len(rows) - self.images * self.appended]
+
+    def of_the_original(self, batch_size: int) -> list[int]:
+        """The rows of a whole batch in which the adapters are off."""
+        own = len(self.own(range(batch_size)))
+        negatives = range(0 if self.negative_adapters else own - self.branch)
+        references = [i for i in range(own) if i % self.branch >= self.images and i not in negatives]
+        return [*negatives, *references, *range(own, own + self.images * (self.appended > 0))]
+
+
+@dataclass(frozen=True)
+class Phrases:
+    """What the maps are about, B rows each; a shorter prompt's rows are padded with zeros.
+
+    Attributes:
+        texts, targets: per image its phrases and targets.
+        weights: (B, P, T), each row averages over a phrase's tokens in the base prompt.
+        target_weights: (B, K, T), the same of the targets in the full prompt.
+        free: (B, P) bool, the phrases that may change.
+        distances: (B, P), zeros without a target.
+    """
+
+    texts: list[tuple[str, ...]]
+    targets: list[tuple[str, ...]]
+    weights: Tensor
+    target_weights: Tensor
+    free: Tensor
+    distances: Tensor
+
+    @property
+    def protected(self) -> Tensor:
+        """(B, P) bool; a phrase that was cut off is nowhere in the image, like the padding of a shorter prompt."""
+        return self.weights.any(-1) & ~self.free
+
+
+def target_phrases(
+    pairs: Sequence[prompts.PromptPair], tokens: Sequence[prompts.PromptTokens], distances: Sequence[Tensor]
+) -> Phrases:
+    """Where the phrases and targets of pairs stand in their prompts; `distances` are (P,) of each pair."""
+    length = len(tokens[0].base_input_ids)
+    free = [torch.tensor([phrase in pair.free_phrases for phrase in pair.base_phrases]) for pair in pairs]
+    return Phrases(
+        texts=[pair.base_phrases for pair in pairs],
+        targets=[tuple(target.text for target in pair.target_prompts) for pair in pairs],
+        weights=_mask_rows([row.phrase_positions for row in tokens], length),
+        target_weights=_mask_rows([row.each_target_positions for row in tokens], length),
+        free=pad_sequence(free, batch_first=True),
+        distances=pad_sequence(list(distances), batch_first=True),
+    )
+
+
+def base_phrases(texts: list[tuple[str, ...]], positions: Sequence[Any], length: int) -> Phrases:
+    """The same of prompts without a target, from their phrases and the token positions of these."""
+    weights, targets = _mask_rows(positions, length), torch.zeros(len(texts), 1, length)
+    nothing = torch.zeros(weights.shape[:2])
+    return Phrases(texts, [()] * len(texts), weights, targets, nothing.bool(), nothing)
+
+
+def _mask_rows(positions: Sequence[Sequence[Sequence[int]]], length: int) -> Tensor:
+    """(rows, phrases, T) weights that average over each phrase's tokens, padded to the longest row with zeros."""
+    return pad_sequence([torch.tensor(prompts.phrase_mask(row, length)) for row in positions], batch_first=True)
+
+
+@dataclass(frozen=True)
+class StepAttention:
+    """Cross-attention of one call of the denoiser, or the mean over several: (B, S, T) float32 at one (h, w)."""
+
+    reference: Tensor
+    response: Tensor
+    resolution: tuple[int, int]
+
+    def reference_maps(self, weights: Tensor, size: Sequence[int]) -> Tensor:
+        """(B, P, H, W) in [0, 1] of the base prompts' phrases."""
+        return sfcm.phrase_attention_maps([self.reference], [self.resolution], weights.to(self.reference.device), size)
+
+    def response_maps(self, weights: Tensor, size: Sequence[int]) -> Tensor:
+        """(B, K, H, W) in [0, 1] of the targets."""
+        return sfcm.phrase_attention_maps([self.response], [self.resolution], weights.to(self.response.device), size)
+
+
+@dataclass
+class Guide:
+    """SFCM guidance of one run: keeps the response to the reference outside of where the target responds.
+
+    Attributes:
+        strength: s in [0, 1] of the soft mask `m = 1 - s * (1 - SFCM)`.
+        exponent: of the SFCM.
+        phrases: whose free ones open the mask, if there are any.
+        total: sum over the calls of the normalised differences.
+    """
+
+    strength: float
+    exponent: float
+    phrases: Phrases
+    calls: int = 0
+    total: Tensor | float = 0.0
+
+    def blend(
+        self, response: Tensor, reference: Tensor, difference: Tensor, attention: StepAttention | None
+    ) -> Tensor:
+        """`eps_ref + m * (eps_res - eps_ref)`, (B, C, H, W), with the running mean of differences (B, 1, H, W)."""
+        self.calls += 1
+        self.total = self.total + sfcm.guidance_map(difference)
+        opened = sfcm.guidance_map(self.total / self.calls) ** self.exponent
+        if attention is not None and self.phrases.free.any():
+            maps = attention.reference_maps(self.phrases.weights, opened.shape[-2:])
+            opened = sfcm.free_regions(opened, maps, self.phrases.free.to(opened.device))
+        mask = 1 - self.strength * (1 - opened)
+        return (reference + mask * (response - reference).float()).to(response.dtype)
+
+
+@dataclass
+class Observer:
+    """Gives the denoiser rows that its caller does not see, and takes their predictions and attention.
+
+    Attributes:
+        rows: of the batch.
+        extend: of a call's arguments and keywords, those with the appended rows.
+        to_epsilon: of a timestep, what makes a difference of predictions one of predicted noise.
+        guide: changes the response's predictions on their way out.
+        differences, attention: of each call.
+
+    Source: [paper] both predictions from the same `z_t`; [ours] in one batch.
+    """
+
+    rows: RowLayout
+    extend: Callable[[tuple, dict], tuple[tuple, dict]]
+    to_epsilon: Callable[[Tensor], Tensor]
+    guide: Guide | None = None
+    differences: list[Tensor] = field(default_factory=list)
+    attention: list[StepAttention] = field(default_factory=list)
+    _store: attention_processors.CrossAttentionStore | None = None
+
+    @contextmanager
+    def watch(self, denoiser: nn.Module, with_attention: bool) -> Iterator[None]:
+        """Inside, the denoiser is called as the stock pipeline calls it, and this looks on."""
+        with ExitStack() as stack:
+            if with_attention:
+                self._store = stack.enter_context(attention_processors.capture_cross_attention(denoiser))
+                stack.enter_context(self._store.record())
+            extend = denoiser.register_forward_pre_hook(lambda _, *call: self.extend(*call), with_kwargs=True)
+            stack.callback(extend.remove)
+            if self.rows.appended:
+                stack.callback(denoiser.register_forward_hook(self._take_rows).remove)
+            stack.enter_context(adapters.original_rows(denoiser, self.rows.of_the_original))
+            yield
+
+    def _take_rows(self, denoiser: nn.Module, args: tuple, output: tuple) -> tuple:
+        own, images = self.rows.own(output[0]), self.rows.images
+        appended, response = output[0][len(own) :], self.rows.response(own)
+        reference, start = appended[:images], appended[-images:]
+        difference = sfcm.noise_difference(response, start, self.to_epsilon(args[1]))
+        self.differences.append(difference)
+        attention = None
+        if self._store is not None:
+            attention = self._take_attention()
+            self.attention.append(attention)
+        if self.guide is not None:
+            response.copy_(self.guide.blend(response, reference, difference, attention))
+        return (own, *output[1:])
+
+    def _take_attention(self) -> StepAttention:
+        features = self._store.pop()
+        resolution = attention_processors.phrase_map_resolution(features.resolutions)
+        layers = list(features.at_resolution(resolution).attention_probs.values())
+        own = [self.rows.own(probs) for probs in layers]
+        response = torch.stack([self.rows.response(probs) for probs in own]).mean(0)
+        reference = [probs[len(rows) :][: self.rows.images] for probs, rows in zip(layers, own)]
+        return StepAttention(torch.stack(reference).mean(0), response, resolution)
+
+    def maps(self, phrases: Phrases, mode: str, has_target: bool, has_map: bool, per_step: bool) -> dict[str, Any]:
+        """The map fields of the pipeline's output, from what was seen in a run."""
+        difference, attention = sum(self.differences) / len(self.differences), _mean(self.attention)
+        size = difference.shape[-2:]
+        maps = {"phrases": phrases.texts, "phrase_maps": attention.reference_maps(phrases.weights, size).cpu()}
+        if has_map:
+            maps["sfcm"] = _compute_sfcm(difference, attention, phrases, mode)
+        if has_map and per_step:
+            steps = zip(self.differences, self.attention, strict=True)
+            maps["sfcm_per_step"] = torch.cat([_compute_sfcm(*step, phrases, mode) for step in steps], dim=1)
+        if has_target:
+            maps["phrase_distances"] = phrases.distances
+            maps["targets"] = phrases.targets
+            maps["target_maps"] = attention.response_maps(phrases.target_weights, size).cpu()
+        return maps
+
+
+def _mean(calls: Sequence[StepAttention]) -> StepAttention:
+    return StepAttention(
+        sum(call.reference for call in calls) / len(calls),
+        sum(call.response for call in calls) / len(calls),
+        calls[0].resolution,
+    )
+
+
+def _compute_sfcm(difference: Tensor, attention: StepAttention, phrases: Phrases, mode: str) -> Tensor:
+    """(B, 1, H, W) float32 on the CPU."""
+    maps = attention.reference_maps(phrases.weights, difference.shape[-2:]).cpu()
+    computed = sfcm.SFCM_MODES[mode].compute(difference.cpu(), maps, phrases.distances, phrases.protected)
+    return sfcm.free_regions(computed, maps, phrases.free)

@@ -1,0 +1,59 @@
+"""Tests of the prompts of alignment portraits: thinned out, and repeated where there are too few of them."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from test_train import prepared, train, watch
+
+import train_spf_portrait_lora as script
+from prompts import make_prompt_pair
+from training.alignment_prompts import thin_out
+
+
+PAIR = make_prompt_pair("a woman, a green hat, a red scarf, a tie", [("a green hat", "a crown"), "red hair"])
+
+
+def test_drawn_portraits_leave_out_phrases_by_chance():
+    random = np.random.default_rng(0)
+    assert thin_out(PAIR, 0.0, random) == PAIR
+    pairs = [thin_out(PAIR, 0.5, random) for _ in range(400)]
+    for pair in pairs:
+        phrases = pair.base_prompt.split(", ")
+        assert phrases == [phrase for phrase in PAIR.base_prompt.split(", ") if phrase in phrases]
+        assert "a green hat" in phrases and pair.target_prompts == PAIR.target_prompts
+        assert pair.base_phrases == tuple(phrase for phrase in phrases if phrase != "a green hat")
+        assert "a crown" in pair.full_prompt and "red hair" in pair.full_prompt
+    counts = Counter(phrase for pair in pairs for phrase in pair.base_phrases)
+    # One of three phrases always stays, so a phrase does a little more often than every second time.
+    assert all(count / 400 == pytest.approx(0.5 + 1 / 24, abs=0.08) for count in counts.values()) and len(counts) == 3
+    assert {len(thin_out(PAIR, 0.999, random).base_phrases) for _ in range(20)} == {1}
+
+
+def test_thinned_out_prompts_are_those_the_losses_ask_about(world):
+    run = prepared(world, alignment_phrase_dropout=0.9)
+    pairs, models, table = run.inputs.pairs, run.parts.models, run.parts.table
+    assert len(pairs) == 6 + 3 and any(len(pair.base_phrases) == 1 for pair in pairs[6:])
+    rows = torch.arange(6, 9)
+    embeds = models.reference_embeds(table, rows), models.response_embeds(table, rows)
+    for i, pair in enumerate(pairs[6:]):
+        for found, prompt in zip(embeds, (pair.base_prompt, pair.full_prompt)):
+            with torch.no_grad():
+                ids = world.tokenizer(prompt, padding="max_length", return_tensors="pt").input_ids
+                expected = models.pipeline.text_encoder(ids)[0][0]
+            torch.testing.assert_close(found.states[i], expected, rtol=1e-4, atol=1e-5)
+        assert table.phrase_mask[6 + i].sum() == len(pair.base_phrases)
+
+
+def test_more_alignment_portraits_than_prompts(world, tmp_path, monkeypatch):
+    alignments = watch(monkeypatch, script, "prepare_alignment")
+    inputs = watch(monkeypatch, script, "check_inputs")
+    flags = {"num_alignment_images": 8, "max_train_samples": 3, "alignment_phrase_dropout": 0}
+    train(world, tmp_path / "output", **flags, stage1_steps=1, stage2_steps=1)
+    pairs = inputs[0].pairs
+    assert alignments[0].pair_index.tolist() == list(range(3, 11))
+    counts = Counter(pair.base_prompt for pair in pairs[3:])
+    assert sorted(counts.values()) == [2, 3, 3] and set(pairs[3:]) == set(pairs[:3])
+    distances = torch.pdist(torch.stack(alignments[0].latents).flatten(1))
+    assert distances.min() > 0.1, "two portraits are the same"

@@ -1,0 +1,94 @@
+"""The portraits that both paths are aligned on, with their maps, and what is written of them.
+
+Legend: C channels, H/W latent size, M alignment portraits.
+Source: [ours].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from PIL import Image
+
+from pictures import overlay_heat_map, picture_grid
+from training.arguments import Flags
+from training.inputs import Inputs
+from training.models import Models
+from training.objectives.objective import Parts
+from training.portraits import Portraits, draw_portraits
+
+
+def prepare_alignment(flags: Flags, inputs: Inputs, parts: Parts, accelerator: Accelerator) -> Portraits:
+    """The portraits both paths are aligned on, with their SFCMs where the mode averages over noise samples."""
+    models, output, together = parts.models, flags.output, 2 * flags.loop.train_batch_size
+    sources = []
+    if flags.alignment.alignment_source != "data":
+        sources.append(draw_portraits(models, inputs, flags.alignment, accelerator, flags.loop.seed, together))
+    if flags.alignment.alignment_source != "generated":
+        sources.append(parts.training.as_alignment())
+    portraits = join(sources)
+    if inputs.sfcm is not None:
+        portraits.sfcm = maps_as_given(inputs.sfcm, portraits)
+    elif parts.maps.has_bank:
+        portraits.sfcm = parts.maps.fill_bank(portraits, together, accelerator.is_local_main_process)
+    if accelerator.is_main_process:
+        if output.num_validation_images and portraits.sfcm is not None:
+            path = Path(output.output_dir) / "validation" / "alignment.png"
+            draw_overview(models, portraits, output.num_validation_images, path)
+        if flags.alignment.save_alignment:
+            save_portraits(models, portraits, Path(output.output_dir) / "alignment")
+    return portraits
+
+
+def join(parts: Sequence[Portraits]) -> Portraits:
+    """Portraits of several sources as one, without maps."""
+    return Portraits(
+        [latents for part in parts for latents in part.latents],
+        torch.cat([part.pair_index for part in parts]),
+        tuple(bucket for part in parts for bucket in part.buckets),
+    )
+
+
+def maps_as_given(given: Sequence[torch.Tensor], portraits: Portraits) -> list[torch.Tensor]:
+    """The maps of --sfcm_dir at the size of each portrait's latents: M of (1, H, W) in [0, 1]."""
+    return [
+        F.interpolate(sfcm[None].to(latents.device), latents.shape[-2:], mode="area")[0]
+        for sfcm, latents in zip(given, portraits.latents, strict=True)
+    ]
+
+
+@torch.no_grad()
+def decode_portrait(models: Models, latents: torch.Tensor) -> Image.Image:
+    """The portrait of latents (C, H, W)."""
+    pixels = models.family.to_pixels(models.pipeline.vae, latents[None])
+    return models.pipeline.image_processor.postprocess(pixels.float(), output_type="pil")[0]
+
+
+def draw_overview(models: Models, portraits: Portraits, count: int, path: Path) -> None:
+    """Write the first portraits and the SFCM over each, so that one sees what stage 2 will protect."""
+    # A grid has pictures of one size: those of the first portrait's.
+    chosen, rows = [i for i, bucket in enumerate(portraits.buckets) if bucket == portraits.buckets[0]], []
+    with models.resident():
+        for i in chosen[:count]:
+            portrait = decode_portrait(models, portraits.latents[i])
+            rows.append([portrait, overlay_heat_map(portrait, portraits.sfcm[i][0].cpu())])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture_grid(rows, ("alignment portrait", "SFCM")).save(path)
+
+
+def save_portraits(models: Models, portraits: Portraits, folder: Path) -> None:
+    """Write each portrait, and its map as --sfcm_dir reads it, if it has one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with models.resident():
+        for i, latents in enumerate(portraits.latents):
+            portrait = decode_portrait(models, latents)
+            portrait.save(folder / f"{i:05d}.png")
+            if portraits.sfcm is not None:
+                grey = (portraits.sfcm[i][0].cpu() * 255).round().byte().numpy()
+                sfcm = Image.fromarray(grey).resize(portrait.size, Image.Resampling.BILINEAR)
+                (folder / "sfcm").mkdir(exist_ok=True)
+                sfcm.save(folder / "sfcm" / f"{i:05d}.png")

@@ -1,0 +1,157 @@
+"""The batch of a step: a pure function of seed, step and stream, cut into the processes' shares.
+
+Legend: B batch, C channels, H/W latent size, H'/W' size in pixels.
+Source: [ours].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+
+from families.noise_process import DDPM
+from training.portraits import Portraits, TrainingPortraits
+from training.prompt_table import BASE, EMPTY, FULL
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's rows on this process.
+
+    Index and kinds lie on the CPU, where reading them waits for no GPU; all else lies on the device.
+
+    Attributes:
+        index: (B,) the portraits, as places in their latents.
+        kinds: (B,) FULL, BASE or EMPTY.
+        pairs: (B,) their pairs of prompts; `rows` (B,) the rows of the prompt table.
+        latents, noise, noisy_latents: (B, C, H, W) float32; timesteps: (B,).
+        pixels: (B, 3, H', W') in [-1, 1], where the batch was encoded in this step.
+    """
+
+    index: torch.Tensor
+    kinds: torch.Tensor
+    pairs: torch.Tensor
+    rows: torch.Tensor
+    latents: torch.Tensor
+    noise: torch.Tensor
+    noisy_latents: torch.Tensor
+    timesteps: torch.Tensor
+    pixels: torch.Tensor | None = None
+
+    @property
+    def asks(self) -> torch.Tensor:
+        """(B,) bool on the device: whether a row asks for the target."""
+        return send(self.kinds == FULL, self.noise.device)
+
+
+@dataclass(frozen=True)
+class BatchDrawer:
+    """Draws this process's batches.
+
+    Attributes:
+        seed: of the run.
+        batch_size: rows of one process; process_index of num_processes.
+        pairs: how many pairs of prompts the prompt table has.
+        noise: of training.
+        device: where batches lie.
+    """
+
+    seed: int
+    batch_size: int
+    process_index: int
+    num_processes: int
+    pairs: int
+    noise: DDPM
+    device: torch.device
+
+    @property
+    def size(self) -> int:
+        """Rows of a batch over all processes."""
+        return self.batch_size * self.num_processes
+
+    @property
+    def own(self) -> slice:
+        """This process's part of a batch."""
+        return slice(self.process_index * self.batch_size, (self.process_index + 1) * self.batch_size)
+
+    def generator(self, micro_step: int, stream: int) -> torch.Generator:
+        """What is random in a batch; `stream` keeps apart what one step draws several times."""
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + micro_step) * 4 + stream)
+
+    def training(self, portraits: TrainingPortraits, micro_step: int, noise_offset: float = 0.0) -> Batch:
+        """A batch of training portraits, all asked for their target.
+
+        Args:
+            portraits: what to draw from.
+            micro_step: counts batches, from 0.
+            noise_offset: standard deviation of an offset that all noise of one channel shares.
+        """
+        index, latents, pixels = portraits.take(micro_step)
+        return self._noised(portraits.pair_index, index, latents, pixels, micro_step, 0, noise_offset=noise_offset)
+
+    def aligned(
+        self,
+        portraits: Portraits,
+        micro_step: int,
+        stream: int,
+        unchanged_share: float = 0.0,
+        timestep_power: float = 0.0,
+        bucket: int | None = None,
+    ) -> Batch:
+        """A batch of alignment portraits.
+
+        Args:
+            portraits: what to draw from.
+            micro_step: counts batches, from 0.
+            stream: keeps apart what one step draws several times.
+            unchanged_share: share of BASE and EMPTY rows, in [0, 1).
+            timestep_power: timesteps are drawn with density (noise/signal)^power; 0 is uniform.
+            bucket: take portraits of this size alone.
+        """
+        index, latents = portraits.take(micro_step, self.size, self.own, stream, self.seed, bucket)
+        return self._noised(
+            portraits.pair_index, index, latents, None, micro_step, stream, unchanged_share, timestep_power
+        )
+
+    def _noised(
+        self,
+        pair_index: torch.Tensor,
+        index: torch.Tensor,
+        latents: torch.Tensor,
+        pixels: torch.Tensor | None,
+        micro_step: int,
+        stream: int,
+        unchanged_share: float = 0.0,
+        timestep_power: float = 0.0,
+        noise_offset: float = 0.0,
+    ) -> Batch:
+        """Noise, timesteps and kinds for the portraits at `index`."""
+        size, own, generator = self.size, self.own, self.generator(micro_step, stream)
+        # Stratified, so that a batch has its share of each kind however small the share is.
+        place = (torch.randperm(size, generator=generator) + torch.rand(size, generator=generator)) / size
+        kinds = torch.where(place < unchanged_share / 3, EMPTY, torch.where(place < unchanged_share, BASE, FULL))[own]
+        noise = torch.randn(size, *latents.shape[1:], generator=generator)
+        density = self.noise.timestep_density(timestep_power)
+        timesteps = torch.multinomial(density, size, replacement=True, generator=generator)[own]
+        if noise_offset:
+            noise = noise + noise_offset * torch.randn(size, latents.shape[1], 1, 1, generator=generator)
+        timesteps, noise = send(timesteps, self.device), send(noise[own], self.device)
+        pairs = pair_index[send(index % len(pair_index), self.device)]
+        rows = send(kinds * self.pairs, self.device) + pairs
+        noisy_latents = self.noise.add_noise(latents, noise, timesteps)
+        return Batch(index, kinds, pairs, rows, latents, noise, noisy_latents, timesteps, pixels)
+
+
+def make_drawer(
+    seed: int, batch_size: int, pairs: int, noise: DDPM, accelerator: Accelerator
+) -> BatchDrawer:
+    """What draws the batches of this process."""
+    processes = accelerator.process_index, accelerator.num_processes
+    return BatchDrawer(seed, batch_size, *processes, pairs, noise, accelerator.device)
+
+
+def send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the CPU on the device, without waiting for what a GPU still has to do."""
+    return values.to(device, non_blocking=device.type == "cuda")

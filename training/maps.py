@@ -1,0 +1,147 @@
+"""The SFCM of a portrait: averaged once for a bank, or of one step's predictions.
+
+Legend: B batch, C channels, H/W latent size, T text tokens, M alignment portraits.
+Paper: arXiv 2504.00396; `[ours]` marks what it leaves open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from attention_processors import CrossAttentionFeatures, phrase_map_resolution
+from programs.console import phase_bar
+from sfcm import SFCM_MODES, free_regions, noise_difference, phrase_attention_maps
+from training.arguments import has_sfcm_bank
+from training.batches import Batch, send
+from training.dual_path import dual_path
+from training.flags import AlignmentFlags
+from training.models import Models
+from training.portraits import Portraits
+from training.prompt_table import FULL, PromptTable
+from training.training_set import derive_seed
+
+
+class MapMaker:
+    """Makes the SFCMs of portraits, or of a batch.
+
+    Attributes:
+        has_bank: whether each portrait has one map, instead of one anew in each step.
+    """
+
+    def __init__(self, models: Models, table: PromptTable, flags: AlignmentFlags, seed: int) -> None:
+        """Make it.
+
+        Args:
+            models: whose predictions differ.
+            table: of the prompts.
+            flags: the mode, and what a bank is averaged over.
+            seed: of the run.
+        """
+        self._models, self._table, self._flags, self._seed = models, table, flags, seed
+        self._mode, self.has_bank = SFCM_MODES[flags.sfcm_mode], has_sfcm_bank(flags)
+
+    @torch.no_grad()
+    def fill_bank(self, portraits: Portraits, chunk_size: int, shown: bool) -> list[torch.Tensor]:
+        """The SFCM of each portrait, its noise difference averaged over several noise samples at high timesteps.
+
+        Args:
+            portraits: M of them.
+            chunk_size: how many are looked at together.
+            shown: whether a bar shows it.
+
+        Returns:
+            M of (1, H, W) float32 in [0, 1].
+
+        Source: [ours].
+        """
+        maps = {}
+        with phase_bar("maps", len(portraits.buckets), "map", shown) as bar:
+            for bucket in sorted(set(portraits.buckets)):
+                members = [i for i, own in enumerate(portraits.buckets) if own == bucket]
+                for start in range(0, len(members), chunk_size):
+                    chunk = members[start : start + chunk_size]
+                    maps |= zip(chunk, self._averaged(portraits, chunk), strict=True)
+                    bar.update(len(chunk))
+        return [maps[i] for i in range(len(portraits.buckets))]
+
+    def _averaged(self, portraits: Portraits, members: Sequence[int]) -> torch.Tensor:
+        """The SFCMs (B, 1, H, W) of portraits of one size."""
+        models, flags, rows = self._models, self._flags, portraits.pair_index[list(members)]
+        latents = torch.stack([portraits.latents[i] for i in members])
+        (low, high), count = flags.sfcm_timesteps, flags.sfcm_noise_samples
+        reference_embeds = models.reference_embeds(self._table, rows)
+        response_embeds = models.response_embeds(self._table, rows)
+        # Each portrait has its own generator, so that the size of a batch does not change its map.
+        generators = [torch.Generator().manual_seed(derive_seed(self._seed, f"map {i}")) for i in members]
+        difference, probs, resolutions = 0, [], []
+        for sample in range(count):
+            noise = torch.stack([torch.randn(latents.shape[1:], generator=own) for own in generators])
+            # One timestep from each part of the range, so that few samples cover it.
+            place = (sample + torch.cat([torch.rand(1, generator=own) for own in generators])) / count
+            timesteps = (low + place * (high - low)).long().to(models.device)
+            noisy_latents = models.noise.add_noise(latents, noise.to(models.device), timesteps)
+            with (
+                models.capture.store() as store,
+                dual_path(
+                    models.adapters,
+                    models.predict,
+                    noisy_latents,
+                    timesteps,
+                    reference_embeds,
+                    response_embeds,
+                    store=store,
+                ) as paths,
+            ):
+                features = paths.reference.at_resolution(phrase_map_resolution(paths.reference.resolutions))
+            start_pred = paths.reference_pred
+            if self._mode.target_only:
+                start_pred = models.predict(noisy_latents, timesteps, reference_embeds)
+            scale = models.noise.epsilon_scale(timesteps)
+            difference = difference + noise_difference(paths.response_pred, start_pred, scale)
+            probs += features.attention_probs.values()
+            resolutions += features.resolutions.values()
+        return self._make(rows, difference, probs, resolutions)
+
+    def _make(
+        self,
+        rows: torch.Tensor,
+        difference: torch.Tensor,
+        attention_probs: Sequence[torch.Tensor],
+        resolutions: Sequence[tuple[int, int]],
+    ) -> torch.Tensor:
+        """The SFCM (B, 1, H, W) of pairs `rows` (B,) from a noise difference and reference attention.
+
+        Free phrases are not protected, and their regions are open whatever the mode [ours].
+        """
+        table, free = self._table, self._table.free_mask[rows]
+        maps = phrase_attention_maps(attention_probs, resolutions, table.phrase_weights[rows], difference.shape[-2:])
+        sfcm = self._mode.compute(difference, maps, table.distances[rows], table.phrase_mask[rows] & ~free)
+        return free_regions(sfcm, maps, free)
+
+    def of_batch(
+        self,
+        batch: Batch,
+        portraits: Portraits,
+        response_pred: torch.Tensor,
+        reference_pred: torch.Tensor,
+        reference: CrossAttentionFeatures | None,
+    ) -> torch.Tensor:
+        """The SFCM (B, 1, H, W) of a batch; zero where nothing may change.
+
+        Args:
+            batch: of these portraits.
+            portraits: hold the bank, if there is one.
+            response_pred, reference_pred: (B, C, H, W), what the map is made of without a bank.
+            reference: the original model's features, likewise.
+        """
+        if self.has_bank:
+            sfcm = torch.stack([portraits.sfcm[i] for i in batch.index.tolist()])
+        else:
+            features = reference.at_resolution(phrase_map_resolution(reference.resolutions))
+            scale = self._models.noise.epsilon_scale(batch.timesteps)
+            difference = noise_difference(response_pred, reference_pred, scale)
+            probs, resolutions = list(features.attention_probs.values()), list(features.resolutions.values())
+            sfcm = self._make(batch.pairs, difference, probs, resolutions)
+        return sfcm * send(batch.kinds == FULL, sfcm.device)[:, None, None, None]

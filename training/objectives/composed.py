@@ -1,0 +1,181 @@
+"""Composed alignment: stage 1's change inside the SFCM, the original model's prediction elsewhere [ours].
+
+Legend: B batch, C channels, H/W latent size, T text tokens, E size of a text embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+
+import torch
+
+from adapters import BASE_ROW
+from attention_processors import CrossAttentionFeatures
+from families.prompt_embeds import PromptEmbeds
+from training.arguments import Flags
+from training.batches import Batch, BatchDrawer, send
+from training.flags import ComposedFlags, MethodFlags
+from training.losses import compose_prediction, diffusion_loss
+from training.maps import MapMaker
+from training.models import STAGE1_ADAPTER, Models
+from training.objectives.objective import Objective, Parts
+from training.portraits import Portraits
+from training.prompt_table import FULL, PromptTable
+from training.training_set import revisited_batch
+
+
+# Batches whose composed targets are kept at a time: latents, a few megabytes for Stable Diffusion.
+KEPT_TARGETS = 16
+
+
+class Composed(Objective):
+    """`L_composed`: the prediction that the original model and the frozen stage-1 adapter make up together."""
+
+    def __init__(
+        self,
+        models: Models,
+        table: PromptTable,
+        batches: BatchDrawer,
+        alignment: Portraits,
+        maps: MapMaker,
+        method: MethodFlags,
+        composed: ComposedFlags,
+        first_batch: int,
+    ) -> None:
+        """Make it.
+
+        Args:
+            models, table, batches, alignment, maps: of the run.
+            method, composed: the flags.
+            first_batch: number of the first batch of its stage.
+        """
+        self.models, self.table, self.batches, self.alignment, self.maps = models, table, batches, alignment, maps
+        self.method, self.flags, self.first_batch = method, composed, first_batch
+        self.weights = {"composed": 1.0}
+        # By the number of their batch, (B, C, H, W) each.
+        self._targets: dict[int, torch.Tensor] = {}
+
+    @classmethod
+    def make(cls, flags: Flags, parts: Parts) -> Composed:
+        first_batch = flags.method.stage1_steps * flags.loop.gradient_accumulation_steps
+        return cls(
+            parts.models, parts.table, parts.batches, parts.alignment, parts.maps, flags.method, flags.composed,
+            first_batch,
+        )  # fmt: skip
+
+    def prepare(self, state: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Keep stage 1's LoRA as the teacher, and begin where --composed_init says."""
+        self.models.add_teacher(self.models.lora() if state is None else state)
+        if state is None and self.method.stage2_objective == "composed" and self.flags.composed_init == "zero":
+            self.models.bring_to_zero()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return self.models.lora(STAGE1_ADAPTER)
+
+    def maps_changed(self) -> None:
+        self._targets = {}
+
+    @contextmanager
+    def losses(self, micro_step: int) -> Iterator[dict[str, torch.Tensor]]:
+        models, number = self.models, self.number_of(micro_step)
+        batch = self.batches.aligned(
+            self.alignment,
+            number,
+            stream=2,
+            unchanged_share=self.method.base_prompt_share,
+            timestep_power=self.flags.composed_timestep_power,
+        )
+        response_embeds = models.response_embeds(self.table, batch.rows)
+        target = self.target(batch, number, response_embeds)
+        response_pred = models.respond(batch.noisy_latents, batch.timesteps, response_embeds)
+        losses = diffusion_loss(response_pred, target) * models.noise.epsilon_scale(batch.timesteps) ** 2
+        yield {"composed": losses.mean()}
+
+    def number_of(self, micro_step: int) -> int:
+        """The batch to learn from among those that can be drawn: each is met several times."""
+        done, reuse = micro_step - self.first_batch, self.flags.composed_target_reuse
+        return self.first_batch + revisited_batch(done, KEPT_TARGETS, reuse, self.batches.seed)
+
+    @torch.no_grad()
+    def target(self, batch: Batch, number: int, response_embeds: PromptEmbeds) -> torch.Tensor:
+        """What the predictions (B, C, H, W) of a batch should be, made once and kept as long as its cycle lasts.
+
+        All of it comes from frozen weights and the batch: what is not there, as in a run that goes on, is made again
+        and is the same.
+        """
+        if number in self._targets:
+            return self._targets[number]
+        reference_embeds = self.models.reference_embeds(self.table, batch.rows)
+        reference_pred, full_pred, base_pred, features = self.predictions(batch, reference_embeds, response_embeds)
+        sfcm = self.maps.of_batch(batch, self.alignment, full_pred, reference_pred, features)
+        flags = self.flags
+        strength = flags.sfcm_gamma, flags.teacher_scale, flags.teacher_base_weight
+        target = compose_prediction(reference_pred, full_pred, base_pred, sfcm, *strength)
+        if flags.composed_target_reuse > 1:
+            cycle = number - (number - self.first_batch) % KEPT_TARGETS
+            self._targets = {kept: value for kept, value in self._targets.items() if kept >= cycle} | {number: target}
+        return target
+
+    @torch.no_grad()
+    def predictions(
+        self, batch: Batch, reference_embeds: PromptEmbeds, response_embeds: PromptEmbeds
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, CrossAttentionFeatures | None]:
+        """Predictions (B, C, H, W) of the original model, and of the stage-1 adapter with full and with base prompt.
+
+        With them come the original model's features, if the map asks for them.
+
+        The teacher sees FULL rows alone, and with the base prompt only where that has a weight; elsewhere its
+        predictions are the reference's, which the composition keeps.
+        """
+        full = send((batch.kinds == FULL).nonzero().flatten(), self.models.device)
+        asked = [response_embeds, reference_embeds] if self.flags.teacher_base_weight > 0 else [response_embeds]
+        rows, embeds = full.repeat(len(asked)), PromptEmbeds.cat([embeds[full] for embeds in asked])
+        with ExitStack() as stack:
+            store, recording = None, nullcontext()
+            if not self.maps.has_bank:
+                store = stack.enter_context(self.models.capture.store())
+                recording = store.record()
+            if self.method.dual_path == "single_pass":
+                reference_pred, preds = self._together(batch, reference_embeds, rows, embeds, recording)
+            else:
+                reference_pred, preds = self._in_turn(batch, reference_embeds, rows, embeds, recording)
+            features = store.pop().rows(0, len(batch.kinds)) if store is not None else None
+        preds = [reference_pred.index_copy(0, full, own) for own in preds.chunk(len(asked))]
+        # Without a weight, what the teacher makes of the base prompt is nothing that counts.
+        full_pred, base_pred = preds if len(asked) == 2 else (*preds, reference_pred)
+        return reference_pred, full_pred, base_pred, features
+
+    def _together(
+        self,
+        batch: Batch,
+        reference_embeds: PromptEmbeds,
+        rows: torch.Tensor,
+        embeds: PromptEmbeds,
+        recording: AbstractContextManager,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The original model's predictions and the teacher's, of `rows`, in one forward."""
+        count, device = len(batch.kinds), self.models.device
+        together = torch.cat([torch.arange(count, device=device), rows])
+        with self.models.adapters.per_sample([BASE_ROW] * count + [STAGE1_ADAPTER] * len(rows)), recording:
+            preds = self.models.predict(
+                batch.noisy_latents[together], batch.timesteps[together], PromptEmbeds.cat([reference_embeds, embeds])
+            )
+        return preds[:count], preds[count:]
+
+    def _in_turn(
+        self,
+        batch: Batch,
+        reference_embeds: PromptEmbeds,
+        rows: torch.Tensor,
+        embeds: PromptEmbeds,
+        recording: AbstractContextManager,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same in two forwards."""
+        models = self.models
+        with models.adapters.only(None), recording:
+            reference_pred = models.predict(batch.noisy_latents, batch.timesteps, reference_embeds)
+        if not len(rows):
+            return reference_pred, reference_pred[rows]
+        with models.adapters.only(STAGE1_ADAPTER):
+            return reference_pred, models.predict(batch.noisy_latents[rows], batch.timesteps[rows], embeds)

@@ -1,0 +1,76 @@
+"""The interface of an objective.
+
+Source: [ours].
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+from training.arguments import Flags
+from training.batches import BatchDrawer
+from training.enhancement import Enhancement
+from training.maps import MapMaker
+from training.models import Models
+from training.portraits import Portraits, TrainingPortraits
+from training.prompt_table import PromptTable
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run has that objectives are made of; each takes what it uses.
+
+    Attributes:
+        models, table, batches, training: the models, the prompts, what draws batches, the training portraits.
+        maps: makes SFCMs.
+        alignment: portraits that both paths are aligned on, or that `prior` keeps.
+        enhancement: `L_enh`, where a flag asks for it.
+        unrelated_ids: (U, T) tokens of the prompts that `cat` keeps.
+    """
+
+    models: Models
+    table: PromptTable
+    batches: BatchDrawer
+    training: TrainingPortraits
+    maps: MapMaker
+    alignment: Portraits | None
+    enhancement: Enhancement | None
+    unrelated_ids: torch.Tensor | None
+
+
+class Objective(ABC):
+    """One forward of a step and its losses.
+
+    Attributes:
+        weights: of each of its losses, by name.
+    """
+
+    weights: Mapping[str, float]
+
+    @classmethod
+    @abstractmethod
+    def make(cls, flags: Flags, parts: Parts) -> Objective:
+        """The objective as the flags ask for it."""
+
+    def prepare(self, state: Mapping[str, torch.Tensor] | None = None) -> None:  # noqa: B027 (most need nothing)
+        """Make ready before the first step; `state` is what a checkpoint has, if the run goes on from there."""
+
+    @abstractmethod
+    def losses(self, micro_step: int) -> AbstractContextManager[dict[str, torch.Tensor]]:
+        """The forward of batch `micro_step`: a context with its losses by name, scalars that gradient flows through.
+
+        The backward runs inside it, since a recomputation under gradient checkpointing has to find hooks and
+        processors as the forward saw them.
+        """
+
+    def maps_changed(self) -> None:  # noqa: B027 (most keep nothing that is made of maps)
+        """Told when the alignment portraits have new maps."""
+
+    def state(self) -> dict[str, torch.Tensor] | None:
+        """What a checkpoint has to hold for `prepare`, if anything."""
+        return None

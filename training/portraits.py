@@ -1,0 +1,207 @@
+"""The portraits that a run learns from and is aligned on: encoded, drawn, and taken by a step.
+
+Legend: B batch, C channels, H/W latent size, H'/W' size in pixels, N training portraits, M alignment portraits.
+Source: [ours].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from programs.console import phase_bar
+from programs.interruption import leave_stop_signals
+from training.arguments import Flags
+from training.caches import TensorCache, fingerprint, module_fingerprint
+from training.drawing import draw_latents
+from training.flags import AlignmentFlags
+from training.inputs import Inputs
+from training.models import Models
+from training.training_set import Sample, TrainingSet, bucketed_batch_indices, derive_seed
+
+
+@dataclass
+class Portraits:
+    """Portraits that both paths are aligned on, or whose predictions are kept.
+
+    Attributes:
+        latents: M of (C, H, W) float32 on the device, scaled as the UNet expects them.
+        pair_index: (M,) which pair of prompts belongs to each.
+        buckets: which size each has.
+        sfcm: M of (1, H, W) float32 in [0, 1], once the bank is filled.
+    """
+
+    latents: Sequence[torch.Tensor]
+    pair_index: torch.Tensor
+    buckets: tuple[int, ...]
+    sfcm: Sequence[torch.Tensor] | None = None
+
+    def take(
+        self, micro_step: int, size: int, own: slice, stream: int, seed: int, bucket: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A process's share `own` of batch `micro_step`: places (B,) and latents (B, C, H, W), all of one size.
+
+        Args:
+            micro_step: counts batches, from 0.
+            size: portraits of the batch, over all processes.
+            own: this process's part of it.
+            stream: keeps apart what one step takes twice.
+            seed: of the run.
+            bucket: take those of this size alone.
+        """
+        members = [i for i, other in enumerate(self.buckets) if bucket in (None, other)]
+        buckets = [self.buckets[i] for i in members]
+        places = bucketed_batch_indices(micro_step, size, buckets, derive_seed(seed, f"stream {stream}"))[own]
+        index = [members[i] for i in places]
+        return torch.tensor(index), torch.stack([self.latents[i] for i in index])
+
+
+class TrainingPortraits:
+    """The training portraits: encoded once, or read and encoded in each step.
+
+    Attributes:
+        training_set: says what a batch holds, and reads pictures and masks.
+        latents: of each of `samples`, (C, H, W) float32 on the device; None where each step encodes its own.
+        pair_index: (N,) which pair of prompts belongs to each.
+    """
+
+    def __init__(self, training_set: TrainingSet, models: Models, workers: int) -> None:
+        self.training_set, self.latents = training_set, None
+        self.pair_index = torch.arange(len(training_set.rows), device=models.device)
+        self._models, self._workers, self._pixels = models, workers, None
+
+    @property
+    def samples(self) -> list[Sample]:
+        """Every form in which a training portrait can come: as it is, then mirrored where that is asked for."""
+        mirrored = (False, True) if self.training_set.random_flip else (False,)
+        return [Sample(i, flip) for flip in mirrored for i in range(len(self.training_set.rows))]
+
+    def read(self, numbers: Sequence[Sample] | range, read: Callable[[Sample | int], torch.Tensor]) -> DataLoader:
+        """What `read` makes of each of them, in order, by --dataloader_num_workers processes."""
+        return DataLoader(
+            numbers, batch_size=None, collate_fn=read, num_workers=self._workers, worker_init_fn=leave_stop_signals
+        )
+
+    def encode(self, cache: TensorCache, shown: bool) -> None:
+        """Encode each of `samples` once, or look it up."""
+        own, samples = self.training_set, self.samples
+        # Only a file outlives the model that made it.
+        model = None if cache.folder is None else module_fingerprint(self._models.pipeline.vae)
+        sizes = [own.sizes[own.buckets[sample.index]] for sample in samples]
+        keys = [
+            fingerprint("latents", model, own.keys[sample.index], size, sample.flip, own.interpolation)
+            for sample, size in zip(samples, sizes, strict=True)
+        ]
+
+        def compute(missing: Sequence[int]) -> Iterator[torch.Tensor]:
+            pictures = self.read([samples[i] for i in missing], own.pixels)
+            with phase_bar("latents", len(missing), "portrait", shown) as bar:
+                for pixels in pictures:
+                    yield self._models.to_latents(pixels[None])[0]
+                    bar.update()
+
+        self.latents = [latents.to(self._models.device) for latents in cache.get_or_compute(keys, compute)]
+
+    def start_reading(self, micro_steps: range) -> None:
+        """Have the pictures of these batches read ahead, where latents are not cached."""
+        if self.latents is None:
+            self._pixels = iter(self.read(micro_steps, self.training_set.batch_pixels))
+
+    def take(self, micro_step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """A batch's places (B,) in `samples`, its latents (B, C, H, W), and its pixels where they are read now."""
+        samples = self.training_set.samples(micro_step)
+        index = [sample.index + len(self.training_set.rows) * sample.flip for sample in samples]
+        if self.latents is not None:
+            return torch.tensor(index), torch.stack([self.latents[i] for i in index]), None
+        pixels = next(self._pixels).to(self._models.device)
+        return torch.tensor(index), self._models.to_latents(pixels), pixels
+
+    def as_alignment(self) -> Portraits:
+        """The training portraits to be aligned on: as they are, never mirrored, for each has one map."""
+        own, count = self.training_set, len(self.training_set.rows)
+        latents = self.latents
+        if latents is None:
+            pictures = self.read([Sample(i) for i in range(count)], own.pixels)
+            latents = [self._models.to_latents(pixels[None])[0] for pixels in pictures]
+        return Portraits(latents[:count], self.pair_index, own.buckets)
+
+
+def draw_portraits(
+    models: Models, inputs: Inputs, flags: AlignmentFlags, accelerator: Accelerator, seed: int, batch_size: int
+) -> Portraits:
+    """Portraits of the original model from base prompts, shared between the processes, each from a seed of its own."""
+    count = len(inputs.rows)
+    pairs, buckets = range(count, len(inputs.pairs)), inputs.buckets[count:]
+
+    def draw_one_size(first: int, stop: int, bar: tqdm) -> list[torch.Tensor]:
+        """Latents of the portraits from `first` to `stop`, which have one size."""
+        share = -(-(stop - first) // accelerator.num_processes)
+        start = first + accelerator.process_index * share
+        # Every process draws as many, the last ones perhaps some too many, which are cut off again.
+        own = [min(i, stop - 1) for i in range(start, start + share)]
+        height, width = inputs.sizes[buckets[first]]
+        drawn = draw_latents(
+            models.pipeline,
+            [inputs.pairs[pairs[i]].base_prompt for i in own],
+            seeds=[derive_seed(seed, f"alignment portrait {i}") for i in own],
+            num_inference_steps=flags.alignment_inference_steps,
+            guidance_scale=flags.alignment_guidance_scale,
+            height=height,
+            width=width,
+            batch_size=batch_size,
+            advance=bar.update,
+        )
+        return list(accelerator.gather(drawn.to(models.device))[: stop - first])
+
+    latents, stretches = [], runs_of_equal(buckets)
+    own = sum(-(-(stop - first) // accelerator.num_processes) for first, stop in stretches)
+    with (
+        phase_bar("alignment portraits", own, "portrait", accelerator.is_local_main_process) as bar,
+        models.adapters.only(None),
+        models.resident(),
+    ):
+        for first, stop in stretches:
+            latents += draw_one_size(first, stop, bar)
+    return Portraits(latents, torch.tensor(list(pairs), device=models.device), buckets)
+
+
+def make_training_set(flags: Flags, inputs: Inputs, accelerator: Accelerator) -> TrainingSet:
+    """The training portraits, of whose batches this process has its share."""
+    size = flags.loop.train_batch_size
+    first = accelerator.process_index * size
+    return TrainingSet(
+        rows=inputs.rows,
+        keys=inputs.keys,
+        sizes=inputs.sizes,
+        buckets=inputs.buckets[: len(inputs.rows)],
+        batch_size=size * accelerator.num_processes,
+        share=slice(first, first + size),
+        seed=flags.loop.seed,
+        repeats=flags.data.repeats,
+        random_flip=flags.pictures.random_flip,
+        center_crop=flags.pictures.center_crop,
+        interpolation=flags.pictures.image_interpolation_mode,
+    )
+
+
+def portraits_of(state: Mapping[str, Any], device: torch.device) -> Portraits | None:
+    """The alignment portraits and their maps as a checkpoint holds them, if it has some."""
+    if state["alignment"] is None:
+        return None
+    values = {
+        name: [tensor.to(device) for tensor in value] if isinstance(value, list) else value
+        for name, value in state["alignment"].items()
+    }
+    return Portraits(**values | {"pair_index": values["pair_index"].to(device)})
+
+
+def runs_of_equal(values: Sequence[int]) -> list[tuple[int, int]]:
+    """Start and end of each stretch of equal values."""
+    starts = [i for i, value in enumerate(values) if i == 0 or value != values[i - 1]]
+    return list(zip(starts, [*starts[1:], len(values)], strict=True))

@@ -1,0 +1,145 @@
+"""Going on with a run: from which checkpoint, and what must be as it was.
+
+Source: [ours].
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loras import LORA_WEIGHTS
+from loras.loading import ReferenceLora
+from programs.checkpoints import find_checkpoints
+from programs.loading import InputError
+from training.arguments import Flags, flat
+from training.checkpoints import check_checkpoint, latest_checkpoint, read_state
+from training.flags import LoopFlags, OutputFlags
+
+
+logger = logging.getLogger(__name__)
+
+# What may be another when a run goes on, for it does not change what is computed; prompts, pictures and earlier LoRAs
+# are compared by their content, batch and precision as accelerate has them.
+FREE_ON_RESUME = frozenset(
+    """
+    train_data_dir dataset_name dataset_config_name cache_dir image_column base_prompt_column target_prompt_column
+    caption_column caption_extension
+    full_prompt_column base_phrases_column free_phrases_column free_phrases target_prompt max_train_samples
+    dataloader_num_workers cache_latents cache_text_embeddings train_batch_size gradient_checkpointing allow_tf32
+    stage2_steps output_dir logging_dir report_to checkpointing_steps checkpoints_total_limit resume_from_checkpoint
+    validation_base_prompt validation_target_prompt num_validation_images validation_steps validation_inference_steps
+    validation_guidance_scale mixed_precision push_to_hub hub_model_id hub_token hub_private_repo hub_license
+    output_kohya_format dry_run enable_xformers_memory_efficient_attention reference_lora reference_lora_scale
+    mask_column save_alignment
+    """.split()
+)
+
+
+@dataclass(frozen=True)
+class Resume:
+    """A checkpoint to go on from: its folder and what `checkpoints.read_state` read there."""
+
+    folder: Path
+    state: dict[str, Any]
+
+
+def resume_record(
+    flags: Flags, references: Sequence[ReferenceLora], global_batch_size: int, mixed_precision: str
+) -> dict[str, Any]:
+    """What must be the same when the run goes on: the flags that change what is computed, and what accelerate decides.
+
+    Args:
+        flags: all of them.
+        references: the earlier LoRAs.
+        global_batch_size: portraits a batch over all processes.
+        mixed_precision: the flag's, or that of accelerate's configuration.
+    """
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in flat(flags).items()}
+    record = {name: value for name, value in values.items() if name not in FREE_ON_RESUME}
+    if references:
+        record["reference_lora (SHA-256, scale)"] = [[lora.sha256, lora.scale] for lora in references]
+    return record | {"global_batch_size": global_batch_size, "mixed_precision": mixed_precision}
+
+
+def find_resume(flags: Flags, references: Sequence[ReferenceLora]) -> Resume | None:
+    """The checkpoint that --resume_from_checkpoint names, checked and read; None to start anew.
+
+    Raises:
+        ValueError: there is none, it is damaged, or another run's; or one would be lost among those of this run.
+    """
+    asked, output_dir = flags.loop.resume_from_checkpoint, Path(flags.output.output_dir)
+    if asked is None:
+        earlier = find_checkpoints(output_dir)
+        if earlier and not flags.output.dry_run:
+            raise ValueError(
+                f"--output_dir {output_dir} holds {earlier[-1].name} of an earlier run: give "
+                "--resume_from_checkpoint latest to go on, or another folder to start anew"
+            )
+        check_unused(flags.output)
+        return None
+    if asked == "latest":
+        folder = latest_checkpoint(output_dir)
+        if folder is None:
+            check_unused(flags.output)
+            logger.warning("There is no whole checkpoint in %s: the run starts anew", output_dir)
+            return None
+    else:
+        folder = Path(asked) if Path(asked).is_dir() else output_dir / asked
+        if not folder.is_dir():
+            raise ValueError(f"--resume_from_checkpoint {asked}: there is no such folder")
+        try:
+            check_checkpoint(folder)
+        except ValueError as error:
+            raise ValueError(f"--resume_from_checkpoint {asked}: {error}") from error
+    state = read_state(folder)
+    record = state["record"]
+    # Batch and precision are compared once accelerate has said what they are.
+    now = resume_record(flags, references, record["global_batch_size"], record["mixed_precision"])
+    check_record(folder, record, now)
+    return Resume(folder, state)
+
+
+def check_unused(output: OutputFlags) -> None:
+    """A run that starts anew must not write over the LoRA of another.
+
+    Raises:
+        InputError: there is one.
+    """
+    lora = Path(output.output_dir) / LORA_WEIGHTS
+    if lora.is_file() and not output.dry_run:
+        raise InputError(
+            f"--output_dir {output.output_dir} holds the {LORA_WEIGHTS} of an earlier run, which this one would write "
+            "over: give another folder"
+        )
+
+
+def check_nothing_came(loop: LoopFlags, output: OutputFlags, resume: Resume | None) -> None:
+    """Whether the output folder, once no other run can write into it, is as it was when the flags were checked.
+
+    Raises:
+        InputError: a run has come to its end, or written a checkpoint, in the meantime.
+    """
+    output_dir = Path(output.output_dir)
+    if resume is None:
+        check_unused(output)
+    expected = None if resume is None or resume.folder.parent != output_dir else resume.folder
+    if loop.resume_from_checkpoint in (None, "latest") and latest_checkpoint(output_dir) != expected:
+        raise InputError(f"--output_dir {output_dir}: another run has written checkpoints meanwhile; start again")
+
+
+def check_record(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Compare what a run was trained with and what it is given now.
+
+    Raises:
+        InputError: names the first that differs.
+    """
+    for name in sorted({*before, *now}):
+        if before.get(name) != now.get(name):
+            raise InputError(
+                f"--resume_from_checkpoint {folder}: was trained with {name} {before.get(name)}, and now it is "
+                f"{now.get(name)}"
+            )

@@ -1,0 +1,91 @@
+"""A run in a file: the flags by name in YAML, as they are given to a run and as it writes them down.
+
+Source: [ours].
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from programs.writing import whole
+
+
+RUN_FILE = "run.yaml"
+SECRETS = ("hub_token",)
+
+
+def read_run_file(path: str, actions: Mapping[str, argparse.Action]) -> dict[str, list[str]]:
+    """What a run file says, as a command line would.
+
+    Args:
+        path: the file.
+        actions: of the parser, by the flags' names.
+
+    Returns:
+        The words of each flag that the file gives a value. null, and what is the default, gives none.
+
+    Raises:
+        ValueError: it cannot be read, is no YAML, or has a key or a kind of value that no flag has.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold the flags by name, such as 'rank: 16'")
+    for name in values:
+        if name not in actions:
+            raise ValueError(f"{path}: there is no flag --{name}")
+    return {
+        name: _words(f"{path}: {name}", actions[name], value)
+        for name, value in values.items()
+        if value is not None and value != actions[name].default
+    }
+
+
+def _words(where: str, action: argparse.Action, value: Any) -> list[str]:
+    flag = action.option_strings[0]
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise ValueError(f"{where} must be true or false, got {value!r}")
+        return [flag if value else action.option_strings[1]]
+    values = value if isinstance(value, list) else [value]
+    for one in values:
+        if not isinstance(one, str | int | float):
+            raise ValueError(f"{where} must be a text or a number, or a list of them, got {value!r}")
+    # YAML reads the word no, which --mixed_precision can be, as false.
+    values = [{False: "no", True: "yes"}[one] if isinstance(one, bool) else str(one) for one in values]
+    if isinstance(action, argparse._ExtendAction):
+        return [f"{flag}={one}" for one in values]
+    if action.nargs is not None:
+        return [flag, *values]
+    if isinstance(value, list) and flag != "--lora_layers":
+        raise ValueError(f"{where} must be one value, got {value!r}")
+    return [f"{flag}={','.join(values)}"]
+
+
+def write_run_file(asked: Mapping[str, Any], folder: Path) -> Path:
+    """Write down what a run was asked for, so that it can be run again; whole or not at all.
+
+    Args:
+        asked: the flags by name, as they were given, `Flags.asked`. Secrets among them are left out.
+        folder: made if it is not there.
+
+    Returns:
+        The file.
+    """
+    kept = {name: list(value) if isinstance(value, tuple) else value for name, value in asked.items()}
+    text = yaml.safe_dump(
+        {name: value for name, value in kept.items() if name not in SECRETS}, sort_keys=False, allow_unicode=True
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole(folder / RUN_FILE) as file:
+        file.write_text(text, encoding="utf-8")
+    return folder / RUN_FILE

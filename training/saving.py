@@ -1,0 +1,121 @@
+"""What a run leaves behind: the LoRA, checkpoints, and the last lines that say what lies where.
+
+Source: [ours].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from safetensors import SafetensorError
+
+from loras import CARD, LORA_WEIGHTS
+from loras.writing import write_diffusers_lora
+from training.arguments import Flags
+from training.checkpoints import HIDDEN_PREFIX, CheckpointError, save_checkpoint, what_is_safe
+from training.engine import Engine
+from training.inputs import Inputs
+from training.models import Models
+from training.objectives.objective import Objective
+from training.portraits import Portraits
+from training.validation import validation_path
+
+
+logger = get_logger(__name__)
+
+
+def save_lora(models: Models, folder: Path) -> None:
+    """Write the LoRA in diffusers' format with its metadata, whole or not at all."""
+    # peft's names, for all layers: a loader tells the naming by the first one.
+    lora = models.lora(), models.unet.peft_config["default"]
+    write_diffusers_lora(folder, {"unet": lora}, f"{HIDDEN_PREFIX}lora-")
+
+
+def save_result(models: Models, folder: Path, output_dir: Path, accelerator: Accelerator) -> None:
+    """Write the LoRA of a stage that is over, on the main process.
+
+    Raises:
+        CheckpointError: it could not be written; one line that says what is safe.
+    """
+    if not accelerator.is_main_process:
+        return
+    try:
+        save_lora(models, folder)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder / LORA_WEIGHTS} could not be written: {' '.join(str(error).split())}; {what_is_safe(output_dir)}"
+        ) from error
+
+
+class Checkpoints:
+    """Writes all that a run needs to go on exactly: batches, noise and timesteps are functions of seed and step."""
+
+    def __init__(
+        self, flags: Flags, record: Mapping[str, Any], inputs: Inputs, models: Models, engine: Engine
+    ) -> None:
+        """Make it.
+
+        Args:
+            flags: where checkpoints go, and how many are kept.
+            record: what has to be the same when the run goes on.
+            inputs: the data, and the checkpoint to go on from.
+            models, engine: whose state it is.
+        """
+        self._output_dir, self._limit = Path(flags.output.output_dir), flags.loop.checkpoints_total_limit
+        self._constant = {"record": record, "data": inputs.data_fingerprint}
+        self._models, self._engine, self._resume = models, engine, inputs.resume
+        self._saved_step = None if inputs.resume is None else engine.global_step
+        self._objectives: Sequence[Objective] = ()
+        self._alignment: Portraits | None = None
+
+    def hold(self, objectives: Sequence[Objective], alignment: Portraits | None) -> None:
+        """From now on a checkpoint has the state of these."""
+        self._objectives, self._alignment = objectives, alignment
+
+    def state_for(self, objective: Objective, stage: int) -> dict[str, torch.Tensor] | None:
+        """What the checkpoint that the run goes on from has for an objective, if it is of this stage."""
+        if self._resume is None or self._resume.state["stage"] != stage:
+            return None
+        return self._resume.state["objectives"][type(objective).__name__]
+
+    def write(self) -> None:
+        """Write one for the last step, unless there is one."""
+        engine = self._engine
+        if not engine.accelerator.is_main_process or self._saved_step == engine.global_step:
+            return
+        state = self._constant | engine.state()
+        state["alignment"] = None if self._alignment is None else vars(self._alignment)
+        state["objectives"] = {type(objective).__name__: objective.state() for objective in self._objectives}
+        write_lora = partial(save_lora, self._models)
+        save_checkpoint(self._output_dir, engine.global_step, state, write_lora, self._limit)
+        self._saved_step = engine.global_step
+
+
+def say_what_is_there(flags: Flags, inputs: Inputs, global_step: int, pipeline_file: Path) -> None:
+    """The last lines: what lies where, and how to draw with it."""
+    output, pair = flags.output, inputs.validation_pair
+    folder, targets = Path(output.output_dir), list(pair.target_argument)
+    logger.info("The LoRA: %s", folder / LORA_WEIGHTS)
+    if output.num_validation_images:
+        logger.info("Pictures: %s, the last one of them", folder / validation_path(global_step))
+    if output.report_to != "none":
+        logger.info("Losses: %s", folder / output.logging_dir)
+    logger.info("Model card: %s", folder / CARD)
+    if inputs.references:
+        logger.info("How to draw with it and the earlier LoRAs is in the model card")
+        return
+    logger.info(
+        "Draw: pipe = DiffusionPipeline.from_pretrained(%r, custom_pipeline=%r, trust_remote_code=True); "
+        "pipe.load_lora_weights(%r); pipe(%r, target_prompt=%r, compare=True)",
+        flags.model.pretrained_model_name_or_path,
+        str(pipeline_file),
+        output.output_dir,
+        pair.base_prompt,
+        targets[0] if len(targets) == 1 else targets,
+    )

@@ -1,0 +1,170 @@
+"""The training portraits in batches, by functions of a step alone: a resumed run goes on exactly where it stopped.
+
+Legend: N training portraits, R portraits of one process, H/W size in pixels.
+Source: [ours].
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from programs.picture_files import load_picture
+from training.data import PortraitRow, load_mask
+from training.pixels import preprocess_image, preprocess_mask
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training portrait as a step takes it: which, mirrored or not, and where the crop lies in it."""
+
+    index: int
+    flip: bool = False
+    centering: tuple[float, float] = (0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """The training portraits in batches; what a batch holds is a pure function of its number.
+
+    Attributes:
+        rows: the N training portraits.
+        keys: of their pictures' content.
+        sizes: (H, W) of each bucket.
+        buckets: which of them each portrait belongs to.
+        batch_size: portraits a batch, over all processes.
+        share: this process's part of a batch.
+        seed, repeats, random_flip, center_crop, interpolation: the flags.
+    """
+
+    rows: Sequence[PortraitRow]
+    keys: Sequence[str]
+    sizes: Sequence[tuple[int, int]]
+    buckets: tuple[int, ...]
+    batch_size: int
+    share: slice
+    seed: int
+    repeats: int
+    random_flip: bool
+    center_crop: bool
+    interpolation: str
+
+    def samples(self, micro_step: int) -> list[Sample]:
+        """This process's R portraits of batch `micro_step`, all of one size."""
+        count = len(self.rows)
+        index = bucketed_batch_indices(micro_step, self.batch_size, self.buckets * self.repeats, self.seed)
+        random = np.random.default_rng((self.seed, micro_step))
+        flips = random.random(self.batch_size) < 0.5 if self.random_flip else [False] * self.batch_size
+        centres = [(0.5, 0.5)] * self.batch_size if self.center_crop else random.random((self.batch_size, 2))
+        samples = [
+            Sample(i % count, bool(flip), (float(x), float(y))) for i, flip, (x, y) in zip(index, flips, centres)
+        ]
+        return samples[self.share]
+
+    def pixels(self, sample: Sample) -> torch.Tensor:
+        """(3, H, W) in [-1, 1]."""
+        row, size = self.rows[sample.index], self.sizes[self.buckets[sample.index]]
+        picture = load_picture(row.image, row.source)
+        return preprocess_image(
+            picture, size, flip=sample.flip, centering=sample.centering, interpolation=self.interpolation
+        )
+
+    def mask(self, sample: Sample) -> torch.Tensor:
+        """(1, H, W) in [0, 1]: where the target is in these pixels."""
+        mask, size = load_mask(self.rows[sample.index]), self.sizes[self.buckets[sample.index]]
+        return preprocess_mask(mask, size, flip=sample.flip, centering=sample.centering)
+
+    def batch_masks(self, micro_step: int) -> torch.Tensor:
+        """(R, 1, H, W): the masks of batch `micro_step`."""
+        return torch.stack([self.mask(sample) for sample in self.samples(micro_step)])
+
+    def batch_pixels(self, micro_step: int) -> torch.Tensor:
+        """(R, 3, H, W): the pixels of batch `micro_step`."""
+        return torch.stack([self.pixels(sample) for sample in self.samples(micro_step)])
+
+
+def batch_indices(step: int, batch_size: int, count: int, seed: int) -> list[int]:
+    """The samples of one training step.
+
+    Args:
+        step: global step, from 0.
+        batch_size: samples of a step, over all processes and accumulated batches.
+        count: size of the set, at least 1.
+        seed: seed of the order.
+
+    Returns:
+        `batch_size` indices in [0, count). Each epoch has an order of its own; a batch at its end runs on into the
+        next, so every sample comes exactly once an epoch.
+
+    Source: [ours].
+    """
+    positions = range(step * batch_size, (step + 1) * batch_size)
+    return [_epoch_order(position // count, count, seed)[position % count] for position in positions]
+
+
+def bucketed_batch_indices(step: int, batch_size: int, buckets: Sequence[int], seed: int) -> list[int]:
+    """The samples of one training step, all of one bucket.
+
+    Args:
+        step: global step, from 0.
+        batch_size: samples of a step, over all processes and accumulated batches.
+        buckets: the bucket of each sample, at least one.
+        seed: seed of the order.
+
+    Returns:
+        `batch_size` indices in [0, len(buckets)). With one bucket in use, those of `batch_indices`. With several, each
+        comes once per sample of its own in len(buckets) steps, in an order that differs each time, so that every
+        sample comes exactly `batch_size` times in them, and no sample again before all others of its bucket.
+
+    Source: [ours].
+    """
+    count = len(buckets)
+    if len(set(buckets)) == 1:
+        return batch_indices(step, batch_size, count, seed)
+    cycle, position = divmod(step, count)
+    turns = [buckets[i] for i in _epoch_order(cycle, count, derive_seed(seed, "turns of buckets"))]
+    bucket = turns[position]
+    samples = [i for i in range(count) if buckets[i] == bucket]
+    batch = cycle * len(samples) + turns[:position].count(bucket)
+    chosen = batch_indices(batch, batch_size, len(samples), derive_seed(seed, f"bucket {bucket}"))
+    return [samples[i] for i in chosen]
+
+
+def revisited_batch(step: int, kept: int, visits: int, seed: int) -> int:
+    """The batch of a step, where each comes several times.
+
+    A cycle has `kept * visits` steps: so many batches one after another, and then the same ones again, shuffled anew
+    each time, so that steps side by side differ.
+
+    Args:
+        step: from 0.
+        kept: batches of a cycle, at least 1.
+        visits: how often each comes, at least 1; with 1 batches are steps.
+        seed: seed of the order.
+
+    Returns:
+        Number of the batch, from 0, with no gap between cycles.
+
+    Source: [ours].
+    """
+    cycle, place = divmod(step, kept * visits)
+    visit, place = divmod(place, kept)
+    if visit > 0:
+        place = _epoch_order(cycle * visits + visit, kept, derive_seed(seed, "revisited batches"))[place]
+    return cycle * kept + place
+
+
+def derive_seed(seed: int, purpose: str) -> int:
+    """A seed of 64 bits that has nothing in common with those of other seeds or purposes. Source: [ours]."""
+    return random.Random(f"{seed} {purpose}").getrandbits(64)
+
+
+@lru_cache(maxsize=32)  # two epochs of each of several buckets
+def _epoch_order(epoch: int, count: int, seed: int) -> tuple[int, ...]:
+    # A text as seed is hashed, so neighbouring seeds and epochs have nothing in common.
+    return tuple(random.Random(f"{seed} {epoch}").sample(range(count), count))
