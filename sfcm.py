@@ -177,13 +177,6 @@ def sfcm_paper(
     return min_max_normalize((min_max_normalize(difference) - taken).clamp(min=0))
 
 
-def sfcm_noise(
-    difference: torch.Tensor, phrase_maps: torch.Tensor, distances: torch.Tensor, phrase_mask: torch.Tensor
-) -> torch.Tensor:
-    """The noise difference alone, blurred and percentile-normalised. Arguments as in `sfcm_paper`. Source: [ours]."""
-    return guidance_map(difference)
-
-
 def sfcm_averaged(
     difference: torch.Tensor, phrase_maps: torch.Tensor, distances: torch.Tensor, phrase_mask: torch.Tensor
 ) -> torch.Tensor:
@@ -192,38 +185,15 @@ def sfcm_averaged(
     Meant for a `difference` averaged over several noise samples at high timesteps. Arguments as in `sfcm_paper`.
     Source: [ours].
     """
-    taken = _taken_by_phrases(phrase_maps, distances, phrase_mask)
+    taken = taken_by_phrases(phrase_maps, distances, phrase_mask)
     return percentile_normalize((percentile_normalize(blur(difference)) - taken).clamp(min=0))
 
 
-def _taken_by_phrases(phrase_maps: torch.Tensor, distances: torch.Tensor, phrase_mask: torch.Tensor) -> torch.Tensor:
+def taken_by_phrases(phrase_maps: torch.Tensor, distances: torch.Tensor, phrase_mask: torch.Tensor) -> torch.Tensor:
     """(B, 1, H, W): the mean over a prompt's phrases of relative distance times map."""
     weights = relative_distances(distances, phrase_mask)[..., None, None]
     count = phrase_mask.sum(1).clamp(min=1)[:, None, None, None]
     return (weights * phrase_maps).sum(1, keepdim=True) / count
-
-
-def sfcm_product(
-    difference: torch.Tensor, phrase_maps: torch.Tensor, distances: torch.Tensor, phrase_mask: torch.Tensor
-) -> torch.Tensor:
-    """The difference times `prod_p (1 - D'_p * M_p)`. Arguments as in `sfcm_paper`. Source: [ours]."""
-    weights = relative_distances(distances, phrase_mask)[..., None, None]
-    kept = (1 - weights * phrase_maps).prod(1, keepdim=True)
-    return percentile_normalize(percentile_normalize(blur(difference)) * kept)
-
-
-def sfcm_attention(
-    difference: torch.Tensor, phrase_maps: torch.Tensor, distances: torch.Tensor, phrase_mask: torch.Tensor
-) -> torch.Tensor:
-    """What the phrases leave, without the noise difference. Arguments as in `sfcm_paper`. Source: [ours], ablation."""
-    return percentile_normalize(1 - _taken_by_phrases(phrase_maps, distances, phrase_mask))
-
-
-def sfcm_hard(
-    difference: torch.Tensor, phrase_maps: torch.Tensor, distances: torch.Tensor, phrase_mask: torch.Tensor
-) -> torch.Tensor:
-    """`sfcm_averaged` cut at one half, 0 or 1. Arguments as in `sfcm_paper`. Source: [ours], ablation."""
-    return (sfcm_averaged(difference, phrase_maps, distances, phrase_mask) >= 0.5).to(difference.dtype)
 
 
 def sfcm_none(
@@ -274,14 +244,10 @@ class SfcmMode:
     target_only: bool = False
 
 
+# Another map is another entry.
 SFCM_MODES = {
     "averaged_target": SfcmMode(sfcm_averaged, averaged=True, target_only=True),
     "averaged": SfcmMode(sfcm_averaged, averaged=True),
-    "averaged_noise": SfcmMode(sfcm_noise, averaged=True),
-    "averaged_product": SfcmMode(sfcm_product, averaged=True),
-    "averaged_target_hard": SfcmMode(sfcm_hard, averaged=True, target_only=True),
-    "attention": SfcmMode(sfcm_attention, averaged=True),
-    "noise": SfcmMode(sfcm_noise, averaged=False),
     "paper": SfcmMode(sfcm_paper, averaged=False),
     "none": SfcmMode(sfcm_none, averaged=False),
 }

@@ -13,7 +13,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,24 +23,13 @@ from peft import LoraConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from adapters import active_adapters  # noqa: E402
-from pipeline_spf_portrait import SPFPortraitPipeline  # noqa: E402
-from toy_portraits.recipe import BASE_MODEL  # noqa: E402
+from adapters import active_adapters
+from benchmarks.parts.drawing import load_pipeline
+from benchmarks.parts.tables import markdown_table
 
 
 PROMPT, TARGET = "a woman, a green jacket, a purple background", "blonde hair"
-
-
-def load_pipeline(seed: int) -> SPFPortraitPipeline:
-    """The toy base model with a LoRA of random weights, strong enough to be seen."""
-    pipeline = SPFPortraitPipeline.from_pretrained(BASE_MODEL, safety_checker=None)
-    pipeline.set_progress_bar_config(disable=True)
-    torch.manual_seed(seed)
-    config = LoraConfig(
-        r=16, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False
-    )
-    pipeline.unet.add_adapter(config)
-    return pipeline
+CALL = "a call"
 
 
 def time_alternating(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -54,17 +43,20 @@ def time_alternating(calls: dict[str, Callable[[], object]], repeats: int) -> di
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
-def main(input_args: list[str] | None = None) -> None:
+def main(input_args: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5, help="Timed calls of each kind.")
     parser.add_argument("--num_images", type=int, default=4, help="Images a call.")
     parser.add_argument("--num_inference_steps", type=int, default=25)
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(input_args)
-    pipeline = load_pipeline(args.seed)
+    pipeline = load_pipeline("cpu")
+    # Random weights, strong enough to be seen.
+    torch.manual_seed(0)
+    modules = ["to_q", "to_k", "to_v", "to_out.0"]
+    pipeline.unet.add_adapter(LoraConfig(r=16, lora_alpha=4, target_modules=modules, init_lora_weights=False))
 
     def draw(**options: object) -> object:
-        generator = [torch.Generator().manual_seed(args.seed + i) for i in range(args.num_images)]
+        generator = [torch.Generator().manual_seed(i) for i in range(args.num_images)]
         shared = {"num_images_per_prompt": args.num_images, "num_inference_steps": args.num_inference_steps}
         return pipeline(PROMPT, generator=generator, output_type="np", **shared, **options)
 
@@ -73,17 +65,15 @@ def main(input_args: list[str] | None = None) -> None:
             return draw()
 
     together = draw(target_prompt=TARGET, compare=True)
-    differences = [
-        np.abs(together.images - draw(target_prompt=TARGET).images).max(),
-        np.abs(together.reference_images - reference().images).max(),
-    ]
+    pairs = ((together.images, draw(target_prompt=TARGET)), (together.reference_images, reference()))
+    largest = max(np.abs(own - alone.images).max() for own, alone in pairs)
     changed = np.abs(together.images - together.reference_images).max()
     print(
-        f"compare against two calls: largest difference {max(differences):.1e} of [0, 1]; the two portraits differ by "
+        f"compare against two calls: largest difference {largest:.1e} of [0, 1]; the two portraits differ by "
         f"{changed:.2f}"
     )
     calls = {
-        "a call": lambda: draw(target_prompt=TARGET),
+        CALL: lambda: draw(target_prompt=TARGET),
         "two calls, with the LoRA and without": lambda: (draw(target_prompt=TARGET), reference()),
         "`compare`": lambda: draw(target_prompt=TARGET, compare=True),
         "`return_sfcm`": lambda: draw(target_prompt=TARGET, return_sfcm=True),
@@ -91,10 +81,8 @@ def main(input_args: list[str] | None = None) -> None:
     }
     medians = time_alternating(calls, args.repeats)
     print(f"{args.num_images} images, {args.num_inference_steps} steps, medians of {args.repeats} alternating calls")
-    print("| | seconds | of a call |")
-    print("| --- | --- | --- |")
-    for name, seconds in medians.items():
-        print(f"| {name} | {seconds:.2f} | {seconds / medians['a call']:.2f} |")
+    lines = [[name, f"{seconds:.2f}", f"{seconds / medians[CALL]:.2f}"] for name, seconds in medians.items()]
+    print(markdown_table(["", "seconds", "of a call"], lines))
 
 
 if __name__ == "__main__":

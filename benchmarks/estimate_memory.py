@@ -45,16 +45,17 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextC
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from adapters import Adapters, active_adapters  # noqa: E402
-from attention_processors import CrossAttentionStore, capture_cross_attention  # noqa: E402
-from benchmarks.random_stable_diffusion import TEXT, VISION, make_unet, make_vae  # noqa: E402
-from families.prompt_embeds import PromptEmbeds  # noqa: E402
-from families.stable_diffusion import StableDiffusion  # noqa: E402
-from training.arguments import flat, parse_args, uses_enhancement  # noqa: E402
-from training.dual_path import DualPathOutput, dual_path  # noqa: E402
-from training.losses import compose_prediction, diffusion_loss, fine_grained_loss, text_consistent_loss  # noqa: E402
-from training.models import lora_config  # noqa: E402
-from training.prompt_table import embed_pixels  # noqa: E402
+from adapters import Adapters, active_adapters
+from attention_processors import CrossAttentionStore, capture_cross_attention
+from benchmarks.parts.tables import markdown_table
+from benchmarks.random_stable_diffusion import TEXT, VISION, make_unet, make_vae
+from families.prompt_embeds import PromptEmbeds
+from families.stable_diffusion import StableDiffusion
+from training.arguments import Flags, parse_args, uses_enhancement
+from training.dual_path import DualPathOutput, dual_path
+from training.losses import compose_prediction, diffusion_loss, fine_grained_loss, text_consistent_loss
+from training.models import lora_config
+from training.prompt_table import embed_pixels
 
 
 HALF = torch.bfloat16
@@ -66,7 +67,7 @@ MATCHED_TOKENS = 24  # of the base prompt; they hardly count
 TEACHER = "stage1"
 # What CUDA's autocast computes in float32, and a CPU's does not.
 UPCAST = ((F, "group_norm"), (F, "layer_norm"), (F, "softmax"), (Tensor, "softmax"))
-# The README's rows: GB of the card, and the flags besides --mixed_precision.
+# The documentation's rows: GB of the card, and the flags besides --mixed_precision.
 PRESETS = {
     8: "--train_batch_size 1 --gradient_accumulation_steps 4 --gradient_checkpointing",
     12: "--train_batch_size 4",
@@ -80,15 +81,16 @@ ONE_PORTRAIT = "--stage2_objective both --train_batch_size 1 --gradient_checkpoi
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages that operations made inside of it, and of those it is told of.
+    """Counts storages that operations made inside of it, and those it is told of: the bytes now, and the most."""
 
-    `live` are the bytes now, `peak` the most there were at once.
-    """
-
-    def __init__(self) -> None:
+    def __init__(self, *modules: nn.Module) -> None:
+        """Counts the modules' tensors from the beginning."""
         super().__init__()
         self.live = self.peak = 0
         self._counted: set[int] = set()
+        for module in modules:
+            for tensor in (*module.parameters(), *module.buffers()):
+                self.count(tensor)
 
     def count(self, tensor: Tensor) -> None:
         """Count a tensor's storage until it is freed; views of one storage count once."""
@@ -145,10 +147,8 @@ def in_float32(function: Callable) -> Callable:
 
 @contextmanager
 def like_cuda() -> Iterator[None]:
-    """Inside, a CPU's tensors take CUDA's memory: flash attention, and float32 where CUDA's autocast wants it.
-
-    torch's functions are exchanged, since a torch function mode would be off while checkpointing recomputes.
-    """
+    """Inside, a CPU's tensors take CUDA's memory: flash attention, and float32 where CUDA's autocast wants it."""
+    # A torch function mode would be off while checkpointing recomputes.
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return FlashAttention.apply(query, key, value)
@@ -163,17 +163,17 @@ def like_cuda() -> Iterator[None]:
 # -------------------------------------------------------------------------------------------------------------- models
 
 
-def make_unet_with_lora(args: argparse.Namespace, make: Callable[[], UNet2DConditionModel] = make_unet) -> nn.Module:
+def make_unet_with_lora(flags: Flags, make: Callable[[], UNet2DConditionModel] = make_unet) -> nn.Module:
     """The UNet in bfloat16 with the trainer's LoRA in float32, and the frozen one of stage 1 where that teaches."""
     unet = make().bfloat16().requires_grad_(False)
-    config = lora_config(args, unet)
+    config = lora_config(StableDiffusion, flags.lora, unet)
     unet.add_adapter(config)
-    if args.stage2_objective != "paper":
+    if flags.method.stage2_objective != "paper":
         unet.add_adapter(config, adapter_name=TEACHER)
         unet.set_adapter("default")
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_(".lora_" in name and ".default." in name)
-    if args.gradient_checkpointing:
+    if flags.model.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     return unet
 
@@ -182,7 +182,7 @@ def make_unet_with_lora(args: argparse.Namespace, make: Callable[[], UNet2DCondi
 class Models:
     """All models of a run, and its flags."""
 
-    args: argparse.Namespace
+    flags: Flags
     unet: UNet2DConditionModel
     vae: AutoencoderKL
     text_encoder: CLIPTextModel
@@ -191,18 +191,18 @@ class Models:
     @property
     def judges(self) -> list[nn.Module]:
         """What the enhancement loss keeps on the device."""
-        return [self.vae, self.clip] if uses_enhancement(self.args, self.args) else []
+        return [self.vae, self.clip] if uses_enhancement(self.flags.method, self.flags.paper) else []
 
 
 def make_models(flags: str) -> Models:
     """The models with shapes alone, on the meta device."""
-    args = parse_flags(flags)
+    given = parse_flags(flags)
     with torch.device("meta"):
         clip = CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=768)).requires_grad_(False)
         del clip.text_model, clip.text_projection
         return Models(
-            args,
-            make_unet_with_lora(args),
+            given,
+            make_unet_with_lora(given),
             make_vae().bfloat16().requires_grad_(False),
             CLIPTextModel(CLIPTextConfig(**TEXT)).bfloat16().requires_grad_(False),
             clip,
@@ -226,10 +226,9 @@ def without_content(*modules: nn.Module) -> Iterator[None]:
         yield
 
 
-def parse_flags(flags: str) -> argparse.Namespace:
+def parse_flags(flags: str) -> Flags:
     required = ["--pretrained_model_name_or_path", "model", "--train_data_dir", "portraits"]
-    given = parse_args([*required, "--mixed_precision", "bf16", *shlex.split(flags)])
-    return argparse.Namespace(**flat(given))
+    return parse_args([*required, "--mixed_precision", "bf16", *shlex.split(flags)])
 
 
 def parameter_bytes(module: nn.Module) -> int:
@@ -242,11 +241,7 @@ def parameter_bytes(module: nn.Module) -> int:
 @contextmanager
 def counting(*modules: nn.Module) -> Iterator[LiveBytes]:
     """Count what happens inside, on top of these modules' parameters."""
-    counter = LiveBytes()
-    for module in modules:
-        for tensor in (*module.parameters(), *module.buffers()):
-            counter.count(tensor)
-    with like_cuda(), counter:
+    with like_cuda(), LiveBytes(*modules) as counter:
         yield counter
 
 
@@ -259,11 +254,8 @@ def autocast_forward(unet: UNet2DConditionModel) -> Iterator[None]:
         with torch.autocast("cpu", HALF):
             return (forward(*args, **kwargs)[0].float(),)
 
-    unet.forward = wrapped
-    try:
+    with patch.object(unet, "forward", wrapped):
         yield
-    finally:
-        del unet.forward
 
 
 @dataclass
@@ -294,16 +286,12 @@ class UNetInputs:
 
 
 @torch.no_grad()
-def encoding_peak(modules: list[nn.Module], vae: AutoencoderKL) -> int:
-    """One portrait is encoded beside these models."""
-    with counting(vae, *modules) as counter:
-        vae.encode(torch.empty(1, 3, 8 * SIDE, 8 * SIDE, dtype=HALF)).latent_dist.mode()
-    return counter.peak
-
-
 def preparing_peak(models: Models) -> int:
-    judges = [models.clip] if uses_enhancement(models.args) else []
-    return encoding_peak([models.unet, models.text_encoder, *judges], models.vae)
+    """One portrait is encoded beside all models."""
+    judges = [models.clip] if models.judges else []
+    with counting(models.vae, models.unet, models.text_encoder, *judges) as counter:
+        models.vae.encode(torch.empty(1, 3, 8 * SIDE, 8 * SIDE, dtype=HALF)).latent_dist.mode()
+    return counter.peak
 
 
 @torch.no_grad()
@@ -312,7 +300,7 @@ def drawing_peak(models: Models) -> int:
     unet = models.unet
     with counting(unet, models.text_encoder, models.vae, *models.judges) as counter, autocast_forward(unet):
         with active_adapters(unet, None):
-            UNetInputs.make(unet, 4 * models.args.train_batch_size).predict(unet)
+            UNetInputs.make(unet, 4 * models.flags.loop.train_batch_size).predict(unet)
         with torch.autocast("cpu", HALF):
             models.vae.decode(torch.empty(2, 4, SIDE, SIDE, dtype=HALF), return_dict=False)
     return counter.peak
@@ -323,7 +311,7 @@ def mapping_peak(models: Models) -> int:
     """The captured paths that the SFCMs of two batches come from."""
     unet = models.unet
     with counting(unet, *models.judges) as counter, autocast_forward(unet), capture_cross_attention(unet) as store:
-        inputs = UNetInputs.make(unet, 2 * models.args.train_batch_size)
+        inputs = UNetInputs.make(unet, 2 * models.flags.loop.train_batch_size)
         with inputs.both_paths(unet, store):
             pass
     return counter.peak
@@ -366,17 +354,9 @@ def alignment_backward(models: Models, inputs: UNetInputs) -> None:
     ):
         reference, response = paths.reference, paths.response
         resolutions = list(reference.resolutions.values())
-        text = text_consistent_loss(
-            list(response.attention_probs.values()),
-            list(reference.attention_probs.values()),
-            resolutions,
-            sfcm,
-            positions,
-            positions,
-            positions == 0,
-            padding,
-            padding,
-        )
+        probs = [list(features.attention_probs.values()) for features in (response, reference)]
+        matched = positions, positions, positions == 0
+        text = text_consistent_loss(*probs, resolutions, sfcm, *matched, padding, padding)
         fine = fine_grained_loss(list(response.queries.values()), list(reference.queries.values()), resolutions, sfcm)
         base = diffusion_loss(paths.response_pred, paths.reference_pred)
         torch.autograd.backward((text + fine + base).mean())
@@ -385,21 +365,21 @@ def alignment_backward(models: Models, inputs: UNetInputs) -> None:
 Term = Callable[[Models, UNetInputs], None]
 
 
-def stage_terms(args: argparse.Namespace, small: bool = True) -> list[Term]:
+def stage_terms(flags: Flags, small: bool = True) -> list[Term]:
     """Forward and backward of each term of a step in stage 2, and with the last one of stage 1."""
-    terms = [] if args.stage2_objective == "composed" else [alignment_backward]
-    terms += [] if args.stage2_objective == "paper" else [composed_backward]
-    return [*terms, partial(diffusion_backward, enhance=uses_enhancement(args, args), small=small)]
+    terms = [] if flags.method.stage2_objective == "composed" else [alignment_backward]
+    terms += [] if flags.method.stage2_objective == "paper" else [composed_backward]
+    return [*terms, partial(diffusion_backward, enhance=uses_enhancement(flags.method, flags.paper), small=small)]
 
 
 def steps_peak(models: Models, side: int = SIDE, terms: Sequence[Term] | None = None) -> int:
     """Terms one after another (default: those of both stages), with the trained LoRA's gradients and AdamW's state."""
-    args, unet = models.args, models.unet
+    flags, unet = models.flags, models.unet
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     with counting(unet, *models.judges) as counter, autocast_forward(unet):
         state = [torch.zeros_like(parameter) for parameter in trained for _ in range(2)]
-        inputs = UNetInputs.make(unet, args.train_batch_size, side)
-        for term in stage_terms(args) if terms is None else terms:
+        inputs = UNetInputs.make(unet, flags.loop.train_batch_size, side)
+        for term in stage_terms(flags) if terms is None else terms:
             term(models, inputs)
         for parameter in trained:
             parameter.grad = None
@@ -421,13 +401,13 @@ def estimate(flags: str) -> dict[str, int]:
 
 
 def print_presets() -> None:
-    print("| GPU | flags, besides `--mixed_precision` | counted |\n| --- | --- | --- |")
-    details = []
+    lines, details = [], []
     for card, flags in PRESETS.items():
         peaks = estimate(flags)
-        print(f"| {card} GB | `{flags}` | {max(peaks.values()) / GIB:.1f} GiB |", flush=True)
+        lines.append([f"{card} GB", f"`{flags}`", f"{max(peaks.values()) / GIB:.1f} GiB"])
         details.append(f"{card} GB: " + ", ".join(f"{name} {peak / GIB:.2f}" for name, peak in peaks.items()))
-    print("\nGiB of each part:", *details, sep="\n- ")
+    print(markdown_table(["GPU", "flags, besides `--mixed_precision`", "counted"], lines))
+    print("GiB of each part:", *details, sep="\n- ")
 
 
 def print_figures() -> None:
@@ -443,7 +423,7 @@ def print_figures() -> None:
     print(f"The default LoRA: {count / 1e6:.1f} million parameters; AdamW's state {2 * size / MIB:.0f} MiB, ", end="")
     print(f"with gradients {3 * size / MIB:.0f} MiB")
     with without_content(models.unet, models.vae, models.clip):
-        small, full = (steps_peak(models, terms=stage_terms(models.args, small)) for small in (True, False))
+        small, full = (steps_peak(models, terms=stage_terms(models.flags, small)) for small in (True, False))
     print(f"A step of `{ONE_PORTRAIT}`: {small / GIB:.1f} GiB, decoded in full {full / GIB:.1f} GiB")
 
 

@@ -47,54 +47,34 @@ OK, FAILED, NOT_HERE = "ok", "FAILED", "not here"
 
 @dataclass(frozen=True)
 class Model:
-    """A base model whose steps are timed.
+    """A base model whose steps are timed: size of the portraits, as they are or tiny, and precision."""
 
-    Attributes:
-        writer: the function of `benchmarks.gpu_rows` that writes it to a folder, its CLIP in `clip`.
-        side: of its portraits, in pixels.
-        presets: GB of the cards whose presets in the README are measured with it.
-        device: where.
-        steps: size of the portraits, as they are or tiny, and precision of the steps that are timed.
-    """
-
-    writer: str
-    side: int
-    presets: tuple[int, ...]
+    side: int  # pixels of its portraits
+    presets: tuple[int, ...]  # GB of the cards whose presets in the README are measured with it
     device: str = "cuda"
     steps: tuple[tuple[str, str], ...] = (("full", "bf16"), ("full", "fp16"), ("tiny", "fp16"))
 
 
-# Another model is a line here.
+# Another model is a line here, and one of WRITERS in benchmarks/gpu_rows.py.
 MODELS = {
-    "Stable Diffusion 1.5": Model("write_stable_diffusion_15", side=512, presets=(8, 12, 16, 24)),
-    "toy": Model("copy_toy", side=64, presets=(8, 24), device="cpu", steps=(("full", "bf16"),)),
+    "Stable Diffusion 1.5": Model(side=512, presets=(8, 12, 16, 24)),
+    "toy": Model(side=64, presets=(8, 24), device="cpu", steps=(("full", "bf16"),)),
 }
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table.
+    """One row of a table."""
 
-    Attributes:
-        name: parts separated by "/"; the first is the section.
-        function: "module:name", called with the `Bench` and the arguments.
-        limit: seconds that it may take.
-        device: the only one it runs on; any if empty.
-    """
-
-    name: str
-    function: str
+    name: str  # parts separated by "/"; the first is the section
+    function: str  # "module:name", called with the `Bench` and the arguments
     arguments: tuple[Any, ...] = ()
-    limit: int = 60
-    device: str = ""
+    limit: int = 60  # seconds
+    device: str = ""  # the only one it runs on
 
     @property
     def section(self) -> str:
         return self.name.split("/")[0]
-
-    @property
-    def label(self) -> str:
-        return ", ".join(self.name.split("/")[1:])
 
 
 def own(name: str) -> str:
@@ -149,13 +129,7 @@ PHASES = ((("training", "resume"), ("pipeline",), ("models",)), (("memory", "ste
 
 @dataclass
 class Result:
-    """What a row has found.
-
-    Attributes:
-        cells: by column.
-        faults: what is wrong.
-        missing: what it would have needed, if it could not be measured.
-    """
+    """What a row has found: cells by column, what is wrong, and what it would have needed to be measured."""
 
     cells: dict[str, str] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
@@ -184,17 +158,12 @@ class Outcome:
 
 @dataclass
 class Bench:
-    """What rows share.
-
-    Attributes:
-        folder: for models and runs; other processes have the same one.
-        steps: of each stage of a training, and timed ones.
-        kept: what a row leaves for the next ones of its process.
-    """
+    """What rows share."""
 
     device: str
-    folder: Path
-    steps: int
+    folder: Path  # for models and runs; other processes have the same one
+    steps: int  # of each stage of a training, and timed ones
+    # What a row leaves for the next ones of its process.
     kept: dict[str, Any] = field(default_factory=dict)
 
 
@@ -244,12 +213,7 @@ def describe(outcome: Outcome) -> str:
 def run_rows(rows: Sequence[Row], device: str, steps: int, deadline: float, folder: Path) -> list[Outcome]:
     """The outcomes of rows that share a process; one that ends it is followed by a new process for the others.
 
-    Args:
-        rows: not empty.
-        device: "cuda" or "cpu".
-        steps: of each stage, and timed ones.
-        deadline: the time, in seconds since the epoch, at which no row runs any more.
-        folder: of the process; what rows write lies in its parent.
+    At the deadline, in seconds since the epoch, no row runs any more. What rows write lies in the folder's parent.
     """
     folder.mkdir()
     outcomes = [Outcome(row.name, f"{NOT_HERE}: {row.device} only") for row in rows if row.device not in ("", device)]
@@ -286,11 +250,7 @@ def run_side_by_side(
 
 
 def run_process(task: dict[str, Any], folder: Path) -> tuple[int, str, bool]:
-    """Run a task in a process of its own.
-
-    Returns:
-        Its exit status, why it ended, and whether it had come to its first row.
-    """
+    """Run a task in a process of its own: its exit status, why it ended, and whether it had come to its first row."""
     file, log = folder / "task.json", folder / "log.txt"
     file.write_text(json.dumps(task), encoding="utf-8")
     (folder / "started").unlink(missing_ok=True)
@@ -336,10 +296,9 @@ def section_table(outcomes: Sequence[Outcome]) -> str:
     """A markdown table with all columns that any of its rows has."""
     columns = list(dict.fromkeys(name for outcome in outcomes for name in outcome.cells))
     lines = [["row", *columns, "s", "verdict"], ["---"] * (len(columns) + 3)]
-    for outcome in outcomes:
-        label = ", ".join(outcome.name.split("/")[1:])
-        cells = [outcome.cells.get(name, "-") for name in columns]
-        lines.append([label, *cells, f"{outcome.seconds:.1f}", outcome.verdict])
+    for own in outcomes:
+        cells = [own.cells.get(name, "-") for name in columns]
+        lines.append([", ".join(own.name.split("/")[1:]), *cells, f"{own.seconds:.1f}", own.verdict])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -356,17 +315,14 @@ def report(outcomes: Sequence[Outcome], device: str, command: str, seconds: floa
 
 
 def chosen_rows(names: Sequence[str] | None) -> list[Row]:
-    """The rows whose names begin with one of these, part by part.
-
-    Raises:
-        ValueError: a name begins no row's.
-    """
+    """The rows whose names begin with one of these, part by part. Raises ValueError for a name that begins none's."""
     if names is None:
         return list(ROWS)
-    for name in names:
-        if not any(f"{row.name}/".startswith(f"{name}/") for row in ROWS):
+    own = {name: [row for row in ROWS if f"{row.name}/".startswith(f"{name}/")] for name in names}
+    for name, rows in own.items():
+        if not rows:
             raise ValueError(f"--rows {name}: no row's name begins so; {', '.join(SECTIONS)} are the sections")
-    return [row for row in ROWS if any(f"{row.name}/".startswith(f"{name}/") for name in names)]
+    return [row for row in ROWS if any(row in rows for rows in own.values())]
 
 
 def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:

@@ -5,7 +5,6 @@ Source: [ours].
 
 from __future__ import annotations
 
-import argparse
 import gc
 import importlib.util
 import json
@@ -13,32 +12,22 @@ import re
 import shlex
 import shutil
 import statistics
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import train_spf_portrait_lora as trainer  # noqa: E402
-from adapters import active_adapters  # noqa: E402
-from benchmarks import step_cost  # noqa: E402
-from benchmarks.estimate_memory import GIB, PRESETS  # noqa: E402
-from benchmarks.gpu import MODELS, Bench, Result  # noqa: E402
-from benchmarks.random_stable_diffusion import write_model  # noqa: E402
-from loras import LORA_WEIGHTS  # noqa: E402
-from pipeline_spf_portrait import SPFPortraitPipeline  # noqa: E402
-from toy_portraits.recipe import BASE_MODEL, LORA, training_flags  # noqa: E402
+from adapters import active_adapters
+from benchmarks import step_cost
+from benchmarks.estimate_memory import GIB, PRESETS
+from benchmarks.gpu import MODELS, ROOT, Bench, Result
+from benchmarks.parts import trainer
+from benchmarks.random_stable_diffusion import write_model
+from loras import LORA_WEIGHTS
+from pipeline_spf_portrait import SPFPortraitPipeline
+from toy_portraits.recipe import BASE_MODEL, LORA, training_flags
 
 
 TARGET = "blonde_hair"
@@ -61,59 +50,16 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float1
 # ---------------------------------------------------------------------------------------------------- training the toy
 
 
-@contextmanager
-def half_on_cpu() -> Iterator[None]:
-    """Inside, the trainer's fp16 runs on a CPU: accelerate refuses it, torch's autocast and scaler do not."""
-    make = trainer.make_accelerator
-
-    def make_half(args: argparse.Namespace) -> trainer.Accelerator:
-        accelerator = make(argparse.Namespace(**{**vars(args), "mixed_precision": "no"}))
-        accelerator.state._mixed_precision = "fp16"
-        accelerator.native_amp = True
-        accelerator.scaler = torch.amp.GradScaler("cpu")
-        return accelerator
-
-    with patch.object(trainer, "make_accelerator", make_half):
-        yield
-
-
-@contextmanager
-def precision_of(bench: Bench, precision: str) -> Iterator[None]:
-    """Inside, the trainer runs afresh in this precision: accelerate and torch keep theirs in the process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    torch.set_float32_matmul_precision("highest")
-    # torch's default lets convolutions of float32 be of TF32, which the reference is not to be.
-    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, precision != "float32"
-    with ExitStack() as stack:
-        stack.callback(setattr, torch.backends.cudnn, "allow_tf32", before)
-        if precision == "fp16" and bench.device == "cpu":
-            stack.enter_context(half_on_cpu())
-        yield
-
-
 def run_toy(bench: Bench, name: str, precision: str, flags: str) -> Path:
-    """Train the toy with these flags, unless a run of this name is there.
-
-    Returns:
-        Its folder, with each step's losses in `losses.json`.
-    """
+    """Train the toy with these flags, unless a run of this name is there; its folder, with losses in `losses.json`."""
     output = bench.folder / "runs" / name
     if (output / "losses.json").is_file():
         return output
     shutil.rmtree(output, ignore_errors=True)  # of a run that was ended
-    arguments = [
-        *training_flags(TARGET),
-        *shlex.split(f"{QUIET} {SMALL} {COUNTS[bench.device]} {FLAGS[precision]} {flags}"),
-    ]
-    arguments += ["--stage1_steps", str(bench.steps), "--stage2_steps", str(bench.steps), "--output_dir", str(output)]
-    losses, step = [], trainer.train_step
-
-    def watched(*args: Any, **kwargs: Any) -> dict[str, float]:
-        losses.append(step(*args, **kwargs))
-        return losses[-1]
-
-    with precision_of(bench, precision), patch.object(trainer, "train_step", watched):
-        trainer.main(arguments)
+    steps = f"--stage1_steps {bench.steps} --stage2_steps {bench.steps}"
+    flags = shlex.split(f"{QUIET} {SMALL} {COUNTS[bench.device]} {FLAGS[precision]} {steps} {flags}")
+    with trainer.precision_of(bench.device, precision):
+        losses = trainer.train_watched([*training_flags(TARGET), *flags, "--output_dir", str(output)])
     (output / "losses.json").write_text(json.dumps(losses), encoding="utf-8")
     return output
 
@@ -133,15 +79,13 @@ def compare_updates(output: Path, other: Path, objective: str, tolerance: float,
     cosine = float(torch.nn.functional.cosine_similarity(own, theirs, dim=0))
     losses = json.loads((output / "losses.json").read_text(encoding="utf-8"))
     dtypes = {value.dtype for value in load_file(output / LORA_WEIGHTS).values()}
-    faults = []
-    if not abs(ratio - 1) <= tolerance:
-        faults.append(f"the norm is not within {tolerance:.0%} of the other's")
-    if not cosine >= least_cosine:
-        faults.append(f"the cosine is below {least_cosine:g}")
-    if not all(np.isfinite(value) for step in losses for value in step.values()):
-        faults.append("a loss is not finite")
-    if dtypes != {torch.float32}:
-        faults.append(f"the LoRA's file holds {', '.join(sorted(map(str, dtypes)))}")
+    sound = {
+        f"the norm is not within {tolerance:.0%} of the other's": abs(ratio - 1) <= tolerance,
+        f"the cosine is below {least_cosine:g}": cosine >= least_cosine,
+        "a loss is not finite": all(np.isfinite(value) for step in losses for value in step.values()),
+        f"the LoRA's file holds {', '.join(sorted(map(str, dtypes)))}": dtypes == {torch.float32},
+    }
+    faults = [fault for fault, is_well in sound.items() if not is_well]
     last = ", ".join(f"{name} {value:.3g}" for name, value in losses[-1].items())
     return Result({"norm": f"{ratio:.4f}", "cosine": f"{cosine:.4f}", "last losses": last}, faults)
 
@@ -204,6 +148,7 @@ def largest_difference(one: Path, other: Path) -> float:
 # -------------------------------------------------------------------------------------------------------- the pipeline
 
 
+PICTURE_STEPS = 10
 PROMPT, WANTED = "a woman, a green jacket, a purple background", "blonde hair"
 # Largest mean difference of pixels from float32, and of the halves of `compare` from two calls of the same kind.
 PIXELS = {"float32": 0.001, "bf16": 0.01, "fp16": 0.002}
@@ -223,36 +168,27 @@ def draw(pipeline: SPFPortraitPipeline, **options: Any) -> Any:
     config, side = pipeline.unet.config, pipeline.unet.config.sample_size
     noise = torch.stack([torch.randn(config.in_channels, side, side, generator=own) for own in generators])
     options["latents"] = noise.to(pipeline.text_encoder.dtype)
-    shared = {"num_images_per_prompt": 2, "num_inference_steps": 10, "guidance_scale": 5.0, "output_type": "np"}
-    return pipeline(PROMPT, generator=generators, **shared, **options)
+    options |= {"num_images_per_prompt": 2, "num_inference_steps": PICTURE_STEPS, "guidance_scale": 5.0}
+    return pipeline(PROMPT, generator=generators, output_type="np", **options)
 
 
-def draw_all(pipeline: SPFPortraitPipeline, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Pictures (2, H, W, 3) and maps in [0, 1] of calls by name: what `compare` makes, and the same by calls alone."""
-    found = {}
-    if "map" in names:
-        both = draw(pipeline, target_prompt=WANTED, compare=True, return_sfcm=True)
-        found["map"] = both.sfcm.numpy()
-    else:
-        both = draw(pipeline, target_prompt=WANTED, compare=True)
-    found |= {"portrait": both.images, "original": both.reference_images}
-    if "guided" in names:
-        guided = draw(pipeline, target_prompt=WANTED, sfcm_guidance=1.0, adapter_in_unconditional=False)
-        found["guided"] = guided.images
+def draw_all(pipeline: SPFPortraitPipeline, few: bool = False) -> dict[str, np.ndarray]:
+    """Pictures (2, H, W, 3) and maps in [0, 1]: what `compare` makes, and the same by calls alone."""
+    both = draw(pipeline, target_prompt=WANTED, compare=True, return_sfcm=not few)
+    found = {"portrait": both.images, "original": both.reference_images}
     found["portrait alone"] = draw(pipeline, target_prompt=WANTED).images
-    if "original alone" in names:
+    if not few:
+        guided = draw(pipeline, target_prompt=WANTED, sfcm_guidance=1.0, adapter_in_unconditional=False)
         with active_adapters(pipeline.unet, None):
             found["original alone"] = draw(pipeline).images
+        found = {"map": both.sfcm.numpy(), **found, "guided": guided.images}
     return found
-
-
-ALL = ("map", "guided", "original alone")
 
 
 def reference_pictures(bench: Bench) -> dict[str, np.ndarray]:
     """What float32 draws on the CPU."""
     if "pictures" not in bench.kept:
-        bench.kept["pictures"] = draw_all(load_toy(torch.float32), ALL)
+        bench.kept["pictures"] = draw_all(load_toy(torch.float32))
     return bench.kept["pictures"]
 
 
@@ -274,7 +210,7 @@ def pipeline(bench: Bench, precision: str, way: str = "") -> Result:
     own = load_toy(DTYPES[precision])
     put(own, bench.device, way)
     # Each kind of call is compiled anew, which takes long.
-    found = draw_all(own, () if way == "compile" else ALL)
+    found = draw_all(own, few=way == "compile")
     cells, faults, limit = {}, [], PIXELS[precision]
     for name, values in found.items():
         if not np.isfinite(values).all():
@@ -301,22 +237,17 @@ def differences(values: np.ndarray, others: np.ndarray) -> tuple[float, float]:
 # --------------------------------------------------------------------------------------------------- time and memory
 
 
-def write_stable_diffusion_15(folder: Path) -> None:
-    write_model(folder)
-
-
-def copy_toy(folder: Path) -> None:
-    shutil.copytree(BASE_MODEL, folder)
+WRITERS = {"Stable Diffusion 1.5": write_model, "toy": lambda folder: shutil.copytree(BASE_MODEL, folder)}
 
 
 def model_folder(bench: Bench, name: str) -> Path:
     """The folder of a model of `MODELS`, written when it is first asked for."""
-    folder = bench.folder / "models" / MODELS[name].writer
+    folder = bench.folder / "models" / name.replace(" ", "-")
     if not folder.is_dir():
         unfinished = folder.with_name("unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.parent.mkdir(parents=True, exist_ok=True)
-        globals()[MODELS[name].writer](unfinished)
+        WRITERS[name](unfinished)
         unfinished.rename(folder)
     return folder
 
@@ -355,8 +286,8 @@ def preset(bench: Bench, name: str, card: int) -> Result:
     if bench.device == "cuda":
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, (card - 1) * 1e9 / total))
-    with precision_of(bench, "bf16"):
-        trainer.main(flags)
+    with trainer.precision_of(bench.device, "bf16"):
+        trainer.train_watched(flags)
     if bench.device != "cuda":
         return Result({"flags": f"`{PRESETS[card]}`"})
     torch.cuda.set_per_process_memory_fraction(1.0)
@@ -383,7 +314,7 @@ def runs_of(bench: Bench, name: str, size: str, precision: str) -> dict[str, tra
         if size == "tiny":
             flags += ["--resolution", "64"]
         names = (step_cost.PLAIN, step_cost.MADE, step_cost.FOUND, "paper")
-        with precision_of(bench, precision):
+        with trainer.precision_of(bench.device, precision):
             bench.kept[key] = step_cost.make_runs(names, flags, 100)
     return bench.kept[key]
 
@@ -393,9 +324,8 @@ def step(bench: Bench, name: str, size: str, precision: str, kind: str) -> Resul
     run, row = runs_of(bench, name, size, precision)[kind], step_cost.ROWS[kind]
     times, hosts, losses = [], [], {}
     for number in range(1, bench.steps + 3):
-        if row.found:
-            step_cost.make_targets(run, number)
-        seconds, host, losses = measured_step(run, number, row.stage)
+        step_cost.before_step(run, row, number)
+        seconds, host, losses = trainer.host_step(run, number, row.stage)
         times.append(seconds)
         hosts.append(host)
     cells = {"ms": f"{1000 * statistics.median(times[2:]):.0f}"}
@@ -403,29 +333,3 @@ def step(bench: Bench, name: str, size: str, precision: str, kind: str) -> Resul
         cells["host ms"] = f"{1000 * statistics.median(hosts[2:]):.0f}"
     faults = [] if all(map(np.isfinite, losses.values())) else ["a loss is not finite"]
     return Result(cells, faults)
-
-
-def measured_step(run: trainer.Run, number: int, stage: int) -> tuple[float, float, dict[str, float]]:
-    """Seconds of a step, those of them in which Python did not wait for the GPU, and the losses."""
-    reduce, waits = run.accelerator.reduce, []
-
-    def waiting(*args: Any, **kwargs: Any) -> torch.Tensor:
-        start = time.perf_counter()
-        synchronize(run.device)
-        waits.append(time.perf_counter() - start)
-        return reduce(*args, **kwargs)
-
-    parameters = step_cost.trained_parameters(run)
-    synchronize(run.device)
-    start = time.perf_counter()
-    # The losses are read right after they are reduced, which would wait for the GPU.
-    with patch.object(run.accelerator, "reduce", waiting):
-        losses = trainer.train_step(run, stage, number, run.optimizer, parameters)
-    host = time.perf_counter() - start - sum(waits)
-    synchronize(run.device)
-    return time.perf_counter() - start, host, losses
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -11,14 +11,11 @@ Source: [ours].
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -26,24 +23,15 @@ import torch
 import torch.nn.functional as F
 
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.preservation import (  # noqa: E402
-    EvaluationJob,
-    Originals,
-    cached_arrays,
-    draw_settings,
-    evaluate_all,
-    evaluate_job,
-    file_digest,
-    load_originals,
-    load_pipeline,
-    parse_args,
-)
-from benchmarks.rows import markdown_table, with_interval  # noqa: E402
-from evaluation.judges import Judges, load_judges  # noqa: E402
-from evaluation.measures import (  # noqa: E402
+from benchmarks import preservation
+from benchmarks.parts import drawing, judging
+from benchmarks.parts.drawing import ROOT, Originals
+from benchmarks.parts.judging import Job
+from benchmarks.parts.tables import markdown_table, with_interval, write_results
+from evaluation.judges import Judges, load_judges
+from evaluation.measures import (
     MEASURES,
     Compared,
     Estimate,
@@ -55,10 +43,9 @@ from evaluation.measures import (  # noqa: E402
     resample_prompts,
     resampled_means,
 )
-from prompts import make_prompt_pair  # noqa: E402
-from toy_portraits.judge import ToyPrompt  # noqa: E402
-from toy_portraits.recipe import BASE_MODEL  # noqa: E402
-from toy_portraits.world import TARGETS  # noqa: E402
+from prompts import make_prompt_pair
+from toy_portraits.recipe import BASE_MODEL
+from toy_portraits.world import TARGETS
 
 
 RESAMPLES = 400
@@ -94,42 +81,36 @@ def _judges() -> Judges:
 def sfcm_region(maps: Sequence[np.ndarray], size: int) -> np.ndarray:
     """Where the target may change each portrait, as `evaluate_spf_portrait.py` takes it: the mean of the LoRAs' SFCMs.
 
-    Args:
-        maps: of each LoRA (P, h, w) in [0, 1].
-        size: of the portraits.
-
-    Returns:
-        (P, size, size) in [0, 1].
+    `maps` are (P, h, w) in [0, 1] each; returns (P, size, size).
     """
     mean = torch.from_numpy(np.mean(maps, axis=0, dtype=np.float64))[:, None]
     return F.interpolate(mean, (size, size), mode="bilinear", align_corners=False)[:, 0].numpy()
 
 
 def measure_job(
-    job: EvaluationJob, args: argparse.Namespace, originals: Originals, region: np.ndarray
+    job: Job, args: argparse.Namespace, originals: Originals, region: np.ndarray
 ) -> dict[str, np.ndarray]:
     """What a user can measure of a job's portraits, (P,) each; kept on disk."""
-    settings, cache_dir = draw_settings(args), args.output_dir / "cache"
-    found = evaluate_job(job, settings, cache_dir)
+    settings, cache_dir = drawing.draw_settings(args), args.output_dir / "cache"
+    found = judging.judge_job(job, settings, cache_dir)
     base_images = originals.base_images if job.guided else found["base_images"]
 
     def make() -> dict[str, np.ndarray]:
-        pairs = [make_prompt_pair(p.base_prompt, [target_of(p)]) for p in originals.prompts]
+        pairs = []
+        for prompt in originals.prompts:
+            goal = prompt.target_prompt
+            goal = (prompt.replaced_phrase, goal) if prompt.replaced_phrase else goal
+            pairs.append(make_prompt_pair(prompt.base_prompt, [goal]))
         before = Portraits(originals.base_images, originals.full_images)
         after = Portraits(base_images, found["full_images"])
         return measure([Compared(before, after, region, pairs)], _judges())[0]
 
     digest = hashlib.sha256(found["full_images"].tobytes() + base_images.tobytes() + region.tobytes()).hexdigest()
     measuring = ("evaluation/judges", "evaluation/measures")
-    code = file_digest(*(ROOT / f"{name}.py" for name in measuring))
+    code = drawing.file_digest(*(ROOT / f"{name}.py" for name in measuring))
     key = ["proxies", job.target_name, digest, code, sorted(_judges().missing)]
-    measures = cached_arrays(cache_dir, key, make)
+    measures = drawing.cached_arrays(cache_dir, key, make)
     return {name: values for name, values in measures.items() if not (job.guided and name in OF_BASE_PORTRAITS)}
-
-
-def target_of(prompt: ToyPrompt) -> str | tuple[str, str]:
-    """A prompt's target as `make_prompt_pair` takes it."""
-    return (prompt.replaced_phrase, prompt.target_prompt) if prompt.replaced_phrase else prompt.target_prompt
 
 
 @dataclass(frozen=True)
@@ -140,29 +121,19 @@ class Measured:
     truths: dict[str, np.ndarray]
 
 
-def measure_target(
-    target_name: str, args: argparse.Namespace, originals: Originals, truths: dict[EvaluationJob, dict]
-) -> Measured:
-    """Measure all LoRAs of a target.
-
-    Args:
-        target_name: the target.
-        args: of the benchmark.
-        originals: the original model's portraits.
-        truths: by job, what the probe found.
+def measure_target(args: argparse.Namespace, originals: Originals, truths: dict[Job, dict]) -> Measured:
+    """Measure all LoRAs of a target; `truths` is what the probe found, by job.
 
     Raises:
         ValueError: no row was drawn with guidance, so that there is no SFCM.
     """
-    settings, jobs = draw_settings(args), [job for job in truths if job.target_name == target_name]
-    guided = [job for job in jobs if job.guided]
-    if not guided:
-        raise ValueError(
-            f"--runs {' '.join(args.runs)}: no way to train for {target_name} that is drawn with an SFCM."
-        )
-    maps = [evaluate_job(job, settings, args.output_dir / "cache")["maps"] for job in guided]
+    settings, name = drawing.draw_settings(args), originals.target_name
+    jobs = [job for job in truths if job.target_name == name]
+    if not any(job.guided for job in jobs):
+        raise ValueError(f"--runs {' '.join(args.runs)}: no way to train for {name} that is drawn with an SFCM.")
+    maps = [judging.judge_job(job, settings, args.output_dir / "cache")["maps"] for job in jobs if job.guided]
     region = sfcm_region(maps, originals.base_images.shape[1])
-    with ProcessPoolExecutor(args.workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    with drawing.worker_processes(args.workers) as pool:
         count = len(jobs)
         found = list(pool.map(measure_job, jobs, [args] * count, [originals] * count, [region] * count))
     untuned = pixel_change(originals.base_images, originals.full_images, 1 - region)
@@ -186,11 +157,7 @@ def rank_correlations(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray
     The sum of the signs of a value's differences to all others is twice its mid-rank less a constant, so that both
     come from the same signs.
 
-    Args:
-        first, second: (N, R), R series of N values.
-
-    Returns:
-        (R,) each; NaN where either series is constant.
+    `first` and `second` are (N, R), R series of N values; (R,) each, NaN where either is constant.
 
     Source: Spearman 1904; Kendall 1945.
     """
@@ -222,12 +189,7 @@ def means_of(values: np.ndarray, resamples: np.ndarray) -> np.ndarray:
 
 
 def correlate(proxy: np.ndarray, truth: np.ndarray, sign: int) -> Correlation:
-    """Correlate over the LoRAs that have the proxy.
-
-    Args:
-        proxy, truth: (N, 1 + R), as `means_of` returns them.
-        sign: -1 if less of one is as good as more of the other.
-    """
+    """Correlate (N, 1 + R) of `means_of` over the LoRAs that have the proxy; `sign` -1 if less is as good as more."""
     has = ~np.isnan(proxy[:, 0])
     parts = [
         rank_correlations(proxy[has, start : start + CHUNK], truth[has, start : start + CHUNK])
@@ -246,36 +208,25 @@ def mean_correlation(found: Sequence[Correlation]) -> Correlation:
 
 def correlate_all(measured: dict[str, Measured]) -> dict[str, dict[tuple[str, str], Correlation]]:
     """By target, and for several "mean over targets" and "all targets together"; then by proxy and truth."""
-    prompts = next(iter(next(iter(measured.values())).truths.values())).shape[1]
-    resamples = resample_prompts(prompts, RESAMPLES, 0)
+    first = next(iter(measured.values()))
+    resamples = resample_prompts(next(iter(first.truths.values())).shape[1], RESAMPLES, 0)
     means = {
-        target: {
-            kind: {name: means_of(values, resamples) for name, values in getattr(own, kind).items()}
-            for kind in ("proxies", "truths")
-        }
+        target: [{n: means_of(values, resamples) for n, values in kind.items()} for kind in (own.proxies, own.truths)]
         for target, own in measured.items()
     }
     if len(means) > 1:
-        means["all targets together"] = {
-            kind: {
-                name: np.concatenate([own[kind][name] for own in means.values()])
-                for name in next(iter(means.values()))[kind]
-            }
-            for kind in ("proxies", "truths")
-        }
+        kinds = list(zip(*means.values()))
+        means["all targets together"] = [
+            {name: np.concatenate([own[name] for own in kind]) for name in kind[0]} for kind in kinds
+        ]
     found = {
-        target: {
-            (proxy, truth): correlate(own["proxies"][proxy], own["truths"][truth], sign_of(proxy, truth))
-            for proxy in own["proxies"]
-            for truth in own["truths"]
-        }
-        for target, own in means.items()
+        target: {(p, t): correlate(proxies[p], truths[t], sign_of(p, t)) for p in proxies for t in truths}
+        for target, (proxies, truths) in means.items()
     }
-    if len(measured) > 1:
-        pairs = next(iter(found.values()))
-        mean = {pair: mean_correlation([found[target][pair] for target in measured]) for pair in pairs}
-        found = {"mean over targets": mean} | found
-    return found
+    if len(measured) == 1:
+        return found
+    mean = {p: mean_correlation([found[target][p] for target in measured]) for p in next(iter(found.values()))}
+    return {"mean over targets": mean} | found
 
 
 def sign_of(proxy: str, truth: str) -> int:
@@ -285,36 +236,23 @@ def sign_of(proxy: str, truth: str) -> int:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def write_tables(args: argparse.Namespace, found: dict, missing: dict[str, str]) -> str:
-    """Write PROXIES.md and proxies.csv; returns the former's text."""
-    parts, lines = [explanation(args, missing)], []
+def write_tables(args: argparse.Namespace, found: dict, missing: dict[str, str]) -> None:
+    """Write PROXIES.md and proxies.json."""
+    parts, document = [explanation(args, missing)], []
     for target, pairs in found.items():
         title = f'"{TARGETS[target].prompt}"' if target in TARGETS else target
         parts.append(f"\n## {title[0].upper()}{title[1:]}\n")
-        proxies = list(dict.fromkeys(proxy for proxy, _ in pairs))
         for place, statistic in enumerate(("Spearman's rho", "Kendall's tau-b")):
-            rows = [
-                [
-                    MEASURES[proxy].label,
-                    str(pairs[proxy, next(iter(TRUTHS))].loras),
-                    *(with_interval(pairs[proxy, truth].estimates()[place], signed=True) for truth in TRUTHS),
-                ]
-                for proxy in proxies
-            ]
+            lines = []
+            for proxy in dict.fromkeys(proxy for proxy, _ in pairs):
+                cells = [with_interval(pairs[proxy, truth].estimates()[place], signed=True) for truth in TRUTHS]
+                lines.append([MEASURES[proxy].label, str(pairs[proxy, next(iter(TRUTHS))].loras), *cells])
             header = ["", "LoRAs", *(label for label, _ in TRUTHS.values())]
-            parts.append(f"\n{statistic}:\n\n" + markdown_table(header, rows))
+            parts.append(f"\n{statistic}:\n\n" + markdown_table(header, lines))
         for (proxy, truth), own in pairs.items():
-            line = {"target": target, "proxy": proxy, "truth": truth, "loras": own.loras}
-            for name, value in zip(("spearman", "kendall"), own.estimates(), strict=True):
-                line |= {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
-            lines.append(line)
-    text = "".join(parts)
-    (args.output_dir / "PROXIES.md").write_text(text, encoding="utf-8")
-    with (args.output_dir / "proxies.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(lines[0]))
-        writer.writeheader()
-        writer.writerows(lines)
-    return text
+            statistics = dict(zip(("spearman", "kendall"), map(asdict, own.estimates()), strict=True))
+            document.append({"target": target, "proxy": proxy, "truth": truth, "loras": own.loras, **statistics})
+    write_results(args, "".join(parts), ("PROXIES.md", "proxies.json"), correlations=document)
 
 
 def explanation(args: argparse.Namespace, missing: dict[str, str]) -> str:
@@ -333,16 +271,12 @@ needs portraits of base prompts alone is over the LoRAs drawn without guidance.
     return text + (f"\nNot computed:\n\n{left_out}" if left_out else "")
 
 
-def main(input_args: list[str] | None = None) -> None:
-    args = parse_args(input_args, __doc__)
-    torch.set_num_threads(1)
-    args.output_dir = args.output_dir.resolve()
-    settings = draw_settings(args)
-    pipeline = load_pipeline(settings)
-    originals = {name: load_originals(pipeline, name, settings, args.output_dir / "cache") for name in args.targets}
-    truths = evaluate_all(args, settings)
-    measured = {name: measure_target(name, args, originals[name], truths) for name in args.targets}
-    print(write_tables(args, correlate_all(measured), _judges().missing))
+def main(input_args: Sequence[str] | None = None) -> None:
+    args = preservation.parse_args(input_args, __doc__)
+    settings, cache_dir = drawing.draw_settings(args), args.output_dir / "cache"
+    originals, truths = judging.judge_all(preservation.jobs_of(args), settings, cache_dir, args.workers)
+    measured = {name: measure_target(args, own, truths) for name, own in originals.items()}
+    write_tables(args, correlate_all(measured), _judges().missing)
 
 
 if __name__ == "__main__":

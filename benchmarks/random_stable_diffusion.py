@@ -20,7 +20,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextC
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from toy_portraits.recipe import BASE_MODEL  # noqa: E402
+from toy_portraits.recipe import BASE_MODEL
 
 
 TEXT = {

@@ -26,13 +26,9 @@ def cpu_seconds(command: list[str]) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def main() -> None:
+if __name__ == "__main__":
     print(f"| program | {' | '.join(FLAGS)} |\n| --- | --- | --- |")
     for program in PROGRAMS:
         command = [sys.executable, str(ROOT / program)]
         seconds = [min(cpu_seconds([*command, flag]) for _ in range(TRIES)) for flag in FLAGS]
         print(f"| {program} | {seconds[0]:.2f} | {seconds[1]:.2f} |", flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -14,9 +14,7 @@ from sfcm import (
     phrase_distances,
     relative_distances,
     sfcm_averaged,
-    sfcm_noise,
     sfcm_paper,
-    sfcm_product,
 )
 
 
@@ -170,13 +168,6 @@ def test_paper_map_is_wiped_out_by_large_distances():
     assert (sfcm == 0).all()
 
 
-def test_noise_map_looks_at_the_difference_alone():
-    difference, maps, distances, mask = make_inputs()
-    sfcm = sfcm_noise(difference, maps, distances, mask)
-    torch.testing.assert_close(sfcm, percentile_normalize(blur(difference)))
-    torch.testing.assert_close(sfcm, sfcm_noise(difference, 1 - maps, 2 * distances, ~mask))
-
-
 def test_averaged_map_takes_the_mean_over_the_phrases_there_are():
     difference = torch.arange(20.0).view(1, 1, 1, 20).expand(2, 1, 20, 20).contiguous()
     maps = torch.zeros(2, 3, 20, 20)
@@ -189,19 +180,6 @@ def test_averaged_map_takes_the_mean_over_the_phrases_there_are():
     torch.testing.assert_close(sfcm_averaged(difference, maps, distances, mask), percentile_normalize(left))
 
 
-def test_product_map_by_hand():
-    difference = torch.arange(20.0).view(1, 1, 1, 20).expand(1, 1, 20, 20).contiguous()
-    maps = torch.zeros(1, 3, 20, 20)
-    maps[0, 0, :10], maps[0, 1], maps[0, 2] = 1, 1, 1
-    distances, mask = torch.tensor([[1.0, 0.5, 9.0]]), torch.tensor([[True, True, False]])
-    sfcm = sfcm_product(difference, maps, distances, mask)
-    # Where the farthest phrase is, nothing is left; the nearest and the padded take nothing away.
-    assert (sfcm[..., :10, :] == 0).all()
-    taken = percentile_normalize(blur(difference))
-    taken[..., :10, :] = 0
-    torch.testing.assert_close(sfcm, percentile_normalize(taken))
-
-
 @pytest.mark.parametrize("name", SFCM_MODES)
 def test_every_mode_gives_a_map(name):
     difference, maps, distances, mask = make_inputs()
@@ -209,8 +187,6 @@ def test_every_mode_gives_a_map(name):
     assert sfcm.shape == difference.shape and sfcm.dtype == torch.float32
     assert sfcm.min() >= 0 and sfcm.max() <= 1
     peaks = torch.zeros(3) if name == "none" else torch.ones(3)
-    if name == "attention":  # the last prompt has one phrase, which is the nearest, and takes nothing
-        peaks[2] = 0
     torch.testing.assert_close(sfcm.flatten(1).amax(1), peaks)
 
 
@@ -232,7 +208,7 @@ def test_every_mode_ignores_what_pads_the_phrases(name):
     torch.testing.assert_close(compute(difference, maps, distances, mask)[-1:], short)
 
 
-@pytest.mark.parametrize("name", [name for name in SFCM_MODES if name != "attention"])
+@pytest.mark.parametrize("name", SFCM_MODES)
 @pytest.mark.parametrize("value", [0.0, 0.1])
 def test_no_difference_gives_no_map(name, value):
     _, maps, distances, mask = make_inputs()
@@ -240,33 +216,8 @@ def test_no_difference_gives_no_map(name, value):
 
 
 def test_which_modes_average_over_noise():
-    assert {name for name, mode in SFCM_MODES.items() if mode.averaged} == {
-        "averaged",
-        "averaged_noise",
-        "averaged_product",
-        "averaged_target",
-        "averaged_target_hard",
-        "attention",
-    }
-    assert {name for name, mode in SFCM_MODES.items() if mode.target_only} == {
-        "averaged_target",
-        "averaged_target_hard",
-    }
-
-
-def test_attention_alone_is_what_the_phrases_leave_by_hand():
-    maps = torch.zeros(1, 2, 8, 8)
-    maps[0, 0, :4], maps[0, 1, 4:] = 1, 1
-    distances, mask = torch.tensor([[0.2, 0.8]]), torch.ones(1, 2, dtype=torch.bool)
-    for difference in (torch.rand(1, 1, 8, 8), torch.zeros(1, 1, 8, 8)):
-        sfcm = SFCM_MODES["attention"].compute(difference, maps, distances, mask)
-        assert (sfcm[..., :4, :] == 1).all() and (sfcm[..., 4:, :] == 0).all()
-
-
-def test_the_hard_map_is_the_soft_one_cut_at_a_half():
-    given = make_inputs()
-    soft, hard = (SFCM_MODES[name].compute(*given) for name in ("averaged_target", "averaged_target_hard"))
-    assert set(hard.unique().tolist()) == {0.0, 1.0} and torch.equal(hard == 1, soft >= 0.5)
+    assert {name for name, mode in SFCM_MODES.items() if mode.averaged} == {"averaged", "averaged_target"}
+    assert {name for name, mode in SFCM_MODES.items() if mode.target_only} == {"averaged_target"}
 
 
 # ------------------------------------------------------------------------------------------------------ free phrases

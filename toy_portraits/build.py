@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,47 +61,47 @@ def batches(count: int, size: int, steps: int, rng: np.random.Generator) -> Iter
         order = order[size:]
 
 
-class Progress:
-    """One line of loss and remaining time every so often."""
+class Training:
+    """AdamW on a cosine schedule, with one line of loss and remaining time every so often.
 
-    def __init__(self, stage: str, steps: int, every: int = 50):
-        self.stage, self.steps, self.every, self.start, self.mean = stage, steps, every, time.time(), None
+    Args:
+        stage: its name in the lines.
+        model: whose parameters are trained.
+        steps: of the schedule.
+        warmup: steps of it in which the learning rate rises.
+        clip: the largest norm of the gradient, if there is one.
+        adamw: options of the optimizer.
+    """
 
-    def __call__(self, step: int, loss: float, note: str = "") -> None:
-        self.mean = loss if self.mean is None else 0.95 * self.mean + 0.05 * loss
-        if (step + 1) % self.every == 0 or step + 1 == self.steps:
+    def __init__(self, stage: str, model: torch.nn.Module, steps: int, warmup: int = 50, clip: float | None = 1.0,
+                 **adamw: Any):  # fmt: skip
+        def scale(step: int) -> float:
+            return min((step + 1) / warmup, 0.5 * (1 + np.cos(np.pi * min(step / steps, 1.0))) + 0.01)
+
+        self.stage, self.model, self.steps, self.clip = stage, model, steps, clip
+        self.optimizer = torch.optim.AdamW(model.parameters(), **adamw)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, scale)
+        self.start, self.mean = time.time(), None
+
+    def update(self, step: int, loss: torch.Tensor, every: int = 50) -> None:
+        self.optimizer.zero_grad()
+        loss.backward()
+        if self.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        self.optimizer.step()
+        self.schedule.step()
+        self.mean = loss.item() if self.mean is None else 0.95 * self.mean + 0.05 * loss.item()
+        if (step + 1) % every == 0 or step + 1 == self.steps:
             spent = time.time() - self.start
             left = spent / (step + 1) * (self.steps - step - 1)
-            print(
-                f"[{self.stage}] {step + 1}/{self.steps} loss {self.mean:.4f} {note} {spent:.0f}s, {left:.0f}s left",
-                flush=True,
-            )
-
-
-def cosine_schedule(
-    optimizer: torch.optim.Optimizer, steps: int, warmup: int = 50
-) -> torch.optim.lr_scheduler.LambdaLR:
-    def scale(step: int) -> float:
-        return min((step + 1) / warmup, 0.5 * (1 + np.cos(np.pi * min(step / steps, 1.0))) + 0.01)
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+            line = f"[{self.stage}] {step + 1}/{self.steps} loss {self.mean:.4f}"
+            print(f"{line} {spent:.0f}s, {left:.0f}s left", flush=True)
 
 
 def build_tokenizer() -> CLIPTokenizer:
     """A real CLIP byte-pair tokenizer; each word of the world is one token, any other word is spelled in pieces."""
-    words = [
-        "a photo of",
-        "a portrait of",
-        "with",
-        "in",
-        "wearing",
-        "and",
-        "jacket shirt",
-        "hat",
-        "hair",
-        "background",
-        "glasses",
-    ]
+    words = ["a photo of", "a portrait of", "with", "in", "wearing", "and", "jacket shirt", "hat", "hair"]
+    words += ["background", "glasses"]
     words += list(SEXES) + list(HAIR_COLORS) + list(CLOTHES) + list(BACKGROUNDS) + [t.prompt for t in TARGETS.values()]
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit()])
@@ -128,25 +129,16 @@ def build_clip(base: Path, seed: int, steps: int, count: int) -> None:
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     tokenizer = build_tokenizer()
+    layers = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
     text = {
-        "hidden_size": 96,
-        "intermediate_size": 256,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
+        **layers,
         "max_position_embeddings": MAX_TOKENS,
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    vision = {
-        "hidden_size": 96,
-        "intermediate_size": 256,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "image_size": SIZE,
-        "patch_size": 16,
-    }
+    vision = {**layers, "image_size": SIZE, "patch_size": 16}
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
     factors = sample_factors(count, rng, target_share=0.15)
     images, _ = render(factors)
@@ -154,9 +146,7 @@ def build_clip(base: Path, seed: int, steps: int, count: int) -> None:
     processor = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
     mean, std = torch.tensor(processor.image_mean).view(3, 1, 1), torch.tensor(processor.image_std).view(3, 1, 1)
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
-    schedule = cosine_schedule(optimizer, steps)
-    progress = Progress("clip", steps)
+    training = Training("clip", model, steps, lr=1e-3, weight_decay=0.01)
     for step, index in batches(count - 512, 192, steps, rng):
         captions = []
         for i in index:
@@ -165,12 +155,7 @@ def build_clip(base: Path, seed: int, steps: int, count: int) -> None:
         ids = tokenize(tokenizer, captions)
         pixels = ((to_tensor(images[index]) + 1) / 2 - mean) / std
         loss = model(input_ids=ids, pixel_values=pixels, return_loss=True).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        progress(step, loss.item())
+        training.update(step, loss)
 
     model.eval()
     scores = {}
@@ -205,9 +190,7 @@ def build_vae(base: Path, seed: int, steps: int, count: int) -> None:
         latent_channels=4,
     )
     images, _ = render(sample_factors(count, rng, target_share=0.1))
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.0)
-    schedule = cosine_schedule(optimizer, steps)
-    progress = Progress("vae", steps)
+    training = Training("vae", vae, steps, lr=2e-3, weight_decay=0.0)
     for step, index in batches(count - 256, 16, steps, rng):
         pixels = to_tensor(images[index])
         posterior = vae.encode(pixels).latent_dist
@@ -215,12 +198,7 @@ def build_vae(base: Path, seed: int, steps: int, count: int) -> None:
         error = decoded - pixels
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
         loss = error.abs().mean() + error.square().mean() + edges + 2e-5 * posterior.kl().mean() / 16
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        progress(step, loss.item())
+        training.update(step, loss)
     vae.eval()
     with torch.no_grad():
         held = to_tensor(images[-256:])
@@ -245,9 +223,7 @@ def build_probe(base: Path, seed: int, steps: int, count: int) -> None:
     with torch.no_grad():
         decoded = torch.cat([vae.decode(vae.encode(p).latent_dist.mean).sample for p in pixels.split(128)])
     probe = PortraitProbe()
-    optimizer = torch.optim.AdamW(probe.parameters(), lr=2e-3, weight_decay=0.01)
-    schedule = cosine_schedule(optimizer, steps)
-    progress = Progress("probe", steps)
+    training = Training("probe", probe, steps, clip=None, lr=2e-3, weight_decay=0.01)
     spreads = torch.tensor([spread for _, spread in PIXEL_FACTORS.values()])
     for step, index in batches(count - 512, 48, steps, rng):
         source = torch.where(torch.rand(len(index), 1, 1, 1) < 0.4, pixels[index], decoded[index])
@@ -261,11 +237,7 @@ def build_probe(base: Path, seed: int, steps: int, count: int) -> None:
             loss = loss + 0.3 * F.smooth_l1_loss(
                 out[name] / spread, torch.from_numpy(factors[name][index]).float() / spread
             )
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        progress(step, loss.item())
+        training.update(step, loss)
     probe.eval()
     with torch.no_grad():
         out = probe(decoded[-512:])
@@ -337,9 +309,7 @@ def build_unet(base: Path, seed: int, steps: int, count: int, target_share: floa
     row = {caption: i for i, caption in enumerate(unique)}
     caption_rows = torch.tensor([row[c] for c in captions])
 
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=2e-3, weight_decay=0.01, betas=(0.9, 0.99))
-    schedule = cosine_schedule(optimizer, steps, warmup=100)
-    progress = Progress("unet", steps)
+    training = Training("unet", unet, steps, warmup=100, lr=2e-3, weight_decay=0.01, betas=(0.9, 0.99))
     snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
     for step, index in batches(count, batch_size, steps, rng):
         clean = latents[index]
@@ -352,15 +322,10 @@ def build_unet(base: Path, seed: int, steps: int, count: int, target_share: floa
         model_pred = unet(scheduler.add_noise(clean, noise, timesteps), timesteps, embeds[rows]).sample
         weight = snr[timesteps].clamp(max=5) / snr[timesteps]
         loss = (weight * (model_pred - noise).square().mean((1, 2, 3))).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        training.update(step, loss)
         decay = min(0.998, (step + 1) / (step + 20))
         for mean, parameter in zip(average.parameters(), unet.parameters()):
             mean.lerp_(parameter.data, 1 - decay)
-        progress(step, loss.item())
         if (step + 1) % 1000 == 0 or step + 1 == steps:
             save_pipeline(base, average, vae, text_encoder, tokenizer, scheduler)
 
@@ -454,14 +419,7 @@ def main(args: argparse.Namespace) -> None:
     if "probe" in args.stages:
         build_probe(base, args.seed, args.probe_steps, min(args.num_renders, 8000))
     if "unet" in args.stages:
-        build_unet(
-            base,
-            args.seed,
-            args.unet_steps,
-            args.num_renders,
-            args.target_share,
-            args.unet_batch_size,
-        )
+        build_unet(base, args.seed, args.unet_steps, args.num_renders, args.target_share, args.unet_batch_size)
     if "sets" in args.stages:
         build_sets(base, args.seed, args.portraits_per_set)
     print(f"built {', '.join(args.stages)} in {(time.time() - start) / 60:.1f} minutes", flush=True)

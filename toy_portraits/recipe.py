@@ -13,15 +13,8 @@ BASE_MODEL = HERE / "base_model"
 LORA = HERE / "loras" / "blonde_hair"  # what the flags below make of the training set blonde_hair
 # A model this small takes a higher learning rate than Stable Diffusion; all else of the method is its default.
 FLAGS = (
-    "--resolution",
-    "64",
-    "--train_batch_size",
-    "8",
-    "--learning_rate",
-    "2e-3",
-    "--alignment_inference_steps",
-    "15",
-)
+    "--resolution", "64", "--train_batch_size", "8", "--learning_rate", "2e-3", "--alignment_inference_steps", "15",
+)  # fmt: skip
 
 
 def training_flags(target: str) -> list[str]:

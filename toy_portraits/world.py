@@ -164,6 +164,123 @@ class _Canvas:
             self.label[coverage > 0.5] = LABELS.index(label)
 
 
+def _column(values: np.ndarray) -> np.ndarray:
+    return np.asarray(values, dtype=np.float32).reshape(-1, 1)
+
+
+def _on(flag: np.ndarray) -> np.ndarray:
+    return np.asarray(flag, dtype=np.float32).reshape(-1, 1, 1)
+
+
+IRIS_AND_PUPIL = ((1.5, 1.6), (0.7, 0.8))  # half axes, in sizes of the eye
+
+
+class _Painter:
+    """Paints portraits from back to front, by their factors `f`."""
+
+    def __init__(self, factors: dict[str, np.ndarray]):
+        f = self.f = factors
+        self.canvas = _Canvas(len(f["sex"]))
+        self.gain = _column(1 + f["light"])
+        colors = ((SKINS, "skin"), (HAIR_COLORS, "hair_color"), (CLOTHES, "clothes"))
+        self.skin, self.hair, self.clothes = (_palette(table, f[name]) * self.gain for table, name in colors)
+        self.man = f["sex"] == 1
+        # The head's centre and size.
+        self.head = SIZE / 2 + f["head_x"], 29 + f["head_y"], f["face_width"], f["face_height"], f["turn"]
+
+    def paint_body(self) -> None:
+        """Background, hair behind the head, neck and clothes."""
+        f, canvas, skin, hair, clothes, man = self.f, self.canvas, self.skin, self.hair, self.clothes, self.man
+        cx, cy, width, height, turn = self.head
+        chin, striped = cy + height, f["clothes"] == NUM_ORDINARY_CLOTHES
+        # background: a soft light from above
+        shade = 1 + (f["light"].reshape(-1, 1, 1) + 0.06) * (0.5 - canvas.y / SIZE) * 2
+        background = _palette(BACKGROUNDS, f["background"]).reshape(-1, 1, 1, 3) * shade[..., None]
+        canvas.paint(np.ones((1, SIZE, SIZE), dtype=np.float32), background, "background")
+
+        # hair behind the head
+        back = canvas.ellipse(cx, cy - 1.5, width + 3.0, height + 2.5)
+        length = (height + f["hair_length"]) / 2
+        fall = canvas.box(cx, cy + length - 2, width + 3.4, length, 5)
+        canvas.paint(np.maximum(back * _on(~man), fall * _on(~man)), hair * 0.85, "hair")
+
+        # neck and clothes
+        neck = canvas.box(cx - turn * 0.4, chin + 2, width * 0.45, 7, 2)
+        canvas.paint(neck, skin * 0.86, "skin")
+        body_x = SIZE / 2 + f["head_x"] * 0.5
+        torso = canvas.ellipse(body_x, chin + 22, width + 13, 20.0)
+        collar = canvas.ellipse(cx - turn * 0.4, chin + 4, width * 0.5, 4.0)
+        torso = torso * (1 - collar)
+        canvas.paint(torso, clothes, "clothes")
+        stripes = np.clip(0.5 + 1.6 * np.sin((canvas.y - _column(chin)[..., None]) * (2 * np.pi / 6.0)), 0, 1)
+        canvas.paint(torso * stripes * _on(striped), np.array(STRIPE_COLOR) * self.gain)
+        for side in (-1, 1):
+            lapel = np.abs(
+                canvas.x - _column(cx)[..., None] - side * (canvas.y - _column(chin + 6)[..., None]) * -0.3 - side * 4
+            )
+            canvas.paint(np.clip(1.3 - lapel, 0, 1) * torso * _on(~striped), clothes * 0.6)
+
+    def paint_head(self) -> None:
+        """Ears, face, beard, eyes, brows, nose and mouth."""
+        f, canvas, skin, man = self.f, self.canvas, self.skin, self.man
+        cx, cy, width, height, turn = self.head
+        for side in (-1, 1):
+            canvas.paint(canvas.ellipse(cx + side * width, cy + 1, 1.8, 2.8), skin * 0.9, "skin")
+        face = canvas.ellipse(cx, cy, width, height)
+        canvas.paint(face, skin, "skin")
+        beard = canvas.ellipse(cx, cy + 0.3, width - 0.2, height - 0.2) * (1 - canvas.above(cy + height * 0.38))
+        canvas.paint(beard * _on(man), skin * 0.66)
+
+        # features, shifted by the turn of the head
+        eye_y, mouth_y = cy - 0.5, cy + height * 0.56
+        for side in (-1, 1):
+            eye_x = cx + turn + side * f["eye_distance"]
+            size = f["eye_size"]
+            canvas.paint(canvas.ellipse(eye_x, eye_y, 2.5 * size, 1.75 * size), np.array((250, 250, 248)))
+            iris, pupil = (canvas.ellipse(eye_x + turn * 0.2, eye_y, w * size, h * size) for w, h in IRIS_AND_PUPIL)
+            canvas.paint(iris, _palette(EYE_COLORS, f["eye_color"]))
+            canvas.paint(pupil, np.array((14, 12, 14)))
+            brow = canvas.box(eye_x, eye_y - 3.6 * size, 2.6 * size, np.where(man, 0.9, 0.55), 0.5)
+            canvas.paint(brow, skin * 0.36)
+        canvas.paint(canvas.box(cx + turn * 1.3, cy + height * 0.22, 0.7, height * 0.12, 0.6), skin * 0.72)
+        bend = (
+            f["smile"].reshape(-1, 1, 1)
+            * ((canvas.x - _column(cx + turn)[..., None]) / _column(f["mouth_width"])[..., None]) ** 2
+        )
+        lips = np.where(man, 0.8, 1.35).reshape(-1, 1, 1)
+        mouth = np.clip(0.5 + lips - np.abs(canvas.y - _column(mouth_y)[..., None] + bend), 0, 1)
+        mouth = mouth * canvas.box(cx + turn, mouth_y, f["mouth_width"], 4.0, 0.5)
+        canvas.paint(mouth, np.where(man[:, None], skin * np.array((0.62, 0.5, 0.5)), np.array((196, 38, 62))))
+
+    def paint_on_top(self) -> None:
+        """Hair over the forehead, glasses and hat."""
+        f, canvas, hair, man = self.f, self.canvas, self.hair, self.man
+        cx, cy, width, height, turn = self.head
+        lift = np.where(man, 0.62, 0.48)
+        part = 0.05 * (canvas.x - _column(cx + turn * 2)[..., None]) ** 2
+        bent = np.minimum(part, 9) * np.where(man, 0.35, 1).reshape(-1, 1, 1)
+        hairline = _column(cy - height * lift)[..., None] + bent
+        crown = canvas.ellipse(cx, cy - 1.5, width + np.where(man, 1.4, 2.6), height + 2.2)
+        canvas.paint(crown * canvas.above(hairline), hair, "hair")
+
+        # glasses
+        eye_y = cy - 0.5
+        for side in (-1, 1):
+            eye_x = cx + turn + side * f["eye_distance"]
+            ring = canvas.ellipse(eye_x, eye_y, 4.8, 4.3)
+            ring = ring * (1 - canvas.ellipse(eye_x, eye_y, 3.5, 3.0))
+            canvas.paint(ring * _on(f["glasses"] == 1), np.array((24, 24, 28)), "glasses")
+        bridge = canvas.box(cx + turn, eye_y - 0.4, 1.2, 0.7, 0.4)
+        canvas.paint(bridge * _on(f["glasses"] == 1), np.array((24, 24, 28)), "glasses")
+
+        # hat: a dome and a brim
+        brim_y = cy - height * 0.52
+        dome = canvas.ellipse(cx, brim_y, width + 3.0, height * 0.85) * canvas.above(brim_y)
+        canvas.paint(dome * _on(f["hat"] == 1), np.array(HAT_COLOR) * self.gain, "hat")
+        brim = canvas.box(cx, brim_y + 0.4, width + 6.0, 1.7, 1.6)
+        canvas.paint(brim * _on(f["hat"] == 1), np.array(HAT_COLOR) * self.gain * 0.75, "hat")
+
+
 def render(factors: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Draw portraits.
 
@@ -175,104 +292,11 @@ def render(factors: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
     Source: [ours].
     """
-    f = factors
-    count = len(f["sex"])
-    canvas = _Canvas(count)
-    column = lambda values: np.asarray(values, dtype=np.float32).reshape(-1, 1)  # noqa: E731
-    gain = column(1 + f["light"])
-    skin = _palette(SKINS, f["skin"]) * gain
-    hair = _palette(HAIR_COLORS, f["hair_color"]) * gain
-    clothes = _palette(CLOTHES, f["clothes"]) * gain
-    man, glasses, hat = f["sex"] == 1, f["glasses"] == 1, f["hat"] == 1
-    striped = f["clothes"] == NUM_ORDINARY_CLOTHES
-    on = lambda flag: np.asarray(flag, dtype=np.float32).reshape(-1, 1, 1)  # noqa: E731
-
-    cx, cy = SIZE / 2 + f["head_x"], 29 + f["head_y"]
-    width, height, turn = f["face_width"], f["face_height"], f["turn"]
-    chin = cy + height
-
-    # background: a soft light from above
-    shade = 1 + (f["light"].reshape(-1, 1, 1) + 0.06) * (0.5 - canvas.y / SIZE) * 2
-    background = _palette(BACKGROUNDS, f["background"]).reshape(-1, 1, 1, 3) * shade[..., None]
-    canvas.paint(np.ones((1, SIZE, SIZE), dtype=np.float32), background, "background")
-
-    # hair behind the head
-    back = canvas.ellipse(cx, cy - 1.5, width + 3.0, height + 2.5)
-    fall = canvas.box(cx, cy + (height + f["hair_length"]) / 2 - 2, width + 3.4, (height + f["hair_length"]) / 2, 5)
-    canvas.paint(np.maximum(back * on(~man), fall * on(~man)), hair * 0.85, "hair")
-
-    # neck and clothes
-    neck = canvas.box(cx - turn * 0.4, chin + 2, width * 0.45, 7, 2)
-    canvas.paint(neck, skin * 0.86, "skin")
-    body_x = SIZE / 2 + f["head_x"] * 0.5
-    torso = canvas.ellipse(body_x, chin + 22, width + 13, np.full(count, 20.0))
-    collar = canvas.ellipse(cx - turn * 0.4, chin + 4, width * 0.5, np.full(count, 4.0))
-    torso = torso * (1 - collar)
-    canvas.paint(torso, clothes, "clothes")
-    stripes = np.clip(0.5 + 1.6 * np.sin((canvas.y - column(chin)[..., None]) * (2 * np.pi / 6.0)), 0, 1)
-    canvas.paint(torso * stripes * on(striped), np.array(STRIPE_COLOR) * gain)
-    for side in (-1, 1):
-        lapel = np.abs(
-            canvas.x - column(cx)[..., None] - side * (canvas.y - column(chin + 6)[..., None]) * -0.3 - side * 4
-        )
-        canvas.paint(np.clip(1.3 - lapel, 0, 1) * torso * on(~striped), clothes * 0.6)
-
-    # head
-    for side in (-1, 1):
-        canvas.paint(
-            canvas.ellipse(cx + side * width, cy + 1, np.full(count, 1.8), np.full(count, 2.8)), skin * 0.9, "skin"
-        )
-    face = canvas.ellipse(cx, cy, width, height)
-    canvas.paint(face, skin, "skin")
-    beard = canvas.ellipse(cx, cy + 0.3, width - 0.2, height - 0.2) * (1 - canvas.above(cy + height * 0.38))
-    canvas.paint(beard * on(man), skin * 0.66)
-
-    # features, shifted by the turn of the head
-    eye_y, mouth_y = cy - 0.5, cy + height * 0.56
-    for side in (-1, 1):
-        eye_x = cx + turn + side * f["eye_distance"]
-        size = f["eye_size"]
-        canvas.paint(canvas.ellipse(eye_x, eye_y, 2.5 * size, 1.75 * size), np.array((250, 250, 248)))
-        canvas.paint(
-            canvas.ellipse(eye_x + turn * 0.2, eye_y, 1.5 * size, 1.6 * size), _palette(EYE_COLORS, f["eye_color"])
-        )
-        canvas.paint(canvas.ellipse(eye_x + turn * 0.2, eye_y, 0.7 * size, 0.8 * size), np.array((14, 12, 14)))
-        brow = canvas.box(eye_x, eye_y - 3.6 * size, 2.6 * size, np.where(man, 0.9, 0.55), 0.5)
-        canvas.paint(brow, skin * 0.36)
-    canvas.paint(canvas.box(cx + turn * 1.3, cy + height * 0.22, np.full(count, 0.7), height * 0.12, 0.6), skin * 0.72)
-    bend = (
-        f["smile"].reshape(-1, 1, 1)
-        * ((canvas.x - column(cx + turn)[..., None]) / column(f["mouth_width"])[..., None]) ** 2
-    )
-    lips = np.where(man, 0.8, 1.35).reshape(-1, 1, 1)
-    mouth = np.clip(0.5 + lips - np.abs(canvas.y - column(mouth_y)[..., None] + bend), 0, 1)
-    mouth = mouth * canvas.box(cx + turn, mouth_y, f["mouth_width"], np.full(count, 4.0), 0.5)
-    canvas.paint(mouth, np.where(man[:, None], skin * np.array((0.62, 0.5, 0.5)), np.array((196, 38, 62))))
-
-    # hair over the forehead
-    lift = np.where(man, 0.62, 0.48)
-    part = 0.05 * (canvas.x - column(cx + turn * 2)[..., None]) ** 2
-    hairline = column(cy - height * lift)[..., None] + np.minimum(part, 9) * np.where(man, 0.35, 1).reshape(-1, 1, 1)
-    crown = canvas.ellipse(cx, cy - 1.5, width + np.where(man, 1.4, 2.6), height + 2.2)
-    canvas.paint(crown * canvas.above(hairline), hair, "hair")
-
-    # glasses
-    for side in (-1, 1):
-        eye_x = cx + turn + side * f["eye_distance"]
-        ring = canvas.ellipse(eye_x, eye_y, np.full(count, 4.8), np.full(count, 4.3))
-        ring = ring * (1 - canvas.ellipse(eye_x, eye_y, np.full(count, 3.5), np.full(count, 3.0)))
-        canvas.paint(ring * on(glasses), np.array((24, 24, 28)), "glasses")
-    bridge = canvas.box(cx + turn, eye_y - 0.4, np.full(count, 1.2), np.full(count, 0.7), 0.4)
-    canvas.paint(bridge * on(glasses), np.array((24, 24, 28)), "glasses")
-
-    # hat: a dome and a brim
-    brim_y = cy - height * 0.52
-    dome = canvas.ellipse(cx, brim_y, width + 3.0, height * 0.85) * canvas.above(brim_y)
-    canvas.paint(dome * on(hat), np.array(HAT_COLOR) * gain, "hat")
-    brim = canvas.box(cx, brim_y + 0.4, width + 6.0, np.full(count, 1.7), 1.6)
-    canvas.paint(brim * on(hat), np.array(HAT_COLOR) * gain * 0.75, "hat")
-
-    return np.clip(np.rint(canvas.rgb), 0, 255).astype(np.uint8), canvas.label
+    painter = _Painter(factors)
+    painter.paint_body()
+    painter.paint_head()
+    painter.paint_on_top()
+    return np.clip(np.rint(painter.canvas.rgb), 0, 255).astype(np.uint8), painter.canvas.label
 
 
 def caption_phrases(factors: dict[str, np.ndarray], index: int) -> dict[str, str]:

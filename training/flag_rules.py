@@ -20,10 +20,8 @@ OPTIMIZERS = ("adamw", "prodigy")
 DUAL_PATH_MODES = ("two_pass", "single_pass")
 INTERPOLATION_MODES = ("lanczos", "bicubic", "bilinear", "box", "hamming", "nearest")
 ENHANCEMENT_LOSSES = ("difference", "direct")
-SFCM_MODES = (
-    "averaged_target", "averaged", "averaged_noise", "averaged_product", "averaged_target_hard", "attention", "noise",
-    "paper", "none",
-)  # fmt: skip
+# A list, since a program that brings further modes extends it.
+SFCM_MODES = ["averaged_target", "averaged", "paper", "none"]
 SCHEDULERS = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
 )  # fmt: skip

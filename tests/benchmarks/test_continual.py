@@ -2,16 +2,15 @@
 
 import json
 import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks import continual, preservation
 from benchmarks.continual import (
     KEPT,
     STEPS,
     Drawn,
-    continual_recipe,
     judge_steps,
     lora_folders,
     main,
@@ -21,7 +20,8 @@ from benchmarks.continual import (
     summarise,
     train_seed,
 )
-from toy_portraits.judge import PortraitJudge
+from benchmarks.parts import drawing, training
+from loras import LORA_WEIGHTS
 from toy_portraits.world import TARGETS, render, sample_factors
 
 
@@ -48,10 +48,10 @@ def steps_of(factors: dict[str, np.ndarray], steps: int = 3) -> list[np.ndarray]
     return images
 
 
-def test_renders_that_change_nothing_else_are_judged_as_such():
+def test_renders_that_change_nothing_else_are_judged_as_such(judge):
     factors = sample_factors(24, np.random.default_rng(0))
     original, images = render(factors)[0], steps_of(factors)
-    found = judge_steps(PortraitJudge.from_pretrained(), original, Drawn(images, [original] * 3))
+    found = judge_steps(judge, original, Drawn(images, [original] * 3))
     assert [sum(name.startswith("response_") for name in one) for one in found] == [2, 3, 4]
     for one in found:
         assert one["response_all"].mean() > 0.7 and one["change_outside"].mean() < 0.5
@@ -66,13 +66,13 @@ def test_renders_that_change_nothing_else_are_judged_as_such():
     assert set(KEPT) == {"sex", "skin", "background", "glasses", "eye_color"}
 
 
-def test_what_a_step_takes_with_it_is_seen_in_that_step():
+def test_what_a_step_takes_with_it_is_seen_in_that_step(judge):
     factors = sample_factors(24, np.random.default_rng(0))
     original, images = render(factors)[0], steps_of(factors)
     moved = {**factors, "background": (factors["background"] + 1) % 6}
     images[1] = steps_of(moved, 2)[1]
     images[2] = steps_of(moved)[2]
-    found = judge_steps(PortraitJudge.from_pretrained(), original, Drawn(images, [original, images[1], images[2]]))
+    found = judge_steps(judge, original, Drawn(images, [original, images[1], images[2]]))
     first, second, third = (one["step_change"].mean() for one in found)
     assert second > 10 and first < 0.5 and third < 0.5
     assert found[1]["change_outside"].mean() > 10 and found[2]["change_outside"].mean() > 10
@@ -88,16 +88,16 @@ def test_change_counts_pixels_outside_alone():
 
 
 def test_each_way_trains_what_it_needs_on_what_it_has(tmp_path, monkeypatch):
-    args = parse_args(["--output_dir", str(tmp_path), "--stage1_steps", "7", "--continual_args=--rank 8"])
+    args = parse_args(["--output_dir", str(tmp_path), "--stage1_steps", "7", "--train_args=--rank 8"])
     commands = {}
 
     def fake_process(script, **options):
         folder = script[script.index("--output_dir") + 1]
-        (preservation.Path(folder) / preservation.WEIGHTS_NAME).write_bytes(folder.encode())
+        (Path(folder) / LORA_WEIGHTS).write_bytes(folder.encode())
         commands[folder.removeprefix(f"{tmp_path}/runs/")] = shlex.join(script)
         return type("Done", (), {"returncode": 0})()
 
-    monkeypatch.setattr(preservation.subprocess, "run", fake_process)
+    monkeypatch.setattr(training.subprocess, "run", fake_process)
     train_seed(args, 5)
     of_each = {name: [f"{name}/{run}-seed5" for run in ("plain", "stage1", "composed")] for name in STEPS}
     later = ["red_hat/continual-seed5", "striped_shirt/continual-seed5"]
@@ -114,18 +114,24 @@ def test_each_way_trains_what_it_needs_on_what_it_has(tmp_path, monkeypatch):
     commands.clear()
     train_seed(args, 5)
     assert not commands
-    (hat / preservation.WEIGHTS_NAME).write_bytes(b"another hat")
-    assert continual_recipe(args, 2, 5)["earlier"][0] == preservation.file_digest(hair / preservation.WEIGHTS_NAME)
+    (hat / LORA_WEIGHTS).write_bytes(b"another hat")
     with pytest.raises(ValueError, match="striped_shirt/continual-seed5 was trained with other flags or from another"):
         train_seed(args, 5)
 
 
 @pytest.mark.slow
-def test_a_short_run_trains_draws_judges_and_goes_on(tmp_path, monkeypatch):
-    few = ["--stage1_steps", "2", "--stage2_steps", "2", "--num_prompts", "3", "--num_inference_steps", "2"]
-    fewer = "--num_alignment_images 8 --alignment_inference_steps 2"
-    args = parse_args(["--output_dir", str(tmp_path), *few, "--train_args", fewer])
-    main(args)
+def test_a_short_run_draws_judges_and_goes_on(tmp_path, write_lora, monkeypatch):
+    """With LoRAs that a training of another test's kind would have left."""
+    few = ["--output_dir", str(tmp_path), "--num_prompts", "3", "--num_inference_steps", "2"]
+    trained = []
+
+    def fake_process(script, **options):
+        trained.append(write_lora(Path(script[script.index("--output_dir") + 1]), len(trained)))
+        return type("Done", (), {"returncode": 0})()
+
+    monkeypatch.setattr(training.subprocess, "run", fake_process)
+    main(parse_args(few))
+    assert len(trained) == 11
     folder = tmp_path / "continual"
     document = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     rows = {(row["way"], row["step"]): row["measures"] for row in document["rows"]}
@@ -136,6 +142,6 @@ def test_a_short_run_trains_draws_judges_and_goes_on(tmp_path, monkeypatch):
     assert "| + a red hat | SPF LoRAs, stacked |" in (folder / "table.md").read_text(encoding="utf-8")
     assert (folder / "continual.png").is_file()
 
-    monkeypatch.setattr(preservation.subprocess, "run", lambda *a, **k: pytest.fail("trained again"))
-    monkeypatch.setattr(continual, "draw", lambda *a: pytest.fail("drawn again"))
-    main(parse_args(["--output_dir", str(tmp_path), *few, "--train_args", fewer]))
+    monkeypatch.setattr(drawing, "draw", lambda *a: pytest.fail("drawn again"))
+    main(parse_args(few))
+    assert len(trained) == 11

@@ -120,6 +120,7 @@ def test_torchs_functions_are_put_back_even_after_an_error():
     assert ("softmax" not in vars(torch.Tensor)) == inherited
 
 
+@pytest.mark.slow
 def test_checkpointing_counts_less_of_a_tiny_unet_which_stays_as_it_was():
     peaks = []
     for extra in ("", "--gradient_checkpointing"):

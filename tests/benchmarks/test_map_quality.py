@@ -7,45 +7,41 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from test_preservation import write_lora
+from PIL import Image
 
 from adapters import Adapters
 from attention_processors import capture_cross_attention
-from benchmarks import map_quality
 from benchmarks.map_quality import (
-    BANDS,
-    DEFAULT_MODE,
-    MODES,
-    ORIGINAL,
-    TARGET_WORDS,
-    TRAINING_BAND,
-    Row,
-    area_under_curve,
     by_seed,
-    ceiling,
     encode,
-    game_rows,
-    grow,
-    kind_regions,
     load_adapters,
     load_tools,
     main,
-    map_separation,
-    mass_inside,
     noise_samples,
     outline,
     parse_args,
+    predict,
+    prompt_table,
+)
+from benchmarks.map_report import BANDS, DEFAULT_MODE, MODES, ORIGINAL, TRAINING_BAND, Row, game_rows, summarise
+from benchmarks.parts.drawing import TILE
+from benchmarks.parts.regions import (
+    TARGET_WORDS,
+    area_under_curve,
+    ceiling,
+    grow,
+    kind_of,
+    kind_regions,
+    map_separation,
+    mass_inside,
     phrase_games,
     pointing,
     pointing_game,
-    predict,
     prompt_pairs,
-    prompt_table,
     ratio_error,
     region_shares,
     render_scenes,
     separation,
-    summarise,
 )
 from families.stable_diffusion import StableDiffusion
 from toy_portraits.judge import MARGIN
@@ -220,7 +216,7 @@ def test_phrases_are_held_against_their_own_regions():
     maps = np.zeros((12, longest, 16, 16))
     for b, row in enumerate(phrases):
         for place, text in enumerate(row):
-            maps[b, place] = region_shares(kind_regions(map_quality.kind_of(text), scenes)[b : b + 1], (16, 16))[0]
+            maps[b, place] = region_shares(kind_regions(kind_of(text), scenes)[b : b + 1], (16, 16))[0]
     games = phrase_games(maps, phrases, scenes)
     assert set(games) == {"person", "hair", "clothes", "background", "glasses"}
     with_hair = [any(text.endswith("hair") for text in row) for row in phrases]
@@ -231,7 +227,7 @@ def test_phrases_are_held_against_their_own_regions():
 
 def test_a_phrase_of_another_world_is_refused():
     with pytest.raises(KeyError, match="curtain"):
-        map_quality.kind_of("a curtain")
+        kind_of("a curtain")
 
 
 # ---------------------------------------------------------------------------------------------------------------- maps
@@ -246,7 +242,7 @@ def test_noise_belongs_to_the_portrait_and_timesteps_cover_the_band():
     assert all((steps < 1000).all() for _, steps in noise_samples(64, BANDS[-1], 4, 7, (1,)))
 
 
-def lora_arguments(folder, *flags):
+def lora_arguments(write_lora, folder, *flags):
     """Arguments for random LoRAs on the embedded model, where the preservation benchmark would have put them."""
     for name, seed in (("composed-seed101", 0), ("stage1-seed101", 1)):
         write_lora(folder / "loras" / "runs" / "striped_shirt" / name, seed)
@@ -254,8 +250,8 @@ def lora_arguments(folder, *flags):
     return parse_args([*given, "--runs", "composed", "stage1", *flags])
 
 
-def test_both_predictions_are_those_of_the_dual_path(tmp_path):
-    tools, args = load_tools("cpu"), lora_arguments(tmp_path)
+def test_both_predictions_are_those_of_the_dual_path(write_lora, tmp_path):
+    tools, args = load_tools("cpu"), lora_arguments(write_lora, tmp_path)
     load_adapters(tools, args, "striped_shirt")
     scenes = render_scenes("striped_shirt", 2, 5, with_target=False)
     table, _ = prompt_table(tools, prompt_pairs(scenes.prompts))
@@ -303,16 +299,15 @@ def test_several_maps_of_a_portrait_are_judged_one_by_one():
 def test_an_outline_leaves_the_inside_alone():
     region = np.zeros((SIZE, SIZE), dtype=bool)
     region[10:20, 10:20] = True
-    picture = map_quality.Image.new("RGB", (2 * SIZE, 2 * SIZE), "red")
-    pixels = np.asarray(outline(picture, region))
+    pixels = np.asarray(outline(Image.new("RGB", (2 * SIZE, 2 * SIZE), "red"), None, region))
     white = (pixels == 255).all(-1)
     assert white[20, 20:40].all() and not white[22:38, 22:38].any() and white.sum() == 4 * 19
 
 
 @pytest.mark.slow
-def test_a_run_writes_tables_numbers_and_a_picture(tmp_path):
+def test_a_run_writes_tables_numbers_and_a_picture(write_lora, tmp_path):
     few = ("--num_portraits", "3", "--num_prompts", "3", "--noise_samples", "2", "--num_inference_steps", "2")
-    main(lora_arguments(tmp_path, *few, "--batch_size", "2", "--workers", "1"))
+    main(lora_arguments(write_lora, tmp_path, *few, "--batch_size", "2", "--workers", "1"))
     document = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
     rows = document["rows"]
     assert len(document["loras"]) == 2 and document["settings"]["portrait_seed"] == 70101
@@ -335,5 +330,5 @@ def test_a_run_writes_tables_numbers_and_a_picture(tmp_path):
         and '"a striped shirt", 8x8 (used)' in text
         and "nan" not in text
     )
-    with map_quality.Image.open(tmp_path / "out" / "map_quality.png") as picture:
-        assert picture.width > 1200 and picture.height > 250
+    with Image.open(tmp_path / "out" / "map_quality.png") as picture:
+        assert picture.width > 9 * TILE and picture.height > 2 * TILE

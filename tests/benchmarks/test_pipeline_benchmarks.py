@@ -6,37 +6,12 @@ import shutil
 
 import numpy as np
 import pytest
-from diffusers import StableDiffusionPipeline
 
 from benchmarks import call_cost, sfcm_guidance
-from benchmarks.preservation import WEIGHTS_NAME, DrawSettings, draw, draw_guided
-from benchmarks.rows import ORIGINAL, Row
+from benchmarks.parts.tables import ORIGINAL, Row
 from benchmarks.sfcm_guidance import SWEEPS, parse_args, plot_of, table_of
-from pipeline_spf_portrait import SPFPortraitPipeline
-from toy_portraits.judge import base_prompts
-from toy_portraits.recipe import BASE_MODEL, LORA
-from toy_portraits.world import TARGETS
-
-
-SETTINGS = DrawSettings(num_prompts=5, prompt_seed=3, num_inference_steps=1, batch_size=2)
-
-
-@pytest.fixture
-def pipeline():
-    loaded = SPFPortraitPipeline.from_pretrained(BASE_MODEL, safety_checker=None)
-    loaded.set_progress_bar_config(disable=True)
-    return loaded
-
-
-def test_without_guidance_the_full_prompts_are_drawn_each_from_its_noise(pipeline):
-    prompts = base_prompts(TARGETS["striped_shirt"], SETTINGS.num_prompts, SETTINGS.prompt_seed)
-    assert len({prompt.replaced_phrase for prompt in prompts}) > 1  # several calls, out of order
-    images = draw_guided(pipeline, prompts, SETTINGS, 0.0, {})["full_images"]
-    expected = draw(StableDiffusionPipeline.from_pipe(pipeline), [prompt.full_prompt for prompt in prompts], SETTINGS)
-    assert np.abs(images.astype(int) - expected).max() <= 1
-    guided = draw_guided(pipeline, prompts, SETTINGS, 1.0, {})["full_images"]
-    base = draw(StableDiffusionPipeline.from_pipe(pipeline), [prompt.base_prompt for prompt in prompts], SETTINGS)
-    assert np.abs(guided.astype(int) - base).mean() < 0.75 * np.abs(images.astype(int) - base).mean()
+from loras import LORA_WEIGHTS
+from toy_portraits.recipe import LORA
 
 
 def made_up_rows():
@@ -59,7 +34,7 @@ def test_table_and_plot_have_a_row_and_a_point_for_each_strength():
 
 
 def test_a_lora_that_is_missing_is_named_before_anything_is_drawn(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"blonde_hair/plain-seed9.* does not exist: train it.*--seeds 9"):
+    with pytest.raises(FileNotFoundError, match=r"blonde_hair/plain-seed9.* does not exist.*Train it.*--seeds 9"):
         sfcm_guidance.main(["--runs_dir", str(tmp_path), "--targets", "blonde_hair", "--seeds", "9"])
 
 
@@ -75,7 +50,7 @@ def test_a_short_run_draws_judges_and_is_not_drawn_again(tmp_path):
     for run in ("plain", "composed"):
         folder = tmp_path / "runs" / "blonde_hair" / f"{run}-seed5"
         folder.mkdir(parents=True)
-        shutil.copy(LORA / WEIGHTS_NAME, folder)
+        shutil.copy(LORA / LORA_WEIGHTS, folder)
     output_dir = tmp_path / "out"
     flags = ["--runs_dir", str(tmp_path / "runs"), "--output_dir", str(output_dir), "--targets", "blonde_hair"]
     flags += ["--seeds", "5", "--num_prompts", "3", "--num_inference_steps", "2", "--sfcm_guidance", "0", "1"]

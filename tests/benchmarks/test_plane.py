@@ -1,9 +1,8 @@
 """Tests of the response-pollution plane: who is on the front, and that the picture shows what it is given."""
 
 import numpy as np
-import pytest
 
-from benchmarks.plane import MARKERS, PANEL, Point, Series, front_shares, pareto_front, plane_panel, plane_picture
+from benchmarks.parts.plane import Point, Series, front_shares, pareto_front, plane_figure
 
 
 def test_the_front_by_hand():
@@ -24,47 +23,37 @@ def test_shares_of_the_front_are_how_often_it_holds():
     assert front_shares(response, pollution, resamples).tolist() == [0.5, 0.5, 0.0]
 
 
-def pixels_of(picture, color) -> np.ndarray:
-    """Places (row, column) of a color, nearly."""
-    return np.argwhere(np.abs(np.asarray(picture).astype(int) - color).max(axis=-1) < 60)
-
-
-@pytest.mark.parametrize("marker", MARKERS)
-def test_a_point_is_drawn_at_its_place_and_a_hollow_one_as_an_outline(marker):
-    red, blue = (200, 60, 40), (30, 90, 200)
+def test_points_bars_rings_and_the_front_are_drawn_where_they_belong():
+    color = (30, 90, 200)
+    barred = Point(0.5, -1.0, (0.2, 0.8), (-2.0, 0.5), hollow=True, on_front=True)
     series = [
-        Series("red", red, [Point(0.25, 8.0)], marker=marker),
-        Series("blue", blue, [Point(0.75, 2.0, hollow=True)], marker=marker),
+        Series("curve", (200, 60, 40), [Point(0.25, 8.0, on_front=True), Point(0.6, 4.0)], curve=True),
+        Series("x", color, [barred], marker="triangle"),
     ]
-    panel = plane_panel("title", "pollution", series)
-    first, second = (pixels_of(panel, color) for color in (red, blue))
-    # less to the right and below
-    assert first[:, 1].mean() < second[:, 1].mean() and first[:, 0].mean() < second[:, 0].mean()
-    width = first[:, 1].max() - first[:, 1].min()
-    assert 6 <= width <= 16 and 0.15 * len(first) < len(second) < 0.9 * len(first)
+    figure = plane_figure({"first": series, "second": series, "third": series}, "pollution", notes=("a note",))
+    panels = [axes for axes in figure.axes if axes.axison]
+    assert [axes.get_title(loc="left") for axes in panels] == ["first", "second", "third"]
+    lines = panels[0].lines
+    drawn = {(tuple(map(float, line.get_xdata())), tuple(map(float, line.get_ydata()))): line for line in lines}
+    assert drawn[(0.25, 0.5), (8.0, -1.0)].get_linewidth() == 5 and drawn[(0.25, 0.6), (8.0, 4.0)].get_linewidth() == 2
+    assert ((0.2, 0.8), (-1.0, -1.0)) in drawn and ((0.5, 0.5), (-2.0, 0.5)) in drawn
+    at_point = [line for line in lines if line.get_marker() != "None" and line.get_xdata()[0] == 0.5]
+    marker, ring = sorted(at_point, key=lambda line: line.get_markersize())
+    assert (marker.get_marker(), marker.get_markerfacecolor()) == ("^", "white")
+    assert marker.get_color() == tuple(channel / 255 for channel in color)
+    assert ring.get_marker() == "o" and ring.get_markerfacecolor() == "none"
+    # what was drawn lies inside of the panel
+    assert all(axes.get_ylim()[0] < -2.0 and axes.get_ylim()[1] > 8.0 for axes in panels)
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["curve", "x"]
+    assert legend.get_title().get_text() == "a note"
 
 
-def test_error_bars_rings_and_values_below_zero_are_drawn():
-    color, plain = (30, 90, 200), Point(0.5, -1.0)
-    without = plane_panel("", "", [Series("x", color, [plain, Point(0.6, 4.0)])])
-    ringed = plane_panel("", "", [Series("x", color, [Point(0.5, -1.0, on_front=True), Point(0.6, 4.0)])])
-    barred = plane_panel("", "", [Series("x", color, [Point(0.5, -1.0, (0.2, 0.8)), Point(0.6, 4.0)])])
-    assert len(pixels_of(ringed, (0, 0, 0))) > len(pixels_of(without, (0, 0, 0)))
-    pale = (142, 172, 227)
-    extra = len(pixels_of(barred, pale)) - len(pixels_of(without, pale))
-    assert extra > 0.4 * PANEL[0]
-    # the lower point is inside the panel, above the labels of the axis
-    assert pixels_of(without, color)[:, 0].max() < PANEL[1] - 40
-
-
-def test_the_legend_names_each_kind_once_below_the_panels():
+def test_a_figure_grows_with_its_panels_and_legend(tmp_path):
     series = [Series(f"method {i}", (20 * i, 90, 120), [Point(0.1 * i, i)]) for i in range(11)]
-    one = plane_picture({"first": series}, "pollution")
-    two = plane_picture({"first": series, "second": series}, "pollution")
-    assert one.width == PANEL[0] and two.width == 2 * PANEL[0]
-    # more columns, so fewer rows, and the second panel's series are the same
-    assert PANEL[1] < two.height < one.height
-    noted = plane_picture({"first": series, "second": series}, "pollution", notes=("a note",))
-    assert two.height < noted.height < two.height + 40
-    third = plane_picture({"first": series, "second": series, "third": series}, "pollution", columns=2)
-    assert third.height > 2 * PANEL[1]
+    one, two, three = (plane_figure(dict.fromkeys("abc"[:count], series), "pollution") for count in (1, 2, 3))
+    width, height = one.get_size_inches()
+    assert two.get_size_inches()[0] == three.get_size_inches()[0] == 2 * width
+    assert two.get_size_inches()[1] < height < three.get_size_inches()[1]
+    one.savefig(tmp_path / "plane.png")
+    assert (tmp_path / "plane.png").stat().st_size > 1000

@@ -1,12 +1,13 @@
 """Tests of the proxies: rank correlations by hand, on made-up LoRAs, and one run over portraits that were drawn."""
 
-import csv
+import json
 import shutil
 
 import numpy as np
 import pytest
 
 from benchmarks import preservation, proxies
+from benchmarks.parts.drawing import Originals
 from benchmarks.proxies import (
     TRUTHS,
     Measured,
@@ -74,18 +75,17 @@ def test_the_region_is_the_mean_map_at_the_portraits_size():
 
 def test_tables_are_written_with_what_could_not_be_computed(tmp_path):
     args = preservation.parse_args(["--output_dir", str(tmp_path), "--targets", "red_hat"])
-    text = write_tables(args, correlate_all({"red_hat": made_up(0, 0.0)}), {"lpips": "no weights.", "leak": "x"})
-    assert text == (tmp_path / "PROXIES.md").read_text(encoding="utf-8")
+    write_tables(args, correlate_all({"red_hat": made_up(0, 0.0)}), {"lpips": "no weights.", "leak": "x"})
+    text = (tmp_path / "PROXIES.md").read_text(encoding="utf-8")
     assert "- LPIPS: no weights.\n" in text and "leak" not in text and text.count("| SSIM | 8 | +1.00 [") == 2
-    with (tmp_path / "proxies.csv").open(encoding="utf-8", newline="") as file:
-        lines = list(csv.DictReader(file))
-    assert len(lines) == 2 * len(TRUTHS) and float(lines[0]["spearman"]) == 1
+    lines = json.loads((tmp_path / "proxies.json").read_text(encoding="utf-8"))["correlations"]
+    assert len(lines) == 2 * len(TRUTHS) and lines[0]["spearman"]["value"] == 1
 
 
 def test_without_guided_rows_there_is_no_region(tmp_path):
     args = preservation.parse_args(["--output_dir", str(tmp_path), "--runs", "no_text"])
     with pytest.raises(ValueError, match="--runs no_text: no way to train for red_hat"):
-        proxies.measure_target("red_hat", args, None, {})
+        proxies.measure_target(args, Originals("red_hat", [], None, None), {})
 
 
 @pytest.mark.slow
@@ -94,8 +94,8 @@ def test_a_short_run_measures_what_was_drawn(tmp_path):
     flags = ["--output_dir", str(tmp_path), "--targets", "blonde_hair", "--runs", "plain", "--seeds", "5"]
     flags += ["--num_prompts", "3", "--num_inference_steps", "2", "--workers", "1"]
     proxies.main(flags)
-    with (tmp_path / "proxies.csv").open(encoding="utf-8", newline="") as file:
-        lines = {(line["proxy"], line["truth"]): line for line in csv.DictReader(file)}
-    assert lines["change_outside", "change_outside"]["loras"] == "5"  # four strengths and guidance
-    assert lines["pollution", "change_outside"]["loras"] == "4"
-    assert float(lines["change_outside", "change_outside"]["spearman"]) > 0.8
+    found = json.loads((tmp_path / "proxies.json").read_text(encoding="utf-8"))["correlations"]
+    lines = {(line["proxy"], line["truth"]): line for line in found}
+    assert lines["change_outside", "change_outside"]["loras"] == 5  # four strengths and guidance
+    assert lines["pollution", "change_outside"]["loras"] == 4
+    assert lines["change_outside", "change_outside"]["spearman"]["value"] > 0.8

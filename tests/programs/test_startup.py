@@ -52,6 +52,6 @@ def test_the_flags_name_what_modules_and_libraries_have():
     assert flags.DUAL_PATH_MODES == dual_path.DUAL_PATH_MODES
     assert flags.INTERPOLATION_MODES == tuple(pixels.INTERPOLATION_MODES)
     assert flags.ENHANCEMENT_LOSSES == tuple(losses.ENHANCEMENT_LOSSES)
-    assert flags.SFCM_MODES == tuple(sfcm.SFCM_MODES)
+    assert flags.SFCM_MODES == list(sfcm.SFCM_MODES)
     assert set(flags.TRACKERS) == {tracker.value for tracker in LoggerType}
     assert {*flags.SCHEDULERS, "piecewise_constant"} == {kind.value for kind in SchedulerType}

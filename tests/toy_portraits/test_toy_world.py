@@ -49,16 +49,22 @@ def judge():
 
 @pytest.fixture(scope="module")
 def world():
-    """Factors, renders, label masks, and the renders' reconstructions by the VAE."""
+    """Factors, renders and label masks."""
     factors = sample_factors(320, np.random.default_rng(77), target_share=0.35)
-    images, labels = render(factors)
+    return factors, *render(factors)
+
+
+@pytest.fixture(scope="module")
+def reconstructions(world):
+    """The renders by way of the VAE."""
+    images = world[1]
     vae = AutoencoderKL.from_pretrained(BASE_MODEL / "vae", torch_dtype=torch.float32)
     with torch.no_grad():
         decoded = [
             vae.decode(vae.encode(pixels).latent_dist.mean).sample for pixels in build.to_tensor(images).split(16)
         ]
     pixels = torch.cat(decoded).clamp(-1, 1).add(1).mul(127.5).round().byte()
-    return factors, images, labels, pixels.permute(0, 2, 3, 1).numpy()
+    return pixels.permute(0, 2, 3, 1).numpy()
 
 
 def test_a_seed_draws_the_same_portraits_and_another_seed_draws_others():
@@ -124,13 +130,15 @@ def test_base_prompts_are_fresh_and_agree_with_the_prompt_module(name):
 
 @pytest.mark.parametrize("source", ("render", pytest.param("reconstruction", marks=pytest.mark.slow)))
 @pytest.mark.parametrize("name", TARGETS)
-def test_probe_and_pixel_rule_find_the_target_on_rendered_portraits(judge, world, name, source):
-    factors, images, _, decoded = world
+def test_probe_and_pixel_rule_find_the_target_on_rendered_portraits(judge, world, name, source, request):
+    factors, images, _ = world
+    if source == "reconstruction":
+        images = request.getfixturevalue("reconstructions")
     target = TARGETS[name]
     countable = shows_hair(factors) if target.factor == "hair_color" else np.ones(len(images), dtype=bool)
     present = factors[target.factor] == target.value
     assert (present & countable).sum() > 50 and (~present & countable).sum() > 100
-    verdicts = judge.response(images if source == "render" else decoded, target)
+    verdicts = judge.response(images, target)
     for reading in ("response", "response_pixels"):
         assert verdicts[reading][present & countable].mean() >= 0.98, reading
         assert verdicts[reading][~present & countable].mean() <= 0.02, reading
@@ -138,7 +146,7 @@ def test_probe_and_pixel_rule_find_the_target_on_rendered_portraits(judge, world
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_pixel_rules_hold_with_the_renderers_own_masks_and_deny_an_empty_picture(world, name):
-    factors, images, labels, _ = world
+    factors, images, labels = world
     target = TARGETS[name]
     countable = shows_hair(factors) if target.factor == "hair_color" else np.ones(len(images), dtype=bool)
     present = factors[target.factor] == target.value
@@ -157,7 +165,7 @@ def test_blonde_is_told_from_every_other_hair_under_all_lights():
 
 
 def test_the_judge_sees_no_difference_between_a_portrait_and_itself(judge, world):
-    _, images, _, _ = world
+    _, images, _ = world
     measures = judge.compare(images[:8], images[:8].copy(), TARGETS["red_hat"])
     assert all(values.shape == (8,) for values in measures.values())
     assert measures["change"].max() == measures["change_outside"].max() == measures["head_shift"].max() == 0
@@ -165,7 +173,7 @@ def test_the_judge_sees_no_difference_between_a_portrait_and_itself(judge, world
 
 
 def test_change_outside_leaves_out_the_targets_region_with_its_margin(judge, world):
-    _, images, _, _ = world
+    _, images, _ = world
     target = TARGETS["striped_shirt"]
     labels = judge.read(images[:8]).labels
     changed = images[:8].copy()
@@ -267,6 +275,7 @@ def test_a_tiny_build_writes_every_part(tmp_path, capsys):
     assert "built clip, vae, probe, unet, sets" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_sets_can_be_rebuilt_alone_and_come_out_the_same(tmp_path):
     build.main(build.parse_args(["--stages", "sets", "--output_dir", str(tmp_path)]))
     for name in TARGETS:

@@ -1,4 +1,4 @@
-"""The rows of a benchmark's table: their means, errors and intervals, and what is derived from several of them.
+"""The rows of a benchmark's tables: means, errors and intervals, what is derived from several rows, and the files.
 
 Legend: K training seeds, P prompts, R resamples of the prompts.
 Source: [ours].
@@ -6,18 +6,15 @@ Source: [ours].
 
 from __future__ import annotations
 
-import sys
+import argparse
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from evaluation.measures import Estimate, estimate_mean, resample_prompts  # noqa: E402
+from evaluation.measures import Estimate, estimate_mean, resample_prompts
 
 
 ORIGINAL = "original model"
@@ -26,16 +23,7 @@ RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a target's table.
-
-    Attributes:
-        label: its name in the table.
-        run_name: how its LoRA was trained.
-        strength: scale of the LoRA at inference.
-        measures: (K, P) each.
-        guided: whether it was drawn with SFCM guidance.
-        seeds: the K training seeds.
-    """
+    """One row of a target's table: how its LoRA was trained, its scale, and the measures, (K, P) each."""
 
     label: str
     run_name: str
@@ -58,9 +46,6 @@ class Row:
         return replace(self, seeds=tuple(seeds), measures={k: values[places] for k, values in self.measures.items()})
 
 
-# ---------------------------------------------------------------------------------------------------------- statistics
-
-
 def standard_error(values: np.ndarray) -> float:
     """Of the mean of independent values; NaN for a single one."""
     return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
@@ -81,29 +66,27 @@ def paired_difference(row: Row, other: Row, name: str, resamples: np.ndarray) ->
     return estimate_mean((row.by_prompt(name) - other.by_prompt(name))[:, None], resamples)
 
 
+def mean_and_error(values: np.ndarray) -> dict[str, float]:
+    """Of independent values; NaN if there are none."""
+    return {"mean": float(values.mean()) if len(values) else float("nan"), "standard_error": standard_error(values)}
+
+
 def summarise(row: Row) -> dict[str, dict[str, float]]:
     """Per measure the mean, its standard error (prompts as clusters) and the spread of the training seeds' means."""
     summary = {}
     for name, values in row.measures.items():
         seeds = values.mean(axis=1)
-        summary[name] = {
-            "mean": float(values.mean()),
-            "standard_error": standard_error(row.by_prompt(name)),
-            "seed_spread": float(seeds.std(ddof=1)) if len(seeds) > 1 else float("nan"),
-        }
+        spread = float(seeds.std(ddof=1)) if len(seeds) > 1 else float("nan")
+        error = standard_error(row.by_prompt(name))
+        summary[name] = {"mean": float(values.mean()), "standard_error": error, "seed_spread": spread}
     return summary
 
 
 def overall_rows(tables: dict[str, list[Row]]) -> list[Row]:
-    """The mean over targets of each row that all of them have.
+    """The mean over targets of each row that all of them have, of the measures that all of them have.
 
     Prompt i of every target has the same portrait and noise behind it, so that the prompts stay the unit that is
-    resampled. A measure counts if all targets have it.
-
-    Args:
-        tables: by target, its rows; the targets have as many prompts.
-
-    Source: [ours].
+    resampled.
     """
     first, *others = ({row.key: row for row in rows} for rows in tables.values())
     found = []
@@ -116,17 +99,10 @@ def overall_rows(tables: dict[str, list[Row]]) -> list[Row]:
 
 
 def curve_change_at(response: float, strengths: np.ndarray, responses: np.ndarray, changes: np.ndarray) -> float:
-    """The least change at which a LoRA turned down still responds as asked.
+    """The least change at which a LoRA turned down still has a response.
 
-    Args:
-        response: the response to match.
-        strengths: ascending, from 0 (the original model).
-        responses: the responses there, linear in between.
-        changes: the changes there.
-
-    Returns:
-        The least change over the strengths that reach the response; if none does, the change where the response is
-        highest, which flatters the LoRA.
+    `strengths` ascend from 0, and responses and changes are linear in between. If none reaches the response, the
+    change where it is highest, which flatters the LoRA.
     """
     grid = np.linspace(strengths[0], strengths[-1], 201)
     reached, change = np.interp(grid, strengths, responses), np.interp(grid, strengths, changes)
@@ -140,19 +116,11 @@ def curve_of(rows: Iterable[Row], run_name: str) -> list[Row]:
     return sorted(chosen, key=lambda row: row.strength)
 
 
-def distance_below_curve(
-    row: Row, curve: Sequence[Row], rng: np.random.Generator
-) -> dict[str, float | list[float] | bool]:
+def distance_below_curve(row: Row, curve: Sequence[Row], rng: np.random.Generator) -> dict[str, float | list | bool]:
     """How far a run lies below a strength curve: the curve's change outside at the run's response minus its own.
 
-    Args:
-        row: the run.
-        curve: as `curve_of` returns it.
-        rng: of the bootstrap over prompts, in which run and curve are resampled together.
-
-    Returns:
-        The distance (positive: less pollution at the same response), its standard error, their quotient, the distance
-        per training seed, and whether the response lies beyond all of the curve.
+    `rng` is of the bootstrap over prompts, in which run and curve are resampled together. A positive distance is less
+    pollution at the same response.
     """
     strengths = np.array([point.strength for point in curve])
     responses = np.stack([point.by_prompt("response") for point in curve])
@@ -185,6 +153,11 @@ def number(value: float, error: float | None = None, signed: bool = False) -> st
     return text if error is None or np.isnan(error) else f"{text} ± {error:.2f}"
 
 
+def cell(summary: dict[str, dict[str, float]], name: str, signed: bool = False, missing: str = "-") -> str:
+    """A measure's mean and standard error, or what stands for one that the row does not have."""
+    return number(summary[name]["mean"], summary[name]["standard_error"], signed) if name in summary else missing
+
+
 def with_interval(value: Estimate, signed: bool = False) -> str:
     """A mean for a table, with its interval."""
     sign = "+" if signed else ""
@@ -193,8 +166,7 @@ def with_interval(value: Estimate, signed: bool = False) -> str:
 
 
 def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rows = [header, ["---"] * len(header), *lines]
-    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+    return "".join("| " + " | ".join(row) + " |\n" for row in [header, ["---"] * len(header), *lines])
 
 
 def without_nan(value: object) -> object:
@@ -204,3 +176,14 @@ def without_nan(value: object) -> object:
     if isinstance(value, list):
         return [without_nan(item) for item in value]
     return None if isinstance(value, float) and np.isnan(value) else value
+
+
+def write_results(
+    args: argparse.Namespace, text: str, files: tuple[str, str] = ("table.md", "results.json"), **document: object
+) -> None:
+    """Write the tables and, with the flags, all numbers into `args.output_dir`, and print the tables."""
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    numbers = json.dumps(without_nan({"settings": settings, **document}), indent=1, allow_nan=False)
+    for name, content in zip(files, (text, numbers + "\n"), strict=True):
+        (args.output_dir / name).write_text(content, encoding="utf-8")
+    print(text)

@@ -1,0 +1,158 @@
+"""What LoRAs do to the original model's portraits, by the toy world's judge; what is judged once is kept.
+
+Source: [ours].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+import toy_portraits.judge
+from benchmarks.parts import drawing
+from benchmarks.parts.drawing import DrawSettings, Originals, file_digest
+from benchmarks.parts.tables import ORIGINAL, Row
+from pipeline_spf_portrait import SPFPortraitPipeline
+from toy_portraits.judge import PROBE_FOLDER, PortraitJudge
+from toy_portraits.world import TARGETS
+from training.sharing import PIPELINE_CODE
+
+
+# What the README recommends with guidance for a LoRA that was not trained to keep out of the empty branch.
+QUIET = {"adapter_in_unconditional": False, "target_scale": 0.75}
+PORTRAITS = ("full_images", "base_images", "maps")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A trained LoRA, how it is drawn with, and where the row it makes belongs."""
+
+    target_name: str
+    run_name: str
+    seed: int
+    strength: float  # of the LoRA
+    lora_path: Path
+    sfcm_guidance: float | None = None  # without it, base prompts are drawn, too
+    quiet: bool = False  # whether `QUIET` goes with the guidance
+
+    @property
+    def guided(self) -> bool:
+        return self.sfcm_guidance is not None
+
+
+@lru_cache(maxsize=1)
+def tools(device: str) -> tuple[SPFPortraitPipeline, PortraitJudge]:
+    return drawing.load_pipeline(device), PortraitJudge.from_pretrained()
+
+
+def judge_images(
+    judge: PortraitJudge, originals: Originals, full_images: np.ndarray, base_images: np.ndarray | None
+) -> dict[str, np.ndarray]:
+    """All measures of a model's portraits from the same noise, (num_prompts,) each.
+
+    Returns:
+        `PortraitJudge.compare` of the full prompts' portraits, and of the base prompts', if there are any,
+        `base_change` (whole picture), `base_kept`, `leak` and `leak_pixels` (the target unasked).
+    """
+    target = TARGETS[originals.target_name]
+    measures = judge.compare(originals.base_images, full_images, target)
+    if base_images is not None:
+        alone = judge.compare(originals.base_images, base_images, target)
+        measures |= {"base_change": alone["change"], "base_kept": alone["kept"]}
+        measures |= {"leak": alone["response"], "leak_pixels": alone["response_pixels"]}
+    return measures
+
+
+def judge_original(judge: PortraitJudge, originals: Originals) -> dict[str, np.ndarray]:
+    """The measures of the original model itself: what naming the target moves without any training."""
+    return judge_images(judge, originals, originals.full_images, originals.base_images)
+
+
+def judge_job(job: Job, settings: DrawSettings, cache_dir: Path) -> dict[str, np.ndarray]:
+    """Draw with a LoRA and judge, or read what was judged before with the same weights and settings.
+
+    Guidance is about a target, and the pipeline refuses it without one: then nothing is drawn of base prompts.
+
+    Returns:
+        The measures of `judge_images`, and what was drawn, as many of `PORTRAITS` as there are.
+
+    Raises:
+        FileNotFoundError: the folder has no LoRA.
+    """
+    weights = drawing.weights_of(job.lora_path)
+    pipeline, judge = tools(settings.device)
+    originals = drawing.load_originals(pipeline, job.target_name, settings, cache_dir)
+    options = QUIET if job.quiet else {}
+
+    def make() -> dict[str, np.ndarray]:
+        with drawing.loras_on(pipeline, [job.lora_path], job.strength):
+            if job.guided:
+                drawn = drawing.draw_guided(pipeline, originals.prompts, settings, job.sfcm_guidance, options)
+            else:
+                texts = {kind: [getattr(p, f"{kind}_prompt") for p in originals.prompts] for kind in ("full", "base")}
+                drawn = {f"{kind}_images": drawing.draw(pipeline, own, settings) for kind, own in texts.items()}
+        return judge_images(judge, originals, drawn["full_images"], drawn.get("base_images")) | drawn
+
+    probe = file_digest(Path(toy_portraits.judge.__file__), PROBE_FOLDER / "probe.safetensors")
+    key = ["portraits", job.target_name, job.strength, asdict(settings)]
+    digests = [drawing.base_model_digest(), file_digest(weights), probe]
+    if job.guided:
+        key = ["guided portraits", job.target_name, options, job.sfcm_guidance, asdict(settings)]
+        # Guidance is ours alone, and what it draws changes with its code.
+        digests.append(file_digest(*PIPELINE_CODE.values()))
+    return drawing.cached_arrays(cache_dir, [*key, digests], make)
+
+
+def _measures_of_job(job: Job, settings: DrawSettings, cache_dir: Path) -> dict[str, np.ndarray]:
+    """As `judge_job`, with the first portraits alone, so that the rows of a benchmark fit into memory."""
+    found = judge_job(job, settings, cache_dir)
+    measures = {name: values for name, values in found.items() if name not in PORTRAITS}
+    return measures | {"pictures": found["full_images"][: drawing.PICTURED]}
+
+
+def judge_all(
+    jobs: Sequence[Job], settings: DrawSettings, cache_dir: Path, workers: int
+) -> tuple[dict[str, Originals], dict[Job, dict[str, np.ndarray]]]:
+    """Draw and judge every job in processes of one thread: the originals by target, and the measures by job."""
+    # Before the pool starts, so that its processes find the original model's portraits drawn.
+    names = dict.fromkeys(job.target_name for job in jobs)
+    pipeline, _ = tools(settings.device)
+    originals = {name: drawing.load_originals(pipeline, name, settings, cache_dir) for name in names}
+    results = {}
+    with drawing.worker_processes(workers) as pool:
+        futures = {job: pool.submit(_measures_of_job, job, settings, cache_dir) for job in jobs}
+        for job, future in futures.items():
+            results[job] = future.result()
+            how = f"strength {job.strength:g}" + (f", guided {job.sfcm_guidance:g}" if job.guided else "")
+            what = f"{job.target_name}, {job.run_name}, seed {job.seed}, {how}"
+            print(f"judged {what} ({len(results)}/{len(jobs)})", flush=True)
+    return originals, results
+
+
+def make_rows(
+    target_name: str,
+    original: dict[str, np.ndarray],
+    results: dict[Job, dict[str, np.ndarray]],
+    label_of: Callable[[Job], str],
+) -> list[Row]:
+    """The rows of a target, the original model first; adds `excess`, the change beyond the original model's own.
+
+    A row has those measures of the original model that all of its training seeds have.
+    """
+    groups: dict[str, dict[Job, dict[str, np.ndarray]]] = {}
+    for job, measures in results.items():
+        if job.target_name == target_name:
+            groups.setdefault(label_of(job), {})[job] = measures
+    rows = [Row(ORIGINAL, "original", 0.0, {name: values[None] for name, values in original.items()})]
+    for label, found in groups.items():
+        names = [name for name in original if all(name in measures for measures in found.values())]
+        stacked = {name: np.stack([measures[name] for measures in found.values()]) for name in names}
+        job, seeds = next(iter(found)), tuple(job.seed for job in found)
+        rows.append(Row(label, job.run_name, job.strength, stacked, job.guided, seeds))
+    for row in rows:
+        row.measures["excess"] = row.measures["change_outside"] - original["change_outside"]
+    return rows

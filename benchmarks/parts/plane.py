@@ -1,0 +1,114 @@
+"""The response-pollution plane: which rows lie on its Pareto front, and how it is drawn.
+
+Legend: N rows, P prompts, R resamples of the prompts.
+Source: [ours].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+
+DPI, PANEL = 100, (4.7, 3.8)  # inches
+MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle": "^", "pentagon": "p"}
+Color = tuple[int, int, int]
+
+
+def pareto_front(response: np.ndarray, pollution: np.ndarray) -> np.ndarray:
+    """Which rows (..., N) no other one dominates: responds as much, pollutes as little, and is better in either.
+
+    Equal rows do not dominate each other.
+    """
+    more, less = response[..., None, :] - response[..., None], pollution[..., None] - pollution[..., None, :]
+    dominated = (more >= 0) & (less >= 0) & ((more > 0) | (less > 0))
+    return ~dominated.any(axis=-1)
+
+
+def front_shares(response: np.ndarray, pollution: np.ndarray, resamples: np.ndarray) -> np.ndarray:
+    """(N,): how often each row of (N, P) is on the front when all prompts are resampled together, by (R, P)."""
+    means = [values[:, resamples].mean(axis=-1).T for values in (response, pollution)]
+    return pareto_front(*means).mean(axis=0)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A place in the plane, and the ends of its intervals; on the front it has a ring, and is joined to the others."""
+
+    response: float
+    pollution: float
+    response_ends: tuple[float, float] | None = None
+    pollution_ends: tuple[float, float] | None = None
+    hollow: bool = False
+    on_front: bool = False
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points of one kind; a curve is joined by a thick line, other points that belong together by a thin one."""
+
+    label: str
+    color: Color
+    points: list[Point]
+    curve: bool = False
+    marker: str = "circle"
+
+    @property
+    def style(self) -> dict:
+        """As matplotlib has it."""
+        color = tuple(channel / 255 for channel in self.color)
+        width, size = (2, 5) if self.curve else (1, 7)
+        return {"color": color, "linewidth": width, "marker": MARKERS[self.marker], "markersize": size}
+
+
+def draw_panel(axes: Axes, title: str, pollution: str, series: Sequence[Series]) -> None:
+    """Response across and pollution up, so that what is wanted lies below and to the right."""
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.set(xlim=(-0.02, 1.02), xlabel="response", ylabel=pollution)
+    axes.grid(color="0.91")
+    axes.axhline(0, color="0.67", linewidth=1)
+    front = sorted((point.response, point.pollution) for line in series for point in line.points if point.on_front)
+    axes.plot([x for x, _ in front], [y for _, y in front], color="0.8", linewidth=5, solid_capstyle="round", zorder=1)
+    for line in series:
+        places = [(point.response, point.pollution) for point in line.points]
+        axes.plot(*zip(*places), color=line.style["color"], linewidth=line.style["linewidth"], zorder=2)
+        for point, (x, y) in zip(line.points, places, strict=True):
+            bar = {"color": line.style["color"], "alpha": 0.5, "linewidth": 1, "zorder": 2}
+            if point.response_ends is not None:
+                axes.plot(point.response_ends, (y, y), **bar)
+            if point.pollution_ends is not None:
+                axes.plot((x, x), point.pollution_ends, **bar)
+            fill = {"markerfacecolor": "white"} if point.hollow else {}
+            axes.plot(x, y, **line.style | fill, markeredgewidth=1.5, zorder=3)
+            if point.on_front:
+                axes.plot(x, y, "o", markersize=14, markerfacecolor="none", markeredgecolor="black", zorder=4)
+
+
+def plane_figure(
+    panels: dict[str, list[Series]], pollution: str, notes: Sequence[str] = (), columns: int = 2
+) -> Figure:
+    """Panels by title, with pollution as the vertical axis, and below one legend of all that they show, with notes."""
+    columns = min(columns, len(panels))
+    rows, labels = -(-len(panels) // columns), {}
+    for line in (line for series in panels.values() for line in series):
+        labels.setdefault(line.label, Line2D([], [], label=line.label, **line.style))
+    entries = -(-len(labels) // columns) + len(notes)
+    width, below = columns * PANEL[0], 0.22 * entries + 0.2
+    figure = Figure((width, rows * PANEL[1] + below), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    drawn = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, (title, series) in zip(drawn, panels.items(), strict=False):
+        draw_panel(axes, title, pollution, series)
+    for axes in drawn[len(panels) :]:
+        axes.set_axis_off()
+    figure.legend(
+        handles=[*labels.values()], loc="outside lower left", ncols=columns, frameon=False, fontsize=9,
+        title="\n".join(notes) or None, title_fontsize=9, alignment="left",
+    )  # fmt: skip
+    return figure

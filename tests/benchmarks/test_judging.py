@@ -1,0 +1,96 @@
+"""Portraits drawn and judged with the toy model: a LoRA on and off, with guidance, and kept by all they depend on."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.parts import drawing, judging
+from benchmarks.parts.drawing import DrawSettings, draw, draw_guided, load_originals
+from benchmarks.parts.judging import Job, judge_job, judge_original
+from loras import LORA_WEIGHTS
+from toy_portraits.judge import base_prompts
+from toy_portraits.world import SIZE, TARGETS
+
+
+SETTINGS = DrawSettings(num_prompts=2, prompt_seed=3, num_inference_steps=2)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Of what several tests draw."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def test_a_lora_is_judged_and_leaves_the_pipeline_as_it_was(write_lora, tmp_path, cache):
+    pipeline, judge = judging.tools("cpu")
+    originals = load_originals(pipeline, "striped_shirt", SETTINGS, cache)
+    assert originals.base_images.shape == originals.full_images.shape == (2, SIZE, SIZE, 3)
+    original = judge_original(judge, originals)
+    assert original["base_change"].max() == 0 and original["change"].max() > 0
+
+    on = Job("striped_shirt", "plain", 0, 1.0, write_lora(tmp_path / "lora"))
+    off = judge_job(replace(on, strength=0.0), SETTINGS, cache)
+    on = judge_job(on, SETTINGS, cache)
+    assert off["base_change"].max() < 0.05 and on["base_change"].min() > 0.5
+    assert np.abs(off["change_outside"] - original["change_outside"]).max() < 0.05
+    assert on["full_images"].shape == on["base_images"].shape == (2, SIZE, SIZE, 3)
+    again = judge.compare(originals.base_images, on["full_images"], TARGETS["striped_shirt"])["change"]
+    assert np.array_equal(again, on["change"]) and not getattr(pipeline.unet, "peft_config", None)
+
+    # drawn anew, in another folder, the original model's portraits are the same as before the LoRA came and went
+    again = load_originals(pipeline, "striped_shirt", SETTINGS, tmp_path / "other")
+    assert np.array_equal(again.full_images, originals.full_images)
+
+
+def test_portraits_are_cached_by_everything_they_depend_on(write_lora, tmp_path, monkeypatch):
+    """What is drawn is not looked at here."""
+    drawn = []
+    blank = np.zeros((2, SIZE, SIZE, 3), dtype=np.uint8)
+    monkeypatch.setattr(drawing, "draw", lambda *given: drawn.append(1) or blank)
+    job = Job("red_hat", "plain", 0, 1.0, write_lora(tmp_path / "lora"))
+
+    def draws(job, settings=SETTINGS):
+        drawn.clear()
+        found = judge_job(job, settings, tmp_path)
+        assert {*found} >= {"full_images", "base_images", "leak", "change_outside"}
+        return len(drawn)
+
+    assert draws(job) == 4 and draws(job) == 0  # the original model's portraits are two of them
+    assert draws(replace(job, strength=0.5)) == 2
+    assert draws(job, replace(SETTINGS, guidance_scale=2.0)) == 4
+    write_lora(tmp_path / "lora", seed=1)
+    assert draws(job) == 2
+
+
+def test_a_guided_lora_is_judged_with_its_map_and_kept(write_lora, tmp_path, cache, monkeypatch):
+    pipeline, _ = judging.tools("cpu")
+    job = Job("red_hat", "plain", 0, 1.0, write_lora(tmp_path / "lora"), sfcm_guidance=1.0, quiet=True)
+    guided = judge_job(job, SETTINGS, cache)
+    unguided = judge_job(replace(job, sfcm_guidance=0.0), SETTINGS, cache)
+    assert guided["maps"].shape == (2, SIZE // 4, SIZE // 4) and 0 <= guided["maps"].min() < guided["maps"].max() <= 1
+    assert guided["change"].mean() < unguided["change"].mean() and not {"leak", "base_change"} & set(guided)
+    assert not getattr(pipeline.unet, "peft_config", None)
+    monkeypatch.setattr(drawing, "draw_guided", lambda *given: pytest.fail("drawn again"))
+    again = judge_job(job, SETTINGS, cache)
+    assert all(np.array_equal(guided[name], again[name]) for name in guided)
+    with pytest.raises(FileNotFoundError, match=f"{LORA_WEIGHTS} does not exist"):
+        judge_job(replace(job, lora_path=tmp_path), SETTINGS, cache)
+
+
+def test_without_guidance_the_full_prompts_are_drawn_each_from_its_noise():
+    pipeline, settings = judging.tools("cpu")[0], replace(SETTINGS, num_prompts=5, num_inference_steps=1, batch_size=2)
+    prompts = base_prompts(TARGETS["striped_shirt"], settings.num_prompts, settings.prompt_seed)
+    assert len({prompt.replaced_phrase for prompt in prompts}) > 1  # several calls, out of order
+    images = draw_guided(pipeline, prompts, settings, 0.0, {})["full_images"]
+    expected = draw(pipeline, [prompt.full_prompt for prompt in prompts], settings)
+    assert np.abs(images.astype(int) - expected).max() <= 1
+    guided = draw_guided(pipeline, prompts, settings, 1.0, {})["full_images"]
+    base = draw(pipeline, [prompt.base_prompt for prompt in prompts], settings)
+    assert np.abs(guided.astype(int) - base).mean() < 0.75 * np.abs(images.astype(int) - base).mean()
+
+
+def test_a_prompts_noise_does_not_depend_on_how_many_are_drawn():
+    few, many = (drawing.noise_of_prompts(replace(SETTINGS, num_prompts=count)) for count in (2, 5))
+    assert torch.equal(few, many[:2]) and not torch.equal(many[0], many[1])

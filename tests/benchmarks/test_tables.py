@@ -1,0 +1,62 @@
+"""The rows of the benchmarks' tables: means, errors, the strength curve, and what is derived from several rows."""
+
+import numpy as np
+import pytest
+
+from benchmarks.parts.tables import (
+    Row,
+    curve_change_at,
+    distance_below_curve,
+    paired_difference,
+    resamples_of,
+    summarise,
+    with_interval,
+)
+from evaluation.measures import Estimate
+
+
+PROMPTS = 40
+
+
+def test_standard_errors_count_prompts_and_not_seeds_times_prompts():
+    once = np.random.default_rng(0).normal(size=(1, 50))
+    row = Row("", "", 1.0, {"response": np.repeat(once, 3, axis=0)})
+    summary = summarise(row)["response"]
+    assert summary["standard_error"] == pytest.approx(once[0].std(ddof=1) / np.sqrt(50))
+    assert summary["seed_spread"] == 0
+    summary = summarise(Row("", "", 1.0, {"response": np.array([[0.0, 0.0], [1.0, 1.0]])}))["response"]
+    assert summary["mean"] == 0.5 and summary["standard_error"] == 0
+    assert summary["seed_spread"] == pytest.approx(np.sqrt(0.5))
+    assert np.isnan(summarise(Row("", "", 1.0, {"response": once}))["response"]["seed_spread"])
+
+
+def test_the_curve_gives_the_least_change_that_still_responds_as_asked():
+    strengths = np.array([0, 0.5, 1.0])
+    rising, changes = np.array([0.2, 0.4, 0.8]), np.array([2.0, 4.0, 12.0])
+    assert curve_change_at(0.6, strengths, rising, changes) == pytest.approx(8)
+    assert curve_change_at(0.1, strengths, rising, changes) == pytest.approx(2)
+    # nothing responds as much: the change of what responds most
+    assert curve_change_at(0.9, strengths, rising, changes) == pytest.approx(12)
+    # a response that falls again at full strength is reached at the lower strength
+    bent = np.array([0.2, 0.8, 0.6])
+    assert curve_change_at(0.6, strengths, bent, changes) == pytest.approx(2 + 2 * 2 / 3, abs=0.05)
+
+
+def test_run_and_curve_are_resampled_together():
+    """Prompts that change a lot do so in every row, which must not count as uncertainty of the difference."""
+    luck = np.random.default_rng(0).normal(0, 3, PROMPTS)
+    response = np.tile([0.0, 1.0], PROMPTS // 2)[None]
+    levels = ((0.0, 5.0), (1.0, 9.0))
+    curve = [Row("", "", s, {"response": response, "change_outside": (luck + c)[None]}) for s, c in levels]
+    row = Row("", "", 1.0, {"response": response, "change_outside": (luck + 4.0)[None]})
+    found = distance_below_curve(row, curve, np.random.default_rng(0))
+    assert found["distance"] == pytest.approx(1) and found["standard_error"] < 1e-9
+
+
+def test_a_paired_difference_has_no_luck_of_the_prompts():
+    luck = np.random.default_rng(0).normal(0, 3, (1, PROMPTS))
+    first, second = (Row("", "", 1.0, {"response": luck + shift}) for shift in (0.0, 0.5))
+    found = paired_difference(second, first, "response", resamples_of([first]))
+    assert found.value == pytest.approx(0.5) and found.low == pytest.approx(0.5) == found.high
+    assert with_interval(Estimate(0.5, -0.25, 1), signed=True) == "+0.50 [-0.25, +1.00]"
+    assert with_interval(Estimate(0.5, None, None)) == "0.50"
