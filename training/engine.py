@@ -6,7 +6,6 @@ Source: [ours].
 from __future__ import annotations
 
 import copy
-import logging
 import math
 import os
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration
 from diffusers.optimization import get_scheduler
 
@@ -25,7 +25,7 @@ from training.flags import LoopFlags, OptimizerFlags, OutputFlags
 from training.optimizers import make_optimizer
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 # A scaler that starts at 2^16 and is halved each time has come down to 1 by then.
 MAX_SKIPPED_IN_A_ROW = 16
