@@ -142,7 +142,6 @@ def train_stages(
     """Stage 1 and stage 2, or what is left of them."""
     method, output, models, accelerator = flags.method, flags.output, parts.models, engine.accelerator
     resume, total = inputs.resume, method.stage1_steps + method.stage2_steps
-    progress = tqdm(total=total, initial=engine.global_step, disable=not accelerator.is_local_main_process)
 
     def validate() -> None:
         draw_validation(models, inputs, output, flags.loop.seed, engine.global_step, accelerator)
@@ -150,6 +149,7 @@ def train_stages(
     def after_step(losses: dict[str, float]) -> None:
         """Show the losses, write a checkpoint, stop if asked, draw."""
         step = engine.global_step
+        progress.set_description(f"stage {engine.stage}", refresh=False)
         progress.set_postfix({name: f"{value:.3g}" for name, value in losses.items()}, refresh=False)
         progress.update()
         accelerator.log({f"loss/{name}": value for name, value in losses.items()}, step=step)
@@ -172,7 +172,8 @@ def train_stages(
     else:
         logger.info("Going on from %s", resume.folder)
         parts = replace(parts, alignment=portraits_of(resume.state, accelerator.device))
-    with progress:
+    shown = accelerator.is_local_main_process
+    with tqdm(total=total, initial=engine.global_step, disable=not shown) as progress:
         if engine.global_step < method.stage1_steps:
             train_stage(1, range(method.stage1_steps), flags, parts, engine, checkpoints, after_step)
         if method.stage2_steps == 0:
@@ -267,7 +268,7 @@ def finish(flags: Flags, inputs: Inputs, models: Models, engine: Engine, repo_id
             flat(flags), pairs, inputs.validation_pair, pictures, repo_id, is_dora, inputs.references
         )  # fmt: skip
         share(output_dir, facts, flags.sharing.hub_token)
-    say_what_is_there(flags, inputs, engine.global_step, Path(__file__).with_name(inputs.family.pipeline_file))
+        say_what_is_there(flags, inputs, engine.global_step, Path(__file__).with_name(inputs.family.pipeline_file))
 
 
 # -------------------------------------------------------------------------------------------------------- the program

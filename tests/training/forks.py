@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import socket
 import subprocess
 import sys
 import threading
@@ -17,10 +18,37 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "train_spf_portrait_lora.py"
 
-# Reads a run a line of JSON, runs it in a fork of itself as Python would, and prints its process and how it ended. A
-# fork ends without taking hundreds of modules apart, which is what takes most of such a process's time.
+# Reads a run a line of JSON, runs it in forks of itself as Python would, and prints their numbers and how they ended.
+# A fork ends without taking hundreds of modules apart, which is what takes most of such a process's time.
 FORKING = """
 import atexit, json, os, runpy, sys, traceback
+
+def run(rank, ends, flags, folder, largest_file, variables):
+    os.chdir(folder)
+    os.environ.update(variables)
+    if variables:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+    for number, end in enumerate(ends, 1):
+        os.dup2(end, number)
+        os.close(end)
+    if largest_file is not None:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
+    sys.argv, status = [script, *flags], 0
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    if not isinstance(status, int | None):
+        print(status, file=sys.stderr)
+        status = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(status or 0)
 
 script = sys.argv[1]
 sys.path.insert(0, os.path.dirname(script))
@@ -28,36 +56,17 @@ import train_spf_portrait_lora
 
 print(json.dumps("ready"), flush=True)
 while line := sys.stdin.readline():
-    flags, folder, pipes, largest_file = json.loads(line)
+    count, pipes, *rest = json.loads(line)
     ends = [os.open(pipe, os.O_WRONLY) for pipe in pipes]
-    child = os.fork()
-    if child == 0:
-        os.chdir(folder)
-        for number, end in enumerate(ends, 1):
-            os.dup2(end, number)
-            os.close(end)
-        if largest_file is not None:
-            import resource
-
-            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
-        sys.argv, status = [script, *flags], 0
-        try:
-            runpy.run_path(script, run_name="__main__")
-        except SystemExit as end:
-            status = end.code
-        except BaseException:
-            traceback.print_exc()
-            status = 1
-        if not isinstance(status, int | None):
-            print(status, file=sys.stderr)
-            status = 1
-        atexit._run_exitfuncs()
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(status or 0)
+    children = []
+    for rank in range(count):
+        children.append(os.fork())
+        if children[-1] == 0:
+            run(rank, ends, *rest)
     for end in ends:
         os.close(end)
-    print(json.dumps(child), flush=True)
-    print(json.dumps(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])), flush=True)
+    print(json.dumps(children), flush=True)
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
 """
 
 
@@ -92,12 +101,29 @@ class Forks:
         """The next line it says, once it does."""
         return json.loads(self._process.stdout.readline())
 
-    def start(self, flags: Sequence[str], folder: Path = ROOT, largest_file: int | None = None) -> Run:
-        """Begin a run in a folder, of which no file can grow above so many bytes."""
-        return Run(self, self._pipes, [list(flags), str(folder), [*map(str, self._pipes)], largest_file])
+    def start(
+        self, flags: Sequence[str], folder: Path = ROOT, largest_file: int | None = None, processes: int = 1
+    ) -> Run:
+        """Begin a run.
 
-    def ask(self, request: list[Any]) -> int:
-        """Have a run begun; the process it is in."""
+        Args:
+            flags: of the trainer.
+            folder: it runs in.
+            largest_file: none can grow above so many bytes, which fails as it does on a full disk.
+            processes: which train together on the CPU, as a launcher starts them.
+        """
+        variables = {}
+        if processes > 1:
+            with socket.socket() as own:
+                own.bind(("localhost", 0))
+                port = own.getsockname()[1]
+            variables = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+            variables |= {"LOCAL_WORLD_SIZE": str(processes), "ACCELERATE_USE_CPU": "true"}
+        pipes = [*map(str, self._pipes)]
+        return Run(self, self._pipes, [processes, pipes, list(flags), str(folder), largest_file, variables])
+
+    def ask(self, request: list[Any]) -> list[int]:
+        """Have a run begun; the numbers of its processes."""
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
         self._process.stdin.flush()
         return self.answer()
@@ -112,7 +138,7 @@ class Forks:
 
 
 class Run:
-    """A run of the trainer: its process, how it ended, and what it has written so far."""
+    """A run of the trainer: its processes, how they ended, and what they have written so far."""
 
     def __init__(self, forks: Forks, pipes: Sequence[Path], request: list[Any]) -> None:
         self._forks, self._status = forks, None
@@ -123,7 +149,7 @@ class Run:
         ]
         for reader in self._readers:
             reader.start()
-        self.pid = forks.ask(request)
+        self.pids = forks.ask(request)
 
     @staticmethod
     def _read(pipe: Path, written: bytearray) -> None:
@@ -153,9 +179,9 @@ class Run:
             time.sleep(0.002)
 
     def wait(self) -> int:
-        """Its exit status, or the signal that ended it as a negative number."""
+        """Its exit status, or the signal that ended it as a negative number; of several processes the first not 0."""
         if self._status is None:
-            self._status = self._forks.answer()
+            self._status = next((status for status in self._forks.answer() if status), 0)
             for reader in self._readers:
                 reader.join(60)
         return self._status

@@ -1,6 +1,6 @@
 """From a training to the Hub: one run in a process of its own, others in this one.
 
-They talk HTTP to the small Hub of hub_server.py. What `hub.py` does, and the way back, is tested in test_hub.py.
+They talk HTTP to the small Hub of hub_server.py. What `loras/hub.py` does, and the way back, is tested in test_hub.py.
 """
 
 import re
@@ -16,6 +16,7 @@ from hub_server import HubServer
 from safetensors import safe_open
 from test_train import ROWS, files, make_flags
 
+from training.run_file import RUN_FILE
 from training.sharing import PIPELINE_CODE as CODE
 
 
@@ -62,7 +63,7 @@ def test_a_run_pushes_what_others_need_and_its_token_stays_unseen(world, tmp_pat
     assert f"The LoRA is on the Hub: {server.url}/tester/spf" in run.stderr
 
     there, repository = files(output), server.repos["tester/spf"]
-    for kind in ("checkpoint-4/", "logs/", "cache/", "stage1/", "validation/step_000001"):
+    for kind in ("checkpoint-4/", "logs/", "cache/", "stage1/", "validation/step_000001", RUN_FILE):
         assert any(name.startswith(kind) for name in there), f"nothing to leave out: no {kind} in {sorted(there)}"
     assert repository.keys() == {CARD, LORA, KOHYA, PICTURE, *CODE}
     for name in (CARD, LORA, KOHYA, PICTURE):
@@ -98,7 +99,7 @@ def test_without_the_kohya_file(world, tmp_path):
         given = {"no-output_kohya_format": True, "stage2_steps": 0, "hub_private_repo": True}
         test_train.train(world, tmp_path / "output", **PUSH, **given)
     assert server.repos["tester/spf"].keys() == {CARD, LORA, *CODE} and server.private == {"tester/spf"}
-    assert files(tmp_path / "output") == {CARD, LORA}
+    assert files(tmp_path / "output") == {CARD, LORA, RUN_FILE}
     assert KOHYA not in (tmp_path / "output" / CARD).read_text(encoding="utf-8")
 
 
@@ -115,7 +116,7 @@ def test_a_push_that_is_refused_at_the_end_loses_nothing(world, tmp_path, capfd,
     assert line.startswith("train_spf_portrait_lora.py: error: --push_to_hub: tester/output was not pushed (")
     assert f"the LoRA is whole in {output}" in line and "hf upload tester/output" in line and "500" in line
     assert "\n" not in line and SECRET not in "".join([line, caplog.text, *capfd.readouterr()])
-    assert files(output) == {CARD, LORA, KOHYA}
+    assert files(output) == {CARD, LORA, KOHYA, RUN_FILE}
     StableDiffusionPipeline.from_pretrained(world.model, safety_checker=None).load_lora_weights(output)
 
 

@@ -7,12 +7,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_train import (  # noqa: F401 (fixtures)
     DUAL_PATHS,
     LOSSES,
-    ROOT,
     SMOOTH,
     difference,
     fresh_accelerator,
     make_flags,
-    run_script,
     train,
     world,
 )
@@ -30,14 +28,20 @@ def logged_losses(output: Path) -> dict[int, dict[str, float]]:
     return steps
 
 
-def assert_equal_losses(world, tmp_path, flags: dict, stage1_steps: int, names: tuple[set[str], set[str]]) -> None:  # noqa: F811
+def assert_equal_losses(
+    world,  # noqa: F811
+    forks,
+    tmp_path: Path,
+    flags: dict,
+    stage1_steps: int,
+    names: tuple[set[str], set[str]],
+) -> None:
     """Train 20 steps in two processes and in one, and compare every loss; `names` are those of each stage."""
     flags = {"learning_rate": 1e-3, "report_to": "tensorboard", **SMOOTH, **flags}
-    command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    given = make_flags(world, tmp_path / "two", train_batch_size=1, **flags)
-    result = run_script(*command, ROOT / "train_spf_portrait_lora.py", *given, ACCELERATE_USE_CPU="true")
-    assert result.returncode == 0, result.stderr
-    assert "2 processes" in result.stderr, f"the processes did not find each other: {result.stderr}"
+    run = forks.start(make_flags(world, tmp_path / "two", train_batch_size=1, **flags), processes=2)
+    assert run.wait() == 0, run.stderr
+    assert "2 processes" in run.stderr, f"the processes did not find each other: {run.stderr}"
+    assert run.stderr.count("INFO The LoRA: ") == 1, "every process has said it"
     train(world, tmp_path / "one", train_batch_size=2, **flags)
     two, one = (logged_losses(tmp_path / name) for name in ("two", "one"))
     assert set(two) == set(one) == set(range(1, 21))
@@ -54,7 +58,7 @@ def assert_equal_losses(world, tmp_path, flags: dict, stage1_steps: int, names: 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("checkpointing", [None, True], ids=["", "gradient checkpointing"])
 @pytest.mark.parametrize("dual_path", DUAL_PATHS)
-def test_two_processes_have_the_losses_of_one(world, tmp_path, dual_path, checkpointing, accumulation):  # noqa: F811
+def test_two_processes_have_the_losses_of_one(world, forks, tmp_path, dual_path, checkpointing, accumulation):  # noqa: F811
     """Over 20 steps, half of them of stage 2 with every loss there is."""
     flags = {
         "stage2_objective": "both",
@@ -65,12 +69,12 @@ def test_two_processes_have_the_losses_of_one(world, tmp_path, dual_path, checkp
         "stage1_steps": 10,
         "stage2_steps": 10,
     }
-    assert_equal_losses(world, tmp_path, flags, 10, ({"diffusion"}, LOSSES["both"]))
+    assert_equal_losses(world, forks, tmp_path, flags, 10, ({"diffusion"}, LOSSES["both"]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["prior", "cat"])
-def test_two_processes_keep_what_one_keeps(world, tmp_path, way):  # noqa: F811
+def test_two_processes_keep_what_one_keeps(world, forks, tmp_path, way):  # noqa: F811
     prompts = ("a dog", "a street", "a red car") if way == "cat" else None
     flags = {"preservation": way, "unrelated_prompts": prompts, "stage1_steps": 20, "stage2_steps": 0}
-    assert_equal_losses(world, tmp_path, flags, 20, ({"diffusion", "preservation"}, set()))
+    assert_equal_losses(world, forks, tmp_path, flags, 20, ({"diffusion", "preservation"}, set()))

@@ -608,7 +608,7 @@ def test_a_signal_leaves_a_whole_checkpoint(world, whole_run, forks, tmp_path, p
     run = forks.start(make_flags(world, output, **flags))
     run.wait_for(lambda: arrived(run, output))
     time.sleep(random.random() * 0.3 if place not in ("stage 1", "stage 2") else 0)
-    os.kill(run.pid, number)
+    os.kill(run.pids[0], number)
     assert run.wait() == 128 + number, run.stderr
     assert "Traceback" not in run.stderr
 
@@ -661,44 +661,20 @@ def test_the_workers_that_read_pictures_do_not_take_the_run_down(world, whole_ru
 
 
 LAUNCHER = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
-
-
-def children(pid: int) -> list[int]:
-    """Processes that one started itself."""
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+TWO = {**LONG, "train_batch_size": 1}
 
 
 @pytest.fixture(scope="module")
-def whole_of_two(world, tmp_path_factory) -> Path:  # noqa: F811
+def whole_of_two(world, forks, tmp_path_factory) -> Path:  # noqa: F811
     """The undisturbed run of two processes."""
     output = tmp_path_factory.mktemp("two") / "output"
-    flags = {**LONG, "train_batch_size": 1}
-    process = Process(make_flags(world, output, **flags), *LAUNCHER, ACCELERATE_USE_CPU="true")
-    assert process.wait() == 0, process.text
+    run = forks.start(make_flags(world, output, **TWO), processes=2)
+    assert run.wait() == 0, run.stderr
     return output
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc to find the launched processes")
-@pytest.mark.slow
-@pytest.mark.parametrize("to, stage", [("the launcher", 1), ("all", 2), ("first", 2), ("second", 1)])
-def test_two_processes_stop_after_the_same_step(world, whole_of_two, tmp_path, to, stage):  # noqa: F811
-    """Whoever gets the signal; one that went on alone would fail in its next exchange with the other."""
-    flags = {**LONG, "train_batch_size": 1}
-    output = tmp_path / "output"
-    process = Process(make_flags(world, output, **flags), *LAUNCHER, ACCELERATE_USE_CPU="true")
-    process.wait_for((output / f"checkpoint-{2 if stage == 1 else 42}").is_dir)
-    workers = children(process.popen.pid)
-    assert len(workers) == 2
-    launcher = process.popen.pid
-    for pid in {
-        "the launcher": [launcher],
-        "all": [*workers, launcher],
-        "first": workers[:1],
-        "second": workers[1:],
-    }[to]:
-        os.kill(pid, signal.SIGTERM)
-    assert process.wait() != 0
-    text = process.text
+def assert_stopped_together(output: Path, text: str) -> None:
+    """One message, one whole checkpoint of the step in it, and no process that missed another."""
     (message,) = [line for line in text.splitlines() if "after step" in line]
     (checkpoint,) = find_checkpoints(output)
     check_checkpoint(checkpoint)
@@ -709,13 +685,33 @@ def test_two_processes_stop_after_the_same_step(world, whole_of_two, tmp_path, t
     assert "RuntimeError" not in text and "Connection" not in text, text
     assert not [name for name in files(output) if name.startswith(".") or "/." in name]
 
-    again = Process(
-        make_flags(world, output, **flags, resume_from_checkpoint="latest"),
-        *LAUNCHER,
-        ACCELERATE_USE_CPU="true",
-    )
-    assert again.wait() == 0, again.text
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.slow
+@pytest.mark.parametrize("to, stage", [("both", 2), ("first", 2), ("second", 1)])
+def test_two_processes_stop_after_the_same_step(world, whole_of_two, forks, tmp_path, to, stage):  # noqa: F811
+    """Whoever gets the signal; one that went on alone would fail in its next exchange with the other."""
+    output = tmp_path / "output"
+    run = forks.start(make_flags(world, output, **TWO), processes=2)
+    run.wait_for((output / f"checkpoint-{2 if stage == 1 else 42}").is_dir)
+    for pid in {"both": run.pids, "first": run.pids[:1], "second": run.pids[1:]}[to]:
+        os.kill(pid, signal.SIGTERM)
+    assert run.wait() == 128 + signal.SIGTERM, run.stderr
+    assert_stopped_together(output, run.stderr)
+    again = forks.start(make_flags(world, output, **TWO, resume_from_checkpoint="latest"), processes=2)
+    assert again.wait() == 0, again.stderr
     assert_same_ending(output, whole_of_two)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
+@pytest.mark.slow
+def test_two_processes_stop_with_their_launcher(world, tmp_path):  # noqa: F811
+    output = tmp_path / "output"
+    process = Process(make_flags(world, output, **TWO), *LAUNCHER, ACCELERATE_USE_CPU="true")
+    process.wait_for((output / "checkpoint-2").is_dir)
+    process.popen.send_signal(signal.SIGTERM)
+    assert process.wait() != 0
+    assert_stopped_together(output, process.text)
 
 
 # --------------------------------------------------------------------------------------------------- full disks
@@ -880,7 +876,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(undisturbed, forks, tmp_path, p
             while time.monotonic() < end and not run.ended():
                 time.sleep(0.001)
         if kill and not run.ended():
-            os.kill(run.pid, signal.SIGKILL)
+            os.kill(run.pids[0], signal.SIGKILL)
         status = run.wait()
         found = re.search(r"Going on from .*checkpoint-(\d+)", run.stderr)
         if attempt:
