@@ -13,8 +13,8 @@ from programs.console import DTYPES, FlagFormatter, import_libraries, in_home, p
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=FlagFormatter)
     add = parser.add_argument
-    about = "A .safetensors file in diffusers' or kohya's format, a folder with one, or user/name or an address of the "
-    about += "Hub; several are given by repeating the flag."
+    about = "A .safetensors file in diffusers' or kohya's format, a folder with one, or user/name or an address of "
+    about += "the Hub; several are given by repeating the flag."
     add("--lora", action="append", required=True, help=about)
     about = "Strength of each --lora, in their order; 1 for all if not given."
     add("--scale", type=float, action="append", help=about)
