@@ -12,18 +12,28 @@ from programs.console import DTYPES, FlagFormatter, import_libraries, in_home, p
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=FlagFormatter)
-    add = parser.add_argument
-    about = "A .safetensors file in diffusers' or kohya's format, a folder with one, or user/name or an address of "
-    about += "the Hub; several are given by repeating the flag."
-    add("--lora", action="append", required=True, help=about)
-    about = "Strength of each --lora, in their order; 1 for all if not given."
-    add("--scale", type=float, action="append", help=about)
-    add("--base_model", type=in_home, help="Stable Diffusion 1.x or 2.x to fuse with: a folder or a Hub id.")
-    add("--output_merged", type=path_in_home, help="Folder for the base model with the LoRAs fused into it.")
-    add("--output_kohya", type=path_in_home, help="File for the LoRA in kohya's format (ComfyUI, A1111).")
-    add("--output_diffusers", type=path_in_home, help="Folder for the LoRA in diffusers' format.")
-    add("--dtype", choices=DTYPES, default="float32", help="Of the checkpoint's weights.")
-    add("--overwrite", action="store_true", help="Replace what is there.")
+    parser.add_argument(
+        "--lora",
+        action="append",
+        required=True,
+        help="A .safetensors file in diffusers' or kohya's format, a folder with one, or user/name or an address of "
+        "the Hub; several are given by repeating the flag.",
+    )
+    parser.add_argument(
+        "--scale", type=float, action="append", help="Strength of each --lora, in their order; 1 for all if not given."
+    )
+    parser.add_argument(
+        "--base_model", type=in_home, help="Stable Diffusion 1.x or 2.x to fuse with: a folder or a Hub id.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output_merged", type=path_in_home, help="Folder for the base model with the LoRAs fused into it."
+    )
+    parser.add_argument(
+        "--output_kohya", type=path_in_home, help="File for the LoRA in kohya's format (ComfyUI, A1111)."
+    )
+    parser.add_argument("--output_diffusers", type=path_in_home, help="Folder for the LoRA in diffusers' format.")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="Of the checkpoint's weights.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace what is there.")
     args = parser.parse_args(input_args)
     if not (args.output_merged or args.output_kohya or args.output_diffusers):
         parser.error("nothing to write: give --output_merged, --output_kohya or --output_diffusers")
