@@ -262,12 +262,9 @@ class CrossAttentionCapture:
             sample = args[0] if args else kwargs["sample"]
             store.begin_forward(tuple(sample.shape[-2:]))
 
-        def after_forward(module: nn.Module, args: tuple, output: object) -> None:
-            store.end_forward()
-
         with ExitStack() as stack:
             stack.callback(self._unet.register_forward_pre_hook(before_forward, with_kwargs=True).remove)
-            stack.callback(self._unet.register_forward_hook(after_forward, always_call=True).remove)
+            stack.callback(self._unet.register_forward_hook(lambda *_: store.end_forward(), always_call=True).remove)
             for name, layer in self.layers.items():
                 stack.callback(layer.set_processor, layer.processor)
                 layer.set_processor(CapturingAttnProcessor(name, store))

@@ -49,19 +49,15 @@ def read_prompts(args: argparse.Namespace) -> list[PromptPair]:
             already; and what `make_prompt_pair` says. The message names flag or file and line.
     """
     if args.toy_prompts:
-        pairs = _toy_prompts(args.toy, args.max_prompts or 12, args.seed)
+        # Fresh ones, which no training set has.
+        drawn = base_prompts(TARGETS[args.toy], args.max_prompts or 12, args.seed)
+        targets = [(p.replaced_phrase, p.target_prompt) if p.replaced_phrase else p.target_prompt for p in drawn]
+        pairs = [make_prompt_pair(p.base_prompt, [target]) for p, target in zip(drawn, targets)]
     elif args.prompts_file is None:
         pairs = [_pair({"base_prompt": text}, args.target_prompt, "--base_prompts") for text in args.base_prompts]
     else:
         pairs = list(_read_prompts_file(args.prompts_file, args.target_prompt))
     return list(dict.fromkeys(pairs))[: args.max_prompts]
-
-
-def _toy_prompts(toy: str, count: int, seed: int) -> list[PromptPair]:
-    """Fresh prompts of the toy world, which no training set has."""
-    drawn = base_prompts(TARGETS[toy], count, seed)
-    targets = [(p.replaced_phrase, p.target_prompt) if p.replaced_phrase else p.target_prompt for p in drawn]
-    return [make_prompt_pair(p.base_prompt, [target]) for p, target in zip(drawn, targets)]
 
 
 def _read_prompts_file(path: Path, target_prompt: Sequence[str] | None) -> Iterable[PromptPair]:
@@ -131,13 +127,9 @@ def find_loras(args: argparse.Namespace) -> list[LoraSource]:
         # A run's checkpoints stay together, whatever else names them.
         if lora.role == EVALUATED and any(lora.path.samefile(other.path) for other in loras):
             continue
-        loras.append(replace(lora, name=_free_name(lora.name, {ORIGINAL_MODEL, *(other.name for other in loras)})))
+        taken, numbered = {ORIGINAL_MODEL, *(other.name for other in loras)}, (f"{lora.name} ({i})" for i in count(2))
+        loras.append(replace(lora, name=next(name for name in chain([lora.name], numbered) if name not in taken)))
     return loras
-
-
-def _free_name(name: str, taken: set[str]) -> str:
-    """The name, with the first number behind it that makes it one of its own."""
-    return next(free for free in chain([name], (f"{name} ({i})" for i in count(2))) if free not in taken)
 
 
 def _name_of(source: str) -> str:

@@ -74,20 +74,16 @@ def load_lora(pipeline: StableDiffusionPipeline, source: str, adapter_name: str,
             if found != expected:
                 raise ValueError(f"its metadata names {found} of its {expected} layers")
         except (ValueError, RuntimeError, TypeError) as error:
-            _remove_adapter(pipeline, adapter_name, active)
+            if active:
+                pipeline.delete_adapters(adapter_name)
+                pipeline.set_adapters(active)
+            else:
+                pipeline.unload_lora_weights()
             if isinstance(error, TypeError):  # of what another version of PEFT wrote
                 raise ValueError(f"its metadata is not of a LoRA as PEFT reads it here: {error.__cause__}") from error
             # torch lists each layer whose shape differs; the first tells enough.
             raise ValueError(" ".join(str(error).splitlines()[:2])) from error
     return lora.note
-
-
-def _remove_adapter(pipeline: StableDiffusionPipeline, adapter_name: str, active: list[str]) -> None:
-    if active:
-        pipeline.delete_adapters(adapter_name)
-        pipeline.set_adapters(active)
-    else:
-        pipeline.unload_lora_weights()
 
 
 def merge_loras(pipeline: StableDiffusionPipeline, loras: Sequence[str], scales: Sequence[float]) -> None:

@@ -30,7 +30,10 @@ def prepare_alignment(flags: Flags, inputs: Inputs, parts: Parts, accelerator: A
         sources.append(parts.training.as_alignment())
     portraits = join(sources)
     if inputs.sfcm is not None:
-        portraits.sfcm = maps_as_given(inputs.sfcm, portraits)
+        portraits.sfcm = [
+            F.interpolate(sfcm[None].to(latents.device), latents.shape[-2:], mode="area")[0]
+            for sfcm, latents in zip(inputs.sfcm, portraits.latents, strict=True)
+        ]
     elif parts.maps.has_bank:
         portraits.sfcm = parts.maps.fill_bank(portraits, together, accelerator.is_local_main_process)
     if accelerator.is_main_process:
@@ -49,14 +52,6 @@ def join(parts: Sequence[Portraits]) -> Portraits:
         torch.cat([part.pair_index for part in parts]),
         tuple(bucket for part in parts for bucket in part.buckets),
     )
-
-
-def maps_as_given(given: Sequence[torch.Tensor], portraits: Portraits) -> list[torch.Tensor]:
-    """The maps of --sfcm_dir at the size of each portrait's latents: M of (1, H, W) in [0, 1]."""
-    return [
-        F.interpolate(sfcm[None].to(latents.device), latents.shape[-2:], mode="area")[0]
-        for sfcm, latents in zip(given, portraits.latents, strict=True)
-    ]
 
 
 @torch.no_grad()

@@ -42,7 +42,12 @@ def module_fingerprint(module: torch.nn.Module) -> str:
 
     The same on each device, and wherever the model was loaded from.
     """
-    digest = hashlib.sha256(_encode(_read_config(module)))
+    config = getattr(module, "config", None)
+    if config is not None:
+        config = json.dumps(
+            _drop_origin(config if isinstance(config, Mapping) else config.to_dict()), sort_keys=True
+        )
+    digest = hashlib.sha256(_encode(config))
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(_encode((name, str(tensor.dtype), tuple(tensor.shape))))
         # numpy has no bfloat16, but every tensor can be seen as bytes; those have no dimension to lose in a scalar.
@@ -129,16 +134,6 @@ def _encode(value: Any) -> bytes:
     else:
         raise TypeError(f"A fingerprint is made of str, bytes, int, float, None and tuples of them, got {value!r}.")
     return f"{kind.__name__} {len(content)} ".encode() + content
-
-
-def _read_config(module: torch.nn.Module) -> str | None:
-    """A model's configuration as JSON, without where it comes from."""
-    config = getattr(module, "config", None)
-    if config is None:
-        return None
-    if not isinstance(config, Mapping):
-        config = config.to_dict()
-    return json.dumps(_drop_origin(config), sort_keys=True)
 
 
 def _drop_origin(value: Any) -> Any:

@@ -98,7 +98,10 @@ def save_checkpoint(
         with writing.whole(place, prefix=f"{HIDDEN_PREFIX}{step}-") as folder:
             folder.mkdir()
             write_lora(folder)
-            _write_state(folder, state)
+            tensors: dict[str, torch.Tensor] = {}
+            packed = pack_state(state, tensors)
+            save_file(tensors, folder / STATE_TENSORS)
+            (folder / STATE_VALUES).write_text(json.dumps(packed), encoding="utf-8")
             _write_manifest(folder, step)
         _sync(output_dir)
     except (OSError, SafetensorError) as error:
@@ -110,13 +113,6 @@ def save_checkpoint(
         for folder in others[: max(0, len(others) + 1 - total_limit)]:
             _clean(folder, _remove)
     return place
-
-
-def _write_state(folder: Path, state: dict[str, Any]) -> None:
-    tensors: dict[str, torch.Tensor] = {}
-    packed = pack_state(state, tensors)
-    save_file(tensors, folder / STATE_TENSORS)
-    (folder / STATE_VALUES).write_text(json.dumps(packed), encoding="utf-8")
 
 
 def _write_manifest(folder: Path, step: int) -> None:

@@ -179,7 +179,9 @@ class Engine:
         values = dict(zip((*losses, "gradient"), accelerator.reduce(values, "mean").tolist(), strict=True))
         # A scaler leaves out an update whose gradient is not finite by itself, and tries again with a lower scale.
         if accelerator.scaler is None or math.isfinite(values["gradient"]):
-            check_finite(values, step)
+            for name, value in values.items():
+                if not math.isfinite(value):
+                    raise FloatingPointError(f"{name!r} is {value} at step {step}, before its update. {ADVICE}")
         del values["gradient"]
         optimizer.step()
         self._count_skipped(values)
@@ -202,10 +204,3 @@ class Engine:
                 f"{self.global_step}, and the losses are "
                 f"{', '.join(f'{name} {value:.3g}' for name, value in losses.items())}. {ADVICE}"
             )
-
-
-def check_finite(values: Mapping[str, float], global_step: int) -> None:
-    """Stop before the update at the first loss, or norm of the gradient, that is not finite."""
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise FloatingPointError(f"{name!r} is {value} at step {global_step}, before its update. {ADVICE}")

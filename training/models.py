@@ -184,6 +184,11 @@ class Models:
         """The weights of an adapter under PEFT's names."""
         return get_peft_model_state_dict(self.unet, adapter_name=adapter)
 
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the LoRA of stage 1 is there as a second adapter."""
+        return STAGE1_ADAPTER in self.unet.peft_config
+
     def add_teacher(self, state: dict[str, torch.Tensor]) -> None:
         """Add stage 1's LoRA as a second, frozen adapter beside the one in training."""
         unet = self.unet
