@@ -1,4 +1,4 @@
-"""Tests of `programs/interruption.py`: real signals, sent to this process, at each of the places where one can find a run."""
+"""Tests of `programs/interruption.py`: real signals, sent to this process, wherever one can find a run."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Tests of `training/checkpoints.py`: nested states through files to the bit, and folders that are whole or not there."""
+"""Tests of `training/checkpoints.py`: states through files to the bit, and folders that are whole or not there."""
 
 import json
 import logging
