@@ -47,6 +47,6 @@ def test_a_map_of_the_target_alone_leaves_out_what_the_lora_does_to_any_prompt(r
 
 
 def test_no_picture_of_the_maps_where_each_step_makes_its_own(world, tmp_path):
-    flags = {"sfcm_mode": "noise", "stage1_steps": 1, "stage2_steps": 1}
+    flags = {"sfcm_mode": "paper", "stage1_steps": 1, "stage2_steps": 1}
     output = train(world, tmp_path / "output", num_validation_images=1, **flags)
     assert "validation/alignment.png" not in files(output)
