@@ -1,7 +1,6 @@
-"""The command line of the training script, read and checked before any library of models is imported.
+"""The command line of the training script, read and checked before any library of models is imported. [ours]
 
 A file of flags may come first, which those behind it win over.
-Source: [ours].
 """
 
 import argparse
