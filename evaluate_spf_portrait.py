@@ -1,9 +1,8 @@
-"""Is my LoRA clean? What a LoRA moves besides its target, measured against the original model's own portraits.
+"""Is my LoRA clean? What a LoRA moves besides its target, measured against the original model's own portraits. [ours]
 
 Draws the same prompts from the same seeds with the original model and with each LoRA, alone and with the target, and
 writes a report: preservation, response, pollution, and which checkpoint of a run to keep. `--toy` shows it on the toy
 world, where the truth is known.
-Source: [ours].
 """
 
 from evaluation.arguments import REGIONS, parse_args

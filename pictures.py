@@ -1,7 +1,6 @@
-"""Pictures side by side, under headers or captions, and heat maps over them.
+"""Pictures side by side, under headers or captions, and heat maps over them. [ours]
 
 Legend: h/w size of a map.
-Source: [ours].
 """
 
 from collections.abc import Sequence

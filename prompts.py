@@ -3,8 +3,8 @@
 Strings and a tokenizer in, indices out; no tensors. A *target* is added to the base prompt or replaces one of its
 phrases.
 
-Legend: P base phrases, T text tokens (`tokenizer.model_max_length`). Paper: arXiv 2504.00396; what names no source is
-[ours].
+Legend: P base phrases, T text tokens (`tokenizer.model_max_length`).
+Paper: arXiv 2504.00396; what names no source is [ours].
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""The wording of prompts: the phrases of a text, where they stand in it, and what it says of a target.
+"""The wording of prompts: the phrases of a text, where they stand in it, and what it says of a target. [ours]
 
 Strings in, strings and spans out. Comparisons of texts ignore case and match whole words.
-Source: [ours].
 """
 
 import re

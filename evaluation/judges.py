@@ -1,4 +1,4 @@
-"""The models that judge portraits in an evaluation, from the libraries that have them.
+"""The models that judge portraits in an evaluation, from the libraries that have them. [ours]
 
 A model that the user names has to load. One that is only a default, or a package that is not installed, is left out:
 its measures are then "not computed", with the reason. What is on this machine is taken from there; for anything else
@@ -7,7 +7,6 @@ the network is asked once, without a library's retries.
 Each judge has `images`, what it makes of pictures, (B, H, W, 3) uint8.
 
 Legend: B portraits, H/W picture size in pixels, E size of an embedding.
-Source: [ours].
 """
 
 import argparse
@@ -236,9 +235,7 @@ def load_judges(args: argparse.Namespace, device: str, ask_network: bool = True)
 
 
 class _Hub:
-    """Asks the Hub whether it has a model, once, unless there is a reason for silence; libraries try for each file,
-    six times.
-    """
+    """Asks the Hub once whether it has a model, unless there is a reason for silence; libraries ask for each file."""
 
     def __init__(self, silence: str | None) -> None:
         self.silence = silence
@@ -272,8 +269,7 @@ def _from_here_or_the_hub(load: Callable, name: str, device: str, hub: _Hub) -> 
 def _with_torch_weights(load: Callable[[str], Any], weights: str, device: str, ask_network: bool) -> Any:
     """What torchmetrics makes with weights that torch keeps; an ImportError or OSError where it cannot be had.
 
-    Only making it tells: it looks for packages of its own, and downloads weights with a library that would wait for
-    an answer as long as the system does.
+    Only making it tells: it looks for packages of its own, and downloads weights without an end to its waiting.
     """
     if not (ask_network or (Path(torch.hub.get_dir()) / "checkpoints" / weights).is_file()):
         raise OSError(f"{weights} is not on this machine, and the network is not asked for it")

@@ -1,10 +1,9 @@
-"""What is measured of a LoRA's portraits, each measure one function and one entry in `MEASURES`, and intervals.
+"""What is measured of a LoRA's portraits, each measure one function and one entry in `MEASURES`, and intervals. [ours]
 
 Functions of arrays alone; whoever calls them brings pictures and judges.
 
 Legend: B or n portraits, H/W picture size in pixels, E size of an embedding, P prompts, S seeds of each prompt,
 R resamples. Pictures are RGB in 0-255.
-Source: [ours].
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -1,4 +1,4 @@
-"""The pollution report on disk: one HTML file that needs nothing else, tables for machines, and the plot.
+"""The pollution report on disk: one HTML file that needs nothing else, tables for machines, and the plot. [ours]
 
 Everything is written from one document, so that page and tables cannot disagree:
 
@@ -8,7 +8,6 @@ Everything is written from one document, so that page and tables cannot disagree
     not_computed: {measure: reason}
     verdict: one line; keep: the checkpoint to keep, or None
     response_measure, pollution_unit, pollution_note, region, settings, prompts, seeds, rank_correlations
-Source: [ours].
 """
 
 import base64

@@ -1,7 +1,6 @@
-"""How latents are noised, and what a prediction of the denoiser means.
+"""How latents are noised, and what a prediction of the denoiser means. [ours]
 
 Legend: B batch, C latent channels, H/W latent size.
-Source: [ours].
 """
 
 import inspect

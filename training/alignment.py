@@ -1,7 +1,6 @@
-"""The portraits that both paths are aligned on, with their maps, and what is written of them.
+"""The portraits that both paths are aligned on, with their maps, and what is written of them. [ours]
 
 Legend: C channels, H/W latent size, M alignment portraits.
-Source: [ours].
 """
 
 from collections.abc import Sequence

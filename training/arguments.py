@@ -1,7 +1,6 @@
-"""The command line of the training script, read and checked before any library of models is imported.
+"""The command line of the training script, read and checked before any library of models is imported. [ours]
 
 A file of flags may come first, which those behind it win over.
-Source: [ours].
 """
 
 import argparse
@@ -15,21 +14,7 @@ from typing import Any, NamedTuple, NoReturn, get_args, get_origin, get_type_hin
 from transformers import HfArgumentParser
 
 from programs.console import FlagFormatter
-from training.flags import (
-    AlignmentFlags,
-    ColumnFlags,
-    ComposedFlags,
-    DataFlags,
-    LoopFlags,
-    LoraFlags,
-    MethodFlags,
-    ModelFlags,
-    OptimizerFlags,
-    OutputFlags,
-    PaperFlags,
-    PictureFlags,
-    SharingFlags,
-)
+from training import flags as groups
 from training.run_file import read_run_file
 
 
@@ -41,19 +26,19 @@ PRIVATE_TRACKERS = ("tensorboard", "none")
 class Flags(NamedTuple):
     """All flags in their groups, checked, with what follows from others filled in; and by name, as they were asked."""
 
-    model: ModelFlags
-    data: DataFlags
-    columns: ColumnFlags
-    pictures: PictureFlags
-    lora: LoraFlags
-    method: MethodFlags
-    composed: ComposedFlags
-    paper: PaperFlags
-    alignment: AlignmentFlags
-    optimizer: OptimizerFlags
-    loop: LoopFlags
-    output: OutputFlags
-    sharing: SharingFlags
+    model: groups.ModelFlags
+    data: groups.DataFlags
+    columns: groups.ColumnFlags
+    pictures: groups.PictureFlags
+    lora: groups.LoraFlags
+    method: groups.MethodFlags
+    composed: groups.ComposedFlags
+    paper: groups.PaperFlags
+    alignment: groups.AlignmentFlags
+    optimizer: groups.OptimizerFlags
+    loop: groups.LoopFlags
+    output: groups.OutputFlags
+    sharing: groups.SharingFlags
     asked: dict[str, Any]
 
 
@@ -130,8 +115,8 @@ def parse_args(input_args: Sequence[str] | None = None) -> Flags:
     values = parser.parse(sys.argv[1:] if input_args is None else input_args)
     values["sfcm_timesteps"] = tuple(values["sfcm_timesteps"])
     try:
-        groups = (kind(**{one.name: values[one.name] for one in fields(kind)}) for kind in GROUPS.values())
-        flags = _derive(Flags(*groups, asked=values))
+        given = (kind(**{one.name: values[one.name] for one in fields(kind)}) for kind in GROUPS.values())
+        flags = _derive(Flags(*given, asked=values))
         _check_method(flags)
         _check_others(flags)
         _check_tracker(flags.output.report_to)  # last, for it takes seconds
@@ -217,6 +202,6 @@ def _check_tracker(name: str) -> None:
         raise ValueError(f"--report_to {name} needs the tracker's own package, which is not installed")
 
 
-def uses_enhancement(method: MethodFlags, paper: PaperFlags) -> bool:
+def uses_enhancement(method: groups.MethodFlags, paper: groups.PaperFlags) -> bool:
     """Whether any step computes the enhancement loss."""
     return method.stage2_steps > 0 and method.stage2_objective != "composed" and paper.enhancement_loss != "none"

@@ -1,7 +1,6 @@
-"""The batch of a step: a pure function of seed, step and stream, cut into the processes' shares.
+"""The batch of a step: a pure function of seed, step and stream, cut into the processes' shares. [ours]
 
 Legend: B batch, C channels, H/W latent size, H'/W' size in pixels.
-Source: [ours].
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,6 @@
-"""Checkpoints of a training run: folders that are whole or not there at all, and no pickle in them.
+"""Checkpoints of a training run: folders that are whole or not there at all, and no pickle in them. [ours]
 
 A checkpoint's manifest holds the size and the hash of every file, so that a damaged one is told from a whole one.
-Source: [ours].
 """
 
 import json

@@ -1,10 +1,9 @@
-"""The portraits and their prompts: a folder or a `datasets` id in, checked rows out.
+"""The portraits and their prompts: a folder or a `datasets` id in, checked rows out. [ours]
 
 A folder holds images and a `metadata.jsonl`, one JSON object a line: `file_name`, `base_prompt`, `target_prompt` and,
 if wanted, `full_prompt`, `base_phrases` and `free_phrases` (lists), and `mask_file_name`. A target prompt is a string,
 added to the base prompt, or a list of such strings and of [replaced phrase, target] pairs. A `metadata.csv` with these
 columns does as well, lists as JSON spells them; or, with one target for all, a caption beside each image.
-Source: [ours].
 """
 
 import difflib
@@ -62,8 +61,7 @@ class PortraitRow:
 
 @dataclass(frozen=True)
 class _Table:
-    """The records of a folder or a data set: what errors call it and each of them, and where pictures and texts are.
-    """
+    """The records of a folder or a data set, what errors call them, and where pictures and texts are."""
 
     origin: str | Path
     sources: Sequence[str]

@@ -34,10 +34,7 @@ class Enhancement:
         decoder: AutoencoderKL | AutoencoderTiny, target_embeds: torch.Tensor, flags: PaperFlags,
         steps: tuple[int, int],
     ) -> None:  # fmt: skip
-        """`target_embeds` (N, E') are the targets' by pair of prompts; `steps` are the first one of its stage, and how
-        many
-        batches each has.
-        """
+        """`target_embeds` (N, E') are by pair of prompts; `steps` the first of its stage, and batches in each."""
         self.clip, self.decoder, self._processor, self._targets = clip, decoder, processor, target_embeds
         self._side = max(1, clip.config.vision_config.image_size // models.pipeline.vae_scale_factor)
         self._family, self._flags, (self._first_step, self._batches) = models.family, flags, steps

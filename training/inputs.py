@@ -1,7 +1,6 @@
-"""What a training run is made from, read and checked before any weights are loaded.
+"""What a training run is made from, read and checked before any weights are loaded. [ours]
 
 Legend: N training portraits, M drawn ones, H/W size in pixels.
-Source: [ours].
 """
 
 import json

@@ -1,7 +1,6 @@
-"""From pictures to pixels: cut to one of several sizes, resized, mirrored; masks likewise.
+"""From pictures to pixels: cut to one of several sizes, resized, mirrored; masks likewise. [ours]
 
 Legend: H/W size in pixels.
-Source: [ours].
 """
 
 import re

@@ -1,7 +1,6 @@
-"""The portraits that a run learns from and is aligned on: encoded, drawn, and taken by a step.
+"""The portraits that a run learns from and is aligned on: encoded, drawn, and taken by a step. [ours]
 
 Legend: B batch, C channels, H/W latent size, H'/W' size in pixels, N training portraits, M alignment portraits.
-Source: [ours].
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,8 +1,7 @@
-"""What a step learns: each objective is one forward with its losses, a file of its own and an entry here.
+"""What a step learns: each objective is one forward with its losses, a file of its own and an entry here. [ours]
 
 A new one is a subclass of `Objective` in a new file, an entry in `OBJECTIVES`, and its name where `of_stage` says when
 it is asked for.
-Source: [ours].
 """
 
 from training.arguments import Flags
