@@ -227,7 +227,21 @@ def stop_if_asked(stop: StopRequest, accelerator: Accelerator) -> None:
 # ------------------------------------------------------------------------------------------------- what is left behind
 
 
-def leave(flags: Flags, inputs: Inputs, engine: Engine, checkpoints: Checkpoints, interruption: Interrupted) -> None:
+def end_processes(models: Models, accelerator: Accelerator) -> None:
+    """The distributed wrapper goes before the group of processes it talks to, which could else wait for itself."""
+    models.response_unet = models.unet
+    accelerator.free_memory()
+    accelerator.end_training()
+
+
+def leave(
+    flags: Flags,
+    inputs: Inputs,
+    models: Models,
+    engine: Engine,
+    checkpoints: Checkpoints,
+    interruption: Interrupted,
+) -> None:
     """Write a checkpoint, say how to go on, and end the program as its signal would have."""
     output_dir, total = flags.output.output_dir, flags.method.stage1_steps + flags.method.stage2_steps
     if engine.global_step > 0:
@@ -239,7 +253,7 @@ def leave(flags: Flags, inputs: Inputs, engine: Engine, checkpoints: Checkpoints
         advice = "before the first one there is nothing to keep: start again"
     if engine.accelerator.is_main_process:
         logger.warning("%s after step %d of %d: %s", interruption, engine.global_step, total, advice)
-    engine.accelerator.end_training()
+    end_processes(models, engine.accelerator)
     sys.exit(128 + interruption.signal_number)
 
 
@@ -253,11 +267,8 @@ def finish(flags: Flags, inputs: Inputs, models: Models, engine: Engine, repo_id
         raise CheckpointError(
             f"the last picture could not be written: {error}; {output_dir / LORA_WEIGHTS} is whole"
         ) from error
-    # The distributed wrapper goes before the group of processes it talks to, and no process before the others.
     accelerator.wait_for_everyone()
-    models.response_unet = models.unet
-    accelerator.free_memory()
-    accelerator.end_training()
+    end_processes(models, accelerator)
     if engine.skipped_updates:
         logger.warning("The gradient scaler left out %d updates that were not finite", engine.skipped_updates)
     if accelerator.is_main_process:
@@ -321,7 +332,7 @@ def train_in_folder(flags: Flags, inputs: Inputs, accelerator: Accelerator, reco
         try:
             train_stages(flags, inputs, parts, engine, checkpoints, stop)
         except Interrupted as interruption:
-            leave(flags, inputs, engine, checkpoints, interruption)
+            leave(flags, inputs, models, engine, checkpoints, interruption)
     finish(flags, inputs, models, engine, repo_id)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -128,9 +129,9 @@ class Forks:
         self._process.stdin.flush()
         return self.answer()
 
-    def speaks(self) -> bool:
-        """Whether an answer lies ready."""
-        return bool(select.select([self._process.stdout], [], [], 0)[0])
+    def speaks(self, timeout: float = 0) -> bool:
+        """Whether an answer lies ready, or does within so many seconds."""
+        return bool(select.select([self._process.stdout], [], [], timeout)[0])
 
     def close(self) -> None:
         self._process.stdin.close()
@@ -178,9 +179,15 @@ class Run:
             assert not self.ended() and time.monotonic() < end, self.stderr
             time.sleep(0.002)
 
-    def wait(self) -> int:
-        """Its exit status, or the signal that ended it as a negative number; of several processes the first not 0."""
+    def wait(self, timeout: float = 240) -> int:
+        """Its exit status, or the signal that ended it as a negative number; of several processes the first not 0.
+
+        A run that does not end is ended.
+        """
         if self._status is None:
+            if not self._forks.speaks(timeout):
+                for pid in self.pids:
+                    os.kill(pid, signal.SIGKILL)
             self._status = next((status for status in self._forks.answer() if status), 0)
             for reader in self._readers:
                 reader.join(60)
