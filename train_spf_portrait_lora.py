@@ -42,7 +42,7 @@ from training.alignment import prepare_alignment
 from training.batches import make_drawer
 from training.caches import TensorCache
 from training.checkpoints import CheckpointError, lock_folder, remove_leftovers, what_is_safe
-from training.engine import Engine, make_accelerator, tracker_config
+from training.engine import Engine, make_accelerator, stop_if_asked, tracker_config
 from training.enhancement import Enhancement, load_clip, load_decoder
 from training.inputs import Inputs, check_inputs, print_dry_run
 from training.maps import MapMaker
@@ -215,15 +215,6 @@ def train_stage(
         after_step(train_step(engine, parts.models, objectives))
 
 
-def stop_if_asked(stop: StopRequest, accelerator: Accelerator) -> None:
-    """Stop all processes after the same step, whichever of them was sent a signal."""
-    asked = stop.signal_number
-    if accelerator.num_processes > 1:
-        asked = int(accelerator.gather(torch.tensor([asked], device=accelerator.device)).max())
-    if asked:
-        raise Interrupted(asked)
-
-
 # ------------------------------------------------------------------------------------------------- what is left behind
 
 
@@ -235,12 +226,7 @@ def end_processes(models: Models, accelerator: Accelerator) -> None:
 
 
 def leave(
-    flags: Flags,
-    inputs: Inputs,
-    models: Models,
-    engine: Engine,
-    checkpoints: Checkpoints,
-    interruption: Interrupted,
+    flags: Flags, inputs: Inputs, models: Models, engine: Engine, checkpoints: Checkpoints, interruption: Interrupted
 ) -> None:
     """Write a checkpoint, say how to go on, and end the program as its signal would have."""
     output_dir, total = flags.output.output_dir, flags.method.stage1_steps + flags.method.stage2_steps

@@ -14,6 +14,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration
 from diffusers.optimization import get_scheduler
 
+from programs.interruption import Interrupted, StopRequest
 from programs.loading import InputError
 from training.arguments import Flags, flat
 from training.flags import LoopFlags, OptimizerFlags, OutputFlags
@@ -62,6 +63,15 @@ def tracker_config(flags: Flags) -> dict[str, bool | int | float | str]:
         for name, value in flat(flags).items()
         if value is not None and name != "hub_token"
     }
+
+
+def stop_if_asked(stop: StopRequest, accelerator: Accelerator) -> None:
+    """Stop all processes after the same step, whichever of them was sent a signal."""
+    asked = stop.signal_number
+    if accelerator.num_processes > 1:
+        asked = int(accelerator.gather(torch.tensor([asked], device=accelerator.device)).max())
+    if asked:
+        raise Interrupted(asked)
 
 
 class Engine:
