@@ -41,7 +41,7 @@ def assert_equal_losses(
     run = forks.start(make_flags(world, tmp_path / "two", train_batch_size=1, **flags), processes=2)
     assert run.wait() == 0, run.stderr
     assert "2 processes" in run.stderr, f"the processes did not find each other: {run.stderr}"
-    assert run.stderr.count("INFO The LoRA: ") == 1, "every process has said it"
+    assert run.stderr.count("The LoRA: ") == 1, "every process has said it"
     train(world, tmp_path / "one", train_batch_size=2, **flags)
     two, one = (logged_losses(tmp_path / name) for name in ("two", "one"))
     assert set(two) == set(one) == set(range(1, 21))
