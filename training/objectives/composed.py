@@ -4,7 +4,7 @@ Legend: B batch, C channels, H/W latent size, T text tokens, E size of a text em
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 
@@ -122,29 +122,3 @@ class Composed(Objective):
         # Without a weight, what the teacher makes of the base prompt is nothing that counts.
         full_pred, base_pred = preds if len(asked) == 2 else (*preds, reference_pred)
         return reference_pred, full_pred, base_pred, features
-
-    def _together(
-        self, batch: Batch, reference_embeds: PromptEmbeds, rows: torch.Tensor, embeds: PromptEmbeds,
-        recording: AbstractContextManager,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        """The original model's predictions and the teacher's, of `rows`, in one forward."""
-        count, device = len(batch.kinds), self.models.device
-        together = torch.cat([torch.arange(count, device=device), rows])
-        with self.models.adapters.per_sample([BASE_ROW] * count + [STAGE1_ADAPTER] * len(rows)), recording:
-            preds = self.models.predict(
-                batch.noisy_latents[together], batch.timesteps[together], PromptEmbeds.cat([reference_embeds, embeds])
-            )
-        return preds[:count], preds[count:]
-
-    def _in_turn(
-        self, batch: Batch, reference_embeds: PromptEmbeds, rows: torch.Tensor, embeds: PromptEmbeds,
-        recording: AbstractContextManager,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        """The same in two forwards."""
-        models = self.models
-        with models.adapters.only(None), recording:
-            reference_pred = models.predict(batch.noisy_latents, batch.timesteps, reference_embeds)
-        if not len(rows):
-            return reference_pred, reference_pred[rows]
-        with models.adapters.only(STAGE1_ADAPTER):
-            return reference_pred, models.predict(batch.noisy_latents[rows], batch.timesteps[rows], embeds)
