@@ -392,16 +392,20 @@ class Page:
 
     def __init__(self, browser, address, width=1280):
         self.page = browser.new_page(viewport={"width": width, "height": 900})
-        self.elsewhere, self.failures = [], []
-        self.page.on("request", lambda request: self.look_at(request.url, address))
+        self.elsewhere, self.failures, self.streams = [], [], set()
+        self.page.on("request", lambda request: self.look_at(request, address))
+        for ended in ("requestfinished", "requestfailed"):
+            self.page.on(ended, lambda request: self.streams.discard(request))
         self.page.on("pageerror", lambda error: self.failures.append(str(error)))
         self.page.goto(address)
         self.button = self.page.get_by_role("button", name="Draw", exact=True)
         self.button.wait_for()
 
-    def look_at(self, url, address):
-        if not url.startswith((address, "data:", "blob:")):
-            self.elsewhere.append(url)
+    def look_at(self, request, address):
+        if not request.url.startswith((address, "data:", "blob:")):
+            self.elsewhere.append(request.url)
+        if "/queue/data" in request.url:
+            self.streams.add(request)
 
     def fill(self, label, text):
         self.page.get_by_role("textbox", name=re.compile(f"^{label}")).fill(text)
@@ -426,7 +430,9 @@ class Page:
         self.page.get_by_label("Seed").fill(str(seed))
         if steps is not None:  # else as the page has them at first
             self.set_number("Steps", steps)
-        self.button.click()
+        # Not by the mouse: a button that moves while fields above it change their height may miss a click.
+        with self.page.expect_request("**/queue/join*", timeout=60_000):
+            self.button.press("Enter")
         self.page.locator("#status").get_by_text(f"seed {seed},").wait_for(timeout=300_000)
         return {name: self.image(name) for name in ("original", "adapted", "sfcm", "overview")}
 
@@ -440,6 +446,9 @@ class Page:
         text = toast.inner_text()
         self.page.get_by_test_id("toast-close").click()
         toast.wait_for(state="detached")
+        # The server drops what is asked for while it takes leave of a stream.
+        while self.streams:
+            self.page.wait_for_timeout(20)
         return text
 
 
