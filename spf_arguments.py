@@ -3,8 +3,10 @@
 Strings, numbers and generators; no model.
 """
 
+import itertools
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Real
@@ -211,17 +213,13 @@ def _warn_once(message: str) -> None:
     logger.warning(message)
 
 
-def warn_of_weights(given: Any) -> None:
-    """Say of weights and LoRAs that are written into a prompt that they are read as words."""
-    for text in [given] if isinstance(given, str) else given if isinstance(given, list) else []:
-        weights = wording.find_weights(text)
-        if weights is not None:
-            _warn_once(f"{weights!r} in a prompt is read as words: neither weights nor <lora:...> mean anything here.")
-
-
-def warn_of_contradictions(pair: prompts.PromptPair) -> None:
-    """Say of a phrase that it may be about the same thing as a target."""
-    for phrase, target in prompts.suggest_replacements(pair):
+def warn_of_words(texts: Any, pairs: Sequence[prompts.PromptPair] = ()) -> None:
+    """Say of weights and LoRAs that are written into a prompt that they are read as words, and of a phrase that it may
+    be about the same thing as a target.
+    """
+    for weights in filter(None, map(wording.find_weights, texts if isinstance(texts, list) else [])):
+        _warn_once(f"{weights!r} in a prompt is read as words: neither weights nor <lora:...> mean anything here.")
+    for phrase, target in itertools.chain(*map(prompts.suggest_replacements, pairs)):
         _warn_once(
             f"{phrase!r} in the prompt may contradict the target {target!r}, which then hardly shows: "
             f"target_prompt=({phrase!r}, {target!r}) puts the target in its place."
