@@ -64,33 +64,21 @@ class PromptPair:
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """Token ids of a `PromptPair` and the positions in them that the losses and the SFCM ask for.
+    """Token ids of a `PromptPair` and the positions in them that the losses and the SFCM ask for."""
 
-    Attributes:
-        base_input_ids, full_input_ids: T ids of each prompt, padded.
-        phrase_positions: per base phrase its positions in the base sequence; empty if it was cut off.
-        target_positions: positions of all targets in the full sequence; `each_target_positions` target by target.
-        base_positions: matched base tokens in the base sequence, ascending, without BOS and padding.
-        full_positions: the same tokens in the full sequence; its i-th is the i-th of `base_positions`.
-        base_padding, full_padding: every position after a prompt's text: EOS and what pads it.
-    """
-
-    base_input_ids: list[int]
+    base_input_ids: list[int]  # T, padded
     full_input_ids: list[int]
-    phrase_positions: tuple[tuple[int, ...], ...]
-    target_positions: tuple[int, ...]
+    phrase_positions: tuple[tuple[int, ...], ...]  # of each phrase, in the base sequence; empty if it was cut off
+    target_positions: tuple[int, ...]  # of all targets, in the full sequence
     each_target_positions: tuple[tuple[int, ...], ...]
-    base_positions: tuple[int, ...]
-    full_positions: tuple[int, ...]
-    base_padding: tuple[int, ...]
+    base_positions: tuple[int, ...]  # matched base tokens in the base sequence, ascending, without BOS and padding
+    full_positions: tuple[int, ...]  # the same tokens in the full sequence, in the same order
+    base_padding: tuple[int, ...]  # every position after the prompt's text: EOS and what pads it
     full_padding: tuple[int, ...]
 
 
 def compose_full_prompt(base_prompt: str, target_prompts: Sequence[TargetPrompt]) -> str:
-    """Write the full prompt: phrases replaced in their places, additions appended in order after a comma.
-
-    Every `replaces` is looked up in the base prompt, the first unused occurrence; if something is appended, the base
-    prompt's closing punctuation is dropped.
+    """Write the full prompt: phrases replaced where they first stand, additions appended in order after a comma.
 
     Raises ValueError: a replaced phrase is not in the base prompt (or not as often as it is to be replaced).
     Source: [paper] base with the target added or a phrase replaced; [ours] the comma.
@@ -213,11 +201,9 @@ def without_target(prompt: str, base_phrases: Sequence[str] | None = None) -> Pr
 
 
 def keep_phrases(pair: PromptPair, stays: Sequence[bool]) -> PromptPair:
-    """The pair of a prompt of those base phrases alone that stay, and of what a target replaces.
+    """The pair of a prompt of those base phrases alone that stay, in their order, and of what a target replaces.
 
-    They stay in the base prompt's order. One inside another (a free phrase may be) comes with it.
-
-    Raises ValueError: nothing of what stays is to be preserved.
+    One inside another (a free phrase may be) comes with it. Raises ValueError: nothing is left to preserve.
     """
     replaced_spans, spans = _base_spans(pair)
     kept = [phrase for phrase, keep in zip(pair.base_phrases, stays, strict=True) if keep]

@@ -185,18 +185,12 @@ def guidance_map(difference: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SfcmMode:
-    """How a map is made.
+    """How a map is made."""
 
-    Attributes:
-        compute: as `sfcm_paper`.
-        averaged: whether its difference is averaged over several noises of one portrait.
-        target_only: whether the difference is what the target's words change *under the adapter*, full prompt against
-            base prompt. It leaves out what the adapter changes whatever the prompt: the pollution itself. Otherwise
-            the difference is that of the two paths.
-    """
-
-    compute: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-    averaged: bool
+    compute: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # as `sfcm_paper`
+    averaged: bool  # whether its difference is averaged over several noises of one portrait
+    # Whether the difference is what the target's words change *under the adapter*, full prompt against base prompt. It
+    # leaves out what the adapter changes whatever the prompt: the pollution itself. Else it is that of the two paths.
     target_only: bool = False
 
 

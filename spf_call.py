@@ -40,9 +40,8 @@ Embeds = tuple[Tensor, ...]  # all tensors that a family makes of a prompt, (B, 
 
 @dataclass
 class SPFPortraitPipelineOutput(StableDiffusionPipelineOutput):
-    """Output of a call with `compare` or `return_sfcm`; what was not asked for is None.
-
-    Maps are float32 on the CPU, in [0, 1].
+    """Output of a call with `compare` or `return_sfcm`; what was not asked for is None. Maps are float32 on the CPU,
+    in [0, 1].
 
     Args:
         images: B images of the full prompts (of the prompts themselves without a target), as `output_type` says.
@@ -83,7 +82,6 @@ class SPFCall:
     """
 
     def _draw(self, **stock) -> Any:
-        """The call, of arguments by name."""
         request = spf_arguments.Request(**{own.name: stock.pop(own.name) for own in fields(spf_arguments.Request)})
         prompt = stock.pop("prompt")
         request.check(stock["return_dict"])
@@ -139,10 +137,10 @@ class SPFCall:
         self._check_stock_inputs(prompt, stock)
         one_prompt, embeds = isinstance(prompt, str), stock["prompt_embeds"]
         base = full = [prompt] if one_prompt else prompt
-        if embeds is not None and (request.target_prompt is not None or request.return_sfcm):
-            raise ValueError("`target_prompt` and `return_sfcm` need the text as `prompt`, not `prompt_embeds`.")
         if embeds is None:
             spf_arguments.check_prompts(base)
+        elif request.target_prompt is not None or request.return_sfcm:
+            raise ValueError("`target_prompt` and `return_sfcm` need the text as `prompt`, not `prompt_embeds`.")
         per_prompt, count = stock["num_images_per_prompt"], len(base if embeds is None else embeds)
         if request.splits_rows:
             spf_arguments.check_rows(stock, per_prompt * count)
@@ -212,7 +210,7 @@ class SPFCall:
 
         Raises `ValueError`: a LoRA is loaded, under which the weights would be saved by names that no loader knows.
         """
-        if any(isinstance(module, BaseTunerLayer) for model in self._adapted_models() for module in model.modules()):
+        if self._adapted_layers():
             raise ValueError(
                 "A LoRA is loaded: call `unload_lora_weights()` before saving, and `fuse_lora()` before that to keep "
                 "it in the weights."
@@ -236,15 +234,18 @@ class SPFCall:
         """The models that a LoRA can be in."""
         return [model for name in self._lora_loadable_modules if (model := getattr(self, name)) is not None]
 
+    def _adapted_layers(self) -> list[BaseTunerLayer]:
+        modules = (module for model in self._adapted_models() for module in model.modules())
+        return [module for module in modules if isinstance(module, BaseTunerLayer)]
+
     @contextmanager
     def _adapters(
         self, request: spf_arguments.Request, targets: Sequence[spf_arguments.Target]
     ) -> Iterator[list[str]]:
         """Inside, the adapters of a call are active, as strong as it says; gives their names in order."""
         models = self._adapted_models()
-        layers = [module for model in models for module in model.modules() if isinstance(module, BaseTunerLayer)]
-        switched_on = [layer.active_adapters for layer in layers if not layer.disable_adapters]
-        active = list(dict.fromkeys(name for names in switched_on for name in names))
+        layers = [module for module in self._adapted_layers() if not module.disable_adapters]
+        active = list(dict.fromkeys(name for layer in layers for name in layer.active_adapters))
         with ExitStack() as stack:
             if isinstance(request.target_prompt, dict):
                 active = list(request.target_prompt)
@@ -284,14 +285,12 @@ class SPFCall:
 
     def _twin_noise(self, count: int, dtype: torch.dtype, stock: dict[str, Any]) -> dict[str, Any]:
         """Latents and generators of a run of both halves, with equal noise in them, drawn as the stock call would."""
-        latents, generator = stock["latents"], stock["generator"]
+        latents, generator, unet = stock["latents"], stock["generator"], self.unet.config
         if latents is None:
-            sides = self.unet.config.sample_size
-            sides = (sides, sides) if isinstance(sides, int) else sides
+            sides = [unet.sample_size] * 2 if isinstance(unet.sample_size, int) else unet.sample_size
             if stock["height"] and stock["width"]:
-                sides = (stock["height"] // self.vae_scale_factor, stock["width"] // self.vae_scale_factor)
-            shape = (count, self.unet.config.in_channels, *sides)
-            latents = randn_tensor(shape, generator, self._execution_device, dtype)
+                sides = [stock[side] // self.vae_scale_factor for side in ("height", "width")]
+            latents = randn_tensor((count, unet.in_channels, *sides), generator, self._execution_device, dtype)
         return {"latents": torch.cat([latents, latents]), "generator": _pair_generators(generator, count)}
 
     def _phrase_distances(

@@ -32,18 +32,13 @@ class RowLayout:
     A branch has B rows of the response and, beside references, B of these. The negative branch of classifier-free
     guidance comes first, the conditional one next, and appended rows last. Rows are counted from the end, for a
     callback may end guidance during the run.
-
-    Args:
-        images: B.
-        compare: whether references are drawn too.
-        negative_adapters: whether the adapters are on in the negative branch.
-        appended: groups of B rows that the caller does not see; the first is the Reference Path, on the response's own
-            latents, and in a second one the adapters are on.
     """
 
-    images: int
-    compare: bool = False
-    negative_adapters: bool = True
+    images: int  # B
+    compare: bool = False  # whether references are drawn too
+    negative_adapters: bool = True  # whether the adapters are on in the negative branch
+    # Groups of B rows that the caller does not see; the first is the Reference Path, on the response's own latents,
+    # and in a second one the adapters are on.
     appended: int = 0
 
     @property
@@ -73,22 +68,14 @@ class RowLayout:
 
 @dataclass(frozen=True)
 class Phrases:
-    """What the maps are about, B rows each; a shorter prompt's rows are padded with zeros.
-
-    Attributes:
-        targets: of each image, none without a target.
-        weights: (B, P, T), each row averages over a phrase's tokens in the base prompt.
-        target_weights: (B, K, T), the same of the targets in the full prompt.
-        free: (B, P) bool, the phrases that may change.
-        distances: (B, P), zeros without a target.
-    """
+    """What the maps are about, B rows each; a shorter prompt's rows are padded with zeros."""
 
     texts: list[tuple[str, ...]]
-    targets: list[tuple[str, ...]]
-    weights: Tensor
-    target_weights: Tensor
-    free: Tensor
-    distances: Tensor
+    targets: list[tuple[str, ...]]  # of each image, none without a target
+    weights: Tensor  # (B, P, T), each row averages over a phrase's tokens in the base prompt
+    target_weights: Tensor  # (B, K, T), the same of the targets in the full prompt
+    free: Tensor  # (B, P) bool, the phrases that may change
+    distances: Tensor  # (B, P), zeros without a target
 
     @property
     def protected(self) -> Tensor:
@@ -140,22 +127,15 @@ class StepAttention:
 class Observer:
     """Gives the denoiser rows that its caller does not see, and takes their predictions and attention.
 
-    Attributes:
-        phrases: None where no rows are appended.
-        extend: of a call's arguments and keywords, those with the appended rows.
-        to_epsilon: of a timestep, what makes a difference of predictions one of predicted noise.
-        guidance: strength and exponent.
-        differences, attention: of each call.
-
     Source: [paper] both predictions from the same `z_t`; [ours] in one batch.
     """
 
     rows: RowLayout
-    phrases: Phrases | None
-    extend: Callable[[tuple, dict], tuple[tuple, dict]]
-    to_epsilon: Callable[[Tensor], Tensor]
-    guidance: tuple[float, float]
-    differences: list[Tensor] = field(default_factory=list)
+    phrases: Phrases | None  # None where no rows are appended
+    extend: Callable[[tuple, dict], tuple[tuple, dict]]  # a call's arguments and keywords, with the appended rows
+    to_epsilon: Callable[[Tensor], Tensor]  # of a timestep, what makes a difference one of predicted noise
+    guidance: tuple[float, float]  # strength and exponent
+    differences: list[Tensor] = field(default_factory=list)  # of each call, as the attention
     attention: list[StepAttention] = field(default_factory=list)
     _store: attention_processors.CrossAttentionStore | None = None
     _total: Tensor | float = 0.0

@@ -62,11 +62,8 @@ def suggest_replacement(base_phrases: Sequence[str], target: str) -> tuple[str, 
         there is none. A phrase that says the target already is none ("a red hat" for "a hat"), nor is one of several
         parts ("a woman with a hat"), whose last word is not what it is about.
     """
-    parts = split_phrases(target)
-    if not parts or not words_of(parts[0]):
-        return None
-    noun, said = _noun(parts[0]), {*words_of(target)} - _ARTICLES
-    for phrase in base_phrases:
+    noun, said = _noun("".join(split_phrases(target)[:1])), {*words_of(target)} - _ARTICLES
+    for phrase in base_phrases if noun else ():
         if len(split_phrases(phrase)) == 1 and _noun(phrase) == noun and not said <= {*words_of(phrase)}:
             return phrase, target
     return None
@@ -84,10 +81,9 @@ def find_weights(text: str) -> str | None:
 
 
 def take_out(caption: str, target: str) -> str:
-    """A caption without the target: what it says between two commas is left out where it is the target.
+    """A caption without what it says between two commas and is the target; the caption itself if it does not say it.
 
-    Case, a leading article and punctuation do not count. The caption itself if it does not say the target, and "" if
-    it says nothing else.
+    Case, a leading article and punctuation do not count.
     """
     parts = caption.split(",")
     wanted = {_bare(part) for part in target.split(",")} - {()}
@@ -218,9 +214,7 @@ def infer_replaced(base_prompt: str, targets: Sequence[str], full_prompt: str) -
     """Tell from a given full prompt which part of the base prompt each target replaces, or None where it is added.
 
     It is what the base prompt has between the words that surround the target in the full prompt, in its own spelling.
-    Neighbours share one gap, and the first of them gets it.
-
-    Raises ValueError: a target is not in the full prompt.
+    Neighbours share one gap, and the first of them gets it. Raises ValueError: a target is not in the full prompt.
     """
     spans = locate_targets(base_prompt, targets, full_prompt)
     base_words, full_words = list(_WORD.finditer(base_prompt)), list(_WORD.finditer(full_prompt))
