@@ -1,8 +1,6 @@
-"""Adapters of a model on and off, for the whole batch or row by row, without touching which weights are trained.
+"""Adapters of a model on and off, for the whole batch or row by row; which weights are trained stays. [ours]
 
-The Reference Path is the model with its adapters off, the Response Path the same model with one adapter on.
-
-Paper: arXiv 2504.00396; what names no source is [ours].
+The paper's Reference Path is the model with its adapters off, its Response Path the same model with one adapter on.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,10 +22,6 @@ class Adapters:
     Each switch is a context: state and requires_grad flags are as before on exit, also after an error. The flags do
     not change inside either: activating a frozen adapter leaves it frozen. The model is no DDP wrapper; after an
     adapter came or went this object is made again.
-
-    Attributes:
-        names: of the adapters.
-        layers: that hold them.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -70,42 +64,47 @@ class Adapters:
 
     @contextmanager
     def only(self, names: str | Sequence[str] | None) -> Iterator[None]:
-        """Exactly these adapters are active inside; None switches all of them off. Raises what `check` does.
-
-        Source: [ours] the Reference Path is the model with all adapters off.
-        """
+        """Exactly these adapters are active inside; None switches all of them off. Raises what `check` does."""
         names = [names] if isinstance(names, str) else list(names or ())
         self.check(names)
-        with self._switched(names):
+        flags = [weight.requires_grad for weight in self._weights]
+        before = [(vars(layer), layer.active_adapters, layer.disable_adapters) for layer in self.layers]
+        try:
+            # peft's `set_adapter` and `enable_adapters` would also set the flags, and a module's own way to set an
+            # attribute is slow.
+            for state, active, _ in before:
+                state.update(_active_adapter=list(names or active), _disable_adapters=not names)
             yield
+        finally:
+            for state, active, disabled in before:
+                state.update(_active_adapter=active, _disable_adapters=disabled)
+            for weight, flag in zip(self._weights, flags, strict=True):
+                if weight.requires_grad is not flag:
+                    weight.requires_grad_(flag)
 
     @contextmanager
     def per_sample(self, names: Sequence[str]) -> Iterator[None]:
         """Each batch row goes through its own adapter, "__base__" for none. Works in training; a backward under
-        checkpointing
-        must run inside.
+        checkpointing must run inside.
 
-        Raises:
-            ValueError: as `check` says, or there is no adapter; from the forward, a batch whose size is not
-                `len(names)`.
+        Raises ValueError: as `check` says, or there is no adapter; from the forward, a batch of another size.
         """
-        names = list(names)
         self.check([name for name in names if name != BASE_ROW])
         if not self.layers:
             raise ValueError("the UNet has no adapter: there is nothing for the rows to choose from")
 
         def pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            return args, {**kwargs, "adapter_names": names}
+            return args, {**kwargs, "adapter_names": list(names)}
 
         # A layer whose adapters are switched off ignores `adapter_names`.
-        with self._switched(None), ExitStack() as stack:
+        with self.only(self.names), ExitStack() as stack:
             for layer in self.layers:
                 stack.callback(layer.register_forward_pre_hook(pass_adapter_names, with_kwargs=True).remove)
             yield
 
     @contextmanager
     def dropout(self, name: str) -> Iterator[None]:
-        """Inside, the dropout of one adapter is on; all others stay as they are."""
+        """Inside, the dropout of one adapter is on."""
         dropouts = [layer.lora_dropout[name] for layer in self.layers if name in layer.lora_dropout]
         before = [dropout.training for dropout in dropouts]
         try:
@@ -116,30 +115,6 @@ class Adapters:
             for dropout, training in zip(dropouts, before, strict=True):
                 dropout.training = training
 
-    @contextmanager
-    def _switched(self, names: Sequence[str] | None) -> Iterator[None]:
-        """Exactly `names` active inside (None: as they are, but switched on; empty: all off)."""
-        flags = [weight.requires_grad for weight in self._weights]
-        states = [(layer, layer.active_adapters, layer.disable_adapters) for layer in self.layers]
-        try:
-            for layer, active, _ in states:
-                _set_state(layer, names or active, disabled=names is not None and not names)
-            yield
-        finally:
-            for layer, active, disabled in states:
-                _set_state(layer, active, disabled)
-            for weight, flag in zip(self._weights, flags, strict=True):
-                if weight.requires_grad is not flag:
-                    weight.requires_grad_(flag)
-
-
-def _set_state(layer: BaseTunerLayer, names: Sequence[str], disabled: bool) -> None:
-    """What `set_adapter` and `enable_adapters` do, without the flags, which they set weight by weight.
-
-    peft has no other way to leave the flags alone. A module's own way to set an attribute is slow, too.
-    """
-    vars(layer).update(_active_adapter=list(names), _disable_adapters=disabled)
-
 
 def active_adapters(model: nn.Module, names: str | Sequence[str] | None) -> AbstractContextManager[None]:
     """`Adapters.only`, for a model that is switched once."""
@@ -148,18 +123,12 @@ def active_adapters(model: nn.Module, names: str | Sequence[str] | None) -> Abst
 
 @contextmanager
 def original_rows(model: nn.Module, rows: Callable[[int], Iterable[int]]) -> Iterator[None]:
-    """Inside, the adapters of `model` leave some rows of each batch as the original model has them.
+    """Inside, the adapters of `model` leave those rows of a batch as the original model has them that `rows` chooses
+    from its size.
 
     Every row goes through the adapters that are active; then the chosen rows are taken from the layer below. Unlike
     `Adapters.per_sample` this works with several active adapters, with DoRA and for a text encoder; without gradient,
-    and uncompiled.
-
-    Args:
-        rows: chooses the rows from the size of a batch; asked once for each size.
-
-    Raises:
-        ValueError: an adapter is merged into the weights, so that the layer below is not the original, or replaces
-            whole modules.
+    and uncompiled. Raises what `check` does.
     """
     adapters = Adapters(model)
     adapters.check()
@@ -187,7 +156,7 @@ def original_rows(model: nn.Module, rows: Callable[[int], Iterable[int]]) -> Ite
 def adapter_scales(model: nn.Module, factors: Mapping[str, float]) -> Iterator[None]:
     """Inside, the strength of each named adapter is multiplied by a factor; names that the model has not do nothing.
 
-    Raises ValueError: an adapter is merged into the weights, or of a kind that has no strength.
+    Raises ValueError: as `check` says, or an adapter is of a kind that has no strength.
     """
     adapters = Adapters(model)
     adapters.check()

@@ -26,16 +26,12 @@ _ANOTHER = "is for another architecture: {}; it needs a model as it was trained 
 
 @dataclass(frozen=True)
 class LoraLayer:
-    """What a LoRA adds to the weight of one layer: `alpha / rank * up @ down`.
+    """What a LoRA adds to the weight of one layer: `alpha / rank * up @ down`."""
 
-    `down` is (rank, in) or, of a convolution, (rank, in, h, w), `up` (out, rank) or (out, rank, 1, 1), and `magnitude`
-    (out,) a DoRA's norm of each output's weight, or None.
-    """
-
-    down: Tensor
-    up: Tensor
+    down: Tensor  # (rank, in) or, of a convolution, (rank, in, h, w)
+    up: Tensor  # (out, rank) or (out, rank, 1, 1)
     alpha: float
-    magnitude: Tensor | None = None
+    magnitude: Tensor | None = None  # (out,), a DoRA's norm of each output's weight
 
     @property
     def rank(self) -> int:
@@ -60,22 +56,20 @@ def parse_key(key: str) -> tuple[str, str, str] | None:
 
 
 def parse_layers(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> Layers:
-    """The layers of a LoRA in diffusers' format; tensors that are no LoRA's are passed over.
-
-    Args:
-        metadata: what the file says of ranks and alphas; where it has no alpha, that is the rank.
+    """The layers of a LoRA in diffusers' format, with ranks and alphas of the file's metadata; where it has no alpha,
+    that is the rank. Tensors that are no LoRA's are passed over.
 
     Raises ValueError: a layer that is not whole, or has no numbers; metadata of another form; one line.
     """
+    metadata = metadata or {}
     found: dict[tuple[str, str], dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         if place := parse_key(key):
             found.setdefault(place[:2], {})[place[2]] = tensor
     layers: Layers = {}
     for (model, name), weights in found.items():
-        alpha = _alpha_of(metadata or {}, model, name)
-        layer = make_layer(f"{model}.{name}", weights, alpha)
-        if (metadata or {}).get(f"{model}.use_rslora"):
+        layer = make_layer(f"{model}.{name}", weights, _alpha_of(metadata, model, name))
+        if metadata.get(f"{model}.use_rslora"):
             # rsLoRA divides by the root of the rank, and all others by the rank.
             layer = replace(layer, alpha=layer.alpha * math.sqrt(layer.rank))
         layers.setdefault(model, {})[name] = layer
@@ -94,11 +88,7 @@ def _alpha_of(metadata: Mapping[str, Any], model: str, layer: str) -> Any:
 
 
 def make_layer(name: str, weights: Mapping[str, Tensor], alpha: Any = None) -> LoraLayer:
-    """One layer of its tensors "down", "up" and, of a DoRA, "magnitude".
-
-    Args:
-        name: of the layer, for the error.
-        alpha: as it stands in the file; None where it has none, and then it is the rank.
+    """One layer of its tensors "down", "up" and, of a DoRA, "magnitude"; its alpha is the rank where a file has none.
 
     Raises ValueError: it is not whole, its tensors do not belong together, or they or its alpha are no numbers.
     """
@@ -135,10 +125,7 @@ def missing_metadata(metadata: Mapping[str, Any], model: str) -> list[str]:
 
 
 def check_fits(lora: Layers, models: Mapping[str, Mapping[str, torch.nn.Module]]) -> None:
-    """Compare a LoRA's layers and shapes with those of a base model, of whose weights nothing but the shape is needed.
-
-    Args:
-        models: the modules by name, of each model that may have a LoRA: "unet", "text_encoder".
+    """Compare a LoRA's layers and shapes with the modules by name of "unet" and "text_encoder", which need no weights.
 
     Raises ValueError: it is a LoRA of another model; one line.
     """
@@ -168,8 +155,7 @@ def check_loadable(
 
     Raises ValueError: it is for other models, damaged, or what diffusers takes for something else; one line.
     """
-    embedding = next((key for key in tensors if key.startswith(EMBEDDING)), None)
-    if embedding is not None:
+    if embedding := next((key for key in tensors if key.startswith(EMBEDDING)), None):
         raise ValueError(
             f"holds a textual inversion beside its layers ({embedding!r}), and diffusers reads none of both: "
             "export_spf_portrait_lora.py writes the LoRA without it"

@@ -15,41 +15,31 @@ HEAT_COLORS = ((20, 16, 60), (74, 40, 132), (176, 58, 118), (242, 128, 68), (255
 
 
 def picture_grid(rows: Sequence[Sequence[Image.Image]], headers: Sequence[str]) -> Image.Image:
-    """Lay out rows of pictures of one size, each at least 192 pixels wide, under a line of headers, in RGB on white.
-    """
-    factor = max(1, -(-192 // rows[0][0].width))
-    width, height = rows[0][0].width * factor, rows[0][0].height * factor
-    margin, top = 6, 22
-    grid = Image.new(
-        "RGB", (len(headers) * (width + margin) + margin, len(rows) * (height + margin) + margin + top), "white"
-    )
-    for column, header in enumerate(headers):
-        ImageDraw.Draw(grid).text((margin + column * (width + margin), 6), header, fill="black")
-    for i, row in enumerate(rows):
-        for column, picture in enumerate(row):
-            place = (margin + column * (width + margin), top + i * (height + margin))
-            grid.paste(picture.resize((width, height), Image.Resampling.LANCZOS), place)
-    return grid
+    """Lay out rows of pictures of one size as `captioned_pictures`, under a line of headers."""
+    pictures = [picture for row in rows for picture in row]
+    return captioned_pictures(pictures, [*headers, *[""] * (len(pictures) - len(headers))], len(headers))
 
 
 def captioned_pictures(pictures: Sequence[Image.Image], captions: Sequence[str], columns: int = 4) -> Image.Image:
     """Lay out pictures of one size, each at least 192 pixels wide, in rows, with a caption of its own over each.
 
-    Captions are broken into lines at spaces where they are wider than the picture. The image is RGB on white.
+    Captions are broken into lines at spaces where they are wider than the picture; a row of none has no place for
+    them. The image is RGB on white.
     """
     factor = max(1, -(-192 // pictures[0].width))
     width, height = pictures[0].width * factor, pictures[0].height * factor
-    font = ImageFont.load_default(14)
+    font, margin, count = ImageFont.load_default(14), 6, min(columns, len(pictures))
     broken = [_break_lines(caption, font, width) for caption in captions]
-    margin, line = 6, 18
-    top = margin + line * max(text.count("\n") + 1 for text in broken)
-    count = min(columns, len(pictures))
-    rows = -(-len(pictures) // count)
-    sheet = Image.new("RGB", (count * (width + margin) + margin, rows * (height + top) + margin), "white")
+    band = 18 * max(text.count("\n") + 1 for text in broken)
+    bands = [band * any(broken[start : start + count]) for start in range(0, len(pictures), count)]
+    rows = [margin]
+    for own in bands:
+        rows.append(rows[-1] + own + height + margin)
+    sheet = Image.new("RGB", (count * (width + margin) + margin, rows[-1]), "white")
     for i, (picture, text) in enumerate(zip(pictures, broken, strict=True)):
-        left, upper = margin + i % count * (width + margin), i // count * (height + top)
-        ImageDraw.Draw(sheet).multiline_text((left, upper + 2), text, fill="black", font=font)
-        sheet.paste(picture.resize((width, height), Image.Resampling.LANCZOS), (left, upper + top))
+        left, upper = margin + i % count * (width + margin), rows[i // count]
+        ImageDraw.Draw(sheet).multiline_text((left, upper - 4), text, fill="black", font=font)
+        sheet.paste(picture.resize((width, height), Image.Resampling.LANCZOS), (left, upper + bands[i // count]))
     return sheet
 
 

@@ -8,7 +8,7 @@ Paper: arXiv 2504.00396.
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -24,28 +24,26 @@ from torch import Tensor
 # The loader copies only the siblings named here in this form, those of the siblings too, and would ask users to
 # pip-install an "import x" without "as".
 try:
+    from . import lora_layers, spf_arguments, spf_call, spf_observer
     from .adapters import original_rows  # noqa: F401
     from .attention_processors import capture_cross_attention  # noqa: F401
-    from .lora_layers import check_loadable
+    from .lora_layers import check_loadable  # noqa: F401
     from .pictures import captioned_pictures  # noqa: F401
     from .prompts import make_prompt_pair  # noqa: F401
     from .sfcm import SFCM_MODES  # noqa: F401
-    from .spf_arguments import CALL_DOC, Target
-    from .spf_call import Embeds, SPFCall, SPFPortraitPipelineOutput
-    from .spf_call import uncompiled as _uncompiled
-    from .spf_observer import RowLayout
+    from .spf_arguments import Request  # noqa: F401
+    from .spf_call import SPFCall  # noqa: F401
+    from .spf_observer import Observer  # noqa: F401
     from .wording import find_weights  # noqa: F401
 except ImportError:
-    import lora_layers as _lora_layers
-    import spf_arguments as _arguments
-    import spf_call as _call
-    import spf_observer as _observer
+    import lora_layers as lora_layers
+    import spf_arguments as spf_arguments
+    import spf_call as spf_call
+    import spf_observer as spf_observer
 
-    CALL_DOC, Target, RowLayout = _arguments.CALL_DOC, _arguments.Target, _observer.RowLayout
-    Embeds, SPFCall, SPFPortraitPipelineOutput = _call.Embeds, _call.SPFCall, _call.SPFPortraitPipelineOutput
-    check_loadable, _uncompiled = _lora_layers.check_loadable, _call.uncompiled
-
-EXAMPLE_DOC_STRING = f"""{CALL_DOC}
+Embeds, Target, RowLayout = spf_call.Embeds, spf_arguments.Target, spf_observer.RowLayout
+SPFPortraitPipelineOutput = spf_call.SPFPortraitPipelineOutput
+EXAMPLE_DOC_STRING = f"""{spf_arguments.CALL_DOC}
         Examples:
             ```py
             >>> import torch
@@ -86,32 +84,13 @@ def _without_false_alarms() -> Iterator[None]:
 
     speaker = logging.getLogger("diffusers.loaders.lora_base")
     speaker.addFilter(other)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
-            yield
-    finally:
-        speaker.removeFilter(other)
-
-
-@contextmanager
-def _text_model_of_its_own(text_encoder: torch.nn.Module | None) -> Iterator[None]:
-    """Inside, a text encoder has a `text_model`: the stock `clip_skip` takes the last norm from there.
-
-    transformers 5 puts the norm on the text encoder itself.
-    """
-    if text_encoder is None or hasattr(text_encoder, "text_model"):
+    with warnings.catch_warnings(), ExitStack() as stack:
+        stack.callback(speaker.removeFilter, other)
+        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
         yield
-        return
-    # Past Module's own bookkeeping, in which a module may not hold itself.
-    object.__setattr__(text_encoder, "text_model", text_encoder)
-    try:
-        yield
-    finally:
-        object.__delattr__(text_encoder, "text_model")
 
 
-class SPFPortraitPipeline(SPFCall, StableDiffusionPipeline):
+class SPFPortraitPipeline(spf_call.SPFCall, StableDiffusionPipeline):
     """Text-to-portrait generation with an SPF-Portrait LoRA (any LoRA, or none).
 
     Components, loading, saving and all that is not named below are [`StableDiffusionPipeline`]'s. A call that uses
@@ -172,21 +151,18 @@ class SPFPortraitPipeline(SPFCall, StableDiffusionPipeline):
 
     def encode_prompt(self, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
         """Encode prompts as [`StableDiffusionPipeline`] does, `clip_skip` included."""
-        with _text_model_of_its_own(self.text_encoder):
+        with ExitStack() as stack:
+            # The stock `clip_skip` takes the last norm from a `text_model`, and transformers 5 puts it on the encoder.
+            if self.text_encoder is not None and not hasattr(self.text_encoder, "text_model"):
+                # Past Module's own bookkeeping, in which a module may not hold itself.
+                object.__setattr__(self.text_encoder, "text_model", self.text_encoder)
+                stack.callback(object.__delattr__, self.text_encoder, "text_model")
             return super().encode_prompt(*args, **kwargs)
 
     def load_lora_weights(
         self, pretrained_model_name_or_path_or_dict: str | dict[str, Tensor], adapter_name: str | None = None, **kwargs
     ) -> None:
-        """Load a LoRA as [`StableDiffusionPipeline`] does, in diffusers' or kohya's format, but none that fits not.
-
-        Args:
-            pretrained_model_name_or_path_or_dict (`str` or `dict`):
-                A file, a folder, an id of the Hub, or a state dict.
-            adapter_name (`str`, *optional*):
-                Under which it is switched on and off.
-            kwargs:
-                As in [`StableDiffusionPipeline`].
+        """Load a LoRA as [`StableDiffusionPipeline`] does, with its arguments, in diffusers' or kohya's format.
 
         Raises:
             `ValueError`: it is for another architecture, damaged, or has numbers that are none; nothing was loaded.
@@ -198,9 +174,11 @@ class SPFPortraitPipeline(SPFCall, StableDiffusionPipeline):
         if kwargs.get("weight_name") is not None:
             name += f"/{kwargs['weight_name']}"
         models = {"unet": self.unet, "text_encoder": self.text_encoder}
-        modules = {key: _uncompiled(model).named_modules() for key, model in models.items() if model is not None}
+        modules = {
+            key: dict(spf_call.uncompiled(model).named_modules()) for key, model in models.items() if model is not None
+        }
         try:
-            check_loadable(*state, {key: dict(named) for key, named in modules.items()})
+            lora_layers.check_loadable(*state, modules)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         with _without_false_alarms():

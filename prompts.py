@@ -41,9 +41,8 @@ class TargetPrompt:
 class PromptPair:
     """A base prompt, its targets, the full prompt of both, and the base prompt's phrases.
 
-    Args:
-        base_phrases: none of them replaced; they are to be preserved, but for those in `free_phrases`.
-        free_phrases: those of `base_phrases` that may change along with the target.
+    No base phrase is replaced, and all are to be preserved but for those of them in `free_phrases`, which may change
+    along with the target.
     """
 
     base_prompt: str
@@ -65,33 +64,21 @@ class PromptPair:
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """Token ids of a `PromptPair` and the positions in them that the losses and the SFCM ask for.
+    """Token ids of a `PromptPair` and the positions in them that the losses and the SFCM ask for."""
 
-    Attributes:
-        base_input_ids, full_input_ids: T ids of each prompt, padded.
-        phrase_positions: per base phrase its positions in the base sequence; empty if it was cut off.
-        target_positions: positions of all targets in the full sequence; `each_target_positions` target by target.
-        base_positions: matched base tokens in the base sequence, ascending, without BOS and padding.
-        full_positions: the same tokens in the full sequence; its i-th is the i-th of `base_positions`.
-        base_padding, full_padding: every position after a prompt's text: EOS and what pads it.
-    """
-
-    base_input_ids: list[int]
+    base_input_ids: list[int]  # T, padded
     full_input_ids: list[int]
-    phrase_positions: tuple[tuple[int, ...], ...]
-    target_positions: tuple[int, ...]
+    phrase_positions: tuple[tuple[int, ...], ...]  # of each phrase, in the base sequence; empty if it was cut off
+    target_positions: tuple[int, ...]  # of all targets, in the full sequence
     each_target_positions: tuple[tuple[int, ...], ...]
-    base_positions: tuple[int, ...]
-    full_positions: tuple[int, ...]
-    base_padding: tuple[int, ...]
+    base_positions: tuple[int, ...]  # matched base tokens in the base sequence, ascending, without BOS and padding
+    full_positions: tuple[int, ...]  # the same tokens in the full sequence, in the same order
+    base_padding: tuple[int, ...]  # every position after the prompt's text: EOS and what pads it
     full_padding: tuple[int, ...]
 
 
 def compose_full_prompt(base_prompt: str, target_prompts: Sequence[TargetPrompt]) -> str:
-    """Write the full prompt: phrases replaced in their places, additions appended in order after a comma.
-
-    Every `replaces` is looked up in the base prompt, the first unused occurrence; if something is appended, the base
-    prompt's closing punctuation is dropped.
+    """Write the full prompt: phrases replaced where they first stand, additions appended in order after a comma.
 
     Raises ValueError: a replaced phrase is not in the base prompt (or not as often as it is to be replaced).
     Source: [paper] base with the target added or a phrase replaced; [ours] the comma.
@@ -109,14 +96,14 @@ def compose_full_prompt(base_prompt: str, target_prompts: Sequence[TargetPrompt]
 def suggest_replacements(pair: PromptPair) -> list[tuple[str, str]]:
     """`suggest_replacement` for each target of a pair that is added."""
     protected = [phrase for phrase in pair.base_phrases if phrase not in pair.free_phrases]
-    added = _added(pair.target_prompts)
-    return [found for text in added if (found := wording.suggest_replacement(protected, text)) is not None]
+    return [
+        found for text in _added(pair.target_prompts) if (found := wording.suggest_replacement(protected, text))
+    ]
 
 
 def said_targets(pair: PromptPair) -> list[str]:
     """The targets of a pair that are added to a base prompt which says them already."""
-    added = _added(pair.target_prompts)
-    return [text for text in added if wording.has_phrase(pair.base_prompt, text)]
+    return [text for text in _added(pair.target_prompts) if wording.has_phrase(pair.base_prompt, text)]
 
 
 def make_prompt_pair(
@@ -136,14 +123,13 @@ def make_prompt_pair(
 
     Returns: The pair. Phrases that overlap a replaced one are dropped: their region is where the target goes.
 
-    Raises:
-        ValueError: a text is empty, or longer than `MAX_CHARACTERS`; a target is the base prompt, one of its phrases
-            or what it replaces; a base, free or replaced phrase is not in the base prompt; a target is not in the full
-            prompt; nothing is left to preserve.
+    Raises ValueError: a text is empty, or longer than `MAX_CHARACTERS`; a target is the base prompt, one of its
+        phrases or what it replaces; a base, free or replaced phrase is not in the base prompt; a target is not in the
+        full prompt; nothing is left to preserve.
 
-    Source: [paper] the prompts; [ours] the checks, and phrases that are free to change.
+    Source: [paper] the prompts; [ours] phrases that are free to change.
     """
-    given = [target_prompt] if isinstance(target_prompt, str) else list(target_prompt)
+    given = [target_prompt] if isinstance(target_prompt, str) else target_prompt
     targets = [TargetPrompt(target[1], target[0]) if isinstance(target, tuple) else target for target in given]
     texts = [target if isinstance(target, str) else target.text for target in targets]
     if not base_prompt.strip():
@@ -165,9 +151,8 @@ def make_prompt_pair(
     known = {words_of(phrase) for phrase in phrases}
     phrases = [*phrases, *(phrase for phrase in free if words_of(phrase) not in known)]
 
-    inferred = [None] * len(texts)
-    if full_prompt is not None:
-        inferred = wording.infer_replaced(base_prompt, texts, full_prompt)
+    has_full = full_prompt is not None
+    inferred = wording.infer_replaced(base_prompt, texts, full_prompt) if has_full else [None] * len(texts)
     target_prompts = tuple(
         TargetPrompt(target, replaces) if isinstance(target, str) else target
         for target, replaces in zip(targets, inferred, strict=True)
@@ -185,8 +170,7 @@ def make_prompt_pair(
         raise ValueError(
             f"Nothing of the base prompt {base_prompt!r} is left to preserve; replaced: {replaced}, free: {free}."
         )
-    if full_prompt is None:
-        full_prompt = compose_full_prompt(base_prompt, target_prompts)
+    full_prompt = full_prompt if has_full else compose_full_prompt(base_prompt, target_prompts)
     return PromptPair(base_prompt, target_prompts, full_prompt, kept, kept_free)
 
 
@@ -203,12 +187,23 @@ def _check_targets(texts: Sequence[str], base_prompt: str, free: Sequence[str], 
             raise ValueError(f"The target prompt {text!r} is already a phrase of the base prompt {base_prompt!r}.")
 
 
+def without_target(prompt: str, base_phrases: Sequence[str] | None = None) -> PromptPair:
+    """The pair of a prompt and itself; its phrases are split from it if not given, and looked for as it is tokenized.
+
+    Raises ValueError: there is no phrase, or a text is longer than `MAX_CHARACTERS`.
+    """
+    wording.check_length("prompt", [prompt])
+    wording.check_length("list of phrases", base_phrases or ())
+    phrases = tuple(wording.split_phrases(prompt) if base_phrases is None else base_phrases)
+    if not phrases:
+        raise ValueError(f"There is no phrase in the prompt {prompt!r}; give `base_phrases`.")
+    return PromptPair(prompt, (), prompt, phrases)
+
+
 def keep_phrases(pair: PromptPair, stays: Sequence[bool]) -> PromptPair:
-    """The pair of a prompt of those base phrases alone that stay, and of what a target replaces.
+    """The pair of a prompt of those base phrases alone that stay, in their order, and of what a target replaces.
 
-    They stay in the base prompt's order. One inside another (a free phrase may be) comes with it.
-
-    Raises ValueError: nothing of what stays is to be preserved.
+    One inside another (a free phrase may be) comes with it. Raises ValueError: nothing is left to preserve.
     """
     replaced_spans, spans = _base_spans(pair)
     kept = [phrase for phrase, keep in zip(pair.base_phrases, stays, strict=True) if keep]
@@ -231,14 +226,13 @@ def tokenize_prompt_pair(pair: PromptPair, tokenizer: PreTrainedTokenizerBase) -
     tokens, and those it replaces, have none. What does not fit into T, the tokenizer's `model_max_length`, is cut off
     with a warning.
 
-    Raises:
-        ValueError: the tokenizer has no character offsets; a text is not in its prompt; a part of a target is cut off.
+    Raises ValueError: the tokenizer has no character offsets; a text is not in its prompt; a part of a target is cut
+        off.
 
     Source: [paper] base tokens and PAD; [ours] the alignment.
     """
     base_ids, base_offsets, base_end = _encode(pair.base_prompt, tokenizer)
     full_ids, full_offsets, full_end = _encode(pair.full_prompt, tokenizer)
-
     texts = [target.text for target in pair.target_prompts]
     target_spans = wording.locate_targets(pair.base_prompt, texts, pair.full_prompt)
     for text, (_, end) in zip(texts, target_spans):
@@ -256,12 +250,9 @@ def tokenize_prompt_pair(pair: PromptPair, tokenizer: PreTrainedTokenizerBase) -
             "The base prompt is too long for %d tokens; cut off: %r; phrases without any token: %s.",
             tokenizer.model_max_length, pair.base_prompt[base_end:], lost or "none",
         )  # fmt: skip
-    if full_end < len(pair.full_prompt):
-        logger.warning(
-            "The full prompt is too long for %d tokens; cut off: %r.",
-            tokenizer.model_max_length,
-            pair.full_prompt[full_end:],
-        )
+    if full_end < len(pair.full_prompt) and texts:
+        lost = pair.full_prompt[full_end:]
+        logger.warning("The full prompt is too long for %d tokens; cut off: %r.", tokenizer.model_max_length, lost)
 
     # A target may share words with the base ("a green hat" for "a green jacket"): different marks never match.
     target_positions = _positions(full_offsets, target_spans)
@@ -283,25 +274,8 @@ def tokenize_prompt_pair(pair: PromptPair, tokenizer: PreTrainedTokenizerBase) -
     )  # fmt: skip
 
 
-def locate_phrases(
-    prompt: str, phrases: Sequence[str], tokenizer: PreTrainedTokenizerBase
-) -> tuple[tuple[int, ...], ...]:
-    """The positions of each phrase among the tokens of a prompt that has no target; empty if it was cut off.
-
-    Raises:
-        ValueError: a phrase is not in the prompt, a text is longer than `MAX_CHARACTERS`, or the tokenizer has no
-            offsets.
-    """
-    wording.check_length("prompt", [prompt])
-    wording.check_length("list of phrases", phrases)
-    _, offsets, _ = _encode(prompt, tokenizer)
-    return tuple(_positions(offsets, [span]) for span in wording.locate(prompt, phrases, share=True))
-
-
 def phrase_mask(positions: Sequence[Sequence[int]], length: int) -> list[list[float]]:
-    """P rows of `length` floats that average attention maps over each phrase's token positions, in [0, length).
-
-    A row sums to 1, or is all zeros for a phrase without tokens.
+    """P rows of `length` floats that average attention maps over each phrase's token positions; zeros without any.
 
     Source: [paper] one map per phrase; [ours] the mean over its tokens.
     """
@@ -340,4 +314,7 @@ def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], d
 
 
 def _positions(offsets: dict[int, wording.Span], spans: Sequence[wording.Span]) -> tuple[int, ...]:
-    return tuple(position for position, offset in offsets.items() if wording.overlaps(offset, spans))
+    """Those whose characters share one with a span."""
+    return tuple(
+        i for i, (first, last) in offsets.items() if any(first < end and start < last for start, end in spans)
+    )

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
-def _stretch(maps: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+def _stretch(maps: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Map [low, high] to [0, 1]; zeros where the two differ by no more than rounding."""
     span = high - low
     # An interpolated or blurred flat map is flat up to rounding, which must not be stretched to a map of its own.
@@ -24,42 +25,35 @@ def _stretch(maps: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch
     return torch.where(differs, (maps - low) / torch.where(differs, span, 1), 0)
 
 
-def min_max_normalize(maps: torch.Tensor) -> torch.Tensor:
-    """Stretch each map (..., H, W), of any real range, to [0, 1]; a flat map becomes zeros.
-
-    Source: [paper] normalised maps; [ours] per sample, flat maps to zero.
-    """
+def min_max_normalize(maps: Tensor) -> Tensor:
+    """Stretch each map (..., H, W) to [0, 1]; a flat map becomes zeros. Source: [paper]; [ours] per sample."""
     return _stretch(maps, maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True))
 
 
-def percentile_normalize(maps: torch.Tensor, low: float = 0.05, high: float = 0.95) -> torch.Tensor:
+def percentile_normalize(maps: Tensor, low: float = 0.05, high: float = 0.95) -> Tensor:
     """Stretch each map (..., H, W) so that its `low` and `high` quantiles become 0 and 1, and cut what lies beyond.
 
-    A map whose two quantiles are equal becomes zeros. Source: [ours], less moved by single noisy pixels than extremes
-    are.
+    A flat map becomes zeros. Source: [ours], less moved by single noisy pixels than extremes are.
     """
     flat = maps.flatten(-2).float()
     bounds = torch.quantile(flat, torch.tensor([low, high], device=maps.device), dim=-1)[..., None, None]
     return _stretch(maps, *bounds.to(maps.dtype)).clamp(0, 1)
 
 
-def blur(maps: torch.Tensor, kernel_size: int = 3) -> torch.Tensor:
+def blur(maps: Tensor, kernel_size: int = 3) -> Tensor:
     """Box blur that repeats the border. Maps are (B, N, H, W), `kernel_size` is odd. Source: [ours]."""
     margin = kernel_size // 2
     return F.avg_pool2d(F.pad(maps, (margin,) * 4, mode="replicate"), kernel_size, stride=1)
 
 
-def epsilon_scale(alphas_cumprod: torch.Tensor | None, timesteps: torch.Tensor, prediction_type: str) -> torch.Tensor:
+def epsilon_scale(alphas_cumprod: Tensor | None, timesteps: Tensor, prediction_type: str) -> Tensor:
     """What a difference of two predictions is multiplied by to become one of predicted noise.
 
     Two predictions are of the same noisy latents, so a model that predicts noise and the same one expressed as
     velocity or as clean latents differ by this factor alone: 1; `sqrt(alpha_bar)`; `sqrt(alpha_bar / (1 -
-    alpha_bar))`.
+    alpha_bar))`. It is float32 in the shape of `timesteps`, which may lie between two integers.
 
-    Args:
-        alphas_cumprod: (number of training timesteps,); not looked at for "epsilon".
-        timesteps: (B,), or of any other shape, which the float32 result has; a sampler's may lie between two integers.
-        prediction_type: "epsilon", "v_prediction" or "sample", else a ValueError.
+    Raises ValueError: `prediction_type` is not "epsilon", "v_prediction" or "sample".
     """
     if prediction_type == "epsilon":
         return torch.ones_like(timesteps, dtype=torch.float32)
@@ -72,28 +66,19 @@ def epsilon_scale(alphas_cumprod: torch.Tensor | None, timesteps: torch.Tensor, 
     raise ValueError(f"prediction_type must be 'epsilon', 'v_prediction' or 'sample', got {prediction_type!r}")
 
 
-def noise_difference(
-    response_pred: torch.Tensor, reference_pred: torch.Tensor, scale: torch.Tensor | float = 1.0
-) -> torch.Tensor:
+def noise_difference(response_pred: Tensor, reference_pred: Tensor, scale: Tensor | float = 1.0) -> Tensor:
     """Mean absolute difference of the two paths' predicted noise, (B, 1, H, W) float32, not normalised.
 
-    Args:
-        response_pred: (B, C, H, W) prediction with the adapter and the full prompt.
-        reference_pred: (B, C, H, W) prediction of the original model with the base prompt.
-        scale: (B,), or one for all, from `epsilon_scale`, where the predictions are not of noise.
-
-    Source: [paper].
+    Predictions are (B, C, H, W); `scale` is (B,), or one for all, from `epsilon_scale`. Source: [paper].
     """
     difference = (response_pred.float() - reference_pred.float()).abs().mean(1, keepdim=True)
     return difference * torch.as_tensor(scale, device=difference.device).view(-1, 1, 1, 1)
 
 
 def phrase_attention_maps(
-    attention_probs: Sequence[torch.Tensor],
-    resolutions: Sequence[tuple[int, int]],
-    phrase_weights: torch.Tensor,
+    attention_probs: Sequence[Tensor], resolutions: Sequence[tuple[int, int]], phrase_weights: Tensor,
     size: tuple[int, int],
-) -> torch.Tensor:
+) -> Tensor:  # fmt: skip
     """Where each base phrase is looked at, averaged over layers: (B, P, H, W) in [0, 1]; zeros for a padded phrase.
 
     Args:
@@ -106,29 +91,19 @@ def phrase_attention_maps(
     """
     total = 0
     for probs, (height, width) in zip(attention_probs, resolutions):
-        maps = torch.einsum("bst,bpt->bps", probs.float(), phrase_weights.float())
-        maps = maps.unflatten(-1, (height, width))
+        maps = torch.einsum("bst,bpt->bps", probs.float(), phrase_weights.float()).unflatten(-1, (height, width))
         total = total + F.interpolate(maps, size, mode="bilinear", align_corners=False)
     return min_max_normalize(total)
-
-
-def phrase_distances(phrase_embeds: torch.Tensor, target_embeds: torch.Tensor) -> torch.Tensor:
-    """CLIP distances `1 - cos` of phrases (B, P, E) to the target (B, E): (B, P) in [0, 2]. Source: [paper]."""
-    return 1 - F.cosine_similarity(phrase_embeds, target_embeds[:, None], dim=-1)
 
 
 @torch.no_grad()
 def clip_distances(
     text_encoder: torch.nn.Module, tokenizer: Any, pairs: Sequence[Any], tokens: Sequence[Any], device: torch.device
-) -> list[torch.Tensor]:
-    """CLIP distances of the phrases of each pair of prompts to its target, (P,) float32 in [0, 2] on the CPU each.
+) -> list[Tensor]:
+    """CLIP distances `1 - cos` of each pair's phrases to its target, (P,) float32 in [0, 2] on the CPU each.
 
-    By a diffusion model's own text encoder, as it was before any adapter. A phrase that was cut off stands for
-    nothing, as the target itself would: a prompt may name many of them.
-
-    Args:
-        pairs, tokens: a `PromptPair` each, and their `PromptTokens`.
-        device: where the text encoder computes.
+    By a diffusion model's own text encoder, as it was before any adapter, on `device`. A phrase that was cut off
+    stands for nothing, as the target itself would: a prompt may name many of them.
 
     Source: [paper] the distance; [ours] the model it is measured by.
     """
@@ -142,11 +117,11 @@ def clip_distances(
         chunk = texts[start : start + 64]
         ids = tokenizer(chunk, padding="max_length", truncation=True, return_tensors="pt").input_ids
         embed_of |= zip(chunk, text_encoder(ids.to(device)).pooler_output.float().cpu(), strict=True)
-    groups = [torch.stack([embed_of[text] for text in row])[None] for row in rows]
-    return [phrase_distances(group[:, :-1], group[:, -1])[0] for group in groups]
+    groups = [torch.stack([embed_of[text] for text in row]) for row in rows]
+    return [1 - F.cosine_similarity(group[:-1], group[-1:]) for group in groups]
 
 
-def relative_distances(distances: torch.Tensor, phrase_mask: torch.Tensor) -> torch.Tensor:
+def relative_distances(distances: Tensor, phrase_mask: Tensor) -> Tensor:
     """Distances (B, P) stretched to [0, 1] over one prompt's phrases, so that the CLIP model's scale does not matter.
 
     Zeros where all are equally far, and where `phrase_mask` (B, P) is False for padding. Source: [ours].
@@ -157,90 +132,65 @@ def relative_distances(distances: torch.Tensor, phrase_mask: torch.Tensor) -> to
     return torch.where(phrase_mask & (span > 0), (distances - low) / torch.where(span > 0, span, 1), 0)
 
 
-def sfcm_paper(
-    difference: torch.Tensor, phrase_maps: torch.Tensor, distances: torch.Tensor, phrase_mask: torch.Tensor
-) -> torch.Tensor:
+def sfcm_paper(difference: Tensor, phrase_maps: Tensor, distances: Tensor, phrase_mask: Tensor) -> Tensor:
     """The map as the paper's figure draws it: `clamp(N - sum_p D_p * M_p, min=0)`, normalised before and after.
 
     Args:
         difference: (B, 1, H, W) from `noise_difference`.
         phrase_maps: (B, P, H, W) from `phrase_attention_maps`.
-        distances: (B, P) from `phrase_distances`.
+        distances: (B, P) from `clip_distances`.
         phrase_mask: (B, P) bool, False for padding.
 
-    Returns:
-        (B, 1, H, W) in [0, 1].
-
+    Returns: (B, 1, H, W) in [0, 1].
     Source: [paper]; [ours] min-max per sample.
     """
     taken = ((distances * phrase_mask)[..., None, None] * phrase_maps).sum(1, keepdim=True)
     return min_max_normalize((min_max_normalize(difference) - taken).clamp(min=0))
 
 
-def sfcm_averaged(
-    difference: torch.Tensor, phrase_maps: torch.Tensor, distances: torch.Tensor, phrase_mask: torch.Tensor
-) -> torch.Tensor:
+def sfcm_averaged(difference: Tensor, phrase_maps: Tensor, distances: Tensor, phrase_mask: Tensor) -> Tensor:
     """The default: the blurred, percentile-normalised difference minus the phrases' mean relative distance times map.
 
-    Meant for a `difference` averaged over several noise samples at high timesteps. Arguments as in `sfcm_paper`.
-    Source: [ours].
+    Meant for a `difference` averaged over several noise samples at high timesteps. Source: [ours].
     """
     taken = taken_by_phrases(phrase_maps, distances, phrase_mask)
-    return percentile_normalize((percentile_normalize(blur(difference)) - taken).clamp(min=0))
+    return percentile_normalize((guidance_map(difference) - taken).clamp(min=0))
 
 
-def taken_by_phrases(phrase_maps: torch.Tensor, distances: torch.Tensor, phrase_mask: torch.Tensor) -> torch.Tensor:
+def taken_by_phrases(phrase_maps: Tensor, distances: Tensor, phrase_mask: Tensor) -> Tensor:
     """(B, 1, H, W): the mean over a prompt's phrases of relative distance times map."""
     weights = relative_distances(distances, phrase_mask)[..., None, None]
     count = phrase_mask.sum(1).clamp(min=1)[:, None, None, None]
     return (weights * phrase_maps).sum(1, keepdim=True) / count
 
 
-def sfcm_none(
-    difference: torch.Tensor, phrase_maps: torch.Tensor, distances: torch.Tensor, phrase_mask: torch.Tensor
-) -> torch.Tensor:
-    """No region: everything is aligned (the paper's ablation). Arguments as in `sfcm_paper`. Source: [paper]."""
+def sfcm_none(difference: Tensor, *_) -> Tensor:
+    """No region: everything is aligned (the paper's ablation). Source: [paper]."""
     return torch.zeros_like(difference)
 
 
-def free_regions(sfcm: torch.Tensor, phrase_maps: torch.Tensor, free_mask: torch.Tensor) -> torch.Tensor:
+def free_regions(sfcm: Tensor, phrase_maps: Tensor, free_mask: Tensor) -> Tensor:
     """Open a map (B, 1, H, W) in [0, 1] where phrases that are free to change are looked at: nowhere lower than their
-    maps.
-
-    Args:
-        phrase_maps: (B, P, H, W) in [0, 1] from `phrase_attention_maps`.
-        free_mask: (B, P) bool, True for the free phrases.
-
-    Source: [ours].
+    maps of (B, P, H, W) from `phrase_attention_maps`; `free_mask` is (B, P) bool. Source: [ours].
     """
     return torch.maximum(sfcm, (phrase_maps * free_mask[..., None, None]).amax(1, keepdim=True))
 
 
-def guidance_map(difference: torch.Tensor) -> torch.Tensor:
-    """Where a prediction differs from the reference, as guidance at inference uses it: (B, 1, H, W) in [0, 1].
-
-    `difference` is of `noise_difference`, or a mean of such maps. Source: [ours].
+def guidance_map(difference: Tensor) -> Tensor:
+    """Where a prediction differs from the reference, (B, 1, H, W) in [0, 1]: a `noise_difference`, or a mean of them,
+    blurred and stretched. Source: [ours].
     """
     return percentile_normalize(blur(difference))
 
 
-SfcmFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
 @dataclass(frozen=True)
 class SfcmMode:
-    """How a map is made.
+    """How a map is made."""
 
-    Attributes:
-        compute: the function.
-        averaged: whether its difference is averaged over several noises of one portrait.
-        target_only: whether the difference is what the target's words change *under the adapter*, full prompt against
-            base prompt. It leaves out what the adapter changes whatever the prompt: the pollution itself. Otherwise
-            the difference is that of the two paths.
-    """
-
-    compute: SfcmFunction
-    averaged: bool
+    compute: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # as `sfcm_paper`
+    averaged: bool  # whether its difference is averaged over several noises of one portrait
+    # Whether the difference is what the target's words change *under the adapter*, full prompt against base prompt. It
+    # leaves out what the adapter changes whatever the prompt: the pollution itself. Else it is that of the two paths.
     target_only: bool = False
 
 

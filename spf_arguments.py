@@ -3,8 +3,10 @@
 Strings, numbers and generators; no model.
 """
 
+import itertools
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Real
@@ -143,8 +145,8 @@ def check_prompts(given: Any) -> None:
 
 def check_generator(generator: Any) -> None:
     """Raise a ValueError for anything but generators, or none."""
-    generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
-    if not all(isinstance(own, torch.Generator) for own in generators):
+    generators = generator if isinstance(generator, list) else [generator]
+    if generator is not None and not all(isinstance(own, torch.Generator) for own in generators):
         raise ValueError(
             f"`generator` has to be a torch.Generator or a list of them but is {generator!r}; for a seed give "
             "torch.Generator().manual_seed(seed)."
@@ -170,12 +172,10 @@ def phrase_lists(name: str, given: Any, count: int, one_prompt: bool) -> list[li
 
 def list_targets(target_prompt: Any) -> list[Target]:
     """The targets of any form of `target_prompt`; a ValueError for another form."""
-    targets = [target_prompt] if isinstance(target_prompt, (str, tuple)) else target_prompt
-    targets = list(targets.values()) if isinstance(targets, dict) else targets
-    if not isinstance(targets, list) or not all(
-        isinstance(target, str) or (isinstance(target, tuple) and [type(text) for text in target] == [str, str])
-        for target in targets
-    ):
+    targets = list(target_prompt.values()) if isinstance(target_prompt, dict) else target_prompt
+    targets = targets if isinstance(targets, list) else [targets]
+    pairs = [target for target in targets if not isinstance(target, str)]
+    if not all(isinstance(pair, tuple) and [type(text) for text in pair] == [str, str] for pair in pairs):
         raise ValueError(
             "`target_prompt` has to be a string, a pair (phrase, target), a list of these, or a dict by adapter "
             f"name, but is {target_prompt!r}."
@@ -184,10 +184,7 @@ def list_targets(target_prompt: Any) -> list[Target]:
 
 
 def scale_factors(target_scale: Any, active: list[str], targets: list[Target]) -> dict[str, float]:
-    """The factor on each adapter's strength, by name.
-
-    Raises ValueError: no adapter is active, another form, or names or numbers that fit no adapter.
-    """
+    """The factor on each adapter's strength, by name; a ValueError for another form or what fits no adapter."""
     if not active:
         raise ValueError("`target_scale` is the strength of a LoRA, but none is loaded and active.")
     if isinstance(target_scale, list):
@@ -211,17 +208,13 @@ def _warn_once(message: str) -> None:
     logger.warning(message)
 
 
-def warn_of_weights(given: Any) -> None:
-    """Say of weights and LoRAs that are written into a prompt that they are read as words."""
-    for text in [given] if isinstance(given, str) else given if isinstance(given, list) else []:
-        weights = wording.find_weights(text)
-        if weights is not None:
-            _warn_once(f"{weights!r} in a prompt is read as words: neither weights nor <lora:...> mean anything here.")
-
-
-def warn_of_contradictions(pair: prompts.PromptPair) -> None:
-    """Say of a phrase that it may be about the same thing as a target."""
-    for phrase, target in prompts.suggest_replacements(pair):
+def warn_of_words(texts: Any, pairs: Sequence[prompts.PromptPair] = ()) -> None:
+    """Say of weights and LoRAs that are written into a prompt that they are read as words, and of a phrase that it may
+    be about the same thing as a target.
+    """
+    for weights in filter(None, map(wording.find_weights, texts if isinstance(texts, list) else [])):
+        _warn_once(f"{weights!r} in a prompt is read as words: neither weights nor <lora:...> mean anything here.")
+    for phrase, target in itertools.chain(*map(prompts.suggest_replacements, pairs)):
         _warn_once(
             f"{phrase!r} in the prompt may contradict the target {target!r}, which then hardly shows: "
             f"target_prompt=({phrase!r}, {target!r}) puts the target in its place."

@@ -26,7 +26,7 @@ from torch import Tensor
 
 # The siblings as modules of the package that a custom pipeline is, or as modules on the path.
 try:
-    from . import adapters, pictures, prompts, sfcm, spf_arguments, spf_observer, wording
+    from . import adapters, pictures, prompts, sfcm, spf_arguments, spf_observer
 except ImportError:
     import adapters as adapters
     import pictures as pictures
@@ -34,16 +34,14 @@ except ImportError:
     import sfcm as sfcm
     import spf_arguments as spf_arguments
     import spf_observer as spf_observer
-    import wording as wording
 
 Embeds = tuple[Tensor, ...]  # all tensors that a family makes of a prompt, (B, ...) each
 
 
 @dataclass
 class SPFPortraitPipelineOutput(StableDiffusionPipelineOutput):
-    """Output of a call with `compare` or `return_sfcm`; what was not asked for is None.
-
-    Maps are float32 on the CPU, in [0, 1].
+    """Output of a call with `compare` or `return_sfcm`; what was not asked for is None. Maps are float32 on the CPU,
+    in [0, 1].
 
     Args:
         images: B images of the full prompts (of the prompts themselves without a target), as `output_type` says.
@@ -84,13 +82,12 @@ class SPFCall:
     """
 
     def _draw(self, **stock) -> Any:
-        """The call, of arguments by name."""
         request = spf_arguments.Request(**{own.name: stock.pop(own.name) for own in fields(spf_arguments.Request)})
         prompt = stock.pop("prompt")
         request.check(stock["return_dict"])
         spf_arguments.check_generator(stock["generator"])
         if request.is_stock:
-            spf_arguments.warn_of_weights(prompt)
+            spf_arguments.warn_of_words([prompt] if isinstance(prompt, str) else prompt)
             return super().__call__(prompt, **stock)
         texts, targets, phrases, images = self._compose(prompt, request, stock)
         target_only = request.target_prompt is not None and sfcm.SFCM_MODES[request.sfcm_mode].target_only
@@ -114,11 +111,9 @@ class SPFCall:
                     stock = stock | self._twin_noise(images, embeds[0].dtype, stock)
                     embeds = _join(embeds, originals)
                     negatives = _join(negatives, original_negatives) if guided else None
-                observer = spf_observer.Observer(
-                    rows, partial(self._extra_rows, rows=rows, own=embeds, appended=appended), self._to_epsilon
-                )
-                if request.sfcm_guidance > 0:
-                    observer.guide = spf_observer.Guide(request.sfcm_guidance, request.sfcm_guidance_exponent, phrases)
+                extend = partial(self._extra_rows, rows=rows, own=embeds, appended=appended)
+                guidance = request.sfcm_guidance, request.sfcm_guidance_exponent
+                observer = spf_observer.Observer(rows, phrases, extend, self._to_epsilon, guidance)
                 looks = request.return_sfcm or (request.observed and phrases.free.any())
                 stack.enter_context(observer.watch(uncompiled(self.unet), with_attention=bool(looks)))
             stock = stock | self._stock_prompts(embeds, negatives) | {"num_images_per_prompt": 1}
@@ -126,11 +121,10 @@ class SPFCall:
         if not (request.compare or request.return_sfcm):
             return output
 
-        flags, maps, has_target = output.get("nsfw_content_detected"), {}, bool(targets)
+        flags, maps = output.get("nsfw_content_detected"), {}
         if request.return_sfcm:
             # With neither a target nor a LoRA both paths are the same, and their difference would be rounding.
-            has_map, per_step = has_target or bool(active), request.return_sfcm == "per_step"
-            maps = observer.maps(phrases, request.sfcm_mode, has_target, has_map, per_step)
+            maps = observer.maps(request.sfcm_mode, bool(targets or active), request.return_sfcm == "per_step")
         return SPFPortraitPipelineOutput(
             images=output.images[:images], nsfw_content_detected=None if flags is None else flags[:images],
             reference_images=output.images[images:] if request.compare else None, **maps,
@@ -143,45 +137,37 @@ class SPFCall:
         self._check_stock_inputs(prompt, stock)
         one_prompt, embeds = isinstance(prompt, str), stock["prompt_embeds"]
         base = full = [prompt] if one_prompt else prompt
-        if embeds is not None and (request.target_prompt is not None or request.return_sfcm):
-            raise ValueError("`target_prompt` and `return_sfcm` need the text as `prompt`, not `prompt_embeds`.")
         if embeds is None:
             spf_arguments.check_prompts(base)
+        elif request.target_prompt is not None or request.return_sfcm:
+            raise ValueError("`target_prompt` and `return_sfcm` need the text as `prompt`, not `prompt_embeds`.")
         per_prompt, count = stock["num_images_per_prompt"], len(base if embeds is None else embeds)
         if request.splits_rows:
             spf_arguments.check_rows(stock, per_prompt * count)
 
-        def given(name: str) -> list[list[str] | None]:
-            return spf_arguments.phrase_lists(name, getattr(request, name), count, one_prompt)
-
-        def of_images(rows: Sequence[Any]) -> list[Any]:
-            return [row for row in rows for _ in range(per_prompt)]
-
-        targets, phrases = [], None
+        base_phrases, free_phrases = (
+            spf_arguments.phrase_lists(name, getattr(request, name), count, one_prompt)
+            for name in ("base_phrases", "free_phrases")
+        )
+        targets, pairs, phrases = [], [], None
         if request.target_prompt is not None:
             targets = spf_arguments.list_targets(request.target_prompt)
             pairs = [
                 prompts.make_prompt_pair(text, targets, base_phrases=own, free_phrases=free or ())
-                for text, own, free in zip(base, given("base_phrases"), given("free_phrases"), strict=True)
+                for text, own, free in zip(base, base_phrases, free_phrases, strict=True)
             ]
             full = [pair.full_prompt for pair in pairs]
-            for pair in pairs:
-                spf_arguments.warn_of_contradictions(pair)
-        spf_arguments.warn_of_weights(full)
-        if targets:
-            tokens = [prompts.tokenize_prompt_pair(pair, self.tokenizer) for pair in pairs]
-            # A call without maps may come without a text encoder on the device.
-            if request.observed:
-                rows = pairs, tokens, self._phrase_distances(pairs, tokens)
-                phrases = spf_observer.target_phrases(*map(of_images, rows))
         elif request.return_sfcm:
-            rows = self._base_phrases(base, given("base_phrases"))
-            phrases = spf_observer.base_phrases(*map(of_images, rows), self.tokenizer.model_max_length)
-        if request.observed and any(
-            self.maybe_convert_prompt(text, self.tokenizer) != text for text in [*full, *base]
-        ):
-            # The prompts as they are tokenized have to be those that are drawn, else the maps are of other words.
-            raise ValueError("The SFCM does not work with textual inversions of several vectors.")
+            pairs = [prompts.without_target(text, own) for text, own in zip(base, base_phrases, strict=True)]
+        spf_arguments.warn_of_words(full, pairs)
+        tokens = [prompts.tokenize_prompt_pair(pair, self.tokenizer) for pair in pairs]
+        # A call without maps may come without a text encoder on the device.
+        if request.observed:
+            rows = zip(pairs, tokens, self._phrase_distances(pairs, tokens), strict=True)
+            phrases = spf_observer.phrases_of(row for row in rows for _ in range(per_prompt))
+            if any(self.maybe_convert_prompt(text, self.tokenizer) != text for text in [*full, *base]):
+                # The prompts as they are tokenized have to be those that are drawn, else the maps are of other words.
+                raise ValueError("The SFCM does not work with textual inversions of several vectors.")
         return full, targets, phrases, per_prompt * count
 
     @staticmethod
@@ -224,7 +210,7 @@ class SPFCall:
 
         Raises `ValueError`: a LoRA is loaded, under which the weights would be saved by names that no loader knows.
         """
-        if any(isinstance(module, BaseTunerLayer) for model in self._adapted_models() for module in model.modules()):
+        if self._adapted_layers():
             raise ValueError(
                 "A LoRA is loaded: call `unload_lora_weights()` before saving, and `fuse_lora()` before that to keep "
                 "it in the weights."
@@ -248,15 +234,18 @@ class SPFCall:
         """The models that a LoRA can be in."""
         return [model for name in self._lora_loadable_modules if (model := getattr(self, name)) is not None]
 
+    def _adapted_layers(self) -> list[BaseTunerLayer]:
+        modules = (module for model in self._adapted_models() for module in model.modules())
+        return [module for module in modules if isinstance(module, BaseTunerLayer)]
+
     @contextmanager
     def _adapters(
         self, request: spf_arguments.Request, targets: Sequence[spf_arguments.Target]
     ) -> Iterator[list[str]]:
         """Inside, the adapters of a call are active, as strong as it says; gives their names in order."""
         models = self._adapted_models()
-        layers = [module for model in models for module in model.modules() if isinstance(module, BaseTunerLayer)]
-        switched_on = [layer.active_adapters for layer in layers if not layer.disable_adapters]
-        active = list(dict.fromkeys(name for names in switched_on for name in names))
+        layers = [module for module in self._adapted_layers() if not module.disable_adapters]
+        active = list(dict.fromkeys(name for layer in layers for name in layer.active_adapters))
         with ExitStack() as stack:
             if isinstance(request.target_prompt, dict):
                 active = list(request.target_prompt)
@@ -296,31 +285,21 @@ class SPFCall:
 
     def _twin_noise(self, count: int, dtype: torch.dtype, stock: dict[str, Any]) -> dict[str, Any]:
         """Latents and generators of a run of both halves, with equal noise in them, drawn as the stock call would."""
-        latents, generator = stock["latents"], stock["generator"]
+        latents, generator, unet = stock["latents"], stock["generator"], self.unet.config
         if latents is None:
-            sides = self.unet.config.sample_size
-            sides = (sides, sides) if isinstance(sides, int) else sides
+            sides = [unet.sample_size] * 2 if isinstance(unet.sample_size, int) else unet.sample_size
             if stock["height"] and stock["width"]:
-                sides = (stock["height"] // self.vae_scale_factor, stock["width"] // self.vae_scale_factor)
-            shape = (count, self.unet.config.in_channels, *sides)
-            latents = randn_tensor(shape, generator, self._execution_device, dtype)
+                sides = [stock[side] // self.vae_scale_factor for side in ("height", "width")]
+            latents = randn_tensor((count, unet.in_channels, *sides), generator, self._execution_device, dtype)
         return {"latents": torch.cat([latents, latents]), "generator": _pair_generators(generator, count)}
-
-    def _base_phrases(self, base: Sequence[str], given: Sequence[list[str] | None]) -> tuple[list[Any], list[Any]]:
-        """Per prompt without a target its phrases, and the token positions of these."""
-        texts = [
-            tuple(wording.split_phrases(text) if own is None else own) for text, own in zip(base, given, strict=True)
-        ]
-        if not all(texts):
-            raise ValueError(f"There is no phrase in one of the prompts {list(base)}; give `base_phrases`.")
-        return texts, [
-            prompts.locate_phrases(text, own, self.tokenizer) for text, own in zip(base, texts, strict=True)
-        ]
 
     def _phrase_distances(
         self, pairs: Sequence[prompts.PromptPair], tokens: Sequence[prompts.PromptTokens]
     ) -> list[Tensor]:
-        """Per prompt the (P,) float32 distances of its phrases to the target, by the original text encoder."""
+        """Per prompt the (P,) float32 distances of its phrases to the target, by the original text encoder, or zeros.
+        """
+        if not pairs[0].target_prompts:
+            return [torch.zeros(len(pair.base_phrases)) for pair in pairs]
         with self._original_text_encoders():
             return sfcm.clip_distances(self.text_encoder, self.tokenizer, pairs, tokens, self._execution_device)
 

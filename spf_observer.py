@@ -5,7 +5,7 @@ P base phrases, K targets, N calls of the denoiser in a run.
 Paper: arXiv 2504.00396.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,18 +32,13 @@ class RowLayout:
     A branch has B rows of the response and, beside references, B of these. The negative branch of classifier-free
     guidance comes first, the conditional one next, and appended rows last. Rows are counted from the end, for a
     callback may end guidance during the run.
-
-    Args:
-        images: B.
-        compare: whether references are drawn too.
-        negative_adapters: whether the adapters are on in the negative branch.
-        appended: groups of B rows that the caller does not see; the first is the Reference Path, on the response's own
-            latents, and in a second one the adapters are on.
     """
 
-    images: int
-    compare: bool = False
-    negative_adapters: bool = True
+    images: int  # B
+    compare: bool = False  # whether references are drawn too
+    negative_adapters: bool = True  # whether the adapters are on in the negative branch
+    # Groups of B rows that the caller does not see; the first is the Reference Path, on the response's own latents,
+    # and in a second one the adapters are on.
     appended: int = 0
 
     @property
@@ -73,21 +68,14 @@ class RowLayout:
 
 @dataclass(frozen=True)
 class Phrases:
-    """What the maps are about, B rows each; a shorter prompt's rows are padded with zeros.
-
-    Attributes:
-        weights: (B, P, T), each row averages over a phrase's tokens in the base prompt.
-        target_weights: (B, K, T), the same of the targets in the full prompt.
-        free: (B, P) bool, the phrases that may change.
-        distances: (B, P), zeros without a target.
-    """
+    """What the maps are about, B rows each; a shorter prompt's rows are padded with zeros."""
 
     texts: list[tuple[str, ...]]
-    targets: list[tuple[str, ...]]
-    weights: Tensor
-    target_weights: Tensor
-    free: Tensor
-    distances: Tensor
+    targets: list[tuple[str, ...]]  # of each image, none without a target
+    weights: Tensor  # (B, P, T), each row averages over a phrase's tokens in the base prompt
+    target_weights: Tensor  # (B, K, T), the same of the targets in the full prompt
+    free: Tensor  # (B, P) bool, the phrases that may change
+    distances: Tensor  # (B, P), zeros without a target
 
     @property
     def protected(self) -> Tensor:
@@ -95,32 +83,24 @@ class Phrases:
         return self.weights.any(-1) & ~self.free
 
 
-def target_phrases(
-    pairs: Sequence[prompts.PromptPair], tokens: Sequence[prompts.PromptTokens], distances: Sequence[Tensor]
-) -> Phrases:
-    """Where the phrases and targets of pairs stand in their prompts; `distances` are (P,) of each pair."""
+def phrases_of(rows: Iterable[tuple[prompts.PromptPair, prompts.PromptTokens, Tensor]]) -> Phrases:
+    """Where the phrases and targets of each image's prompts stand; with the (P,) distances of its phrases."""
+    pairs, tokens, distances = zip(*rows)
     length = len(tokens[0].base_input_ids)
+
+    def weights(positions: Iterable[Sequence[Sequence[int]]]) -> Tensor:
+        masks = [torch.tensor(prompts.phrase_mask(own, length)) for own in positions]
+        return pad_sequence(masks, batch_first=True)
+
     free = [torch.tensor([phrase in pair.free_phrases for phrase in pair.base_phrases]) for pair in pairs]
     return Phrases(
         texts=[pair.base_phrases for pair in pairs],
         targets=[tuple(target.text for target in pair.target_prompts) for pair in pairs],
-        weights=_mask_rows([row.phrase_positions for row in tokens], length),
-        target_weights=_mask_rows([row.each_target_positions for row in tokens], length),
+        weights=weights(own.phrase_positions for own in tokens),
+        target_weights=weights(own.each_target_positions for own in tokens),
         free=pad_sequence(free, batch_first=True),
         distances=pad_sequence(list(distances), batch_first=True),
     )
-
-
-def base_phrases(texts: list[tuple[str, ...]], positions: Sequence[Any], length: int) -> Phrases:
-    """The same of prompts without a target, from their phrases and the token positions of these."""
-    weights, targets = _mask_rows(positions, length), torch.zeros(len(texts), 1, length)
-    nothing = torch.zeros(weights.shape[:2])
-    return Phrases(texts, [()] * len(texts), weights, targets, nothing.bool(), nothing)
-
-
-def _mask_rows(positions: Sequence[Sequence[Sequence[int]]], length: int) -> Tensor:
-    """(rows, phrases, T) weights that average over each phrase's tokens, padded to the longest row with zeros."""
-    return pad_sequence([torch.tensor(prompts.phrase_mask(row, length)) for row in positions], batch_first=True)
 
 
 @dataclass(frozen=True)
@@ -133,61 +113,32 @@ class StepAttention:
 
     def reference_maps(self, weights: Tensor, size: Sequence[int]) -> Tensor:
         """(B, P, H, W) in [0, 1] of the base prompts' phrases."""
-        return sfcm.phrase_attention_maps([self.reference], [self.resolution], weights.to(self.reference.device), size)
+        return self._maps(self.reference, weights, size)
 
     def response_maps(self, weights: Tensor, size: Sequence[int]) -> Tensor:
         """(B, K, H, W) in [0, 1] of the targets."""
-        return sfcm.phrase_attention_maps([self.response], [self.resolution], weights.to(self.response.device), size)
+        return self._maps(self.response, weights, size)
 
-
-@dataclass
-class Guide:
-    """SFCM guidance of one run: keeps the response to the reference outside of where the target responds.
-
-    The soft mask is `m = 1 - strength * (1 - SFCM^exponent)`, opened by the free ones of `phrases`; `total` is the sum
-    over the calls of the normalised differences.
-    """
-
-    strength: float
-    exponent: float
-    phrases: Phrases
-    calls: int = 0
-    total: Tensor | float = 0.0
-
-    def blend(
-        self, response: Tensor, reference: Tensor, difference: Tensor, attention: StepAttention | None
-    ) -> Tensor:
-        """`eps_ref + m * (eps_res - eps_ref)`, (B, C, H, W), with the running mean of differences (B, 1, H, W)."""
-        self.calls += 1
-        self.total = self.total + sfcm.guidance_map(difference)
-        opened = sfcm.guidance_map(self.total / self.calls) ** self.exponent
-        if attention is not None and self.phrases.free.any():
-            maps = attention.reference_maps(self.phrases.weights, opened.shape[-2:])
-            opened = sfcm.free_regions(opened, maps, self.phrases.free.to(opened.device))
-        mask = 1 - self.strength * (1 - opened)
-        return (reference + mask * (response - reference).float()).to(response.dtype)
+    def _maps(self, probs: Tensor, weights: Tensor, size: Sequence[int]) -> Tensor:
+        return sfcm.phrase_attention_maps([probs], [self.resolution], weights.to(probs.device), size)
 
 
 @dataclass
 class Observer:
     """Gives the denoiser rows that its caller does not see, and takes their predictions and attention.
 
-    Attributes:
-        extend: of a call's arguments and keywords, those with the appended rows.
-        to_epsilon: of a timestep, what makes a difference of predictions one of predicted noise.
-        guide: changes the response's predictions on their way out.
-        differences, attention: of each call.
-
     Source: [paper] both predictions from the same `z_t`; [ours] in one batch.
     """
 
     rows: RowLayout
-    extend: Callable[[tuple, dict], tuple[tuple, dict]]
-    to_epsilon: Callable[[Tensor], Tensor]
-    guide: Guide | None = None
-    differences: list[Tensor] = field(default_factory=list)
+    phrases: Phrases | None  # None where no rows are appended
+    extend: Callable[[tuple, dict], tuple[tuple, dict]]  # a call's arguments and keywords, with the appended rows
+    to_epsilon: Callable[[Tensor], Tensor]  # of a timestep, what makes a difference one of predicted noise
+    guidance: tuple[float, float]  # strength and exponent
+    differences: list[Tensor] = field(default_factory=list)  # of each call, as the attention
     attention: list[StepAttention] = field(default_factory=list)
     _store: attention_processors.CrossAttentionStore | None = None
+    _total: Tensor | float = 0.0
 
     @contextmanager
     def watch(self, denoiser: nn.Module, with_attention: bool) -> Iterator[None]:
@@ -207,14 +158,11 @@ class Observer:
         own, images = self.rows.own(output[0]), self.rows.images
         appended, response = output[0][len(own) :], self.rows.response(own)
         reference, start = appended[:images], appended[-images:]
-        difference = sfcm.noise_difference(response, start, self.to_epsilon(args[1]))
-        self.differences.append(difference)
-        attention = None
+        self.differences.append(sfcm.noise_difference(response, start, self.to_epsilon(args[1])))
         if self._store is not None:
-            attention = self._take_attention()
-            self.attention.append(attention)
-        if self.guide is not None:
-            response.copy_(self.guide.blend(response, reference, difference, attention))
+            self.attention.append(self._take_attention())
+        if self.guidance[0] > 0:
+            response.copy_(self._guided(response, reference))
         return (own, *output[1:])
 
     def _take_attention(self) -> StepAttention:
@@ -226,33 +174,42 @@ class Observer:
         reference = [probs[len(rows) :][: self.rows.images] for probs, rows in zip(layers, own)]
         return StepAttention(torch.stack(reference).mean(0), response, resolution)
 
-    def maps(self, phrases: Phrases, mode: str, has_target: bool, has_map: bool, per_step: bool) -> dict[str, Any]:
+    def _guided(self, response: Tensor, reference: Tensor) -> Tensor:
+        """The response (B, C, H, W) kept to the reference outside of where the target responds.
+
+        It is `eps_ref + m * (eps_res - eps_ref)` with the soft mask `m = 1 - strength * (1 - SFCM^exponent)`; the SFCM
+        is of the mean of all calls' normalised differences, and open where phrases are free.
+        """
+        strength, exponent = self.guidance
+        self._total = self._total + sfcm.guidance_map(self.differences[-1])
+        opened = sfcm.guidance_map(self._total / len(self.differences)) ** exponent
+        if self.phrases.free.any():
+            maps = self.attention[-1].reference_maps(self.phrases.weights, opened.shape[-2:])
+            opened = sfcm.free_regions(opened, maps, self.phrases.free.to(opened.device))
+        mask = 1 - strength * (1 - opened)
+        return (reference + mask * (response - reference).float()).to(response.dtype)
+
+    def maps(self, mode: str, has_map: bool, per_step: bool) -> dict[str, Any]:
         """The map fields of the pipeline's output, from what was seen in a run."""
-        difference, attention = sum(self.differences) / len(self.differences), _mean(self.attention)
-        size = difference.shape[-2:]
+        phrases, difference = self.phrases, sum(self.differences) / len(self.differences)
+        sums = (sum(getattr(call, path) for call in self.attention) for path in ("reference", "response"))
+        means = (total / len(self.attention) for total in sums)
+        attention, size = StepAttention(*means, self.attention[0].resolution), difference.shape[-2:]
         maps = {"phrases": phrases.texts, "phrase_maps": attention.reference_maps(phrases.weights, size).cpu()}
         if has_map:
-            maps["sfcm"] = _compute_sfcm(difference, attention, phrases, mode)
+            maps["sfcm"] = self._compute_sfcm(difference, attention, mode)
         if has_map and per_step:
             steps = zip(self.differences, self.attention, strict=True)
-            maps["sfcm_per_step"] = torch.cat([_compute_sfcm(*step, phrases, mode) for step in steps], dim=1)
-        if has_target:
+            maps["sfcm_per_step"] = torch.cat([self._compute_sfcm(*step, mode) for step in steps], dim=1)
+        if any(phrases.targets):
             maps["phrase_distances"] = phrases.distances
             maps["targets"] = phrases.targets
             maps["target_maps"] = attention.response_maps(phrases.target_weights, size).cpu()
         return maps
 
-
-def _mean(calls: Sequence[StepAttention]) -> StepAttention:
-    return StepAttention(
-        sum(call.reference for call in calls) / len(calls),
-        sum(call.response for call in calls) / len(calls),
-        calls[0].resolution,
-    )
-
-
-def _compute_sfcm(difference: Tensor, attention: StepAttention, phrases: Phrases, mode: str) -> Tensor:
-    """(B, 1, H, W) float32 on the CPU."""
-    maps = attention.reference_maps(phrases.weights, difference.shape[-2:]).cpu()
-    computed = sfcm.SFCM_MODES[mode].compute(difference.cpu(), maps, phrases.distances, phrases.protected)
-    return sfcm.free_regions(computed, maps, phrases.free)
+    def _compute_sfcm(self, difference: Tensor, attention: StepAttention, mode: str) -> Tensor:
+        """(B, 1, H, W) float32 on the CPU."""
+        phrases = self.phrases
+        maps = attention.reference_maps(phrases.weights, difference.shape[-2:]).cpu()
+        computed = sfcm.SFCM_MODES[mode].compute(difference.cpu(), maps, phrases.distances, phrases.protected)
+        return sfcm.free_regions(computed, maps, phrases.free)

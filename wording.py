@@ -45,34 +45,25 @@ def split_phrases(prompt: str) -> list[str]:
     """Split a prompt into its noun phrases, at punctuation and at words that join noun phrases, in its own spelling.
 
     "A woman in a brown jacket, with a curtain background" gives ["A woman", "a brown jacket", "a curtain background"].
-    Lone articles and pronouns are left out.
-
-    Source: [ours]; the paper names phrases and no parser. Where it errs, give the phrases to `make_prompt_pair`.
+    Lone articles and pronouns are left out. Where it errs, give the phrases to `make_prompt_pair`.
     """
     pieces = (piece.strip(' \t\n\r"“”') for piece in _JOINERS.split(prompt))
     return [piece for piece in pieces if piece.lower() not in _NO_PHRASE]
 
 
 def suggest_replacement(base_phrases: Sequence[str], target: str) -> tuple[str, str] | None:
-    """A base phrase that may contradict the target, as both are about one noun: "black hair", "blonde hair".
+    """A base phrase that may contradict the target, and the target, as both are about one noun: "black hair", "blonde
+    hair".
 
     Added beside such a phrase, a target seldom shows; put in its place, it does. It is a proposal: words do not tell
     that "black hair" and "long hair" can both be true.
 
-    Args:
-        base_phrases: phrases that are not replaced already.
-        target: the text that is added; of several phrases ("a red hat with a feather") the first is what it is about.
-
-    Returns:
-        (base phrase, target): of the phrases with the target's last word, in any case and with or without a plural s,
-        the first. None if there is none. A phrase that says the target already is none ("a red hat" for "a hat"), nor
-        is one of several parts ("a woman with a hat"), whose last word is not what it is about.
+    Returns: The first phrase with the last word of the target's first phrase, with or without a plural s; None if
+        there is none. A phrase that says the target already is none ("a red hat" for "a hat"), nor is one of several
+        parts ("a woman with a hat"), whose last word is not what it is about.
     """
-    parts = split_phrases(target)
-    if not parts or not words_of(parts[0]):
-        return None
-    noun, said = _noun(parts[0]), {*words_of(target)} - _ARTICLES
-    for phrase in base_phrases:
+    noun, said = _noun("".join(split_phrases(target)[:1])), {*words_of(target)} - _ARTICLES
+    for phrase in base_phrases if noun else ():
         if len(split_phrases(phrase)) == 1 and _noun(phrase) == noun and not said <= {*words_of(phrase)}:
             return phrase, target
     return None
@@ -84,19 +75,15 @@ def has_phrase(text: str, phrase: str) -> bool:
 
 
 def find_weights(text: str) -> str | None:
-    """What other programs read as a weight or as a LoRA, "(a blue jacket:1.2)" or "<lora:name:0.8>"; None without it.
-
-    Here it is read as words.
-    """
+    """What others read as a weight or as a LoRA, "(a blue jacket:1.2)" or "<lora:name:0.8>"; None without it."""
     found = _WEIGHTS.search(text)
     return None if found is None else found.group()
 
 
 def take_out(caption: str, target: str) -> str:
-    """A caption without the target: what it says between two commas is left out where it is the target.
+    """A caption without what it says between two commas and is the target; the caption itself if it does not say it.
 
-    Case, a leading article and punctuation do not count. The caption itself if it does not say the target, and "" if
-    it says nothing else.
+    Case, a leading article and punctuation do not count.
     """
     parts = caption.split(",")
     wanted = {_bare(part) for part in target.split(",")} - {()}
@@ -134,11 +121,6 @@ def check_length(name: str, texts: Iterable[str]) -> None:
         raise ValueError(f"The {name} has {count} characters, more than {MAX_CHARACTERS}; shorten it.")
 
 
-def overlaps(span: Span, others: Sequence[Span]) -> bool:
-    """Whether a span shares a character with one of others."""
-    return any(span[0] < end and start < span[1] for start, end in others)
-
-
 def align(first: Sequence[str | int | None], second: Sequence[str | int | None]) -> list[tuple[int, int]]:
     """Index pairs of equal items, ascending: the common start, the common end, and what difflib finds between."""
     limit = min(len(first), len(second))
@@ -155,19 +137,15 @@ def align(first: Sequence[str | int | None], second: Sequence[str | int | None])
     return [*((i, i) for i in range(start)), *middle, *((first_end + i, second_end + i) for i in range(end))]
 
 
-class _Taken:
-    """The characters of a text that are taken, so that it takes no search to tell whether a span is free."""
+def _take(places: Iterable[Span], taken: set[int]) -> Span | None:
+    """The first of places whose characters are free; they are taken then."""
+    place = next((own for own in places if taken.isdisjoint(range(*own))), None)
+    taken.update(range(*place) if place else ())
+    return place
 
-    def __init__(self, text: str, spans: Iterable[Span] = ()) -> None:
-        self._marks = bytearray(len(text))
-        for span in spans:
-            self.add(span)
 
-    def add(self, span: Span) -> None:
-        self._marks[span[0] : span[1]] = b"\1" * (span[1] - span[0])
-
-    def overlaps(self, span: Span) -> bool:
-        return self._marks.find(1, *span) >= 0
+def _characters(spans: Iterable[Span]) -> set[int]:
+    return {i for span in spans for i in range(*span)}
 
 
 def _occurrences(text: str, phrases: Iterable[str]) -> dict[tuple[str, ...], list[Span]]:
@@ -192,18 +170,14 @@ def _by_length(phrases: Sequence[str]) -> list[int]:
 
 def locate(text: str, phrases: Sequence[str], taken: Sequence[Span] = (), share: bool = False) -> list[Span]:
     """One span per phrase, each the first that is not taken. With `share`, phrases may overlap if they must."""
-    marks, spans = _Taken(text, taken), {}
-    found = _occurrences(text, phrases)
+    used, spans, found = _characters(taken), {}, _occurrences(text, phrases)
     left = {pieces: iter(places) for pieces, places in found.items()}
     for i in _by_length(phrases):
         pieces = _pieces(phrases[i])
-        span = next((place for place in left[pieces] if not marks.overlaps(place)), None)
-        if span is None and share and found[pieces]:
-            span = found[pieces][0]
-        if span is None:
+        spans[i] = _take(left[pieces], used) or next(iter(found[pieces] if share else ()), None)
+        if spans[i] is None:
             raise ValueError(f"The phrase {phrases[i]!r} is not in the base prompt {text!r} (or is taken already).")
-        spans[i] = span
-        marks.add(span)
+        used.update(range(*spans[i]))
     return [spans[i] for i in range(len(phrases))]
 
 
@@ -212,32 +186,27 @@ def locate_kept(text: str, phrases: Sequence[str], replaced: Sequence[Span]) -> 
 
     A phrase that stands twice may be named once: then the copy that nothing replaces is meant.
     """
-    spans: list[Span | None] = list(locate(text, phrases, share=True))
-    gone, marks = _Taken(text, replaced), _Taken(text, [*replaced, *spans])
-    found = _occurrences(text, phrases)
-    left = {pieces: iter(places) for pieces, places in found.items()}
-    for i, phrase in enumerate(phrases):
-        if gone.overlaps(spans[i]):
-            spans[i] = next((place for place in left[_pieces(phrase)] if not marks.overlaps(place)), None)
-            if spans[i] is not None:
-                marks.add(spans[i])
-    return spans
+    spans = locate(text, phrases, share=True)
+    gone, used = _characters(replaced), _characters([*replaced, *spans])
+    left = {pieces: iter(places) for pieces, places in _occurrences(text, phrases).items()}
+    return [
+        span if gone.isdisjoint(range(*span)) else _take(left[_pieces(phrase)], used)
+        for phrase, span in zip(phrases, spans)
+    ]
 
 
 def locate_targets(base_prompt: str, texts: Sequence[str], full_prompt: str) -> list[Span]:
     """The span of each target in the full prompt: where most of its words are new, and the last of equals."""
-    words = list(_WORD.finditer(full_prompt))
     known = {full for _, full in align(words_of(base_prompt), words_of(full_prompt))}
-    new = [word.span() for i, word in enumerate(words) if i not in known]
+    new = [word.span() for i, word in enumerate(_WORD.finditer(full_prompt)) if i not in known]
     starts, ends = [start for start, _ in new], [end for _, end in new]
-    found, marks = _occurrences(full_prompt, texts), _Taken(full_prompt)
-    spans: dict[int, Span] = {}
+    found, taken, spans = _occurrences(full_prompt, texts), set(), {}
     for i in _by_length(texts):
-        free = [span for span in found[_pieces(texts[i])] if not marks.overlaps(span)]
+        free = [span for span in found[_pieces(texts[i])] if taken.isdisjoint(range(*span))]
         if not free:
             raise ValueError(f"The target prompt {texts[i]!r} is not in the full prompt {full_prompt!r}.")
         spans[i] = max(free, key=lambda span: (bisect_left(starts, span[1]) - bisect_right(ends, span[0]), span))
-        marks.add(spans[i])
+        taken.update(range(*spans[i]))
     return [spans[i] for i in range(len(texts))]
 
 
@@ -245,15 +214,13 @@ def infer_replaced(base_prompt: str, targets: Sequence[str], full_prompt: str) -
     """Tell from a given full prompt which part of the base prompt each target replaces, or None where it is added.
 
     It is what the base prompt has between the words that surround the target in the full prompt, in its own spelling.
-    Neighbours share one gap, and the first of them gets it.
-
-    Raises ValueError: a target is not in the full prompt.
+    Neighbours share one gap, and the first of them gets it. Raises ValueError: a target is not in the full prompt.
     """
     spans = locate_targets(base_prompt, targets, full_prompt)
-    base_words = list(_WORD.finditer(base_prompt))
-    full_words = list(_WORD.finditer(full_prompt))
+    base_words, full_words = list(_WORD.finditer(base_prompt)), list(_WORD.finditer(full_prompt))
     # None in the place of a target's words: it matches nothing, so no match reaches across a target.
-    marked = [None if overlaps(word.span(), spans) else word.group().lower() for word in full_words]
+    new = _characters(spans)
+    marked = [word.group().lower() if new.isdisjoint(range(*word.span())) else None for word in full_words]
     matches = align(words_of(base_prompt), marked)
     replaced, claimed = {}, set()
     for i in sorted(range(len(targets)), key=lambda i: spans[i]):

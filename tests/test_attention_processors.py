@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
-from tiny_unet import DOWN, MIDDLE, TOKENS, encoder_mask, hook_count, inputs, predict
+from tiny_unet import DOWN, TOKENS, encoder_mask, hook_count, inputs, predict
 from torch import nn
 
 from attention_processors import (
@@ -39,7 +39,6 @@ def test_captured_forward_equals_stock(unet, stock, masked):
         {"norm_num_groups": 4, "residual_connection": True, "rescale_output_factor": 2.0},
         {"cross_attention_norm": "layer_norm"},
         {"cross_attention_norm": "group_norm", "cross_attention_norm_num_groups": 3},
-        {"qk_norm": "layer_norm", "bias": True},
         {"upcast_attention": True, "upcast_softmax": True},
     ],
 )
@@ -64,17 +63,6 @@ def test_upcast_attention_takes_a_mask_in_half_precision():
     attn.set_processor(CapturingAttnProcessor("layer", CrossAttentionStore()))
     actual = attn(hidden_states, encoder_hidden_states=states, attention_mask=mask)
     torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
-
-
-def test_processor_takes_images_with_spatial_norm_and_no_text():
-    torch.manual_seed(0)
-    attn = Attention(query_dim=32, heads=4, dim_head=8, spatial_norm_dim=5, residual_connection=True)
-    image, temb = torch.randn(2, 32, 3, 4), torch.randn(2, 5, 3, 4)
-    expected = attn(image, temb=temb)
-    attn.set_processor(CapturingAttnProcessor("layer", CrossAttentionStore()))
-    actual = attn(image, temb=temb)
-    assert actual.shape == image.shape
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -171,22 +159,7 @@ def test_phrase_map_resolution(sizes, expected):
         assert phrase_map_resolution({f"layer{i}": size for i, size in enumerate(order)}) == expected
 
 
-def test_phrase_map_resolution_needs_a_layer():
-    with pytest.raises(ValueError, match="at least one layer"):
-        phrase_map_resolution({})
-
-
 # Capture
-
-
-def test_only_the_named_layers_are_captured(unet):
-    before = unet.attn_processors
-    with capture_cross_attention(unet, [MIDDLE, DOWN]) as store, store.record():
-        inside = unet.attn_processors
-        predict(unet)
-    changed = {name for name in before if inside[name] is not before[name]}
-    assert changed == {f"{DOWN}.processor", f"{MIDDLE}.processor"}
-    assert list(store.pop().queries) == [DOWN, MIDDLE]
 
 
 @pytest.mark.parametrize("fail", [False, True])
@@ -250,13 +223,6 @@ def test_recording_is_restored_to_what_it_was():
     assert not store.recording
 
 
-@pytest.mark.parametrize("names", [["nowhere.attn2"], [DOWN, DOWN.replace("attn2", "attn1")], []])
-def test_unknown_layer_names_are_refused(unet, names):
-    with pytest.raises(ValueError, match="unknown cross-attention layers"):
-        with capture_cross_attention(unet, names):
-            pass
-
-
 class IPAdapterLikeAttnProcessor(AttnProcessor2_0):
     """A subclass that may compute something else."""
 
@@ -280,28 +246,12 @@ def test_other_processors_are_refused_and_left_alone(unet, change, message):
     assert hook_count(unet) == hooks
 
 
-def test_other_processors_on_layers_that_are_not_captured_stay(unet):
-    special = IPAdapterLikeAttnProcessor()
-    unet.get_submodule(MIDDLE).set_processor(special)
-    with capture_cross_attention(unet, [DOWN]):
-        assert unet.get_submodule(MIDDLE).processor is special
-    assert unet.get_submodule(MIDDLE).processor is special
-
-
 def test_capturing_twice_is_refused(unet):
-    with capture_cross_attention(unet, [DOWN]):
+    with capture_cross_attention(unet):
         with pytest.raises(ValueError, match="captured already"):
             with capture_cross_attention(unet):
                 pass
         assert isinstance(unet.get_submodule(DOWN).processor, CapturingAttnProcessor)
-
-
-def test_grouped_queries_are_refused(unet):
-    parent = unet.get_submodule(DOWN.removesuffix(".attn2"))
-    parent.attn2 = Attention(query_dim=8, cross_attention_dim=12, heads=4, kv_heads=2, dim_head=2)
-    with pytest.raises(ValueError, match="groups its queries"):
-        with capture_cross_attention(unet):
-            pass
 
 
 def test_checkpointing_recomputes_without_storing(lora_unet):

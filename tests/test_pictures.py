@@ -21,8 +21,8 @@ def test_a_grid_has_a_place_for_every_picture():
 def test_captions_stand_over_their_pictures_and_are_broken_where_they_are_too_wide():
     pictures = [Image.new("RGB", (192, 192), colour) for colour in (RED, BLUE, RED)]
     many = "a caption of very many words, more than fit into one line or into two"
-    sheet = captioned_pictures(pictures, ["one", many, ""], 2)
-    short = captioned_pictures(pictures, ["one", "two", ""], 2)
+    sheet = captioned_pictures(pictures, ["one", many, "three"], 2)
+    short = captioned_pictures(pictures, ["one", "two", "three"], 2)
     line = 18
     assert sheet.width == short.width == 2 * (192 + 6) + 6
     assert sheet.height == short.height + 2 * 2 * line  # three lines instead of one, in both rows

@@ -11,7 +11,6 @@ from sfcm import (
     noise_difference,
     percentile_normalize,
     phrase_attention_maps,
-    phrase_distances,
     relative_distances,
     sfcm_averaged,
     sfcm_paper,
@@ -134,12 +133,6 @@ def test_even_attention_has_no_map(side, size):
     even = torch.full((1, side * side, 7), 1 / 77)
     maps = phrase_attention_maps([even] * 3, [(side, side)] * 3, torch.eye(7)[None, :2], (size, size))
     assert (maps == 0).all()
-
-
-def test_phrase_distances_by_hand():
-    phrases = torch.tensor([[[2.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [3.0, 3.0]]])
-    distances = phrase_distances(phrases, torch.tensor([[5.0, 0.0]]))
-    torch.testing.assert_close(distances, torch.tensor([[0.0, 1.0, 2.0, 1 - 0.5**0.5]]))
 
 
 def test_relative_distances_ignore_padding():

@@ -14,7 +14,6 @@ from torch import nn
 TARGETS = ["attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"]
 TOKENS = 7
 DOWN = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
-MIDDLE = "mid_block.attentions.0.transformer_blocks.0.attn2"
 
 
 def make_unet(**kwargs) -> UNet2DConditionModel:

@@ -157,7 +157,7 @@ def test_buckets(world, tmp_path, striped, monkeypatch, objective, source):
     if source == "generated":
         assert sorted(alignment.buckets) == [0, 0, 1, 1, 1, 2]
     with Image.open(output / "validation" / "step_000010.png") as picture:
-        assert picture.size == (4 * (192 + 6) + 6, 2 * (96 + 6) + 6 + 22), "the first portrait is wide"
+        assert picture.size == (4 * (192 + 6) + 6, 2 * (96 + 6) + 6 + 18), "the first portrait is wide"
 
 
 def test_one_bucket_is_the_resolution(world, tmp_path, trained):

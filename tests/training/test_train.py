@@ -273,7 +273,7 @@ def test_both_stages_train_and_write_their_files(world, trained, objective, dual
     assert not [path for path in output.rglob("*") if path.is_dir() and path.name.startswith(".")]
     for picture in pictures:
         with Image.open(output / picture) as image:
-            assert image.size == ((2 if "alignment" in picture else 4) * (192 + 6) + 6, 192 + 6 + 6 + 22)
+            assert image.size == ((2 if "alignment" in picture else 4) * (192 + 6) + 6, 192 + 6 + 6 + 18)
 
     events = [path.parent for path in output.rglob("events.out.tfevents*")]
     scalars = {}
