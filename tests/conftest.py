@@ -1,5 +1,6 @@
 """What all tests share: the repository's modules are importable, and nothing asks the Hub."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -12,6 +13,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 pytest_plugins = ["tiny_unet"]  # its fixtures
+
+
+def pytest_collection_finish():
+    """What the libraries made when they were imported stays: the collector, which every run calls, may pass it over."""
+    gc.collect()
+    gc.freeze()
+
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory):
