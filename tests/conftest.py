@@ -9,6 +9,7 @@ import pytest
 
 
 # Before any library of the Hub is imported: they read it once.
+gc.disable()
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -19,6 +20,7 @@ def pytest_collection_finish():
     """What the libraries made when they were imported stays: the collector, which every run calls, may pass it over."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
