@@ -17,7 +17,7 @@ pytest_plugins = ["tiny_unet"]  # its fixtures
 
 
 def pytest_collection_finish():
-    """What the libraries made when they were imported stays: the collector, which every run calls, may pass it over."""
+    """What the imported libraries made stays: the collector, which every run of the trainer calls, passes over it."""
     gc.collect()
     gc.freeze()
     gc.enable()
