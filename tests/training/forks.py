@@ -54,9 +54,10 @@ def run(rank, ends, flags, folder, largest_file, variables):
 
 script = sys.argv[1]
 sys.path.insert(0, os.path.dirname(script))
+gc.disable()
 import train_spf_portrait_lora
 
-gc.collect(), gc.freeze()
+gc.collect(), gc.freeze(), gc.enable()
 print(json.dumps("ready"), flush=True)
 while line := sys.stdin.readline():
     count, pipes, *rest = json.loads(line)
