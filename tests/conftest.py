@@ -1,5 +1,6 @@
 """What all tests share: the repository's modules are importable, and nothing asks the Hub."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -7,11 +8,20 @@ from pathlib import Path
 import pytest
 
 
+gc.disable()  # until what the imported libraries made is frozen
 # Before any library of the Hub is imported: they read it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 pytest_plugins = ["tiny_unet"]  # its fixtures
+
+
+def pytest_collection_finish():
+    """The collector, which every run of the trainer calls, passes over what the imported libraries made."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory):

@@ -128,20 +128,25 @@ def test_base_prompts_are_fresh_and_agree_with_the_prompt_module(name):
     assert (replaced <= jackets and len(replaced) > 1) if name == "striped_shirt" else replaced == {None}
 
 
-@pytest.mark.parametrize("source", ("render", pytest.param("reconstruction", marks=pytest.mark.slow)))
+@pytest.fixture(scope="module")
+def read(judge, world, request):
+    """Pictures of the portraits, and what the judge reads in them."""
+    images = world[1] if request.param == "render" else request.getfixturevalue("reconstructions")
+    return images, judge.read(images)
+
+
+@pytest.mark.parametrize("read", ("render", pytest.param("reconstruction", marks=pytest.mark.slow)), indirect=True)
 @pytest.mark.parametrize("name", TARGETS)
-def test_probe_and_pixel_rule_find_the_target_on_rendered_portraits(judge, world, name, source, request):
-    factors, images, _ = world
-    if source == "reconstruction":
-        images = request.getfixturevalue("reconstructions")
+def test_probe_and_pixel_rule_find_the_target_on_rendered_portraits(judge, world, name, read):
+    factors, (images, reading) = world[0], read
     target = TARGETS[name]
     countable = shows_hair(factors) if target.factor == "hair_color" else np.ones(len(images), dtype=bool)
     present = factors[target.factor] == target.value
     assert (present & countable).sum() > 50 and (~present & countable).sum() > 100
-    verdicts = judge.response(images, target)
-    for reading in ("response", "response_pixels"):
-        assert verdicts[reading][present & countable].mean() >= 0.98, reading
-        assert verdicts[reading][~present & countable].mean() <= 0.02, reading
+    verdicts = judge.response(images, target, reading)
+    for kind in ("response", "response_pixels"):
+        assert verdicts[kind][present & countable].mean() >= 0.98, kind
+        assert verdicts[kind][~present & countable].mean() <= 0.02, kind
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -220,7 +225,9 @@ def test_the_judge_refuses_what_it_cannot_compare(judge):
         judge.read(images.astype(np.float32))
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if i == 0 else pytest.mark.slow) for i, name in enumerate(TARGETS)]
+)
 def test_a_polluted_set_is_there_and_is_what_it_says(judge, name):
     target = TARGETS[name]
     rows = load_rows(DataFlags(train_data_dir=build.HERE / name), ColumnFlags())

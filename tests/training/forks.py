@@ -20,9 +20,10 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "train_spf_portrait_lora.py"
 
 # Reads a run a line of JSON, runs it in forks of itself as Python would, and prints their numbers and how they ended.
-# A fork ends without taking hundreds of modules apart, which is what takes most of such a process's time.
+# A fork ends without taking hundreds of modules apart, which is what takes most of such a process's time, and its
+# collector passes over what was imported before it.
 FORKING = """
-import atexit, json, os, runpy, sys, traceback
+import atexit, gc, json, os, runpy, sys, traceback
 
 def run(rank, ends, flags, folder, largest_file, variables):
     os.chdir(folder)
@@ -53,8 +54,11 @@ def run(rank, ends, flags, folder, largest_file, variables):
 
 script = sys.argv[1]
 sys.path.insert(0, os.path.dirname(script))
+gc.disable()
 import train_spf_portrait_lora
 
+gc.freeze()
+gc.enable()
 print(json.dumps("ready"), flush=True)
 while line := sys.stdin.readline():
     count, pipes, *rest = json.loads(line)

@@ -61,7 +61,11 @@ def test_later_visits_are_shuffled_by_seed_cycle_and_visit():
 
 @pytest.mark.parametrize(
     "flags",
-    [{}, {"dual_path": "single_pass", "lora_dropout": 0.3}, {"sfcm_mode": "paper", "stage2_objective": "both"}],
+    [
+        {},
+        pytest.param({"dual_path": "single_pass", "lora_dropout": 0.3}, marks=pytest.mark.slow),
+        pytest.param({"sfcm_mode": "paper", "stage2_objective": "both"}, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_kept_targets_are_those_that_would_be_made_anew(world, tmp_path, monkeypatch, two_kept, flags):
@@ -86,8 +90,8 @@ def test_kept_targets_are_those_that_would_be_made_anew(world, tmp_path, monkeyp
 
 def test_one_visit_is_the_training_without_reuse(world, tmp_path, monkeypatch, two_kept):
     numbers, objectives = watch_numbers(monkeypatch), watch(monkeypatch, script, "make_objectives")
-    train(world, tmp_path / "output", composed_target_reuse=1, stage2_steps=5)
-    assert numbers == [2, 3, 4, 5, 6] and objectives[-1][0]._targets == {}
+    train(world, tmp_path / "output", composed_target_reuse=1, stage2_steps=3)
+    assert numbers == [2, 3, 4] and objectives[-1][0]._targets == {}
 
 
 def test_no_more_targets_are_kept_than_a_cycle_has(world, tmp_path, monkeypatch, two_kept):
@@ -101,8 +105,8 @@ def test_no_more_targets_are_kept_than_a_cycle_has(world, tmp_path, monkeypatch,
         return losses
 
     monkeypatch.setattr(script, "train_step", train_step)
-    train(world, tmp_path / "output", composed_target_reuse=2, stage2_steps=9)
-    cycles = [[], [], [2], [2, 3], [2, 3], [2, 3], [4], [4, 5], [4, 5], [4, 5], [6]]
+    train(world, tmp_path / "output", composed_target_reuse=2, stage2_steps=5)
+    cycles = [[], [], [2], [2, 3], [2, 3], [2, 3], [4]]
     assert counts == cycles
     own = last[-1]
     latents = own.alignment.latents[0].shape
@@ -150,11 +154,11 @@ def resumed(world, whole, step, output_dir, **flags):
 
 
 def test_another_reuse_is_another_run(world, tmp_path, two_kept):
-    output = train(world, tmp_path / "output", **REUSED, checkpointing_steps=4)
+    flags = {"composed_target_reuse": 2, "stage1_steps": 1, "stage2_steps": 1, "checkpointing_steps": 2}
+    output = train(world, tmp_path / "output", **flags)
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(SystemExit, match="composed_target_reuse"):
-        changes = {**REUSED, "composed_target_reuse": 3, "resume_from_checkpoint": "latest"}
-        train(world, output, **changes, checkpointing_steps=4)
+        train(world, output, **{**flags, "composed_target_reuse": 3, "resume_from_checkpoint": "latest"})
 
 
 # --------------------------------------------------------------------------------------------------------- the step
@@ -183,9 +187,9 @@ def test_losses_and_norm_are_read_once_a_step(world, tmp_path, monkeypatch, obje
             return step(engine, *args)
 
     monkeypatch.setattr(script, "train_step", train_step)
-    train(world, tmp_path / "output", stage2_objective=objective, gradient_accumulation_steps=2)
-    values = {"composed": 2, "both": 7}[objective]
-    assert readings == [(0, "tolist", 2), (1, "tolist", 2), (2, "tolist", values), (3, "tolist", values)]
+    flags = {"stage2_objective": objective, "gradient_accumulation_steps": 2, "stage1_steps": 1, "stage2_steps": 1}
+    train(world, tmp_path / "output", **flags)
+    assert readings == [(0, "tolist", 2), (1, "tolist", {"composed": 2, "both": 7}[objective])]
 
 
 def test_without_a_weight_the_teacher_is_not_asked_for_the_base_prompt(world, tmp_path, monkeypatch):

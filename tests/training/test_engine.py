@@ -131,7 +131,7 @@ def test_one_pass_and_two_give_the_same_weights(trained):
     assert difference(*runs) < 1e-4 < difference(runs[0], runs[0] / "stage1") / 10
 
 
-@pytest.mark.parametrize("dual_path", DUAL_PATHS)
+@pytest.mark.parametrize("dual_path", ["two_pass", pytest.param("single_pass", marks=pytest.mark.slow)])
 def test_gradient_checkpointing_gives_the_same_weights(world, trained, tmp_path, dual_path):
     flags = {"stage2_objective": "both", "dual_path": dual_path, "sfcm_mode": "paper", **SMOOTH}
     output = train(world, tmp_path / "output", gradient_checkpointing=True, **flags)

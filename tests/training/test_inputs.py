@@ -54,7 +54,13 @@ def test_data_of_every_kind(world, tmp_path, rows, flags, full_prompt, phrases):
 
 
 @pytest.mark.parametrize(
-    "rows", [REPLACED, changed_rows(target_prompt=["red hair", ["a woman", "a man"]])[:1]], ids=["one", "several"]
+    "rows",
+    [
+        pytest.param(REPLACED, id="one"),
+        pytest.param(
+            changed_rows(target_prompt=["red hair", ["a woman", "a man"]])[:1], id="several", marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_prompts_with_replacements_train(world, tmp_path, rows):
     data = write_data(tmp_path / "data", rows)

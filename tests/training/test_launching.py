@@ -17,6 +17,7 @@ from test_train import (
 )
 
 
+@pytest.mark.slow
 def test_the_script_by_itself_ends_with_one_line_and_no_traceback(world, tmp_path):
     data = write_data(tmp_path / "data", [ROWS[0], {**ROWS[1], "target_prompt": "a red hat"}])
     flags = make_flags(world, tmp_path / "output", train_data_dir=data)

@@ -78,7 +78,7 @@ def test_lora_layers(world, tmp_path, trained):
     assert {f"unet.{name}" for name in loaded} == names
 
 
-@pytest.mark.parametrize("objective", ["composed", "both"])
+@pytest.mark.parametrize("objective", ["composed", pytest.param("both", marks=pytest.mark.slow)])
 def test_dora(world, tmp_path, monkeypatch, objective):
     runs, states, step = watch_runs(monkeypatch), [], script.train_step
     latents = torch.randn(1, 4, 8, 8)
@@ -177,11 +177,12 @@ def test_xformers_in_self_attention(world, tmp_path, monkeypatch, trained):
     "objective, flags",
     [
         ("composed", {}),
-        ("composed", {"use_dora": True}),
-        ("composed", {"dual_path": "single_pass"}),
         ("both", {"num_validation_images": 1}),
-        ("both", {"use_dora": True}),
-        ("both", {"dual_path": "single_pass"}),
+        *(
+            pytest.param(objective, flags, marks=pytest.mark.slow)
+            for objective in ("composed", "both")
+            for flags in ({"use_dora": True}, {"dual_path": "single_pass"})
+        ),
     ],
     ids=str,
 )

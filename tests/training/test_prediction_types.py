@@ -76,7 +76,7 @@ def stage1(world, tmp_path_factory):
     return train(world, tmp_path_factory.mktemp("stage1") / "output", stage2_steps=0)
 
 
-@pytest.mark.parametrize("objective", ["composed", "paper"])
+@pytest.mark.parametrize("objective", ["composed", pytest.param("paper", marks=pytest.mark.slow)])
 def test_both_expressions_train_alike(world, stage1, tmp_path, monkeypatch, objective):
     flags = {"stage1_steps": 0, "stage1_lora_path": stage1, "stage2_steps": 1, "stage2_objective": objective}
     flags |= {"composed_init": "stage1", "enhancement_loss": "none", "train_batch_size": 4, "base_prompt_share": 0.5}

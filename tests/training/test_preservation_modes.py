@@ -172,7 +172,14 @@ def test_a_masked_loss_is_deaf_outside_the_mask(world, tmp_path, masked, monkeyp
             assert (moved[:, own[0] == 0] == 0).all() and (moved[:, own[0] == 1] != 0).any()
 
 
-@pytest.mark.parametrize("flags", [{"random_flip": True}, {"no-center_crop": True, "no-cache_latents": True}], ids=str)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"random_flip": True},
+        pytest.param({"no-center_crop": True, "no-cache_latents": True}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_masks_are_cropped_and_mirrored_with_their_pictures(world, tmp_path, monkeypatch, flags):
     """Each mask is a picture's own red channel, so that the two must be the same where they are read."""
     folder = write_data(tmp_path / "data", [{**row, "mask_file_name": f"mask_{i}.png"} for i, row in enumerate(ROWS)])
@@ -187,7 +194,7 @@ def test_masks_are_cropped_and_mirrored_with_their_pictures(world, tmp_path, mon
         torch.testing.assert_close(training_set.batch_masks(step), training_set.batch_pixels(step)[:, :1] / 2 + 0.5)
 
 
-@pytest.mark.parametrize("way", ["prior", "cat"])
+@pytest.mark.parametrize("way", ["prior", pytest.param("cat", marks=pytest.mark.slow)])
 def test_it_goes_on_to_the_same_bits(world, tmp_path, way):
     flags = {"preservation": way, "checkpointing_steps": 2}
     whole = train(world, tmp_path / "whole", **flags)

@@ -263,8 +263,17 @@ def run_script(*command: str | Path, timeout: int = 300, **variables: str) -> su
 # ----------------------------------------------------------------------------------------------------- both stages
 
 
-@pytest.mark.parametrize("dual_path", DUAL_PATHS)
-@pytest.mark.parametrize("objective", OBJECTIVES)
+FIRST_WAYS = {("composed", "two_pass"), ("paper", "two_pass"), ("both", "single_pass")}
+
+
+@pytest.mark.parametrize(
+    "objective, dual_path",
+    [
+        pytest.param(objective, way, marks=() if (objective, way) in FIRST_WAYS else pytest.mark.slow)
+        for objective in OBJECTIVES
+        for way in DUAL_PATHS
+    ],
+)
 def test_both_stages_train_and_write_their_files(world, trained, objective, dual_path):
     output = trained(stage2_objective=objective, dual_path=dual_path, num_validation_images=1, report_to="tensorboard")
     pictures = {f"validation/{name}.png" for name in ("step_000000", "step_000004", "alignment")}

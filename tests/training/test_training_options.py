@@ -10,15 +10,28 @@ from training import prompt_table
 from training.models import Models
 
 
-@pytest.mark.parametrize("objective", ["composed", "both"])
+UNCACHED = {
+    "pictures": ({"no-cache_latents": True}, {}),
+    "prompts": ({"no-cache_text_embeddings": True}, {}),
+    "all, mirrored": (
+        {"no-cache_latents": True, "no-cache_text_embeddings": True, "random_flip": True},
+        {"random_flip": True},
+    ),
+}
+
+
 @pytest.mark.parametrize(
-    "flags, cached",
+    "objective, flags, cached",
     [
-        ({"no-cache_latents": True}, {}),
-        ({"no-cache_text_embeddings": True}, {}),
-        ({"no-cache_latents": True, "no-cache_text_embeddings": True, "random_flip": True}, {"random_flip": True}),
+        pytest.param(
+            objective,
+            *UNCACHED[name],
+            id=f"{objective}, {name}",
+            marks=() if (objective, name) == ("both", "all, mirrored") else pytest.mark.slow,
+        )
+        for objective in ("composed", "both")
+        for name in UNCACHED
     ],
-    ids=["pictures", "prompts", "all, mirrored"],
 )
 def test_cached_and_uncached_train_the_same(world, tmp_path, trained, objective, flags, cached):
     shared = {"stage2_objective": objective, **SMOOTH}
