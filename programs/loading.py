@@ -33,7 +33,7 @@ def naming(subject: str) -> Iterator[None]:
     try:
         yield
     # transformers raises a RuntimeError for weights of other shapes than the configuration's.
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{subject}: {' '.join(str(error).split())}") from error
 
 
