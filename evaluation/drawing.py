@@ -2,7 +2,6 @@
 
 A model's folder has `p000-s0-base.png` and `-full.png` for each prompt and seed, a LoRA's `-sfcm.npy` as well, and the
 original model's `-region.npy`.
-Legend: n portraits of all, H/W their size in pixels, h/w that of their maps.
 """
 
 import argparse
@@ -82,11 +81,8 @@ def draw_portraits(
 
 def open_portraits(folder: Path, names: Sequence[str]) -> Portraits:
     """Those of a model by the names of their files."""
-
-    def read(kind: str) -> np.ndarray:
-        return np.stack([np.asarray(Image.open(folder / f"{name}-{kind}.png")) for name in names])
-
-    return Portraits(read("base"), read("full"))
+    pictures = ([np.asarray(Image.open(folder / f"{n}-{kind}.png")) for n in names] for kind in ("base", "full"))
+    return Portraits(*map(np.stack, pictures))
 
 
 def open_arrays(folder: Path, names: Sequence[str], kind: str = "sfcm") -> np.ndarray:
@@ -94,8 +90,7 @@ def open_arrays(folder: Path, names: Sequence[str], kind: str = "sfcm") -> np.nd
     return np.stack([np.load(folder / f"{name}-{kind}.npy") for name in names])
 
 
-def parts_of(names: Sequence[str]) -> Iterator[Sequence[str]]:
-    """The names, a few at a time."""
+def _parts_of(names: Sequence[str]) -> Iterator[Sequence[str]]:
     return (names[start : start + AT_A_TIME] for start in range(0, len(names), AT_A_TIME))
 
 
@@ -104,12 +99,9 @@ def save_regions(
 ) -> None:
     """Write where the target may change each portrait, the same for all LoRAs, beside the original model's portraits.
 
-    Args:
-        folders: of the original model and each LoRA.
-        args: `region`, which is not "masks", and `toy`.
-        probe: for the region "probe".
+    `folders` are the original model's and each LoRA's, and `args.region` is not "masks".
     """
-    for some in parts_of(names):
+    for some in _parts_of(names):
         if args.region == "probe":
             before = probe.read(open_portraits(folders[0], some).base).labels
             after = (probe.read(open_portraits(folder, some).full).labels for folder in folders[1:])
@@ -123,15 +115,14 @@ def save_regions(
 def open_compared(
     original: Path, adapted: Path, names: Sequence[str], pairs: Sequence[PromptPair], masks: Path | None, bar: tqdm
 ) -> Iterator[Compared]:
-    """All portraits of a model from its folder, a few at a time.
+    """All portraits of a model from its folder, a few at a time, which `bar` counts when the next ones are asked for.
 
     Args:
         names: of all portraits, in the order of `pairs` with the seeds of each together.
         masks: a folder of masks, or None for what `save_regions` wrote.
-        bar: counts portraits when the next ones are asked for.
     """
     of_name = {name: pairs[i * len(pairs) // len(names)] for i, name in enumerate(names)}
-    for some in parts_of(names):
+    for some in _parts_of(names):
         before = open_portraits(original, some)
         size = before.base.shape[1:3]
         if masks is None:

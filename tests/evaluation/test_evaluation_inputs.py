@@ -104,7 +104,7 @@ def test_a_full_prompt_that_the_pipeline_composes_in_another_way_is_said_so(tmp_
 def test_bad_prompts_are_one_line_that_names_the_place(tmp_path, text, message):
     path = tmp_path / "prompts.jsonl"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(InputError, match=message) as found:
+    with pytest.raises(ValueError, match=message) as found:
         read_prompts(flags(prompts_file=path))
     assert "\n" not in str(found.value) and str(found.value).startswith(f"--prompts_file {path}")
 
@@ -211,5 +211,5 @@ def test_a_mask_that_is_missing_or_no_picture_is_named(tmp_path):
     with pytest.raises(InputError, match="p000-s0.png is missing"):
         read_masks(tmp_path, ["p000-s0"], (4, 4))
     (tmp_path / "p000-s0.png").write_text("no picture")
-    with pytest.raises(InputError, match="p000-s0.png cannot be read"):
+    with pytest.raises(ValueError, match="p000-s0.png cannot be read"):
         read_masks(tmp_path, ["p000-s0"], (4, 4))
