@@ -21,15 +21,14 @@ _SD2_TEXT_WIDTH = 1024  # of the text embeddings that a cross-attention layer re
 
 
 def save_kohya_lora(lora: Path, path: Path) -> None:
-    """Write a LoRA of diffusers' format in kohya's format, which ComfyUI and A1111 read, whole or not at all.
+    """Write a LoRA of diffusers' format in kohya's format, which ComfyUI and A1111 read.
 
-    Both scale a layer by `alpha / rank`, and kohya's file holds an alpha for each layer. diffusers has a converter of
-    its own; it writes `alpha = rank` whatever the alpha, and does not find DoRA's magnitude in a UNet. Its loader
-    takes one of the file's alphas for all layers: they are made equal here, and what a layer's own alpha differs is
-    put into `lora_up`.
+    diffusers' own converter writes `alpha = rank` whatever the alpha, and does not find DoRA's magnitude in a UNet.
+    Its loader takes one of the file's alphas for all layers: they are made equal here, and what a layer's own alpha
+    differs is put into `lora_up`.
 
-    A DoRA's magnitude is written as (out, 1), one number for each output. No common reader treats it as PEFT does:
-    diffusers drops `dora_scale`, ComfyUI divides by the norm of the original weight alone, A1111 by that of columns.
+    No common reader treats a DoRA's magnitude as PEFT does: diffusers drops `dora_scale`, ComfyUI divides by the norm
+    of the original weight alone, A1111 by that of columns.
 
     Raises ValueError: `read_lora` cannot read it; one line that begins with its path.
     """
@@ -39,10 +38,8 @@ def save_kohya_lora(lora: Path, path: Path) -> None:
     state, ranks, widths = {}, set(), set()
     for model, group in layers.items():
         for name, layer in group.items():
-            prefix = "lora_unet_" if model == "unet" else "lora_te_text_model_"
-            key, up = f"{prefix}{name.replace('.', '_')}", layer.up
-            if layer.alpha != alpha:
-                up = up * (layer.alpha / alpha)
+            key = ("lora_unet_" if model == "unet" else "lora_te_text_model_") + name.replace(".", "_")
+            up = layer.up if layer.alpha == alpha else layer.up * (layer.alpha / alpha)
             state |= {f"{key}.lora_down.weight": layer.down, f"{key}.lora_up.weight": up}
             state[f"{key}.alpha"] = torch.tensor(alpha)
             if layer.magnitude is not None:
@@ -64,10 +61,7 @@ def save_kohya_lora(lora: Path, path: Path) -> None:
 
 
 def save_diffusers_lora(lora: Path, folder: Path) -> Path:
-    """Write a LoRA of kohya's format, or whose metadata is not whole, in diffusers', each layer with its rank and
-    alpha.
-
-    `folder` is made; the file has the name that diffusers looks for, and is returned.
+    """Write a LoRA of kohya's format, or whose metadata is not whole, in diffusers', with each layer's rank and alpha.
 
     Raises ValueError: `read_lora` cannot read it; one line that begins with its path.
     """
@@ -101,7 +95,7 @@ def write_diffusers_lora(
 
 
 def _peft_state(group: Mapping[str, LoraLayer]) -> tuple[dict[str, torch.Tensor], LoraConfig]:
-    """One model's layers, each of which may have a rank and an alpha of its own, as PEFT has them."""
+    """One model's layers as PEFT has them."""
     rank = _most_common(layer.rank for layer in group.values())
     alpha = _most_common(layer.alpha for layer in group.values())
     config = LoraConfig(
@@ -122,7 +116,7 @@ def _peft_state(group: Mapping[str, LoraLayer]) -> tuple[dict[str, torch.Tensor]
 def _sort_header(path: Path) -> None:
     """Put the metadata in order, which safetensors writes in an order of chance: equal runs have equal files then.
 
-    Source: the format as safetensors documents it: the header's length in 8 bytes, the header, the tensors.
+    Source: safetensors' documentation: the header's length in 8 bytes, the header, the tensors.
     """
     content = path.read_bytes()
     end = 8 + int.from_bytes(content[:8], "little")

@@ -12,12 +12,11 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb
-# The values of EXIF's orientation, and how each is made upright.
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}  # fmt: skip
+# How each of EXIF's orientations from 2 on is made upright.
+_TURNS = (
+    "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90",
+)  # fmt: skip
+_UPRIGHT = {orientation: Image.Transpose[turn] for orientation, turn in enumerate(_TURNS, start=2)}
 _SIDEWAYS = (5, 6, 7, 8)  # those that swap width and height
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_ORIENTATIONS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # texts of a PNG that can say it
@@ -35,8 +34,7 @@ def load_picture(picture: Path | Image.Image, source: str, max_pixels: int = MAX
     Args:
         picture: its file, or the picture itself, of which no more than the header may be decoded.
         source: where it is named, which errors begin with.
-        max_pixels: largest width * height; a larger image is refused without decoding it. Pillow's own limit,
-            `PIL.Image.MAX_IMAGE_PIXELS`, holds besides.
+        max_pixels: largest width * height, that is decoded; Pillow's own limit holds besides.
 
     Raises:
         FileNotFoundError: the file is gone.
@@ -66,11 +64,8 @@ def load_picture(picture: Path | Image.Image, source: str, max_pixels: int = MAX
 
 
 def upright_size(picture: Path | Image.Image, source: str) -> tuple[int, int]:
-    """(width, height) of a picture as `load_picture` returns it, from the file's header where that tells it.
-
-    Raises:
-        FileNotFoundError: the file is gone.
-        ValueError: the image is broken.
+    """(width, height) of a picture as `load_picture` returns it, from the file's header where that tells it; raises as
+    that does.
     """
     where = _name(picture, source)
     image = open_picture(picture, where) if isinstance(picture, Path) else picture
@@ -89,11 +84,7 @@ def upright_size(picture: Path | Image.Image, source: str) -> tuple[int, int]:
 def content_key(picture: Path | Image.Image, source: str) -> str:
     """SHA-256 of what a picture shows: a picture that changed under its old name has another.
 
-    It is of the file's bytes; for one that is no file, of the size and pixels that `load_picture` returns.
-
-    Raises:
-        FileNotFoundError: the file is gone.
-        ValueError: the file cannot be read, or the image is one that `load_picture` refuses.
+    It is of the file's bytes; for one that is no file, of what `load_picture` returns. It raises as that does.
     """
     if isinstance(picture, Path):
         try:
@@ -129,7 +120,6 @@ def open_picture(file: Path | BytesIO, where: str) -> Image.Image:
 
 
 def _name(picture: Path | Image.Image, source: str) -> str:
-    """How an error names a picture."""
     return f"{source}: the image {picture}" if isinstance(picture, Path) else f"{source}: the image"
 
 
