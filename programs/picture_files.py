@@ -11,7 +11,6 @@ from pathlib import Path
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 
-MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb
 # How each of EXIF's orientations from 2 on is made upright.
 _TURNS = (
     "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90",
@@ -28,13 +27,12 @@ _UNREADABLE_IMAGE = (
 )  # fmt: skip
 
 
-def load_picture(picture: Path | Image.Image, source: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def load_picture(picture: Path | Image.Image, source: str) -> Image.Image:
     """Decode a picture, RGB and upright (EXIF orientation applied), on white where it was transparent.
 
     Args:
-        picture: its file, or the picture itself, of which no more than the header may be decoded.
+        picture: its file, or the picture as of `open_picture`.
         source: where it is named, which errors begin with.
-        max_pixels: largest width * height, that is decoded; Pillow's own limit holds besides.
 
     Raises:
         FileNotFoundError: the file is gone.
@@ -42,9 +40,6 @@ def load_picture(picture: Path | Image.Image, source: str, max_pixels: int = MAX
     """
     where = _name(picture, source)
     image = open_picture(picture, where) if isinstance(picture, Path) else picture
-    width, height = image.size
-    if width * height > max_pixels:
-        raise ValueError(f"{where} has {width}x{height} pixels, more than the {max_pixels} allowed.")
     if image.mode.startswith(("I", "F")):
         # Pillow would clip these to 255, which is a white image for most.
         raise ValueError(f"{where} has the mode {image.mode!r}; save it with 8 bits a channel.")
@@ -100,7 +95,7 @@ def content_key(picture: Path | Image.Image, source: str) -> str:
 
 
 def open_picture(file: Path | BytesIO, where: str) -> Image.Image:
-    """Read an image's header."""
+    """Read an image's header; one of a size at which Pillow warns of a decompression bomb is refused."""
     start = b""
     try:
         with nullcontext(file) if isinstance(file, BytesIO) else file.open("rb") as stream:
