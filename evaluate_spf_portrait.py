@@ -25,7 +25,7 @@ import diffusers
 import torch
 
 from evaluation.drawing import draw_portraits, on_pipeline, open_compared, picture_folders, save_regions
-from evaluation.inputs import ORIGINAL_MODEL, LoraSource, find_loras, picture_name, read_masks, read_prompts
+from evaluation.inputs import ORIGINAL, LoraSource, find_loras, picture_names, read_masks, read_prompts
 from evaluation.judges import Judges, load_judges
 from evaluation.measures import MEASURES, measure
 from evaluation.report import PAGE, picture_rows, prepare_folder, write_report, write_tables
@@ -37,14 +37,11 @@ from toy_portraits.judge import PortraitJudge
 from toy_portraits.world import TARGETS
 
 
-ORIGINAL = LoraSource(ORIGINAL_MODEL, Path(), "original")
-
-
 def run(args: argparse.Namespace) -> Path:
     """Returns the page."""
     # Everything that may be wrong with what is given is found before the first portrait.
     pairs, loras = read_prompts(args), find_loras(args)
-    names = portrait_names(args, len(pairs))
+    names = picture_names(args, len(pairs))
     device = choose_device(args.device)
     if args.region == "masks":
         for name in names:
@@ -79,18 +76,12 @@ def run(args: argparse.Namespace) -> Path:
     return args.output_dir / PAGE
 
 
-def portrait_names(args: argparse.Namespace, count: int) -> list[str]:
-    """The names of all portraits' files, in the order in which they are drawn."""
-    seeds = range(args.seed, args.seed + args.num_seeds)
-    return [picture_name(prompt, seed) for prompt in range(count) for seed in seeds]
-
-
 def measure_all(
     args: argparse.Namespace, pairs: Sequence[PromptPair], models: Sequence[LoraSource], folders: Sequence[Path],
     judges: Judges,
 ) -> dict[str, Any]:  # fmt: skip
     """The document of what was drawn, whose tables are written after each LoRA: an end loses the last one alone."""
-    names = portrait_names(args, len(pairs))
+    names = picture_names(args, len(pairs))
     if args.region != "masks":
         save_regions(folders, names, args, judges.probe)
     judged, lines = [], []
@@ -121,7 +112,7 @@ def report(
     document["settings"] = settings
     for entry, folder in zip(document["loras"], folders, strict=True):
         entry["pictures"] = folder.relative_to(args.output_dir).as_posix()
-    names = portrait_names(args, len(pairs))
+    names = picture_names(args, len(pairs))
     rows = (
         (entry["name"], picture_rows(pairs, names, folders[0], folder, args.num_pictures))
         for entry, folder in zip(document["loras"][1:], folders[1:], strict=True)

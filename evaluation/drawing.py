@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from evaluation.inputs import LoraSource, picture_name, read_masks
+from evaluation.inputs import LoraSource, picture_names, read_masks
 from evaluation.measures import Compared, Portraits
 from loras.loading import load_lora
 from pipeline_spf_portrait import SPFPortraitPipeline
@@ -52,13 +52,13 @@ def draw_portraits(
     The noise of a seed is the same for every model and prompt.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    seeds = range(args.seed, args.seed + args.num_seeds)
+    names = picture_names(args, len(pairs))
     size = {} if args.resolution is None else {"height": args.resolution, "width": args.resolution}
 
-    def call(pair: PromptPair, chosen: Sequence[int], **options: Any) -> Any:
-        generators = [torch.Generator().manual_seed(seed) for seed in chosen]
+    def call(pair: PromptPair, seeds: Sequence[int], **options: Any) -> Any:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         return pipeline(
-            pair.base_prompt, num_images_per_prompt=len(chosen), generator=generators, output_type="np",
+            pair.base_prompt, num_images_per_prompt=len(seeds), generator=generators, output_type="np",
             num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale, **size, **options,
         )  # fmt: skip
 
@@ -67,16 +67,17 @@ def draw_portraits(
         if with_map:
             options |= {"return_sfcm": True, "free_phrases": list(pair.free_phrases)}
         for start in range(0, args.num_seeds, args.batch_size):
-            chosen = seeds[start : start + args.batch_size]
-            full, base = call(pair, chosen, **options), call(pair, chosen)
-            for i, seed in enumerate(chosen):
-                name = picture_name(prompt, seed)
+            numbers = range(args.num_seeds)[start : start + args.batch_size]
+            seeds = [args.seed + number for number in numbers]
+            full, base = call(pair, seeds, **options), call(pair, seeds)
+            for i, number in enumerate(numbers):
+                name = names[prompt * args.num_seeds + number]
                 for kind, output in (("base", base), ("full", full)):
                     picture = np.rint(output.images[i] * 255).astype(np.uint8)
                     Image.fromarray(picture).save(folder / f"{name}-{kind}.png")
                 if with_map:
                     np.save(folder / f"{name}-sfcm.npy", full.sfcm[i, 0].numpy())
-            bar.update(len(chosen))
+            bar.update(len(seeds))
 
 
 def open_portraits(folder: Path, names: Sequence[str]) -> Portraits:

@@ -8,9 +8,9 @@ from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from PIL import Image
 
+from loras import LORA_WEIGHTS
 from loras.finding import clean_source, find_lora
 from loras.reading import read_lora
 from programs.checkpoints import find_checkpoints
@@ -23,9 +23,6 @@ from toy_portraits.world import TARGETS
 from wording import has_phrase
 
 
-ORIGINAL_MODEL = "original model"  # how the report calls it, and so no LoRA
-
-
 @dataclass(frozen=True)
 class LoraSource:
     """A LoRA to evaluate: how the report calls it, its file here, and its role as of `Judged`."""
@@ -35,9 +32,13 @@ class LoraSource:
     role: str
 
 
-def picture_name(prompt: int, seed: int) -> str:
-    """How the files of one prompt and seed are called, without an ending."""
-    return f"p{prompt:03d}-s{seed}"
+ORIGINAL = LoraSource("original model", Path(), "original")  # whose name no LoRA has
+
+
+def picture_names(args: argparse.Namespace, prompts: int) -> list[str]:
+    """How the files of each prompt and seed are called, without an ending, the seeds of a prompt together."""
+    seeds = range(args.seed, args.seed + args.num_seeds)
+    return [f"p{prompt:03d}-s{seed}" for prompt in range(prompts) for seed in seeds]
 
 
 def read_prompts(args: argparse.Namespace) -> list[PromptPair]:
@@ -104,9 +105,12 @@ def find_loras(args: argparse.Namespace) -> list[LoraSource]:
     sources += [("lora", source, "lora") for source in args.lora or ()]
     for flag, source, role in sources:
         with naming_flag(flag, source):
-            path = find_lora(source)
+            path, named = find_lora(source), Path(clean_source(source))
             read_lora(path)
-        found.append(LoraSource(_name_of(clean_source(source)), path, role))
+        # The last part of a path or id that says something.
+        named = named.resolve().parent if named.name == LORA_WEIGHTS else named
+        name = named.stem if named.suffix == ".safetensors" else named.name or named.resolve().name
+        found.append(LoraSource(name, path, role))
     for name, path in _checkpoint_files(args.checkpoints) if args.checkpoints is not None else ():
         with naming(f"--checkpoints {path}"):
             read_lora(path)
@@ -115,17 +119,9 @@ def find_loras(args: argparse.Namespace) -> list[LoraSource]:
         # A run's checkpoints stay together, whatever else names them.
         if lora.role == "lora" and any(lora.path.samefile(other.path) for other in loras):
             continue
-        taken, numbered = {ORIGINAL_MODEL, *(other.name for other in loras)}, (f"{lora.name} ({i})" for i in count(2))
+        taken, numbered = {ORIGINAL.name, *(other.name for other in loras)}, (f"{lora.name} ({i})" for i in count(2))
         loras.append(replace(lora, name=next(name for name in chain([lora.name], numbered) if name not in taken)))
     return loras
-
-
-def _name_of(source: str) -> str:
-    """The last part of a path or id that says something."""
-    path = Path(source)
-    if path.name == LORA_WEIGHT_NAME_SAFE:
-        path = path.resolve().parent
-    return path.stem if path.suffix == ".safetensors" else path.name or path.resolve().name
 
 
 def _checkpoint_files(folder: Path) -> list[tuple[str, Path]]:
@@ -134,13 +130,13 @@ def _checkpoint_files(folder: Path) -> list[tuple[str, Path]]:
         raise InputError(f"--checkpoints {folder}: no such folder")
     files = []
     for checkpoint in find_checkpoints(folder):
-        file = checkpoint / LORA_WEIGHT_NAME_SAFE
+        file = checkpoint / LORA_WEIGHTS
         if not file.is_file():
-            raise InputError(f"--checkpoints {folder}: {checkpoint.name} has no {LORA_WEIGHT_NAME_SAFE}")
+            raise InputError(f"--checkpoints {folder}: {checkpoint.name} has no {LORA_WEIGHTS}")
         files.append((checkpoint.name, file))
     if not files:
         raise InputError(f"--checkpoints {folder}: holds no checkpoint-<step>")
-    final = folder / LORA_WEIGHT_NAME_SAFE
+    final = folder / LORA_WEIGHTS
     if final.is_file() and not filecmp.cmp(final, files[-1][1], shallow=False):
         files.append(("final", final))
     return files

@@ -128,17 +128,24 @@ def summarise(judged: Sequence[Judged], missing: Mapping[str, str], resamples: i
     """
     original = judged[0]
     index = resample_prompts(len(original.values["change"]), resamples, seed)
-    unit, unit_name = None, "grey levels"
-    note = "Pollution is in grey levels of 255, since there is no --reference_lora."
+    unit, unit_name, why = None, "grey levels", "there is no --reference_lora"
     for own in judged:
         if own.role == "reference" and can_be_reference(own.changes, original.changes, index):
             unit, unit_name = own.changes, f"1 is {own.name}"
-            note = f"Pollution: 0 is the original model, 1 is {own.name}."
         elif own.role == "reference":
-            note = f"Pollution is in grey levels of 255, since {own.name} moves no more than the original model."
+            why = f"{own.name} moves no more than the original model"
+    note = f"Pollution: 0 is the original model, {unit_name}."
+    if unit is None:
+        note = f"Pollution is in grey levels of 255, since {why}."
     response = next((name for name in RESPONSES if name in original.values), None)
     entries = [_summarise_one(own, original, unit, response, index) for own in judged]
-    keep, verdict = None, _verdict(entries, response)
+    keep, parts = None, []
+    for entry in entries[1:]:
+        own = [f"{entry['name']}: pollution {entry['measures']['pollution']['value']:.2f}"]
+        if response is not None:
+            own.append(f"response {entry['measures'][response]['value']:.2f}")
+        parts.append(", ".join(own + entry["flags"]))
+    verdict = "; ".join(parts) + "."
     if any(own.role == "checkpoint" for own in judged):
         keep, verdict = choose_checkpoint(judged, entries, unit, response, index)
     shown = [name for name in MEASURES if name in entries[0]["measures"] or name in missing]
@@ -162,17 +169,6 @@ def _summarise_one(
         flags = flags_of(pollution, unit is not None, own.values[response], original.values[response], index)
     measures = {name: asdict(found[name]) for name in MEASURES if name in found}
     return {"name": own.name, "source": own.source, "role": own.role, "flags": flags, "measures": measures}
-
-
-def _verdict(entries: Sequence[Mapping[str, Any]], response: str | None) -> str:
-    """One line on all LoRAs."""
-    parts = []
-    for entry in entries[1:]:
-        part = f"{entry['name']}: pollution {entry['measures']['pollution']['value']:.2f}"
-        if response is not None:
-            part += f", response {entry['measures'][response]['value']:.2f}"
-        parts.append(part + "".join(f", {flag}" for flag in entry["flags"]))
-    return "; ".join(parts) + "."
 
 
 def choose_checkpoint(

@@ -87,7 +87,7 @@ def _parse_id(source: str) -> tuple[str, str] | None:
     return (repository, file or LORA_WEIGHTS) if is_hub_id(repository) else None
 
 
-def download_public_lora(source: str, folder: Path, max_bytes: float) -> Path:
+def download_public_lora(source: str, folder: str, max_bytes: float) -> Path:
     """A LoRA of a public repository, into a folder, for somebody whom this machine's files and token are not for.
 
     No file of this machine is looked at, no token is sent, and what lies in the Hub's cache here is not used: it may

@@ -63,7 +63,11 @@ def read_lora(path: Path) -> LoraFile:
     if not tensors:
         raise ValueError("holds no LoRA")
     is_kohya = any(name.startswith(("lora_unet_", "lora_te")) for name in tensors)
-    layers = _read_kohya(tensors) if is_kohya else _read_diffusers(tensors, metadata)
+    for key in tensors if not is_kohya else ():
+        place = parse_key(key)
+        if place is None or place[0] not in _LAYERS:
+            raise ValueError(f"{key!r} is no LoRA weight of Stable Diffusion's UNet or text encoder")
+    layers = _read_kohya(tensors) if is_kohya else parse_layers(tensors, metadata)
     for model, group in layers.items():
         for layer in group:
             if not _LAYERS[model].fullmatch(layer):
@@ -82,14 +86,6 @@ def _read_metadata(file: Any) -> dict:
     if not isinstance(metadata, dict):
         raise ValueError(f"its metadata {LORA_ADAPTER_METADATA_KEY} has another form than diffusers writes")
     return metadata
-
-
-def _read_diffusers(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Layers:
-    for key in tensors:
-        place = parse_key(key)
-        if place is None or place[0] not in _LAYERS:
-            raise ValueError(f"{key!r} is no LoRA weight of Stable Diffusion's UNet or text encoder")
-    return parse_layers(tensors, metadata)
 
 
 def _read_kohya(tensors: Mapping[str, Tensor]) -> Layers:

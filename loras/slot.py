@@ -40,23 +40,20 @@ class LoraSlot:
         changed = _last_change(source) if is_known else 0.0
         if (source, changed) == (self.source, self._last_change):
             return
-        if source:
-            self._load(source, is_known)
-        else:
+        former, name = self.pipeline.get_active_adapters(), f"lora_{next(self._numbers)}"
+        if not source:
             self.pipeline.unload_lora_weights()
             self.note = ""
+        else:
+            # On Windows a file cannot be removed while its weights are mapped.
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+                with naming(source):
+                    found = find_lora(source) if is_known else download_public_lora(source, folder, self.max_bytes)
+                self.note = load_lora(self.pipeline, source, name, found)
+            if former:
+                self.pipeline.delete_adapters(former)
+                self.pipeline.set_adapters(name)
         self.source, self._last_change = source, changed
-
-    def _load(self, source: str, is_known: bool) -> None:
-        former, name = self.pipeline.get_active_adapters(), f"lora_{next(self._numbers)}"
-        # On Windows a file cannot be removed while its weights are mapped.
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            with naming(source):
-                path = find_lora(source) if is_known else download_public_lora(source, Path(folder), self.max_bytes)
-            self.note = load_lora(self.pipeline, source, name, path)
-        if former:
-            self.pipeline.delete_adapters(former)
-            self.pipeline.set_adapters(name)
 
 
 def _clean(source: str) -> str:

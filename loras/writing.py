@@ -1,9 +1,9 @@
 """LoRA files written, each whole or not at all: kohya's format (ComfyUI, A1111), and diffusers'. [ours]"""
 
 import json
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from statistics import mode
 
 import safetensors.torch
 import torch
@@ -15,9 +15,6 @@ from loras import LORA_WEIGHTS
 from loras.reading import read_lora
 from programs.loading import naming
 from programs.writing import whole
-
-
-_SD2_TEXT_WIDTH = 1024  # of the text embeddings that a cross-attention layer reads; SD 1.x has 768
 
 
 def save_kohya_lora(lora: Path, path: Path) -> None:
@@ -34,7 +31,7 @@ def save_kohya_lora(lora: Path, path: Path) -> None:
     """
     with naming(str(lora)):
         layers = read_lora(lora).layers
-    alpha = _most_common(layer.alpha for group in layers.values() for layer in group.values())
+    alpha = mode(layer.alpha for group in layers.values() for layer in group.values())
     state, ranks, widths = {}, set(), set()
     for model, group in layers.items():
         for name, layer in group.items():
@@ -52,8 +49,9 @@ def save_kohya_lora(lora: Path, path: Path) -> None:
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(*ranks) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": str(alpha),
-        # Without it, A1111 takes a LoRA with metadata for one of SD 1.x, and hides it from other models.
-        "ss_v2": str(_SD2_TEXT_WIDTH in widths),
+        # Without it, A1111 takes a LoRA with metadata for one of SD 1.x, and hides it from other models. The text
+        # embeddings of SD 2.x have this width, and those of SD 1.x have 768.
+        "ss_v2": str(1024 in widths),
     }
     with whole(path) as file:
         file.write_bytes(safetensors.torch.save(state, metadata))
@@ -77,9 +75,7 @@ def write_diffusers_lora(
 ) -> Path:
     """Write a LoRA as diffusers does, the same in each process, into a folder that is made; returns the file.
 
-    Args:
-        models: of "unet" and "text_encoder" those with a LoRA, its tensors under PEFT's names, and its configuration.
-        prefix: of `whole`.
+    `models` are those of "unet" and "text_encoder" with a LoRA: its tensors under PEFT's names, and its configuration.
     """
     options = {}
     for model, (state, config) in models.items():
@@ -96,8 +92,7 @@ def write_diffusers_lora(
 
 def _peft_state(group: Mapping[str, LoraLayer]) -> tuple[dict[str, torch.Tensor], LoraConfig]:
     """One model's layers as PEFT has them."""
-    rank = _most_common(layer.rank for layer in group.values())
-    alpha = _most_common(layer.alpha for layer in group.values())
+    rank, alpha = mode(layer.rank for layer in group.values()), mode(layer.alpha for layer in group.values())
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -125,7 +120,3 @@ def _sort_header(path: Path) -> None:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the tensors stay aligned
     path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
-
-
-def _most_common(values: Iterable[float]) -> float:
-    return Counter(values).most_common(1)[0][0]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluation.inputs import find_loras, picture_name, read_masks, read_prompts
+from evaluation.inputs import find_loras, read_masks, read_prompts
 from loras.writing import save_kohya_lora
 from programs.loading import InputError
 from toy_portraits.recipe import BASE_MODEL, LORA
@@ -198,7 +198,7 @@ def test_what_is_no_lora_or_no_run_is_one_line(tmp_path, run_folder):
 def test_masks_are_read_in_the_portraits_size(tmp_path):
     half = np.zeros((4, 4), dtype=np.uint8)
     half[:, 2:] = 255
-    for name in (picture_name(0, 7), picture_name(12, 7)):
+    for name in ("p000-s7", "p012-s7"):
         Image.fromarray(half).save(tmp_path / f"{name}.png")
     masks = read_masks(tmp_path, ["p000-s7", "p012-s7"], (4, 4))
     assert masks.shape == (2, 4, 4) and (masks == half / 255).all()
