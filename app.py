@@ -81,7 +81,6 @@ from wording import MAX_CHARACTERS, find_weights, split_phrases, suggest_replace
 
 HEADERS = ["phrase", "distance", "map", "free"]
 DAY = 24 * 60 * 60  # seconds that drawn pictures are kept on the server, and between looks for older ones
-TITLE = "SPF-Portrait"
 ABOUT = """# SPF-Portrait
 One seed, two portraits: the original model's, and the one with the target. The map (SFCM) says where the target
 responds; everything else should stay as it was."""
@@ -98,10 +97,7 @@ THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monos
 
 
 def check_lengths(texts: Mapping[str, str], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse what the text encoder cannot take, before it is read: a drawing holds up all others.
-
-    Raises ValueError: one of the texts, by their fields' names, is too long.
-    """
+    """A ValueError for a text, by its field's name, that is too long: a drawing holds up all others."""
     limit = tokenizer.model_max_length - 2  # without its beginning and end
     for name, text in texts.items():
         if len(text) > MAX_CHARACTERS:
@@ -157,8 +153,7 @@ def draw(
 
 def phrase_table(output: SPFPortraitPipelineOutput, free_phrases: str = "") -> list[list[str]]:
     """A row of texts for each phrase of the first image, as `HEADERS` says; without a target the distance is empty."""
-    free = [phrase.strip().lower() for phrase in free_phrases.split(",")]
-    rows = []
+    free, rows = [phrase.strip().lower() for phrase in free_phrases.split(",")], []
     for i, phrase in enumerate(output.phrases[0]):
         distance = "" if output.phrase_distances is None else f"{output.phrase_distances[0, i]:.2f}"
         mean = f"{output.phrase_maps[0, i].mean():.2f}"
@@ -273,7 +268,7 @@ def build_demo(slot: LoraSlot, prompt: str = PROMPT[0], target: str = PROMPT[1])
     """The page, not launched, whose drawings wait for one another, with these prompts at first."""
     page = Page(slot)
     proposal = propose_replacement(prompt, target, "", "", page.tokenizer)[1]
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(DAY, DAY)) as demo:
+    with gr.Blocks(title="SPF-Portrait", analytics_enabled=False, delete_cache=(DAY, DAY)) as demo:
         gr.Markdown(ABOUT)
         with gr.Row():
             with gr.Column(scale=2, min_width=300):

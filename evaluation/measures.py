@@ -173,9 +173,7 @@ def measure(
 
 
 def pixel_change(original: np.ndarray, adapted: np.ndarray, weight: np.ndarray | None = None) -> np.ndarray:
-    """Mean absolute difference of portraits (B, H, W, 3), by the weight of pixels (B, H, W): (B,), NaN where none
-    counts.
-    """
+    """Mean absolute difference of portraits, (B,), by pixels' weight (B, H, W); NaN where that is 0 everywhere."""
     difference = np.abs(original.astype(np.float64) - adapted).mean(-1)
     if weight is None:
         return difference.mean((1, 2))
@@ -263,9 +261,7 @@ class Estimate:
 
 
 def resample_prompts(prompts: int, resamples: int, seed: int) -> np.ndarray:
-    """(R, P) indices of prompts drawn with replacement, (0, P) for a single prompt: the seeds of a prompt stay
-    together, since they are alike.
-    """
+    """(R, P) indices of prompts with replacement, (0, P) for a single one: a prompt's seeds stay together."""
     return np.random.default_rng(seed).integers(0, prompts, (resamples if prompts > 1 else 0, prompts))
 
 

@@ -75,9 +75,7 @@ def flags_of(
     "over-aligned": nothing moved, and the target is not there either. "no response": the target is not there. The
     target is there if the response, (P, S), is above the original model's by its interval.
 
-    Args:
-        pollution: its index, in units of a reference LoRA (`normalised`) or in grey levels.
-
+    The index is in units of a reference LoRA (`normalised`) or in grey levels.
     Source: [paper] over-alignment; [ours] the rule.
     """
     if _least(estimate_mean(response - original, resamples)) > 0:
@@ -122,9 +120,7 @@ class Judged:
 def summarise(judged: Sequence[Judged], missing: Mapping[str, str], resamples: int, seed: int) -> dict[str, Any]:
     """The document of `report.py`, but for prompts, seeds, region and settings.
 
-    Args:
-        judged: the original model first; at most one is the reference.
-        missing: by measure, why it was not computed.
+    The original model comes first, and `missing` says by measure why it was not computed.
     """
     original = judged[0]
     index = resample_prompts(len(original.values["change"]), resamples, seed)
@@ -177,8 +173,7 @@ def choose_checkpoint(
 ) -> tuple[str | None, str]:  # fmt: skip
     """The checkpoint to keep, or None, and a line that says why.
 
-    How often resampled prompts choose the same one tells how sure the choice is. Models and entries are in one order,
-    the original model first.
+    How often resampled prompts choose the same one tells how sure the choice is. Models and entries are in one order.
     """
     if response is None:
         return None, "No checkpoint is chosen: without CLIP there is no measure of the response."

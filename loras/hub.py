@@ -16,11 +16,10 @@ def create_hub_repo(hub_model_id: str, token: str | None, private: bool) -> str:
 
     Args:
         hub_model_id: "user/name", or "name" for the token's own user. It may exist.
-        token: a token of the Hub; None takes the one of `hf auth login` or of the environment.
+        token: None takes the one of `hf auth login` or of the environment.
         private: whether a new repository is private. One that exists keeps its state, so a public one is refused.
 
     Returns: "user/name".
-
     Raises ValueError: a name that the Hub does not take; no token, an unknown one, or one that may not write; a public
     repository where a private one is wanted; the Hub is out of reach. The message never holds the token.
     """
@@ -54,15 +53,11 @@ def create_hub_repo(hub_model_id: str, token: str | None, private: bool) -> str:
 def push_lora(
     folder: Path, repo_id: str, token: str | None, code: Mapping[str, Path], files: Sequence[str],
 ) -> str:  # fmt: skip
-    """Upload the model card, the LoRA, what else is listed and the pipeline's code, in one commit; returns the
-    address.
-
-    The list decides alone: nothing else in the folder, such as checkpoints, caches or logs, is looked at.
+    """Upload the model card, the LoRA and what else is listed, and nothing else, in one commit; returns the address.
 
     Args:
-        folder: the output folder, with README.md and the LoRA.
         code: Python files by their name in the repository; `pipeline.py` is the one that diffusers looks for.
-        files: further files as paths relative to `folder`: the LoRA in kohya's format, and pictures.
+        files: further files as paths relative to the output folder: the LoRA in kohya's format, and pictures.
 
     Raises:
         ValueError: a file holds the token.

@@ -48,10 +48,7 @@ class LoraFile:
 def read_lora(path: Path) -> LoraFile:
     """Read a `.safetensors` file of either format.
 
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is damaged, or holds something other than a LoRA of Stable Diffusion 1.x or 2.x; one line
-            without the path.
+    Raises ValueError: it is damaged, or no LoRA of Stable Diffusion 1.x or 2.x; one line without the path.
     """
     try:
         with safe_open(path, "pt") as file:

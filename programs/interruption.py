@@ -24,8 +24,8 @@ class StopRequest:
     def receive(self, signal_number: int, frame: FrameType | None) -> None:
         """The handler. A second Ctrl-C ends the program where it is.
 
-        A second SIGTERM changes nothing: a cluster sends one to every process, and a launcher hands its own on to the
-        processes that it started, while they may be writing what the first one asked for.
+        A second SIGTERM changes nothing: a cluster sends one to every process, and a launcher hands its own on, while
+        the processes may be writing what the first one asked for.
         """
         if self.signal_number:
             if signal_number == signal.SIGINT:

@@ -98,9 +98,7 @@ def load_pipeline(
 
 
 def cast_models(pipeline: StableDiffusionPipeline, dtype: torch.dtype) -> None:
-    """Bring all models of a pipeline to a dtype; diffusers' own way warns of layers that stay in float32 where are
-    none.
-    """
+    """Bring all models to a dtype; diffusers' own way warns of layers that stay in float32 where there are none."""
     for model in pipeline.components.values():
         if isinstance(model, torch.nn.Module):
             torch.nn.Module.to(model, dtype)
