@@ -26,41 +26,31 @@ PROMPT = ("a woman, a brown jacket, a curtain background", "blonde hair")
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=FlagFormatter)
-    parser.add_argument(
-        "--base_model", type=in_home, default=os.environ.get("SPF_BASE_MODEL"),
-        help="Stable Diffusion 1.x or 2.x: a folder or a Hub id; the toy world's if not set.",
-    )  # fmt: skip
-    parser.add_argument(
-        "--lora",
-        action="append",
-        help="LoRA at first: a file, a folder, or an id or address of the Hub; the toy world has its own, other "
-        "models none. More, which every visitor may use, are given by repeating the flag.",
+    add, given = parser.add_argument, os.environ.get
+    about = "Stable Diffusion 1.x or 2.x: a folder or a Hub id; the toy world's if not set."
+    add("--base_model", type=in_home, default=given("SPF_BASE_MODEL"), help=about)
+    about = (
+        "LoRA at first: a file, a folder, or an id or address of the Hub; the toy world has its own, other models "
+        "none. More, which every visitor may use, are given by repeating the flag."
     )
-    parser.add_argument("--device", help="Such as cuda:1 or cpu; the best there is if not set.")
-    parser.add_argument("--dtype", choices=DTYPES, help="float16 on CUDA and float32 elsewhere if not set.")
-    parser.add_argument(
-        "--host",
-        default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),
-        help="Address to listen on, 0.0.0.0 for all.",
-    )
-    parser.add_argument("--port", type=int, help="Port; the first free one from 7860 if not set.")
-    parser.add_argument("--share", action="store_true", help="Make a public address through gradio's servers.")
-    parser.add_argument(
-        "--max_lora_mb", type=float, default=500,
-        help="Largest LoRA that others than this machine's users may have downloaded, in megabytes.",
-    )  # fmt: skip
+    add("--lora", action="append", help=about)
+    add("--device", help="Such as cuda:1 or cpu; the best there is if not set.")
+    add("--dtype", choices=DTYPES, help="float16 on CUDA and float32 elsewhere if not set.")
+    about = "Address to listen on, 0.0.0.0 for all."
+    add("--host", default=given("GRADIO_SERVER_NAME", "127.0.0.1"), help=about)
+    add("--port", type=int, help="Port; the first free one from 7860 if not set.")
+    add("--share", action="store_true", help="Make a public address through gradio's servers.")
+    about = "Largest LoRA that others than this machine's users may have downloaded, in megabytes."
+    add("--max_lora_mb", type=float, default=500, help=about)
     args = parser.parse_args(input_args)
     if not args.max_lora_mb > 0:
         parser.error(f"--max_lora_mb must be positive, not {args.max_lora_mb:g}")
     args.base_model = args.base_model or str(BASE_MODEL)
     is_toy = Path(args.base_model).resolve() == BASE_MODEL
     args.prompt, args.target = TOY_PROMPT if is_toy else PROMPT
-    if args.lora is None and "SPF_LORA" in os.environ:
-        args.lora = [os.environ["SPF_LORA"]]
-    if args.lora is None:
-        near = LORA.is_relative_to(Path.cwd())
-        args.lora = [str(LORA.relative_to(Path.cwd()) if near else LORA)] if is_toy else []
-    args.lora = [lora for lora in args.lora if lora]
+    near = LORA.is_relative_to(Path.cwd())
+    at_first = given("SPF_LORA", str(LORA.relative_to(Path.cwd()) if near else LORA) if is_toy else "")
+    args.lora = [lora for lora in args.lora or [at_first] if lora]
     return args
 
 
@@ -91,7 +81,6 @@ from wording import MAX_CHARACTERS, find_weights, split_phrases, suggest_replace
 
 HEADERS = ["phrase", "distance", "map", "free"]
 DAY = 24 * 60 * 60  # seconds that drawn pictures are kept on the server, and between looks for older ones
-TITLE = "SPF-Portrait"
 ABOUT = """# SPF-Portrait
 One seed, two portraits: the original model's, and the one with the target. The map (SFCM) says where the target
 responds; everything else should stay as it was."""
@@ -108,13 +97,7 @@ THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monos
 
 
 def check_lengths(texts: Mapping[str, str], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse what the text encoder cannot take, before it is read: a drawing holds up all others.
-
-    Args:
-        texts: by their fields' names.
-
-    Raises ValueError: one is too long.
-    """
+    """A ValueError for a text, by its field's name, that is too long: a drawing holds up all others."""
     limit = tokenizer.model_max_length - 2  # without its beginning and end
     for name, text in texts.items():
         if len(text) > MAX_CHARACTERS:
@@ -130,8 +113,7 @@ def propose_replacement(
     """What goes into the field *Replaces* after the prompt or the target was changed, None if it stays as it is, and
     what is proposed now.
 
-    It stays if the proposal is the former one, `proposed`, whether or not the user wanted that, and if the user wrote
-    something else.
+    It stays if the proposal is the former one, `proposed`, and if the user wrote something else.
     """
     try:
         check_lengths({"Prompt": prompt, "Target": target}, tokenizer)
@@ -148,11 +130,8 @@ def draw(
 ) -> SPFPortraitPipelineOutput:  # fmt: skip
     """One call of the pipeline, with the LoRA on it or none, from what the page's fields hold.
 
-    Args:
-        replaces: the phrase of the prompt whose place the target takes; empty if it is added.
-        free_phrases: phrases of the prompt that may change along with the target, separated by commas.
-        seed: of the noise, drawn on the CPU so that every device has the same.
-        on_step: called after each step with the number of steps done and of all.
+    The noise is drawn on the CPU so that every device has the same. `on_step` is called after each step with the
+    number of steps done and of all.
 
     Raises ValueError: what the pipeline says of the prompts and the rest.
     """
@@ -174,8 +153,7 @@ def draw(
 
 def phrase_table(output: SPFPortraitPipelineOutput, free_phrases: str = "") -> list[list[str]]:
     """A row of texts for each phrase of the first image, as `HEADERS` says; without a target the distance is empty."""
-    free = [phrase.strip().lower() for phrase in free_phrases.split(",")]
-    rows = []
+    free, rows = [phrase.strip().lower() for phrase in free_phrases.split(",")], []
     for i, phrase in enumerate(output.phrases[0]):
         distance = "" if output.phrase_distances is None else f"{output.phrase_distances[0, i]:.2f}"
         mean = f"{output.phrase_maps[0, i].mean():.2f}"
@@ -184,8 +162,7 @@ def phrase_table(output: SPFPortraitPipelineOutput, free_phrases: str = "") -> l
 
 
 class Page:
-    """What the page does with its fields; all its visitors share the pipeline, whose LoRA is what it shows at first.
-    """
+    """What the page does with its fields; all its visitors share the pipeline."""
 
     def __init__(self, slot: LoraSlot) -> None:
         # A tokenizer of its own and one at a time: it changes its padding with each call, and proposals come while a
@@ -193,7 +170,6 @@ class Page:
         self.slot, self.tokenizer, self.tokenizing = slot, copy.deepcopy(slot.pipeline.tokenizer), Lock()
 
     def propose(self, prompt: str, target: str, replaces: str, proposed: str) -> tuple[Any, str]:
-        """As of `propose_replacement`."""
         with self.tokenizing:
             field, proposal = propose_replacement(prompt, target, replaces, proposed, self.tokenizer)
         return gr.skip() if field is None else field, proposal
@@ -292,7 +268,7 @@ def build_demo(slot: LoraSlot, prompt: str = PROMPT[0], target: str = PROMPT[1])
     """The page, not launched, whose drawings wait for one another, with these prompts at first."""
     page = Page(slot)
     proposal = propose_replacement(prompt, target, "", "", page.tokenizer)[1]
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(DAY, DAY)) as demo:
+    with gr.Blocks(title="SPF-Portrait", analytics_enabled=False, delete_cache=(DAY, DAY)) as demo:
         gr.Markdown(ABOUT)
         with gr.Row():
             with gr.Column(scale=2, min_width=300):

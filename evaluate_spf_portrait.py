@@ -15,7 +15,7 @@ if __name__ == "__main__":
     import_libraries()
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import groupby
 from pathlib import Path
@@ -25,26 +25,23 @@ import diffusers
 import torch
 
 from evaluation.drawing import draw_portraits, on_pipeline, open_compared, picture_folders, save_regions
-from evaluation.inputs import ORIGINAL_MODEL, LoraSource, find_loras, picture_name, read_masks, read_prompts
+from evaluation.inputs import ORIGINAL, LoraSource, find_loras, picture_names, read_masks, read_prompts
 from evaluation.judges import Judges, load_judges
 from evaluation.measures import MEASURES, measure
 from evaluation.report import PAGE, picture_rows, prepare_folder, write_report, write_tables
 from evaluation.summary import Judged, summarise
 from pipeline_spf_portrait import SPFPortraitPipeline
-from programs.loading import InputError, choose_device, load_pipeline
+from programs.loading import choose_device, load_pipeline
 from prompts import PromptPair
 from toy_portraits.judge import PortraitJudge
 from toy_portraits.world import TARGETS
 
 
-ORIGINAL = LoraSource(ORIGINAL_MODEL, Path(), "original")
-
-
 def run(args: argparse.Namespace) -> Path:
-    """Check, draw, measure and write; returns the page."""
+    """Returns the page."""
     # Everything that may be wrong with what is given is found before the first portrait.
     pairs, loras = read_prompts(args), find_loras(args)
-    names = portrait_names(args, len(pairs))
+    names = picture_names(args, len(pairs))
     device = choose_device(args.device)
     if args.region == "masks":
         for name in names:
@@ -62,7 +59,8 @@ def run(args: argparse.Namespace) -> Path:
     judges = load_judges(args, device, ask_network=args.toy is None)
     if args.toy is not None:
         judges.probe, judges.target = PortraitJudge.from_pretrained(), TARGETS[args.toy]
-    say_missing(judges.missing)
+    for reason, names_of in groupby(sorted(judges.missing, key=judges.missing.get), key=judges.missing.get):
+        print(f"not measured: {', '.join(MEASURES[name].label for name in names_of)}: {reason}", flush=True)
 
     models = [ORIGINAL, *loras]
     folders = picture_folders(args.output_dir, models)
@@ -78,28 +76,12 @@ def run(args: argparse.Namespace) -> Path:
     return args.output_dir / PAGE
 
 
-def portrait_names(args: argparse.Namespace, count: int) -> list[str]:
-    """The names of all portraits' files, in the order in which they are drawn."""
-    seeds = range(args.seed, args.seed + args.num_seeds)
-    return [picture_name(prompt, seed) for prompt in range(count) for seed in seeds]
-
-
-def say_missing(missing: Mapping[str, str]) -> None:
-    """A line for each reason why something is not measured."""
-    for reason, measures in groupby(sorted(missing, key=missing.__getitem__), key=missing.__getitem__):
-        print(f"not measured: {', '.join(MEASURES[name].label for name in measures)}: {reason}", flush=True)
-
-
 def measure_all(
     args: argparse.Namespace, pairs: Sequence[PromptPair], models: Sequence[LoraSource], folders: Sequence[Path],
     judges: Judges,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure what was drawn, and keep tables of all that is measured so far: an end before the last LoRA loses that
-    one alone.
-
-    Returns the document of all.
-    """
-    names = portrait_names(args, len(pairs))
+    """The document of what was drawn, whose tables are written after each LoRA: an end loses the last one alone."""
+    names = picture_names(args, len(pairs))
     if args.region != "masks":
         save_regions(folders, names, args, judges.probe)
     judged, lines = [], []
@@ -126,11 +108,11 @@ def report(
         for i, pair in enumerate(pairs)
     ]
     document["seeds"] = list(range(args.seed, args.seed + args.num_seeds))
-    settings = {name: value for name, value in vars(args).items() if name != "toy_prompts"}
-    document["settings"] = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "toy_prompts"}
+    document["settings"] = settings
     for entry, folder in zip(document["loras"], folders, strict=True):
         entry["pictures"] = folder.relative_to(args.output_dir).as_posix()
-    names = portrait_names(args, len(pairs))
+    names = picture_names(args, len(pairs))
     rows = (
         (entry["name"], picture_rows(pairs, names, folders[0], folder, args.num_pictures))
         for entry, folder in zip(document["loras"][1:], folders[1:], strict=True)
@@ -139,16 +121,14 @@ def report(
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Run the program; a mistake in what it is given ends it with one line."""
     diffusers.utils.logging.disable_progress_bar()
     try:
         print(run(args))
-    except (InputError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"evaluate_spf_portrait.py: error: {' '.join(str(error).split())}") from error
 
 
 def main(input_args: list[str] | None = None) -> None:
-    """Run the program with these flags, or those of the command line."""
     evaluate(parse_args(input_args))
 
 

@@ -12,43 +12,33 @@ from programs.console import DTYPES, FlagFormatter, import_libraries, in_home, p
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=FlagFormatter)
-    parser.add_argument(
-        "--lora",
-        action="append",
-        required=True,
-        help="A .safetensors file in diffusers' or kohya's format, a folder with one, or user/name or an address of "
-        "the Hub; several are given by repeating the flag.",
-    )
-    parser.add_argument(
-        "--scale", type=float, action="append", help="Strength of each --lora, in their order; 1 for all if not given."
-    )
-    parser.add_argument(
-        "--base_model", type=in_home, help="Stable Diffusion 1.x or 2.x to fuse with: a folder or a Hub id.",
-    )  # fmt: skip
-    parser.add_argument(
-        "--output_merged", type=path_in_home, help="Folder for the base model with the LoRAs fused into it."
-    )
-    parser.add_argument(
-        "--output_kohya", type=path_in_home, help="File for the LoRA in kohya's format (ComfyUI, A1111)."
-    )
-    parser.add_argument("--output_diffusers", type=path_in_home, help="Folder for the LoRA in diffusers' format.")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="Of the checkpoint's weights.")
-    parser.add_argument("--overwrite", action="store_true", help="Replace what is there.")
+    add = parser.add_argument
+    about = "A .safetensors file in diffusers' or kohya's format, a folder with one, or user/name or an address of "
+    add("--lora", action="append", required=True, help=about + "the Hub; several are given by repeating the flag.")
+    about = "Strength of each --lora, in their order; 1 for all if not given."
+    add("--scale", type=float, action="append", help=about)
+    about = "Stable Diffusion 1.x or 2.x to fuse with: a folder or a Hub id."
+    add("--base_model", type=in_home, help=about)
+    about = "Folder for the base model with the LoRAs fused into it."
+    add("--output_merged", type=path_in_home, help=about)
+    add("--output_kohya", type=path_in_home, help="File for the LoRA in kohya's format (ComfyUI, A1111).")
+    add("--output_diffusers", type=path_in_home, help="Folder for the LoRA in diffusers' format.")
+    add("--dtype", choices=DTYPES, default="float32", help="Of the checkpoint's weights.")
+    add("--overwrite", action="store_true", help="Replace what is there.")
     args = parser.parse_args(input_args)
-    if not (args.output_merged or args.output_kohya or args.output_diffusers):
-        parser.error("nothing to write: give --output_merged, --output_kohya or --output_diffusers")
-    if args.output_merged and args.base_model is None:
-        parser.error("--output_merged needs the --base_model to fuse with")
-    if not args.output_merged and (args.base_model or args.scale):
-        parser.error("--base_model and --scale are for --output_merged")
-    if (args.output_kohya or args.output_diffusers) and len(args.lora) > 1:
-        parser.error("--output_kohya and --output_diffusers take one --lora")
-    if args.output_kohya and args.output_diffusers:
-        parser.error("a LoRA has one of the two formats already: give --output_kohya or --output_diffusers")
-    if args.scale and len(args.scale) != len(args.lora):
-        parser.error(f"{len(args.scale)} --scale for {len(args.lora)} --lora")
-    if args.output_kohya and args.output_kohya.suffix != ".safetensors":
-        parser.error(f"--output_kohya {args.output_kohya}: the name has to end in .safetensors")
+    merged, kohya, diffusers = outputs = args.output_merged, args.output_kohya, args.output_diffusers
+    scales, loras = len(args.scale or ()), len(args.lora)
+    for wrong, message in (
+        (not any(outputs), "nothing to write: give --output_merged, --output_kohya or --output_diffusers"),
+        (merged and args.base_model is None, "--output_merged needs the --base_model to fuse with"),
+        (not merged and (args.base_model or scales), "--base_model and --scale are for --output_merged"),
+        ((kohya or diffusers) and loras > 1, "--output_kohya and --output_diffusers take one --lora"),
+        (kohya and diffusers, "a LoRA has one of the two formats already: give --output_kohya or --output_diffusers"),
+        (scales not in (0, loras), f"{scales} --scale for {loras} --lora"),
+        (kohya and kohya.suffix != ".safetensors", f"--output_kohya {kohya}: the name has to end in .safetensors"),
+    ):
+        if wrong:
+            parser.error(message)
     return args
 
 
@@ -71,28 +61,24 @@ from programs.writing import whole
 
 def check_outputs(args: argparse.Namespace) -> None:
     """End here if an output is there already."""
-    if args.output_kohya:
-        if args.output_kohya.is_dir():
-            raise InputError(f"--output_kohya {args.output_kohya}: is a folder")
-        _check_free("output_kohya", args.output_kohya, args.overwrite)
+    kohya, merged = args.output_kohya, args.output_merged
+    if kohya and kohya.is_dir():
+        raise InputError(f"--output_kohya {kohya}: is a folder")
+    places = {"output_kohya": kohya}
     if args.output_diffusers:
-        _check_free("output_diffusers", args.output_diffusers / LORA_WEIGHTS, args.overwrite)
-    if args.output_merged:
-        path = args.output_merged
+        places["output_diffusers"] = args.output_diffusers / LORA_WEIGHTS
+    if merged:
         # A folder that cannot be made is known now, before the models are loaded.
-        with naming(f"--output_merged {path}"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        is_checkpoint = (path / "model_index.json").is_file()
+        with naming(f"--output_merged {merged}"):
+            merged.parent.mkdir(parents=True, exist_ok=True)
+        is_checkpoint = (merged / "model_index.json").is_file()
         # --overwrite removes what is there, so that has to be a checkpoint.
-        if path.is_file() or (path.is_dir() and any(path.iterdir()) and not is_checkpoint):
-            raise InputError(f"--output_merged {path}: is there already, and is no checkpoint to replace")
-        if is_checkpoint:
-            _check_free("output_merged", path, args.overwrite)
-
-
-def _check_free(flag: str, path: Path, overwrite: bool) -> None:
-    if path.exists() and not overwrite:
-        raise InputError(f"--{flag}: {path} is there already; --overwrite replaces it")
+        if merged.is_file() or (merged.is_dir() and any(merged.iterdir()) and not is_checkpoint):
+            raise InputError(f"--output_merged {merged}: is there already, and is no checkpoint to replace")
+        places["output_merged"] = merged if is_checkpoint else None
+    for flag, path in places.items():
+        if path and path.exists() and not args.overwrite:
+            raise InputError(f"--{flag}: {path} is there already; --overwrite replaces it")
 
 
 def convert(args: argparse.Namespace) -> Path:

@@ -71,20 +71,15 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Flags that do not go together, or have no sense."""
+    loras = args.lora or args.checkpoints or args.reference_lora
     prompts, masks = args.base_prompts or args.prompts_file, args.region_masks is not None
     for wrong, message in (
         (args.pretrained_model_name_or_path is None, "--pretrained_model_name_or_path is missing; --toy has its own"),
-        (
-            not (args.lora or args.checkpoints or args.reference_lora),
-            "nothing to evaluate: give --lora, --checkpoints or --reference_lora",
-        ),
+        (not loras, "nothing to evaluate: give --lora, --checkpoints or --reference_lora"),
         (args.base_prompts and args.prompts_file, "give --base_prompts or --prompts_file, not both"),
         (not (prompts or args.toy), "no prompts: give --base_prompts or --prompts_file"),
         (args.base_prompts and not args.target_prompt, "--base_prompts needs --target_prompt"),
-        (
-            args.region is not None and (args.region == "masks") != masks,
-            "--region masks and --region_masks belong together",
-        ),
+        (args.region and (args.region == "masks") != masks, "--region masks and --region_masks belong together"),
         (args.region == "probe" and args.toy is None, "--region probe needs --toy"),
         (args.toy and args.resolution is not None, "--toy has portraits of 64 pixels: leave --resolution out"),
         (args.seed < 0, f"--seed must be at least 0, not {args.seed}"),

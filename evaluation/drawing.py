@@ -2,7 +2,6 @@
 
 A model's folder has `p000-s0-base.png` and `-full.png` for each prompt and seed, a LoRA's `-sfcm.npy` as well, and the
 original model's `-region.npy`.
-Legend: n portraits of all, H/W their size in pixels, h/w that of their maps.
 """
 
 import argparse
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from evaluation.inputs import LoraSource, picture_name, read_masks
+from evaluation.inputs import LoraSource, picture_names, read_masks
 from evaluation.measures import Compared, Portraits
 from loras.loading import load_lora
 from pipeline_spf_portrait import SPFPortraitPipeline
@@ -53,13 +52,13 @@ def draw_portraits(
     The noise of a seed is the same for every model and prompt.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    seeds = range(args.seed, args.seed + args.num_seeds)
+    names = picture_names(args, len(pairs))
     size = {} if args.resolution is None else {"height": args.resolution, "width": args.resolution}
 
-    def call(pair: PromptPair, chosen: Sequence[int], **options: Any) -> Any:
-        generators = [torch.Generator().manual_seed(seed) for seed in chosen]
+    def call(pair: PromptPair, seeds: Sequence[int], **options: Any) -> Any:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         return pipeline(
-            pair.base_prompt, num_images_per_prompt=len(chosen), generator=generators, output_type="np",
+            pair.base_prompt, num_images_per_prompt=len(seeds), generator=generators, output_type="np",
             num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale, **size, **options,
         )  # fmt: skip
 
@@ -68,25 +67,23 @@ def draw_portraits(
         if with_map:
             options |= {"return_sfcm": True, "free_phrases": list(pair.free_phrases)}
         for start in range(0, args.num_seeds, args.batch_size):
-            chosen = seeds[start : start + args.batch_size]
-            full, base = call(pair, chosen, **options), call(pair, chosen)
-            for i, seed in enumerate(chosen):
-                name = picture_name(prompt, seed)
+            numbers = range(args.num_seeds)[start : start + args.batch_size]
+            seeds = [args.seed + number for number in numbers]
+            full, base = call(pair, seeds, **options), call(pair, seeds)
+            for i, number in enumerate(numbers):
+                name = names[prompt * args.num_seeds + number]
                 for kind, output in (("base", base), ("full", full)):
                     picture = np.rint(output.images[i] * 255).astype(np.uint8)
                     Image.fromarray(picture).save(folder / f"{name}-{kind}.png")
                 if with_map:
                     np.save(folder / f"{name}-sfcm.npy", full.sfcm[i, 0].numpy())
-            bar.update(len(chosen))
+            bar.update(len(seeds))
 
 
 def open_portraits(folder: Path, names: Sequence[str]) -> Portraits:
     """Those of a model by the names of their files."""
-
-    def read(kind: str) -> np.ndarray:
-        return np.stack([np.asarray(Image.open(folder / f"{name}-{kind}.png")) for name in names])
-
-    return Portraits(read("base"), read("full"))
+    pictures = ([np.asarray(Image.open(folder / f"{n}-{kind}.png")) for n in names] for kind in ("base", "full"))
+    return Portraits(*map(np.stack, pictures))
 
 
 def open_arrays(folder: Path, names: Sequence[str], kind: str = "sfcm") -> np.ndarray:
@@ -94,8 +91,7 @@ def open_arrays(folder: Path, names: Sequence[str], kind: str = "sfcm") -> np.nd
     return np.stack([np.load(folder / f"{name}-{kind}.npy") for name in names])
 
 
-def parts_of(names: Sequence[str]) -> Iterator[Sequence[str]]:
-    """The names, a few at a time."""
+def _parts_of(names: Sequence[str]) -> Iterator[Sequence[str]]:
     return (names[start : start + AT_A_TIME] for start in range(0, len(names), AT_A_TIME))
 
 
@@ -104,12 +100,9 @@ def save_regions(
 ) -> None:
     """Write where the target may change each portrait, the same for all LoRAs, beside the original model's portraits.
 
-    Args:
-        folders: of the original model and each LoRA.
-        args: `region`, which is not "masks", and `toy`.
-        probe: for the region "probe".
+    `folders` are the original model's and each LoRA's, and `args.region` is not "masks".
     """
-    for some in parts_of(names):
+    for some in _parts_of(names):
         if args.region == "probe":
             before = probe.read(open_portraits(folders[0], some).base).labels
             after = (probe.read(open_portraits(folder, some).full).labels for folder in folders[1:])
@@ -123,15 +116,14 @@ def save_regions(
 def open_compared(
     original: Path, adapted: Path, names: Sequence[str], pairs: Sequence[PromptPair], masks: Path | None, bar: tqdm
 ) -> Iterator[Compared]:
-    """All portraits of a model from its folder, a few at a time.
+    """All portraits of a model from its folder, a few at a time, which `bar` counts when the next ones are asked for.
 
     Args:
         names: of all portraits, in the order of `pairs` with the seeds of each together.
         masks: a folder of masks, or None for what `save_regions` wrote.
-        bar: counts portraits when the next ones are asked for.
     """
     of_name = {name: pairs[i * len(pairs) // len(names)] for i, name in enumerate(names)}
-    for some in parts_of(names):
+    for some in _parts_of(names):
         before = open_portraits(original, some)
         size = before.base.shape[1:3]
         if masks is None:

@@ -4,9 +4,7 @@ A model that the user names has to load. One that is only a default, or a packag
 its measures are then "not computed", with the reason. What is on this machine is taken from there; for anything else
 the network is asked once, without a library's retries.
 
-Each judge has `images`, what it makes of pictures, (B, H, W, 3) uint8.
-
-Legend: B portraits, H/W picture size in pixels, E size of an embedding.
+Each judge has `images`, what it makes of pictures, (B, H, W, 3) uint8. E is the size of an embedding.
 """
 
 import argparse
@@ -55,8 +53,7 @@ class _Model:
     @torch.no_grad()
     def images(self, pictures: np.ndarray) -> np.ndarray:
         def read(part: np.ndarray) -> torch.Tensor:
-            inputs = self.processor(list(part), return_tensors="pt").to(self.model.device)
-            return self._read(inputs, part.shape[1:3])
+            return self._read(self.processor(list(part), return_tensors="pt").to(self.model.device), part.shape[1:3])
 
         return _in_batches(pictures, read)
 
@@ -110,15 +107,15 @@ class Faces:
 
     def images(self, pictures: np.ndarray) -> np.ndarray:
         """(B, E) of the largest face in each picture; NaN where there is none."""
-        found = [_largest(self.app.get(np.ascontiguousarray(picture[..., ::-1]))) for picture in pictures]
-        size = max((len(face) for face in found if face is not None), default=1)
-        return np.stack([np.full(size, np.nan) if face is None else face for face in found])
 
+        def area(face: Any) -> float:
+            left, top, right, bottom = face.bbox
+            return (right - left) * (bottom - top)
 
-def _largest(faces: list[Any]) -> np.ndarray | None:
-    """The embedding of the largest of the faces in a picture; their boxes are (left, top, right, bottom)."""
-    area = [(face.bbox[2] - face.bbox[0]) * (face.bbox[3] - face.bbox[1]) for face in faces]
-    return faces[int(np.argmax(area))].normed_embedding if faces else None
+        faces = [self.app.get(np.ascontiguousarray(picture[..., ::-1])) for picture in pictures]
+        largest = [max(found, key=area).normed_embedding if found else np.array([np.nan]) for found in faces]
+        size = max(map(len, largest))
+        return np.stack([face if len(face) == size else np.full(size, np.nan) for face in largest])
 
 
 class Inception:
@@ -129,9 +126,8 @@ class Inception:
 
     @torch.no_grad()
     def images(self, pictures: np.ndarray) -> np.ndarray:
-        return _in_batches(
-            pictures, lambda part: self.distance.inception(_channels_first(part).to(self.distance.device))
-        )
+        device = self.distance.device
+        return _in_batches(pictures, lambda part: self.distance.inception(_channels_first(part, device)))
 
 
 class Lpips:
@@ -144,7 +140,7 @@ class Lpips:
     @torch.no_grad()
     def __call__(self, original: np.ndarray, adapted: np.ndarray) -> np.ndarray:
         """One by one, since the class returns a mean."""
-        first, second = (_channels_first(pictures).to(self.device).float() / 255 for pictures in (original, adapted))
+        first, second = (_channels_first(pictures, self.device).float() / 255 for pictures in (original, adapted))
         return np.array([float(self.measure(a[None], b[None])) for a, b in zip(first, second)])
 
 
@@ -163,20 +159,13 @@ def _in_batches(pictures: np.ndarray, read: Callable[[np.ndarray], torch.Tensor]
     return torch.cat(parts).cpu().numpy()
 
 
-def _channels_first(pictures: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2)
+def _channels_first(pictures: np.ndarray, device: str | torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).to(device)
 
 
 @dataclass
 class Judges:
-    """What could be loaded, None where it could not; `Measure.asks` has their names.
-
-    Attributes:
-        lpips: a function of original and adapted pictures that returns (B,) numbers.
-        frechet: `frechet_distance`, where torchmetrics is installed.
-        probe, target: the toy world's `PortraitJudge`, and its target.
-        missing: by measure the reason why it cannot be computed.
-    """
+    """What could be loaded, None where it could not; `Measure.asks` has their names."""
 
     clip: Clip | None = None
     dino: Dino | None = None
@@ -185,9 +174,9 @@ class Judges:
     inception: Inception | None = None
     lpips: Lpips | None = None
     frechet: Callable[[np.ndarray, np.ndarray], float] | None = None
-    probe: Any = None
-    target: Any = None
-    missing: dict[str, str] = field(default_factory=dict)
+    probe: Any = None  # the toy world's `PortraitJudge`
+    target: Any = None  # and its target
+    missing: dict[str, str] = field(default_factory=dict)  # by measure the reason why it cannot be computed
 
 
 def load_judges(args: argparse.Namespace, device: str, ask_network: bool = True) -> Judges:
@@ -202,13 +191,12 @@ def load_judges(args: argparse.Namespace, device: str, ask_network: bool = True)
     hub = _Hub(None if ask_network else "not on this machine, and the network is not asked for it")
     for kind, load in (("clip", Clip), ("dino", Dino), ("segmenter", FaceParser)):
         flag, default = f"{kind}_model_name_or_path", DEFAULT_MODELS[kind]
-        named = getattr(args, flag)
-        if named is not None:
+        if (named := getattr(args, flag)) is not None:
             with naming_flag(flag, named):
-                found[kind] = _from_here_or_the_hub(load, named, device, _Hub(None))
+                found[kind] = _Hub(None).load(load, named, device)
             continue
         try:
-            found[kind] = _from_here_or_the_hub(load, default, device, hub)
+            found[kind] = hub.load(load, default, device)
         except (OSError, ValueError) as error:
             first = " ".join(str(error).split()).split(". ")[0]
             reasons[kind] = f"{default} cannot be loaded ({first}); see --{flag}"
@@ -216,10 +204,7 @@ def load_judges(args: argparse.Namespace, device: str, ask_network: bool = True)
         reasons["face"] = "--face_model_name is not given (insightface; its weights are non-commercial)"
     else:
         with naming_flag("face_model_name", args.face_model_name):
-            try:
-                found["face"] = Faces(args.face_model_name, device)
-            except ImportError as error:
-                raise ValueError(error) from error
+            found["face"] = Faces(args.face_model_name, device)
     if importlib.util.find_spec("torchmetrics") is None:
         reason = "torchmetrics is not installed (requirements-eval.txt)"
         reasons |= dict.fromkeys(("lpips", "inception", "frechet"), reason)
@@ -235,13 +220,21 @@ def load_judges(args: argparse.Namespace, device: str, ask_network: bool = True)
 
 
 class _Hub:
-    """Asks the Hub once whether it has a model, unless there is a reason for silence; libraries ask for each file."""
+    """Loads models, and asks the Hub once for each, unless there is a reason for silence; libraries ask for each file.
+    """
 
     def __init__(self, silence: str | None) -> None:
         self.silence = silence
 
-    def find(self, name: str) -> None:
-        """An OSError or ValueError if the model cannot be had there."""
+    def load(self, kind: Callable[[str, str], Any], name: str, device: str) -> Any:
+        """From a folder, or the Hub's cache as a folder; else from the Hub, an OSError or ValueError if not there."""
+        if Path(name).exists():
+            return kind(name, device)
+        cached = try_to_load_from_cache(name, "config.json")
+        if isinstance(cached, str):
+            # A download that broke off leaves a part there.
+            with suppress(OSError, ValueError):
+                return kind(str(Path(cached).parent), device)
         if self.silence is not None:
             raise OSError(self.silence)
         try:
@@ -251,19 +244,7 @@ class _Hub:
         except (HTTPError, OSError) as error:
             self.silence = f"not on this machine, and the Hub does not answer: {error or type(error).__name__}"
             raise OSError(self.silence) from error
-
-
-def _from_here_or_the_hub(load: Callable, name: str, device: str, hub: _Hub) -> Any:
-    """From a folder, or the Hub's cache as a folder, about which no library asks the Hub; else from there."""
-    if Path(name).exists():
-        return load(name, device)
-    cached = try_to_load_from_cache(name, "config.json")
-    if isinstance(cached, str):
-        # A download that broke off leaves a part there.
-        with suppress(OSError, ValueError):
-            return load(str(Path(cached).parent), device)
-    hub.find(name)
-    return load(name, device)
+        return kind(name, device)
 
 
 def _with_torch_weights(load: Callable[[str], Any], weights: str, device: str, ask_network: bool) -> Any:

@@ -1,7 +1,5 @@
 """What is measured of a LoRA's portraits, each measure one function and one entry in `MEASURES`, and intervals. [ours]
 
-Functions of arrays alone; whoever calls them brings pictures and judges.
-
 Legend: B or n portraits, H/W picture size in pixels, E size of an embedding, P prompts, S seeds of each prompt,
 R resamples. Pictures are RGB in 0-255.
 """
@@ -30,21 +28,15 @@ class Portraits:
 
 @dataclass(frozen=True)
 class Compared:
-    """A model's portraits beside the original model's, n of all, and who judges them.
-
-    Attributes:
-        region: (n, H, W) in [0, 1], where the target may change them.
-        pairs: n, the prompt of each.
-        judges: a `Judges`; what one of them finds is kept, so that measures share it.
-        neutral_prompt: what the leak is measured against; None is the base prompt.
-    """
+    """A model's portraits beside the original model's, n of all, and who judges them."""
 
     original: Portraits
     adapted: Portraits
-    region: np.ndarray
-    pairs: Sequence[Any]
-    judges: Any = None
-    neutral_prompt: str | None = None
+    region: np.ndarray  # (n, H, W) in [0, 1], where the target may change them
+    pairs: Sequence[Any]  # n, the prompt of each
+    judges: Any = None  # a `Judges`
+    neutral_prompt: str | None = None  # what the leak is measured against; None is the base prompt
+    # What a judge found, so that measures share it.
     _found: dict = field(default_factory=dict, init=False, repr=False)
 
     # The original model's of the base prompt; the adapted model's with the target, and of the base prompt alone.
@@ -55,11 +47,8 @@ class Compared:
 
     def images(self, judge: str, *which: str) -> list[np.ndarray]:
         """What a judge makes of "before", "after", "alone" or "inside"."""
-
-        def ask(name: str) -> np.ndarray:
-            return self._once((judge, name), lambda: getattr(self.judges, judge).images(getattr(self, name)))
-
-        return [ask(name) for name in which]
+        read = getattr(self.judges, judge).images
+        return [self._once((judge, name), lambda name=name: read(getattr(self, name))) for name in which]
 
     def texts(self, name: str) -> np.ndarray:
         """CLIP's embeddings of every pair's "target_text", "base_prompt" or "full_prompt", (n, E)."""
@@ -78,30 +67,16 @@ class Compared:
 
 @dataclass(frozen=True)
 class Measure:
-    """One row of the report.
-
-    Attributes:
-        label, about: how the report calls it, and what it is, in a sentence.
-        group: "preservation", "response", "pollution" or "truth".
-        direction: "higher" or "lower", whichever is better.
-        of: measures portraits, (n,); None for what comes from other measures.
-        asks: the judges that it needs.
-        stands_for: which truth, where that is known: their order over LoRAs should be the same, or reversed.
-        whole: for a number of the whole set; from the judges and all that `of` gave of both models' portraits.
-    """
+    """One row of the report."""
 
     label: str
-    group: str
-    direction: str
+    group: str  # "preservation", "response", "pollution" or "truth"
+    direction: str  # "higher" or "lower", whichever is better
     about: str
-    of: Callable[[Compared], Any] | None = None
-    asks: tuple[str, ...] = ()
-    stands_for: str | None = None
-    whole: Callable[[Any, np.ndarray, np.ndarray], float] | None = None
-
-
-def _frechet(judges: Any, before: np.ndarray, after: np.ndarray) -> float:
-    return judges.frechet(before, after)
+    of: Callable[[Compared], Any] | None = None  # measures portraits, (n,); None for what comes from other measures
+    asks: tuple[str, ...] = ()  # the judges that it needs
+    stands_for: str | None = None  # a truth: their order over LoRAs should be the same, or reversed
+    whole: str | None = None  # the judge that makes one number of all that `of` gave of both models' portraits
 
 
 def _leak(part: Compared) -> np.ndarray:
@@ -138,9 +113,9 @@ MEASURES = {
     "seg_cons": Measure("Seg-Cons", "preservation", "higher", "Share of pixels that face parsing labels alike.",
         lambda part: label_agreement(*part.images("segmenter", "before", "after")), ("segmenter",), "truth_kept"),
     "fid": Measure("FID", "preservation", "lower", "Fréchet distance of both sets of portraits, Inception features.",
-        lambda part: part.images("inception", "before", "after"), ("frechet", "inception"), "truth_kept", _frechet),
+        lambda part: part.images("inception", "before", "after"), ("frechet", "inception"), "truth_kept", "frechet"),
     "fd_dino": Measure("FD-DINOv2", "preservation", "lower", "The same with DINOv2 features.",
-        lambda part: part.images("dino", "before", "after"), ("frechet", "dino"), "truth_kept", _frechet),
+        lambda part: part.images("dino", "before", "after"), ("frechet", "dino"), "truth_kept", "frechet"),
     "clip_t": Measure("CLIP-T", "response", "higher", "Cosine of portrait and target text, CLIP.",
         lambda part: cosine(*part.images("clip", "after"), part.texts("target_text")), ("clip",), "truth_response"),
     "clip_t_inside": Measure(
@@ -173,9 +148,7 @@ MEASURES = {
 def measure(
     parts: Iterable[Compared], judges: Any, neutral_prompt: str | None = None
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """All measures of one model; of its portraits, one part at a time is in memory.
-
-    What asks for a judge that is None is left out.
+    """All measures of one model, but for those that ask for a judge that is None; one part at a time is in memory.
 
     Returns: Measures of each portrait, (B,), and those of the whole set, NaN for one portrait.
     """
@@ -192,7 +165,7 @@ def measure(
     values = {name: np.concatenate(found[name]) for name, own in asked.items() if own.whole is None}
     several = len(values["change"]) > 1
     whole = {
-        name: own.whole(judges, *map(np.concatenate, zip(*found[name]))) if several else float("nan")
+        name: getattr(judges, own.whole)(*map(np.concatenate, zip(*found[name]))) if several else float("nan")
         for name, own in asked.items()
         if own.whole is not None
     }
@@ -200,10 +173,7 @@ def measure(
 
 
 def pixel_change(original: np.ndarray, adapted: np.ndarray, weight: np.ndarray | None = None) -> np.ndarray:
-    """Mean absolute difference of portraits (B, H, W, 3) in 0-255: (B,); NaN where no pixel counts.
-
-    `weight` (B, H, W) in [0, 1] is how much each pixel counts; None counts all alike.
-    """
+    """Mean absolute difference of portraits, (B,), by pixels' weight (B, H, W); NaN where that is 0 everywhere."""
     difference = np.abs(original.astype(np.float64) - adapted).mean(-1)
     if weight is None:
         return difference.mean((1, 2))
@@ -212,13 +182,12 @@ def pixel_change(original: np.ndarray, adapted: np.ndarray, weight: np.ndarray |
 
 
 def ssim(original: np.ndarray, adapted: np.ndarray) -> np.ndarray:
-    """Structural similarity of portraits (B, H, W, 3) in 0-255, H and W at least 6: (B,) at most 1.
-
-    One after another, since doubles of all take much memory.
+    """Structural similarity of portraits (B, H, W, 3), H and W at least 6: (B,) at most 1.
 
     Source: Wang et al., "Image Quality Assessment", IEEE Transactions on Image Processing 13(4), 2004; the mean over
     the whole picture, mirrored at its edges, and all channels.
     """
+    # One after another, since doubles of all take much memory.
     return np.array([_ssim_of(*pair) for pair in zip(original, adapted, strict=True)])
 
 
@@ -260,30 +229,25 @@ def cosine(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return np.divide((first * second).sum(-1), norms, out=np.full(len(norms), np.nan), where=norms > 0)
 
 
-def unit(embeds: np.ndarray) -> np.ndarray:
-    """Embeddings (B, E) at length 1, float64."""
-    embeds = embeds.astype(np.float64)
-    return embeds / np.linalg.norm(embeds, axis=-1, keepdims=True)
-
-
 def direction_similarity(
     image_before: np.ndarray, image_after: np.ndarray, text_before: np.ndarray, text_after: np.ndarray
 ) -> np.ndarray:
     """Whether a portrait changed in CLIP's space as its prompt did: (B,) in [-1, 1], NaN where either did not change.
 
-    Embeddings (B, E) are taken at length 1. Source: Gal et al., "StyleGAN-NADA", arXiv 2108.00946.
+    Embeddings are (B, E). Source: Gal et al., "StyleGAN-NADA", arXiv 2108.00946.
     """
-    return cosine(unit(image_after) - unit(image_before), unit(text_after) - unit(text_before))
+    embeds = (embed.astype(np.float64) for embed in (image_before, image_after, text_before, text_after))
+    before, after, base, full = (embed / np.linalg.norm(embed, axis=-1, keepdims=True) for embed in embeds)
+    return cosine(after - before, full - base)
 
 
 def label_agreement(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Share of pixels with one label: (B, H, W) integers each, result (B,) in [0, 1]. Source: [paper] Seg-Cons."""
+    """Share of pixels (B, H, W) with one label: (B,) in [0, 1]. Source: [paper] Seg-Cons."""
     return (first == second).mean((1, 2))
 
 
 def nearer_to(images: np.ndarray, target_text: np.ndarray, neutral_text: np.ndarray) -> np.ndarray:
-    """1.0 where portraits are nearer to the target's text than to the neutral one, else 0.0; embeddings (B, E) each.
-    """
+    """1.0 where portraits are nearer to the target's text than to the neutral one, else 0.0; embeddings (B, E)."""
     return (cosine(images, target_text) > cosine(images, neutral_text)).astype(np.float64)
 
 
@@ -297,10 +261,7 @@ class Estimate:
 
 
 def resample_prompts(prompts: int, resamples: int, seed: int) -> np.ndarray:
-    """(R, P) indices of prompts drawn with replacement: the seeds of a prompt stay together, since they are alike.
-
-    (0, P) for a single prompt, of which nothing can be resampled. Source: [ours] a bootstrap of clusters.
-    """
+    """(R, P) indices of prompts with replacement, (0, P) for a single one: a prompt's seeds stay together."""
     return np.random.default_rng(seed).integers(0, prompts, (resamples if prompts > 1 else 0, prompts))
 
 

@@ -15,10 +15,9 @@ import csv
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from io import BytesIO, StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -44,8 +43,7 @@ NAME_LENGTH = 28  # of a LoRA in the plot, at most
 PICTURE_HEADERS = ("original, base prompt", "adapted, base prompt", "adapted, full prompt", "SFCM")
 
 
-@dataclass(frozen=True)
-class PictureRow:
+class PictureRow(NamedTuple):
     """Pictures of one prompt and seed under `PICTURE_HEADERS`, and what is written over them."""
 
     caption: str
@@ -82,9 +80,7 @@ def prepare_folder(folder: Path) -> None:
 
 
 def write_tables(folder: Path, document: Mapping[str, Any], portraits: Sequence[Mapping[str, Any]]) -> None:
-    """Write the CSV tables: a line for each LoRA and measure, which has a reason where it has no value, and a line for
-    each portrait.
-    """
+    """A CSV table with a line for each LoRA and measure, with a reason where it has no value, and one of portraits."""
     lines = []
     for lora in document["loras"]:
         for name in document["measures"]:
@@ -102,10 +98,7 @@ def write_tables(folder: Path, document: Mapping[str, Any], portraits: Sequence[
 def write_report(
     folder: Path, document: Mapping[str, Any], pictures: Iterable[tuple[str, Sequence[PictureRow]]]
 ) -> None:
-    """Write the plot, the document, and the page, which loads nothing from anywhere.
-
-    `pictures` are each LoRA's name and some rows; only those of one are looked at at a time.
-    """
+    """Write the plot, the document, and the page. `pictures` are each LoRA's name and rows, looked at one by one."""
     plot = response_plot(document)
     if plot is not None:
         plot.save(folder / PLOT)
@@ -115,7 +108,7 @@ def write_report(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    environment.filters |= {"number": format_number, "whole": _data_url, "thumbnail": _thumbnail_url}
+    environment.filters |= {"number": format_number, "address": _address}
     page = environment.get_template("report.html.jinja")
     more = {"pictures": pictures, "plot": plot, "headers": PICTURE_HEADERS, "thumbnail_size": THUMBNAIL}
     _write_whole(folder / PAGE, page.render(document, **more))
@@ -206,18 +199,12 @@ def picture_rows(
     return rows
 
 
-def _data_url(picture: Image.Image) -> str:
-    """A picture inside the page, whole, without loss."""
-    buffer = BytesIO()
-    picture.convert("RGB").save(buffer, "PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _thumbnail_url(picture: Image.Image) -> str:
-    """The same of a portrait, which is made smaller, and lossy, where it is large."""
-    if max(picture.size) <= THUMBNAIL:
-        return _data_url(picture)
-    smaller, buffer = picture.convert("RGB"), BytesIO()
-    smaller.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    smaller.save(buffer, "JPEG", quality=90)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+def _address(picture: Image.Image, longest: float = math.inf) -> str:
+    """A picture inside the page, whole and without loss; where a side is longer than this, smaller and lossy."""
+    picture, buffer = picture.convert("RGB"), BytesIO()
+    is_small = max(picture.size) <= longest
+    if not is_small:
+        picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    kind, options = ("png", {"optimize": True}) if is_small else ("jpeg", {"quality": 90})
+    picture.save(buffer, kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -33,11 +33,11 @@ class Changes:
 def pollution_samples(
     changes: Changes, original: Changes, reference: Changes | None, resamples: np.ndarray
 ) -> tuple[float, np.ndarray]:
-    """The pollution index and its (R,) resampled values, of which `estimate_pollution` makes an interval.
+    """The pollution index and its (R,) resampled values: 0 for the original model and 1 for the reference LoRA.
 
-    `(outside - outside of the original model) + base`, in grey levels, over the same of the reference: what the
-    original model moves outside the region when it is asked for the target is no LoRA's doing. A ratio of sums: were
-    each term normalised alone, one in which the reference hardly moves would rule the index.
+    `(outside - outside of the original model) + base`, in grey levels, over the same of the reference, if there is
+    one: what the original model moves outside the region when it is asked for the target is no LoRA's doing. A ratio
+    of sums: were each term normalised alone, one in which the reference hardly moves would rule the index.
     """
     over_resamples = partial(resampled_means, resamples=resamples)
 
@@ -53,19 +53,18 @@ def pollution_samples(
 def estimate_pollution(
     changes: Changes, original: Changes, reference: Changes | None, resamples: np.ndarray
 ) -> Estimate:
-    """The pollution index: 0 for the original model and 1 for the reference LoRA; it may be negative, or larger.
-
-    The original model is asked for the target untuned; its `base` is 0. Without a reference the index is in grey
-    levels. All are resampled together, as of `resample_prompts`.
-    """
+    """The index of `pollution_samples` with its interval."""
     value, samples = pollution_samples(changes, original, reference, resamples)
     return Estimate(value, *interval(samples))
 
 
 def can_be_reference(reference: Changes, original: Changes, resamples: np.ndarray) -> bool:
     """Whether a LoRA pollutes at all, by its interval: else nothing can be measured in units of it."""
-    estimate = estimate_pollution(reference, original, None, resamples)
-    return (estimate.value if estimate.low is None else estimate.low) > 0
+    return _least(estimate_pollution(reference, original, None, resamples)) > 0
+
+
+def _least(estimate: Estimate) -> float:
+    return estimate.value if estimate.low is None else estimate.low
 
 
 def flags_of(
@@ -74,18 +73,12 @@ def flags_of(
     """What is wrong with a LoRA that looks clean, or does nothing.
 
     "over-aligned": nothing moved, and the target is not there either. "no response": the target is not there. The
-    target is there if the response is above the original model's by its interval.
+    target is there if the response, (P, S), is above the original model's by its interval.
 
-    Args:
-        pollution: its index, in units of a reference LoRA (`normalised`) or in grey levels.
-        response, original: (P, S), of the LoRA and of the original model with the full prompts.
-        resamples: as of `resample_prompts`.
-
+    The index is in units of a reference LoRA (`normalised`) or in grey levels.
     Source: [paper] over-alignment; [ours] the rule.
     """
-    difference = estimate_mean(response - original, resamples)
-    least = difference.value if difference.low is None else difference.low
-    if least > 0:
+    if _least(estimate_mean(response - original, resamples)) > 0:
         return []
     near_zero = pollution.value < (CLEAN_INDEX if normalised else CLEAN_CHANGE)
     return ["over-aligned"] if near_zero else ["no response"]
@@ -94,9 +87,8 @@ def flags_of(
 def knee(pollution: Sequence[float], response: Sequence[float], origin: tuple[float, float]) -> int | None:
     """The index of the checkpoint to keep, of K: the most response for its pollution.
 
-    Both are stretched to [0, 1] over the checkpoints and the original model, pollution and response of `origin`, and
-    the checkpoint with the largest response minus pollution is taken, the first of equals; None if none lies above the
-    line from the least to the most of both.
+    Both are stretched to [0, 1] over the checkpoints and `origin`, the original model, and the largest response minus
+    pollution is taken, the first of equals; None if none lies above the line from the least to the most of both.
 
     Source: Satopää et al., "Finding a Kneedle in a Haystack", ICDCS Workshops 2011; [ours] with the original model.
     """
@@ -112,19 +104,13 @@ def knee(pollution: Sequence[float], response: Sequence[float], origin: tuple[fl
 
 @dataclass(frozen=True)
 class Judged:
-    """A model and all that was measured of it.
-
-    Attributes:
-        role: "original", "reference", "lora" or "checkpoint".
-        values: by measure (P, S).
-        whole: by measure a number of the whole set.
-    """
+    """A model and all that was measured of it."""
 
     name: str
     source: str
-    role: str
-    values: Mapping[str, np.ndarray]
-    whole: Mapping[str, float]
+    role: str  # "original", "reference", "lora" or "checkpoint"
+    values: Mapping[str, np.ndarray]  # by measure (P, S)
+    whole: Mapping[str, float]  # by measure a number of the whole set
 
     @property
     def changes(self) -> Changes:
@@ -134,24 +120,28 @@ class Judged:
 def summarise(judged: Sequence[Judged], missing: Mapping[str, str], resamples: int, seed: int) -> dict[str, Any]:
     """The document of `report.py`, but for prompts, seeds, region and settings.
 
-    Args:
-        judged: the original model first; at most one is the reference.
-        missing: by measure, why it was not computed.
-        resamples: how often the prompts are resampled, by a seed that is the same for all models.
+    The original model comes first, and `missing` says by measure why it was not computed.
     """
     original = judged[0]
     index = resample_prompts(len(original.values["change"]), resamples, seed)
-    unit, unit_name = None, "grey levels"
-    note = "Pollution is in grey levels of 255, since there is no --reference_lora."
+    unit, unit_name, why = None, "grey levels", "there is no --reference_lora"
     for own in judged:
         if own.role == "reference" and can_be_reference(own.changes, original.changes, index):
             unit, unit_name = own.changes, f"1 is {own.name}"
-            note = f"Pollution: 0 is the original model, 1 is {own.name}."
         elif own.role == "reference":
-            note = f"Pollution is in grey levels of 255, since {own.name} moves no more than the original model."
+            why = f"{own.name} moves no more than the original model"
+    note = f"Pollution: 0 is the original model, {unit_name}."
+    if unit is None:
+        note = f"Pollution is in grey levels of 255, since {why}."
     response = next((name for name in RESPONSES if name in original.values), None)
     entries = [_summarise_one(own, original, unit, response, index) for own in judged]
-    keep, verdict = None, _verdict(entries, response)
+    keep, parts = None, []
+    for entry in entries[1:]:
+        own = [f"{entry['name']}: pollution {entry['measures']['pollution']['value']:.2f}"]
+        if response is not None:
+            own.append(f"response {entry['measures'][response]['value']:.2f}")
+        parts.append(", ".join(own + entry["flags"]))
+    verdict = "; ".join(parts) + "."
     if any(own.role == "checkpoint" for own in judged):
         keep, verdict = choose_checkpoint(judged, entries, unit, response, index)
     shown = [name for name in MEASURES if name in entries[0]["measures"] or name in missing]
@@ -177,25 +167,13 @@ def _summarise_one(
     return {"name": own.name, "source": own.source, "role": own.role, "flags": flags, "measures": measures}
 
 
-def _verdict(entries: Sequence[Mapping[str, Any]], response: str | None) -> str:
-    """One line on all LoRAs."""
-    parts = []
-    for entry in entries[1:]:
-        part = f"{entry['name']}: pollution {entry['measures']['pollution']['value']:.2f}"
-        if response is not None:
-            part += f", response {entry['measures'][response]['value']:.2f}"
-        parts.append(part + "".join(f", {flag}" for flag in entry["flags"]))
-    return "; ".join(parts) + "."
-
-
 def choose_checkpoint(
     judged: Sequence[Judged], entries: Sequence[Mapping[str, Any]], unit: Changes | None, response: str | None,
     index: np.ndarray,
 ) -> tuple[str | None, str]:  # fmt: skip
     """The checkpoint to keep, or None, and a line that says why.
 
-    How often resampled prompts choose the same one tells how sure the choice is. Models and entries are in one order,
-    the original model first; pollution is in units of `unit`.
+    How often resampled prompts choose the same one tells how sure the choice is. Models and entries are in one order.
     """
     if response is None:
         return None, "No checkpoint is chosen: without CLIP there is no measure of the response."
@@ -219,9 +197,7 @@ def choose_checkpoint(
 
 def correlate(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
     """Spearman's rank correlation of each measure with the truth it stands for, over the LoRAs, NaN where either is
-    constant.
-
-    None without the truth, without torchmetrics, or for fewer than three LoRAs.
+    constant. None without the truth, without torchmetrics, or for fewer than three LoRAs.
     """
     if len(entries) < 3 or "truth_kept" not in entries[0]["measures"]:
         return None

@@ -10,11 +10,10 @@ from urllib.parse import quote
 
 from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from loras import CARD, KOHYA_WEIGHTS, LORA_WEIGHTS
 from loras.loading import ReferenceLora
+from programs.loading import is_hub_id
 from programs.writing import whole
 
 
@@ -28,7 +27,7 @@ TAGS = (
 class CardFacts:
     """All that a model card says."""
 
-    base_model: str  # Hub id or local folder
+    base_model: str  # Hub id, or another path
     targets: tuple[str, ...]  # the target prompts, which are the trigger words
     example_prompt: str  # a full prompt, base and target
     base_prompt: str  # its base, for the example with the custom pipeline
@@ -48,12 +47,8 @@ def write_model_card(folder: Path, facts: CardFacts) -> Path:
     """Write README.md with the metadata that the Hub reads, over one that is there; returns the file.
 
     The Hub rejects a card whose `base_model` is no id, so a local folder is named in the text alone.
-
-    Raises ValueError: no target prompt.
     """
-    if not facts.targets:
-        raise ValueError("targets: a model card needs at least one target prompt")
-    targets, is_on_hub = list(dict.fromkeys(facts.targets)), _is_hub_id(facts.base_model)
+    targets, is_on_hub = list(dict.fromkeys(facts.targets)), is_hub_id(facts.base_model)
     data = ModelCardData(
         base_model=facts.base_model if is_on_hub else None, license=facts.licence, inference=True,
         instance_prompt=", ".join(targets),
@@ -82,17 +77,6 @@ def write_model_card(folder: Path, facts: CardFacts) -> Path:
     with whole(path) as file:
         populate_model_card(card, list(TAGS)).save(file)
     return path
-
-
-def _is_hub_id(base_model: str) -> bool:
-    # `from_pretrained` takes the folder where there are both.
-    if Path(base_model).exists():
-        return False
-    try:
-        validate_repo_id(base_model)
-    except HFValidationError:
-        return False
-    return True
 
 
 def _inline(text: object) -> str:

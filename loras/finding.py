@@ -8,10 +8,10 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import HFValidationError, HTTPError, RemoteEntryNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import HTTPError, RemoteEntryNotFoundError
 
 from loras import LORA_WEIGHTS
+from programs.loading import is_hub_id
 
 
 _SUFFIX = ".safetensors"
@@ -27,12 +27,9 @@ def clean_source(source: str) -> str:
     text = source.strip()
     if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
         text = text[1:-1].strip()
-    return _read_address(text) if text.startswith(("http://", "https://")) else os.path.expanduser(text)
-
-
-def _read_address(address: str) -> str:
-    """The id that an address of the Hub is of."""
-    parts = urlsplit(address)
+    if not text.startswith(("http://", "https://")):
+        return os.path.expanduser(text)
+    parts = urlsplit(text)
     match = _HUB_PAGE.fullmatch(unquote(parts.path).strip("/"))
     hosts = ("huggingface.co", "www.huggingface.co", "hf.co", urlsplit(constants.ENDPOINT).netloc)
     if match is None or parts.netloc not in hosts:
@@ -50,9 +47,8 @@ def _read_address(address: str) -> str:
 def find_lora(source: str, cache_dir: str | None = None) -> Path:
     """The file that is meant: one of this machine, or else downloaded from the Hub.
 
-    Args:
-        source: a `.safetensors` file, a folder with one, or of the Hub "user/name", "user/name/file.safetensors" or
-            their address; `clean_source` takes off what was copied along.
+    `source` is a `.safetensors` file, a folder with one, or of the Hub "user/name", "user/name/file.safetensors" or
+    their address.
 
     Raises ValueError: there is no such file, or several; one line without `source`.
     """
@@ -87,23 +83,15 @@ def _parse_id(source: str) -> tuple[str, str] | None:
         return None
     if ".." in file.split("/") or "\\" in file:  # it would lead out of the repository
         return None
-    try:
-        validate_repo_id(f"{owner}/{repository}")
-    except HFValidationError:
-        return None
-    return f"{owner}/{repository}", file or LORA_WEIGHTS
+    repository = f"{owner}/{repository}"
+    return (repository, file or LORA_WEIGHTS) if is_hub_id(repository) else None
 
 
-def download_public_lora(source: str, folder: Path, max_bytes: float) -> Path:
-    """A LoRA of a public repository, for somebody whom this machine's files and token are not for.
+def download_public_lora(source: str, folder: str, max_bytes: float) -> Path:
+    """A LoRA of a public repository, into a folder, for somebody whom this machine's files and token are not for.
 
     No file of this machine is looked at, no token is sent, and what lies in the Hub's cache here is not used: it may
     have come with a token.
-
-    Args:
-        source: of the Hub, as of `find_lora`.
-        folder: an empty one, for the file.
-        max_bytes: the largest file that is downloaded.
 
     Raises ValueError: no such file in a public repository, or a larger one; one line without `source`.
     """

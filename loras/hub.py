@@ -1,18 +1,14 @@
 """A finished LoRA on the Hub: the repository is made before the training, and filled after it. Source: [ours]."""
 
 import shlex
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from loras import CARD, KOHYA_WEIGHTS, LORA_WEIGHTS
-
-
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+from loras import CARD, LORA_WEIGHTS
 
 
 def create_hub_repo(hub_model_id: str, token: str | None, private: bool) -> str:
@@ -20,14 +16,12 @@ def create_hub_repo(hub_model_id: str, token: str | None, private: bool) -> str:
 
     Args:
         hub_model_id: "user/name", or "name" for the token's own user. It may exist.
-        token: a token of the Hub; None takes the one of `hf auth login` or of the environment.
+        token: None takes the one of `hf auth login` or of the environment.
         private: whether a new repository is private. One that exists keeps its state, so a public one is refused.
 
     Returns: "user/name".
-
-    Raises:
-        ValueError: a name that the Hub does not take; no token, an unknown one, or one that may not write; a public
-            repository where a private one is wanted; the Hub is out of reach. The message never holds the token.
+    Raises ValueError: a name that the Hub does not take; no token, an unknown one, or one that may not write; a public
+    repository where a private one is wanted; the Hub is out of reach. The message never holds the token.
     """
     try:
         validate_repo_id(hub_model_id)
@@ -59,65 +53,37 @@ def create_hub_repo(hub_model_id: str, token: str | None, private: bool) -> str:
 def push_lora(
     folder: Path, repo_id: str, token: str | None, code: Mapping[str, Path], files: Sequence[str],
 ) -> str:  # fmt: skip
-    """Upload the model card, the LoRA, what else is listed and the pipeline's code, in one commit; returns the
-    address.
-
-    The list decides alone: nothing else in the folder, such as checkpoints, caches or logs, is looked at.
+    """Upload the model card, the LoRA and what else is listed, and nothing else, in one commit; returns the address.
 
     Args:
-        folder: the output folder, with README.md and the LoRA.
-        repo_id, token: as of `create_hub_repo`.
         code: Python files by their name in the repository; `pipeline.py` is the one that diffusers looks for.
-        files: further files as paths relative to `folder`: the LoRA in kohya's format, and pictures.
+        files: further files as paths relative to the output folder: the LoRA in kohya's format, and pictures.
 
     Raises:
-        ValueError: a file that is missing, leads out of the folder, is of no kind that belongs on the Hub, or holds
-            the token.
-        OSError: the Hub refused or did not answer; the message says how to push again.
+        ValueError: a file holds the token.
+        OSError: a file is missing; the Hub refused or did not answer, and the message says how to push again.
     """
-    sources = {name: _file_to_push(folder, name) for name in dict.fromkeys((CARD, LORA_WEIGHTS, *files))}
-    for name, path in code.items():
-        if Path(name).name != name or Path(name).suffix != ".py" or not path.is_file():
-            raise ValueError(f"{name!r}: {path} is no Python file for the top level of the repository")
-        sources[name] = path
-
-    api = HfApi(token=token)
-    secret = token or get_token()
-    # A folder with the bytes that were looked at, whatever becomes of the files, and with nothing else.
-    with tempfile.TemporaryDirectory() as staged:
-        for name, path in sources.items():
-            content = path.read_bytes()
-            if secret and secret.encode() in content:
-                raise ValueError(f"{path} holds the Hub's token, and is not pushed")
-            copy = Path(staged) / name
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes(content)
-        try:
-            message = "Upload LoRA, pipeline and model card"
-            commit = api.upload_folder(repo_id=repo_id, folder_path=staged, commit_message=message)
-        # The transport of large files raises RuntimeError, and metadata that the Hub does not take a ValueError.
-        except (HTTPError, OSError, ValueError, RuntimeError) as error:
-            own = [name for name in sources if name not in code]
-            includes = [word for name in own for word in ("--include", name)]
-            commands = [["hf", "upload", repo_id, str(folder), ".", *includes]]
-            commands += [["hf", "upload", repo_id, str(path), name] for name, path in code.items()]
-            again = " && ".join(shlex.join(command) for command in commands)
-            raise OSError(
-                f"--push_to_hub: {repo_id} was not pushed ({_one_line(error, secret)}); nothing is lost, the LoRA is "
-                f"whole in {folder}; push it again with: {again}"
-            ) from error
+    own = {name: folder / name for name in dict.fromkeys((CARD, LORA_WEIGHTS, *files))}
+    secret, additions = token or get_token(), []
+    for name, path in {**own, **code}.items():
+        content = path.read_bytes()
+        if secret and secret.encode() in content:
+            raise ValueError(f"{path} holds the Hub's token, and is not pushed")
+        additions.append(CommitOperationAdd(name, content))
+    try:
+        message = "Upload LoRA, pipeline and model card"
+        commit = HfApi(token=token).create_commit(repo_id, additions, commit_message=message)
+    # The transport of large files raises RuntimeError, and metadata that the Hub does not take a ValueError.
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:
+        includes = [word for name in own for word in ("--include", name)]
+        commands = [["hf", "upload", repo_id, str(folder), ".", *includes]]
+        commands += [["hf", "upload", repo_id, str(path), name] for name, path in code.items()]
+        again = " && ".join(shlex.join(command) for command in commands)
+        raise OSError(
+            f"--push_to_hub: {repo_id} was not pushed ({_one_line(error, secret)}); nothing is lost, the LoRA is "
+            f"whole in {folder}; push it again with: {again}"
+        ) from error
     return str(commit.repo_url)
-
-
-def _file_to_push(folder: Path, name: str) -> Path:
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{name!r} leads out of {folder}, and is not pushed")
-    if name not in (CARD, LORA_WEIGHTS, KOHYA_WEIGHTS) and path.suffix.lower() not in PICTURES:
-        raise ValueError(f"{name!r} is neither the card, nor a LoRA, nor a picture, and is not pushed")
-    if not path.is_file():
-        raise ValueError(f"{path} is missing, and cannot be pushed")
-    return path
 
 
 def _one_line(error: Exception, token: str | None) -> str:

@@ -2,14 +2,11 @@
 
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import diffusers
 import torch
-import transformers
 from diffusers import StableDiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -17,6 +14,7 @@ from lora_layers import check_fits
 from loras.finding import find_lora
 from loras.reading import read_lora
 from loras.writing import save_diffusers_lora
+from programs.console import without_logs
 from programs.loading import naming
 
 
@@ -47,23 +45,21 @@ def load_lora(pipeline: StableDiffusionPipeline, source: str, adapter_name: str,
     attention layers of a file in kohya's format. Here the one is an error, and each layer has its own alpha.
 
     Args:
-        pipeline: gets the LoRA on its UNet and, if the file has weights for it, on its text encoder.
         source: as of `find_lora`, in diffusers' or kohya's format.
         adapter_name: a name that no adapter of the pipeline has.
         path: the file, where it is found already.
 
-    Returns: What is to be said of the file, as of `LoraFile`.
+    Returns: The file's `LoraFile.note`.
     Raises ValueError: there is no such LoRA, or it is for another model; one line that begins with `source`.
     """
     active = pipeline.get_active_adapters()
-    # On Windows a file cannot be removed while its weights are mapped.
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, naming(source), _quiet_libraries():
+    # The libraries list layers without a LoRA: what does not fit is one line of ours. On Windows a file cannot be
+    # removed while its weights are mapped.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, naming(source), without_logs():
         path = path or find_lora(source)
         lora = read_lora(path)
         models = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
         check_fits(lora.layers, {name: dict(model.named_modules()) for name, model in models.items()})
-        if lora.note:
-            logger.warning("%s: %s", source, lora.note)
         if not lora.reads_as_meant:
             path = save_diffusers_lora(path, Path(folder))
         try:
@@ -83,6 +79,8 @@ def load_lora(pipeline: StableDiffusionPipeline, source: str, adapter_name: str,
                 raise ValueError(f"its metadata is not of a LoRA as PEFT reads it here: {error.__cause__}") from error
             # torch lists each layer whose shape differs; the first tells enough.
             raise ValueError(" ".join(str(error).splitlines()[:2])) from error
+    if lora.note:
+        logger.warning("%s: %s", source, lora.note)
     return lora.note
 
 
@@ -90,8 +88,7 @@ def merge_loras(pipeline: StableDiffusionPipeline, loras: Sequence[str], scales:
     """Merge LoRAs into the weights of a pipeline, as diffusers computes them when all are active in this order.
 
     Args:
-        pipeline: in float32, so that nothing is rounded that an adapter beside the weights would keep; without
-            adapters, before and after.
+        pipeline: without adapters, and in float32, so that nothing is rounded that an adapter would keep.
         loras: at least one, as of `find_lora`, each with its scale.
 
     Raises ValueError: one cannot be loaded or does not fit, or their sum is not finite.
@@ -109,16 +106,3 @@ def merge_loras(pipeline: StableDiffusionPipeline, loras: Sequence[str], scales:
         numbers = " + ".join(f"{scale:g} x {lora}" for scale, lora in zip(scales, loras, strict=True))
         raise ValueError(f"{numbers}: the base model's weights with this are not numbers") from error
     pipeline.unload_lora_weights()
-
-
-@contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Inside, the libraries list no layers without a LoRA: what does not fit comes as one line of ours."""
-    levels = [(library, library.utils.logging.get_verbosity()) for library in (diffusers, transformers)]
-    try:
-        for library, _ in levels:
-            library.utils.logging.set_verbosity(logging.CRITICAL)
-        yield
-    finally:
-        for library, level in levels:
-            library.utils.logging.set_verbosity(level)

@@ -30,19 +30,13 @@ _LAYERS = {
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA as it lies in a file.
-
-    Attributes:
-        layers: by model and name.
-        is_kohya: whether it has names of kohya's format.
-        note: what to say of textual inversions that lie beside it; empty if there are none.
-        reads_as_meant: whether diffusers takes each layer's rank and alpha as they are here. Where metadata leaves one
-            out, PEFT has a number of its own; without any metadata both take the rank as alpha.
-    """
+    """A LoRA as it lies in a file."""
 
     layers: Layers
-    is_kohya: bool
-    note: str
+    is_kohya: bool  # whether it has names of kohya's format
+    note: str  # what to say of textual inversions that lie beside it; empty if there are none
+    # Whether diffusers takes each layer's rank and alpha as they are here. Where metadata leaves one out, PEFT has a
+    # number of its own; without any metadata both take the rank as alpha.
     reads_as_meant: bool
 
     @property
@@ -52,13 +46,9 @@ class LoraFile:
 
 
 def read_lora(path: Path) -> LoraFile:
-    """Read a `.safetensors` file of either format. Where it has no alpha, that is the rank, as diffusers and kohya
-    take it.
+    """Read a `.safetensors` file of either format.
 
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is damaged, or holds something other than a LoRA of Stable Diffusion 1.x or 2.x; one line
-            without the path.
+    Raises ValueError: it is damaged, or no LoRA of Stable Diffusion 1.x or 2.x; one line without the path.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -70,7 +60,11 @@ def read_lora(path: Path) -> LoraFile:
     if not tensors:
         raise ValueError("holds no LoRA")
     is_kohya = any(name.startswith(("lora_unet_", "lora_te")) for name in tensors)
-    layers = _read_kohya(tensors) if is_kohya else _read_diffusers(tensors, metadata)
+    for key in tensors if not is_kohya else ():
+        place = parse_key(key)
+        if place is None or place[0] not in _LAYERS:
+            raise ValueError(f"{key!r} is no LoRA weight of Stable Diffusion's UNet or text encoder")
+    layers = _read_kohya(tensors) if is_kohya else parse_layers(tensors, metadata)
     for model, group in layers.items():
         for layer in group:
             if not _LAYERS[model].fullmatch(layer):
@@ -82,7 +76,6 @@ def read_lora(path: Path) -> LoraFile:
 
 
 def _read_metadata(file: Any) -> dict:
-    """What an open file says of ranks and alphas; empty if nothing."""
     try:
         metadata = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
     except ValueError as error:
@@ -92,14 +85,6 @@ def _read_metadata(file: Any) -> dict:
     return metadata
 
 
-def _read_diffusers(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Layers:
-    for key in tensors:
-        place = parse_key(key)
-        if place is None or place[0] not in _LAYERS:
-            raise ValueError(f"{key!r} is no LoRA weight of Stable Diffusion's UNet or text encoder")
-    return parse_layers(tensors, metadata)
-
-
 def _read_kohya(tensors: Mapping[str, Tensor]) -> Layers:
     found: dict[tuple[str, str], dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -107,14 +92,11 @@ def _read_kohya(tensors: Mapping[str, Tensor]) -> Layers:
         if match is None:
             raise ValueError(f"{key!r} is no weight that a LoRA of Stable Diffusion 1.x or 2.x has")
         if match[5]:
-            raise ValueError(
-                f"a DoRA in kohya's format ({key!r}): what wrote it decides what its magnitude means, so it cannot be "
-                "read"
-            )
+            unclear = "what wrote it decides what its magnitude means, so it cannot be read"
+            raise ValueError(f"a DoRA in kohya's format ({key!r}): {unclear}")
         layer = ".".join(_KOHYA_PART.findall(match[2])).removeprefix("text_model.")
         found.setdefault((_KOHYA_MODELS[match[1]], layer), {})[match[3] or match[4]] = tensor
     layers: Layers = {}
     for (model, layer), weights in found.items():
-        alpha = weights.pop("alpha", None)
-        layers.setdefault(model, {})[layer] = make_layer(f"{model}.{layer}", weights, alpha)
+        layers.setdefault(model, {})[layer] = make_layer(f"{model}.{layer}", weights, weights.pop("alpha", None))
     return layers

@@ -3,6 +3,7 @@
 import math
 import tempfile
 from collections.abc import Iterable
+from itertools import count
 from pathlib import Path
 
 from diffusers import StableDiffusionPipeline
@@ -13,17 +14,13 @@ from programs.loading import naming
 
 
 class LoraSlot:
-    """The one LoRA of a pipeline, exchanged by its path or id.
+    """The one LoRA of a pipeline: `source` is what it was asked for with, and `note` what is to be said of its file.
 
     Args:
         pipeline: without a LoRA.
         named: LoRAs that anybody may use, wherever they are. All others are of public repositories then, are asked for
             without this machine's token, and are not kept. None if the users may have what this machine has.
         max_bytes: the largest file of a LoRA that is not among those named.
-
-    Attributes:
-        source: what the LoRA was asked for with.
-        note: what is to be said of its file.
     """
 
     def __init__(
@@ -32,8 +29,7 @@ class LoraSlot:
         self.pipeline, self.max_bytes = pipeline, max_bytes
         self.named = None if named is None else tuple(map(_clean, named))
         self.source = self.note = ""
-        self._last_change = 0.0
-        self._count = 0
+        self._last_change, self._numbers = 0.0, count(1)
 
     def use(self, source: str) -> None:
         """Have this LoRA on the pipeline, or none for an empty text; a file that changed is read again.
@@ -44,24 +40,20 @@ class LoraSlot:
         changed = _last_change(source) if is_known else 0.0
         if (source, changed) == (self.source, self._last_change):
             return
-        if source:
-            self._load(source, is_known)
-        else:
+        former, name = self.pipeline.get_active_adapters(), f"lora_{next(self._numbers)}"
+        if not source:
             self.pipeline.unload_lora_weights()
             self.note = ""
+        else:
+            # On Windows a file cannot be removed while its weights are mapped.
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+                with naming(source):
+                    found = find_lora(source) if is_known else download_public_lora(source, folder, self.max_bytes)
+                self.note = load_lora(self.pipeline, source, name, found)
+            if former:
+                self.pipeline.delete_adapters(former)
+                self.pipeline.set_adapters(name)
         self.source, self._last_change = source, changed
-
-    def _load(self, source: str, is_known: bool) -> None:
-        former = self.pipeline.get_active_adapters()
-        self._count += 1
-        # On Windows a file cannot be removed while its weights are mapped.
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            with naming(source):
-                path = find_lora(source) if is_known else download_public_lora(source, Path(folder), self.max_bytes)
-            self.note = load_lora(self.pipeline, source, f"lora_{self._count}", path)
-        if former:
-            self.pipeline.delete_adapters(former)
-            self.pipeline.set_adapters(f"lora_{self._count}")
 
 
 def _clean(source: str) -> str:

@@ -1,9 +1,9 @@
 """LoRA files written, each whole or not at all: kohya's format (ComfyUI, A1111), and diffusers'. [ours]"""
 
 import json
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from statistics import mode
 
 import safetensors.torch
 import torch
@@ -17,32 +17,26 @@ from programs.loading import naming
 from programs.writing import whole
 
 
-_SD2_TEXT_WIDTH = 1024  # of the text embeddings that a cross-attention layer reads; SD 1.x has 768
-
-
 def save_kohya_lora(lora: Path, path: Path) -> None:
-    """Write a LoRA of diffusers' format in kohya's format, which ComfyUI and A1111 read, whole or not at all.
+    """Write a LoRA of diffusers' format in kohya's format, which ComfyUI and A1111 read.
 
-    Both scale a layer by `alpha / rank`, and kohya's file holds an alpha for each layer. diffusers has a converter of
-    its own; it writes `alpha = rank` whatever the alpha, and does not find DoRA's magnitude in a UNet. Its loader
-    takes one of the file's alphas for all layers: they are made equal here, and what a layer's own alpha differs is
-    put into `lora_up`.
+    diffusers' own converter writes `alpha = rank` whatever the alpha, and does not find DoRA's magnitude in a UNet.
+    Its loader takes one of the file's alphas for all layers: they are made equal here, and what a layer's own alpha
+    differs is put into `lora_up`.
 
-    A DoRA's magnitude is written as (out, 1), one number for each output. No common reader treats it as PEFT does:
-    diffusers drops `dora_scale`, ComfyUI divides by the norm of the original weight alone, A1111 by that of columns.
+    No common reader treats a DoRA's magnitude as PEFT does: diffusers drops `dora_scale`, ComfyUI divides by the norm
+    of the original weight alone, A1111 by that of columns.
 
     Raises ValueError: `read_lora` cannot read it; one line that begins with its path.
     """
     with naming(str(lora)):
         layers = read_lora(lora).layers
-    alpha = _most_common(layer.alpha for group in layers.values() for layer in group.values())
+    alpha = mode(layer.alpha for group in layers.values() for layer in group.values())
     state, ranks, widths = {}, set(), set()
     for model, group in layers.items():
         for name, layer in group.items():
-            prefix = "lora_unet_" if model == "unet" else "lora_te_text_model_"
-            key, up = f"{prefix}{name.replace('.', '_')}", layer.up
-            if layer.alpha != alpha:
-                up = up * (layer.alpha / alpha)
+            key = ("lora_unet_" if model == "unet" else "lora_te_text_model_") + name.replace(".", "_")
+            up = layer.up if layer.alpha == alpha else layer.up * (layer.alpha / alpha)
             state |= {f"{key}.lora_down.weight": layer.down, f"{key}.lora_up.weight": up}
             state[f"{key}.alpha"] = torch.tensor(alpha)
             if layer.magnitude is not None:
@@ -55,8 +49,9 @@ def save_kohya_lora(lora: Path, path: Path) -> None:
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(*ranks) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": str(alpha),
-        # Without it, A1111 takes a LoRA with metadata for one of SD 1.x, and hides it from other models.
-        "ss_v2": str(_SD2_TEXT_WIDTH in widths),
+        # Without it, A1111 takes a LoRA with metadata for one of SD 1.x, and hides it from other models. The text
+        # embeddings of SD 2.x have this width, and those of SD 1.x have 768.
+        "ss_v2": str(1024 in widths),
     }
     with whole(path) as file:
         file.write_bytes(safetensors.torch.save(state, metadata))
@@ -64,10 +59,7 @@ def save_kohya_lora(lora: Path, path: Path) -> None:
 
 
 def save_diffusers_lora(lora: Path, folder: Path) -> Path:
-    """Write a LoRA of kohya's format, or whose metadata is not whole, in diffusers', each layer with its rank and
-    alpha.
-
-    `folder` is made; the file has the name that diffusers looks for, and is returned.
+    """Write a LoRA of kohya's format, or whose metadata is not whole, in diffusers', with each layer's rank and alpha.
 
     Raises ValueError: `read_lora` cannot read it; one line that begins with its path.
     """
@@ -83,9 +75,7 @@ def write_diffusers_lora(
 ) -> Path:
     """Write a LoRA as diffusers does, the same in each process, into a folder that is made; returns the file.
 
-    Args:
-        models: of "unet" and "text_encoder" those with a LoRA, its tensors under PEFT's names, and its configuration.
-        prefix: of `whole`.
+    `models` are those of "unet" and "text_encoder" with a LoRA: its tensors under PEFT's names, and its configuration.
     """
     options = {}
     for model, (state, config) in models.items():
@@ -101,9 +91,8 @@ def write_diffusers_lora(
 
 
 def _peft_state(group: Mapping[str, LoraLayer]) -> tuple[dict[str, torch.Tensor], LoraConfig]:
-    """One model's layers, each of which may have a rank and an alpha of its own, as PEFT has them."""
-    rank = _most_common(layer.rank for layer in group.values())
-    alpha = _most_common(layer.alpha for layer in group.values())
+    """One model's layers as PEFT has them."""
+    rank, alpha = mode(layer.rank for layer in group.values()), mode(layer.alpha for layer in group.values())
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -122,7 +111,7 @@ def _peft_state(group: Mapping[str, LoraLayer]) -> tuple[dict[str, torch.Tensor]
 def _sort_header(path: Path) -> None:
     """Put the metadata in order, which safetensors writes in an order of chance: equal runs have equal files then.
 
-    Source: the format as safetensors documents it: the header's length in 8 bytes, the header, the tensors.
+    Source: safetensors' documentation: the header's length in 8 bytes, the header, the tensors.
     """
     content = path.read_bytes()
     end = 8 + int.from_bytes(content[:8], "little")
@@ -131,7 +120,3 @@ def _sort_header(path: Path) -> None:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the tensors stay aligned
     path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
-
-
-def _most_common(values: Iterable[float]) -> float:
-    return Counter(values).most_common(1)[0][0]

@@ -31,9 +31,7 @@ class FlagFormatter(argparse.HelpFormatter):
         return f"{action.help} (default: {str(default).replace('%', '%%')})"
 
 
-def in_home(path: str) -> str:
-    """A path of a flag with ~ for the home folder, as the shell has it."""
-    return os.path.expanduser(path)
+in_home = os.path.expanduser  # a path of a flag, with ~ for the home folder as the shell has it
 
 
 def path_in_home(path: str) -> Path:
@@ -42,12 +40,19 @@ def path_in_home(path: str) -> Path:
 
 
 def import_libraries() -> None:
-    """Import the libraries once, without the warnings that they log of themselves meanwhile."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
+    """Import the libraries once, without what they log of themselves meanwhile."""
+    with without_logs():
         for name in LIBRARIES:
             importlib.import_module(name)
+
+
+@contextmanager
+def without_logs() -> Iterator[None]:
+    """Inside, nothing is logged, be it an error."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
     finally:
         logging.disable(before)
 
@@ -61,11 +66,8 @@ def without_warning(message: str) -> Iterator[None]:
 
 
 def phase_bar(description: str, total: int, unit: str, shown: bool = True) -> tqdm:
-    """A bar for one phase of the work, whose `update` counts; inside another bar it goes away when it is full.
+    """A bar for one phase of the work, as "validation pictures" by the "picture", if this process shows any.
 
-    Args:
-        description: what is done, as in "validation pictures".
-        unit: one of `total`, as in "picture".
-        shown: whether this process shows anything.
+    Inside another bar it goes away when it is full.
     """
     return tqdm(total=total, desc=description, unit=unit, disable=not shown, leave=None)

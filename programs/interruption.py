@@ -24,8 +24,8 @@ class StopRequest:
     def receive(self, signal_number: int, frame: FrameType | None) -> None:
         """The handler. A second Ctrl-C ends the program where it is.
 
-        A second SIGTERM changes nothing: a cluster sends one to every process, and a launcher hands its own on to the
-        processes that it started, while they may be writing what the first one asked for.
+        A second SIGTERM changes nothing: a cluster sends one to every process, and a launcher hands its own on, while
+        the processes may be writing what the first one asked for.
         """
         if self.signal_number:
             if signal_number == signal.SIGINT:
@@ -52,7 +52,7 @@ class StopRequest:
 def catch_stop_signals() -> Iterator[StopRequest]:
     """Inside, SIGTERM and Ctrl-C are requests; the former handlers come back on exit. For the main thread alone.
 
-    Source: [ours] clusters announce with SIGTERM that they take the machine back.
+    Clusters announce with SIGTERM that they take the machine back.
     """
     request = StopRequest()
     before = {number: signal.signal(number, request.receive) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -65,7 +65,6 @@ def catch_stop_signals() -> Iterator[StopRequest]:
 
 
 def leave_stop_signals(worker: int = 0) -> None:
-    """For a process that works for the run: a signal to the whole group is the run's, which ends its workers itself.
-    """
+    """For a process that works for the run, which a signal to the whole group is for, and which ends its workers."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

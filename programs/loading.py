@@ -33,7 +33,7 @@ def naming(subject: str) -> Iterator[None]:
     try:
         yield
     # transformers raises a RuntimeError for weights of other shapes than the configuration's.
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{subject}: {' '.join(str(error).split())}") from error
 
 
@@ -45,11 +45,19 @@ def load_tokenizer(name: str, **kwargs: str | None) -> CLIPTokenizer:
     return tokenizer
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of an id of the Hub."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
 def check_model_name(name: str, kind: str | None = "StableDiffusionPipeline") -> None:
     """Refuse what can be neither a folder nor an id of the Hub, before a library takes it for one of them.
 
-    Args:
-        kind: the class of diffusers that turns a single file of such a model into a folder, if there is one.
+    `kind` is the class of diffusers that turns a single file of such a model into a folder, if there is one.
 
     Raises ValueError: a single file, or a path where nothing is; one line without `name`.
     """
@@ -59,10 +67,8 @@ def check_model_name(name: str, kind: str | None = "StableDiffusionPipeline") ->
     if path.is_file():
         way = "" if kind is None else f": convert it with `{kind}.from_single_file(...).save_pretrained(folder)`"
         raise ValueError(f"a single file, and a folder is needed{way}")
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        raise ValueError("no such file or folder, and no id of the Hub such as user/name") from error
+    if not is_hub_id(name):
+        raise ValueError("no such file or folder, and no id of the Hub such as user/name")
     if name.endswith(_SINGLE_FILES):
         raise ValueError("no such file or folder")
 
@@ -73,14 +79,10 @@ def load_pipeline(
 ) -> Pipeline:  # fmt: skip
     """A pipeline of this class, on the CPU, from the folder or id that a flag names. A pickle is not read.
 
-    Args:
-        kind: `StableDiffusionPipeline` or a subclass.
-        flag: its name, for the error.
-        options: further arguments of `from_pretrained`, such as other components.
+    `options` are further arguments of `from_pretrained`, such as other components.
 
-    Raises:
-        InputError: it cannot be loaded, is a single file, has weights in pickles alone, or is a model that takes more
-            than a prompt and noise.
+    Raises InputError: it cannot be loaded, is a single file, has weights in pickles alone, or is a model that takes
+    more than a prompt and noise.
     """
     hub = {"revision": revision, "cache_dir": cache_dir}
     with naming_flag(flag, name):
@@ -96,9 +98,7 @@ def load_pipeline(
 
 
 def cast_models(pipeline: StableDiffusionPipeline, dtype: torch.dtype) -> None:
-    """Bring all models of a pipeline to a dtype; diffusers' own way warns of layers that stay in float32 where are
-    none.
-    """
+    """Bring all models to a dtype; diffusers' own way warns of layers that stay in float32 where there are none."""
     for model in pipeline.components.values():
         if isinstance(model, torch.nn.Module):
             torch.nn.Module.to(model, dtype)

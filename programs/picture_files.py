@@ -4,23 +4,21 @@ import hashlib
 import struct
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 
-MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb
-# The values of EXIF's orientation, and how each is made upright.
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}  # fmt: skip
+# Other programs keep a text of megabytes in a PNG, which Pillow refuses; its limit for all texts of a picture stays.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+# How each of EXIF's orientations from 2 on is made upright.
+_TURNS = (
+    "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90",
+)  # fmt: skip
+_UPRIGHT = {orientation: Image.Transpose[turn] for orientation, turn in enumerate(_TURNS, start=2)}
 _SIDEWAYS = (5, 6, 7, 8)  # those that swap width and height
-_PNG = b"\x89PNG\r\n\x1a\n"
-_PNG_ORIENTATIONS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # texts of a PNG that can say it
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 # What Pillow's plugins let out for a damaged file, and its refusal of an absurd size.
 _UNREADABLE_IMAGE = (
@@ -29,14 +27,12 @@ _UNREADABLE_IMAGE = (
 )  # fmt: skip
 
 
-def load_picture(picture: Path | Image.Image, source: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def load_picture(picture: Path | Image.Image, source: str) -> Image.Image:
     """Decode a picture, RGB and upright (EXIF orientation applied), on white where it was transparent.
 
     Args:
-        picture: its file, or the picture itself, of which no more than the header may be decoded.
+        picture: its file, or the picture as of `open_picture`.
         source: where it is named, which errors begin with.
-        max_pixels: largest width * height; a larger image is refused without decoding it. Pillow's own limit,
-            `PIL.Image.MAX_IMAGE_PIXELS`, holds besides.
 
     Raises:
         FileNotFoundError: the file is gone.
@@ -44,9 +40,6 @@ def load_picture(picture: Path | Image.Image, source: str, max_pixels: int = MAX
     """
     where = _name(picture, source)
     image = open_picture(picture, where) if isinstance(picture, Path) else picture
-    width, height = image.size
-    if width * height > max_pixels:
-        raise ValueError(f"{where} has {width}x{height} pixels, more than the {max_pixels} allowed.")
     if image.mode.startswith(("I", "F")):
         # Pillow would clip these to 255, which is a white image for most.
         raise ValueError(f"{where} has the mode {image.mode!r}; save it with 8 bits a channel.")
@@ -66,12 +59,7 @@ def load_picture(picture: Path | Image.Image, source: str, max_pixels: int = MAX
 
 
 def upright_size(picture: Path | Image.Image, source: str) -> tuple[int, int]:
-    """(width, height) of a picture as `load_picture` returns it, from the file's header where that tells it.
-
-    Raises:
-        FileNotFoundError: the file is gone.
-        ValueError: the image is broken.
-    """
+    """(width, height) of what `load_picture` returns, from the file's header if that tells it; raises as it does."""
     where = _name(picture, source)
     image = open_picture(picture, where) if isinstance(picture, Path) else picture
     try:
@@ -87,14 +75,7 @@ def upright_size(picture: Path | Image.Image, source: str) -> tuple[int, int]:
 
 
 def content_key(picture: Path | Image.Image, source: str) -> str:
-    """SHA-256 of what a picture shows: a picture that changed under its old name has another.
-
-    It is of the file's bytes; for one that is no file, of the size and pixels that `load_picture` returns.
-
-    Raises:
-        FileNotFoundError: the file is gone.
-        ValueError: the file cannot be read, or the image is one that `load_picture` refuses.
-    """
+    """SHA-256 of a file's bytes, and for what is none of what `load_picture` returns; raises as that does."""
     if isinstance(picture, Path):
         try:
             return hashlib.sha256(picture.read_bytes()).hexdigest()
@@ -109,18 +90,14 @@ def content_key(picture: Path | Image.Image, source: str) -> str:
 
 
 def open_picture(file: Path | BytesIO, where: str) -> Image.Image:
-    """Read an image's header."""
-    start = b""
+    """Read an image's header; one of a size at which Pillow warns of a decompression bomb is refused."""
     try:
-        with nullcontext(file) if isinstance(file, BytesIO) else file.open("rb") as stream:
-            start = stream.read(12)
-            if start.startswith(_PNG):
-                file = BytesIO(_without_texts(start + stream.read()))
         with _metadata_aside():
             return Image.open(file)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{where} does not exist.") from error
     except UnidentifiedImageError as error:
+        start = (file.getvalue() if isinstance(file, BytesIO) else file.read_bytes())[:12]
         if start[4:8] == b"ftyp" and start[8:] in _HEIC_BRANDS:
             raise ValueError(f"{where} is a HEIC picture, which is not read; save it as JPEG or PNG.") from error
         raise ValueError(f"{where} cannot be read: it is no picture of a known format.") from error
@@ -129,7 +106,6 @@ def open_picture(file: Path | BytesIO, where: str) -> Image.Image:
 
 
 def _name(picture: Path | Image.Image, source: str) -> str:
-    """How an error names a picture."""
     return f"{source}: the image {picture}" if isinstance(picture, Path) else f"{source}: the image"
 
 
@@ -140,15 +116,3 @@ def _metadata_aside() -> Iterator[None]:
         warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         yield
-
-
-def _without_texts(png: bytes) -> bytes:
-    """A PNG without the texts that other programs keep in it, for Pillow refuses a picture for long ones."""
-    parts, start = [png[:8]], 8
-    while start < len(png):
-        end = start + 12 + int.from_bytes(png[start : start + 4], "big")
-        text = png[start + 4 : start + 8] in (b"tEXt", b"zTXt", b"iTXt")
-        if not text or png.startswith(_PNG_ORIENTATIONS, start + 8):
-            parts.append(png[start:end])
-        start = end
-    return b"".join(parts)

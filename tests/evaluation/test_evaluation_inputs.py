@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluation.inputs import find_loras, picture_name, read_masks, read_prompts
+from evaluation.inputs import find_loras, read_masks, read_prompts
 from loras.writing import save_kohya_lora
 from programs.loading import InputError
 from toy_portraits.recipe import BASE_MODEL, LORA
@@ -104,7 +104,7 @@ def test_a_full_prompt_that_the_pipeline_composes_in_another_way_is_said_so(tmp_
 def test_bad_prompts_are_one_line_that_names_the_place(tmp_path, text, message):
     path = tmp_path / "prompts.jsonl"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(InputError, match=message) as found:
+    with pytest.raises(ValueError, match=message) as found:
         read_prompts(flags(prompts_file=path))
     assert "\n" not in str(found.value) and str(found.value).startswith(f"--prompts_file {path}")
 
@@ -198,7 +198,7 @@ def test_what_is_no_lora_or_no_run_is_one_line(tmp_path, run_folder):
 def test_masks_are_read_in_the_portraits_size(tmp_path):
     half = np.zeros((4, 4), dtype=np.uint8)
     half[:, 2:] = 255
-    for name in (picture_name(0, 7), picture_name(12, 7)):
+    for name in ("p000-s7", "p012-s7"):
         Image.fromarray(half).save(tmp_path / f"{name}.png")
     masks = read_masks(tmp_path, ["p000-s7", "p012-s7"], (4, 4))
     assert masks.shape == (2, 4, 4) and (masks == half / 255).all()
@@ -211,5 +211,5 @@ def test_a_mask_that_is_missing_or_no_picture_is_named(tmp_path):
     with pytest.raises(InputError, match="p000-s0.png is missing"):
         read_masks(tmp_path, ["p000-s0"], (4, 4))
     (tmp_path / "p000-s0.png").write_text("no picture")
-    with pytest.raises(InputError, match="p000-s0.png cannot be read"):
+    with pytest.raises(ValueError, match="p000-s0.png cannot be read"):
         read_masks(tmp_path, ["p000-s0"], (4, 4))

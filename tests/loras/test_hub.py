@@ -161,10 +161,8 @@ def test_the_card_tells_what_the_lora_was_trained_on_top_of(tmp_path):
     assert "Trained on top of" not in write_model_card(tmp_path, make_facts()).read_text(encoding="utf-8")
 
 
-def test_a_local_base_model_is_in_the_text_alone(tmp_path, monkeypatch):
-    (tmp_path / "base" / "model").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    for base in (str(tmp_path / "base" / "model"), "base/model", "./gone"):
+def test_a_local_base_model_is_in_the_text_alone(tmp_path):
+    for base in (str(tmp_path / "base" / "model"), "path/to/model", "./gone"):
         card = ModelCard.load(write_model_card(tmp_path, make_facts(base_model=base)))
         assert card.data.base_model is None
         assert f"local model `{base}`" in card.text and "huggingface.co" not in card.text
@@ -202,11 +200,6 @@ def test_prompts_with_quotes_bars_and_fences_spoil_neither_code_nor_metadata(tmp
     assert strings.count(nasty) == 3  # the full prompt, the base prompt and the target
     row = next(line for line in card.text.splitlines() if line.startswith("| `--target_prompt`"))
     assert len(re.findall(r"(?<!\\)\|", row)) == 3
-
-
-def test_a_card_without_a_target_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="targets"):
-        write_model_card(tmp_path, make_facts(targets=()))
 
 
 # ------------------------------------------------------------------------------------------------------------- the Hub
@@ -388,36 +381,13 @@ def push(output, tmp_path, monkeypatch):
     for name in ("README.md", LORA_WEIGHTS, PICTURE):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes((output / name).read_bytes())
-    monkeypatch.setattr(hub.HfApi, "upload_folder", lambda *_, **__: pytest.fail("something was sent"))
+    monkeypatch.setattr(hub.HfApi, "create_commit", lambda *_, **__: pytest.fail("something was sent"))
 
-    def run(files=(), code=CODE, token=SECRET):
-        return hub.push_lora(folder, "tester/x", token, code, files)
+    def run(files=(), token=SECRET):
+        return hub.push_lora(folder, "tester/x", token, CODE, files)
 
     run.folder = folder
     return run
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("../secret.png", "leads out of"),
-        ("link.png", "leads out of"),
-        ("/etc/hostname", "leads out of"),
-        ("missing.png", "is missing"),
-        ("checkpoint-4/optimizer.bin", "neither the card, nor a LoRA, nor a picture"),
-        (f"stage1/{LORA_WEIGHTS}", "neither the card, nor a LoRA, nor a picture"),
-        (KOHYA_WEIGHTS, "is missing"),
-    ],
-)
-def test_a_file_that_does_not_belong_on_the_hub_is_refused(push, name, message):
-    (push.folder.parent / "secret.png").write_bytes(b"secret")
-    (push.folder / "link.png").symlink_to(push.folder.parent / "secret.png")
-    for path in ("checkpoint-4/optimizer.bin", f"stage1/{LORA_WEIGHTS}"):
-        (push.folder / path).parent.mkdir()
-        (push.folder / path).write_bytes(b"state")
-    with pytest.raises(ValueError, match=re.escape(message)) as error:
-        push([name])
-    assert Path(name).name in str(error.value)
 
 
 @pytest.mark.parametrize("path", ["README.md", PICTURE, LORA_WEIGHTS])
@@ -430,17 +400,6 @@ def test_a_file_with_the_token_is_refused(push, path, monkeypatch):
     monkeypatch.setattr(hub, "get_token", lambda: SECRET)
     with pytest.raises(ValueError, match="holds the Hub's token"):
         push([PICTURE], token=None)
-
-
-@pytest.mark.parametrize("name", ["../pipeline.py", "folder/pipeline.py", "pipeline.txt", "README.md"])
-def test_code_is_python_at_the_top_level(push, name):
-    with pytest.raises(ValueError, match=re.escape(repr(name))):
-        push(code={name: CODE["pipeline.py"]})
-
-
-def test_missing_code_is_named(push, tmp_path):
-    with pytest.raises(ValueError, match="gone.py"):
-        push(code={"pipeline.py": tmp_path / "gone.py"})
 
 
 @pytest.mark.parametrize(
