@@ -74,9 +74,6 @@ def step_prompts(count: int, seed: int) -> list[list[str]]:
     return prompts
 
 
-# ------------------------------------------------------------------------------------------------------------ training
-
-
 def lora_folders(args: argparse.Namespace, way: str, seed: int) -> list[Path]:
     """Where a way's LoRAs are, one a step."""
     return [run_folder(args.output_dir, target, name, seed) for target, name in zip(STEPS, RUNS_OF[way], strict=True)]
@@ -99,9 +96,6 @@ def train(args: argparse.Namespace) -> None:
     train_all(args, [(name, run, seed) for name in STEPS for run in ("plain", "composed") for seed in args.seeds])
     with ThreadPoolExecutor(args.workers) as pool:
         list(pool.map(lambda seed: train_on_top(args, seed), args.seeds))
-
-
-# ------------------------------------------------------------------------------------------------------------- judging
 
 
 def draw_steps(
@@ -158,9 +152,6 @@ def judge_steps(judge: PortraitJudge, original: np.ndarray, drawn: list[dict[str
         found.append(measures)
         previous, previous_images = reading, images
     return found
-
-
-# ------------------------------------------------------------------------------------------------------------- writing
 
 
 def write_tables(args: argparse.Namespace, folder: Path, results: dict[str, list[Measures]]) -> None:

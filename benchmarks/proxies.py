@@ -52,9 +52,6 @@ PROXIES = (
 OF_BASE_PORTRAITS = ("base_change", "pollution")
 
 
-# ----------------------------------------------------------------------------------------------------------- measuring
-
-
 @lru_cache(maxsize=1)
 def _judges() -> Judges:
     """What judges here: the toy CLIP, and whatever of the defaults can be had."""
@@ -118,9 +115,6 @@ def measure_target(args: argparse.Namespace, originals: Originals, truths: dict[
     )
 
 
-# --------------------------------------------------------------------------------------------------------- correlating
-
-
 def rank_correlations(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Spearman's rho and Kendall's tau-b, (2, R), of R series of N values each, (N, R); NaN where either is constant.
 
@@ -156,7 +150,7 @@ def means_of(values: np.ndarray, resamples: np.ndarray) -> np.ndarray:
 
 
 def correlate(proxy: np.ndarray, truth: np.ndarray, sign: int) -> Correlation:
-    """Correlate (N, 1 + R) of `means_of` over the LoRAs that have the proxy; `sign` -1 if less is as good as more."""
+    """Of (N, 1 + R) of `means_of`, over the LoRAs that have the proxy; `sign` -1 if less is as good as more."""
     has = ~np.isnan(proxy[:, 0])
     chunks = [slice(start, start + CHUNK) for start in range(0, proxy.shape[1], CHUNK)]
     both = np.concatenate([rank_correlations(proxy[has, c], truth[has, c]) for c in chunks], axis=1)
@@ -186,9 +180,6 @@ def correlate_all(measured: dict[str, Measured]) -> dict[str, dict[tuple[str, st
 
 def sign_of(proxy: str, truth: str) -> int:
     return 1 if MEASURES[proxy].direction == TRUTHS[truth][1] else -1
-
-
-# ------------------------------------------------------------------------------------------------------------- writing
 
 
 def write_tables(args: argparse.Namespace, found: dict, missing: dict[str, str]) -> None:

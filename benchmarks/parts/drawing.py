@@ -147,11 +147,9 @@ def _call(pipeline: Any, prompts: list[str], noise: torch.Tensor, settings: Draw
 
 def draw(pipeline: SPFPortraitPipeline, prompts: Sequence[str], settings: DrawSettings) -> np.ndarray:
     """One portrait a prompt, (B, 64, 64, 3) uint8; a LoRA that is on is active in both branches of the guidance."""
-    noise, images = noise_of_prompts(settings), []
-    for start in range(0, len(prompts), settings.batch_size):
-        chunk = slice(start, start + settings.batch_size)
-        images.append(_call(pipeline, list(prompts[chunk]), noise[chunk], settings).images)
-    return to_bytes(np.concatenate(images))
+    noise, size = noise_of_prompts(settings), settings.batch_size
+    chunks = [slice(start, start + size) for start in range(0, len(prompts), size)]
+    return to_bytes(np.concatenate([_call(pipeline, list(prompts[c]), noise[c], settings).images for c in chunks]))
 
 
 def draw_both(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,10 @@ class Job:
     @property
     def guided(self) -> bool:
         return self.sfcm_guidance is not None
+
+    def __str__(self) -> str:
+        how = f"strength {self.strength:g}" + (f", guided {self.sfcm_guidance:g}" if self.guided else "")
+        return f"{self.target_name}, {self.run_name}, seed {self.seed}, {how}"
 
 
 @lru_cache(maxsize=1)
@@ -107,18 +111,15 @@ def judge_all(
     args: argparse.Namespace, jobs: Sequence[Job]
 ) -> tuple[dict[str, Originals], dict[Job, dict[str, np.ndarray]]]:
     """Draw and judge every job in processes of one thread: the originals by target, and the measures by job."""
-    settings, cache_dir, results = drawing.draw_settings(args), args.output_dir / "cache", {}
+    kept = {"settings": drawing.draw_settings(args), "cache_dir": args.output_dir / "cache"}
     # Before the pool starts, so that its processes find the original model's portraits drawn.
-    pipeline, _ = tools(settings.device)
+    pipeline, _ = tools(args.device)
     names = dict.fromkeys(job.target_name for job in jobs)
-    originals = {name: drawing.load_originals(pipeline, name, settings, cache_dir) for name in names}
+    originals, results = {name: drawing.load_originals(pipeline, name, **kept) for name in names}, {}
     with drawing.worker_processes(args.workers) as pool:
-        count = len(jobs)
-        for job, found in zip(jobs, pool.map(_measures_of_job, jobs, [settings] * count, [cache_dir] * count)):
+        for job, found in zip(jobs, pool.map(partial(_measures_of_job, **kept), jobs)):
             results[job] = found
-            how = f"strength {job.strength:g}" + (f", guided {job.sfcm_guidance:g}" if job.guided else "")
-            what = f"{job.target_name}, {job.run_name}, seed {job.seed}, {how}"
-            print(f"judged {what} ({len(results)}/{count})", flush=True)
+            print(f"judged {job} ({len(results)}/{len(jobs)})", flush=True)
     return originals, results
 
 

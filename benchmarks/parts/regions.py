@@ -24,9 +24,6 @@ PHRASE_KINDS |= {name: name for name in ("background", "glasses")}
 KINDS = tuple(dict.fromkeys(PHRASE_KINDS.values()))
 
 
-# ------------------------------------------------------------------------------------------------------------ measures
-
-
 def region_shares(regions: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """(B, h, w) in [0, 1]: the share of each map pixel that a region (B, H, W) covers; H and W are multiples of it."""
     height, width = size
@@ -72,9 +69,6 @@ def pointing_game(maps: np.ndarray, regions: np.ndarray) -> dict[str, np.ndarray
     hit = (shares * peaks).sum(axes) / peaks.sum(axes)
     found = {"hit": hit, "chance": shares.mean(axes), "auc": separation(maps, shares)["auc"]}
     return {name: np.where(regions.any(axes), values, np.nan) for name, values in found.items()}
-
-
-# ------------------------------------------------------------------------------------------------------------- regions
 
 
 @dataclass(frozen=True)

@@ -190,13 +190,9 @@ def training_command(args: argparse.Namespace, target_name: str, run_name: str, 
 
 
 def train_into(folder: Path, command: list[str], **depends_on: object) -> None:
-    """Train into a folder, unless the LoRA of this very recipe is there already.
+    """Train with the flags of a command into a folder, unless the LoRA of this very recipe is there already.
 
-    Flags and the files it starts from are compared with those of a LoRA that is there; the script's code is not.
-
-    Args:
-        command: the flags but for the output folder.
-        depends_on: whatever else the LoRA depends on.
+    The flags and what else it depends on are compared with those of a LoRA that is there; the script's code is not.
 
     Raises:
         ValueError: the folder holds a LoRA of other flags, or from other files.
@@ -244,12 +240,14 @@ def trainings(wanted: Iterable[Training]) -> list[list[Training]]:
 
     What starts from nothing, then what starts from stage 1, then what needs the portraits of the composed run.
     """
-    waves: list[dict[Training, None]] = [{}, {}, {}]
+    waves: tuple[dict[Training, None], ...] = {}, {}, {}
     for target, name, seed in wanted:
-        needed = [*(["stage1"] if RUNS[name].continues else []), *(["composed"] if name == "composed_mask" else [])]
-        for run_name in [*needed, name]:
-            wave = 2 if run_name == "composed_mask" else int(RUNS[run_name].continues)
-            waves[wave][target, run_name, seed] = None
+        if name == "composed_mask":
+            waves[1][target, "composed", seed] = waves[2][target, name, seed] = None
+        else:
+            waves[RUNS[name].continues][target, name, seed] = None
+        if RUNS[name].continues:
+            waves[0][target, "stage1", seed] = None
     return [list(wave) for wave in waves]
 
 

@@ -141,9 +141,6 @@ def distance_below_curve(row: Row, curve: Sequence[Row]) -> dict[str, float | li
     }
 
 
-# ------------------------------------------------------------------------------------------------------------- writing
-
-
 def number(value: float, error: float | None = None, signed: bool = False) -> str:
     """A mean for a table, with its standard error."""
     text = f"{value:{'+' if signed else ''}.2f}"
