@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -250,13 +249,15 @@ class Picture(NamedTuple):
 
 
 def save_pictures(path: Path, rows: Sequence[Sequence[Picture]]) -> None:
-    """Rows of captioned portraits, as many in each."""
-    figure = Figure((1.6 * len(rows[0]), 1.9 * len(rows)), layout="constrained")
-    panels = figure.subplots(len(rows), len(rows[0]), squeeze=False).flat
-    for axes, (caption, portrait, values, region) in zip(panels, chain(*rows), strict=True):
-        axes.set_title(textwrap.fill(caption, 22), fontsize=8)
-        axes.set_axis_off()
-        axes.imshow(portrait if values is None else overlay_heat_map(Image.fromarray(portrait), values))
-        if region is not None:
-            axes.contour(region, [0.5], colors="white")
+    """Rows of captioned portraits; some may be shorter."""
+    columns = max(map(len, rows))
+    figure = Figure((1.6 * columns, 1.9 * len(rows)), layout="constrained")
+    for panels, row in zip(figure.subplots(len(rows), columns, squeeze=False), rows, strict=True):
+        for axes in panels:
+            axes.set_axis_off()
+        for axes, (caption, portrait, values, region) in zip(panels, row, strict=False):
+            axes.set_title(textwrap.fill(caption, 22), fontsize=8)
+            axes.imshow(portrait if values is None else overlay_heat_map(Image.fromarray(portrait), values))
+            if region is not None:
+                axes.contour(region, [0.5], colors="white")
     figure.savefig(path)

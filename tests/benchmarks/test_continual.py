@@ -98,7 +98,7 @@ def test_each_way_trains_what_it_needs_on_what_it_has(tmp_path, started):
 @pytest.mark.slow
 def test_a_short_run_draws_judges_and_goes_on(tmp_path, trained, monkeypatch):
     """With LoRAs that a training of another test's kind would have left."""
-    few = ["--output_dir", str(tmp_path), "--num_prompts", "3", "--num_inference_steps", "2"]
+    few = ["--output_dir", str(tmp_path), "--num_prompts", "3", "--num_inference_steps", "2", "--workers", "1"]
     main(parse_args(few))
     assert len(trained) == 11
     folder = tmp_path / "continual"

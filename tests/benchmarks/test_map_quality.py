@@ -233,7 +233,7 @@ def test_a_picture_has_its_captions_and_is_written(tmp_path):
     portrait, region = np.full((SIZE, SIZE, 3), 90, dtype=np.uint8), np.zeros((SIZE, SIZE), dtype=bool)
     region[10:20, 10:20] = True
     row = [Picture("plain", portrait), Picture("mapped", portrait, np.zeros((16, 16)), region)]
-    save_pictures(tmp_path / "pictures.png", [row, row])
+    save_pictures(tmp_path / "pictures.png", [row, row[:1]])
     assert (tmp_path / "pictures.png").stat().st_size > 1000
 
 
