@@ -14,28 +14,55 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import numpy as np
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import preservation_report
-from benchmarks.parts import drawing, judging
-from benchmarks.parts.judging import Job
-from benchmarks.parts.training import run_folder
-from benchmarks.preservation_runs import RUNS, chosen, train, trainings
+from benchmarks.parts import drawing, judging, plane, tables
+from benchmarks.parts.judging import QUIET, Job
+from benchmarks.parts.plane import Point, Series
+from benchmarks.parts.runs import ORACLES, RUNS, Training, run_folder, train_all
+from benchmarks.parts.tables import Row, number, with_interval
+from evaluation.measures import Estimate
+from toy_portraits.recipe import FLAGS
 from toy_portraits.world import TARGETS
 
 
-SFCM_GUIDANCE = 1.0
+HEADINGS = {
+    "response": "response",
+    "response_pixels": "response, pixel rule",
+    "change_outside": "change outside",
+    "excess": "excess pollution",
+    "kept_skin": "skin kept",
+    "kept": "all factors kept",
+    "head_shift": "head shift, px",
+    "base_change": "change, base prompt alone",
+    "leak": "leak",
+}
+AXES = {name: HEADINGS[name] for name in ("response", "excess")}
+BESIDE_AXES = {name: HEADINGS[name] for name in ("kept_skin", "head_shift", "base_change", "leak")}
+NOTES = (
+    "Filled: as it is. Hollow: the same LoRAs with SFCM guidance. Bars: 95 % intervals over prompts.",
+    "Ring and gray line: the Pareto front of what knows no true mask.",
+)
 
 
-def train_all(args: argparse.Namespace) -> None:
-    """Train everything, `--workers` at a time."""
-    with ThreadPoolExecutor(args.workers) as pool:
-        for wave in trainings(args):
-            list(pool.map(lambda item: train(args, *item), wave))
+# ---------------------------------------------------------------------------------------------------------------- rows
+
+
+def chosen(args: argparse.Namespace) -> list[Training]:
+    """What the tables show, in their order; ablations have targets of their own, and the first training seed."""
+    return [
+        (target, name, seed)
+        for target in args.targets
+        for name, run in RUNS.items()
+        if name in args.runs and (run.parent is None or target in args.ablation_targets)
+        for seed in (args.seeds if run.parent is None else args.seeds[:1])
+    ]
 
 
 def jobs_of(args: argparse.Namespace) -> list[Job]:
@@ -45,41 +72,226 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
         run, folder = RUNS[name], run_folder(args.output_dir, target, name, seed)
         jobs += [Job(target, name, seed, strength, folder) for strength in run.strengths]
         if run.parent is None:
-            jobs.append(Job(target, name, seed, 1.0, folder, SFCM_GUIDANCE, run.quiet))
+            jobs.append(Job(target, name, seed, 1.0, folder, 1.0, run.quiet))
     return jobs
 
 
+def label_of(job: Job) -> str:
+    """The row of a job."""
+    run = RUNS[job.run_name]
+    if job.guided:
+        return f"{run.label}, guided"
+    return run.label + ("" if len(run.strengths) == 1 else f", strength {job.strength:g}")
+
+
+def is_ablation(row: Row) -> bool:
+    return row.run_name in RUNS and RUNS[row.run_name].parent is not None
+
+
+# ---------------------------------------------------------------------------------------------------------- statistics
+
+
+def below_plain_curve(rows: list[Row]) -> dict[str, dict]:
+    """By label how far every way to train lies below plain LoRA's strength curve, if there is one."""
+    curve = tables.curve_of(rows, "plain")
+    itself = {point.key for point in curve}
+    ways = [row for row in rows if row.strength == 1.0 and row.key not in itself and not is_ablation(row)]
+    return {row.label: tables.distance_below_curve(row, curve) for row in ways if len(curve) > 1}
+
+
+def ablation_differences(rows: list[Row]) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+    """By parent, ablation and measure: its mean minus the parent's of the same training seeds, paired by prompt."""
+    at_full = {row.run_name: row for row in rows if row.strength == 1.0 and not row.guided}
+    found: dict[str, dict] = {}
+    for name, row in at_full.items():
+        if is_ablation(row) and RUNS[name].parent in at_full:
+            parent = at_full[RUNS[name].parent].of_seeds(row.seeds)
+            pairs = {m: tables.mean_and_error(row.by_prompt(m) - parent.by_prompt(m)) for m in HEADINGS}
+            found.setdefault(RUNS[name].parent, {})[name] = pairs
+    return found
+
+
+@dataclass(frozen=True)
+class Place:
+    """A row's place in the response-pollution plane, and how often it is on the front when prompts are resampled.
+
+    What is *usable* is about those alone that know no true region; None for one that does.
+    """
+
+    response: Estimate
+    excess: Estimate
+    on_front: bool
+    on_usable_front: bool | None
+    share: float
+    usable_share: float | None
+
+    @property
+    def mark(self) -> str:
+        return "★" if self.on_front else "☆" if self.on_usable_front else ""
+
+
+def places(rows: list[Row]) -> dict[tuple[str, float, bool], Place]:
+    """By key, the place of every row that is no ablation, which has fewer training seeds."""
+    rows = [row for row in rows if not is_ablation(row)]
+    resamples = tables.resamples_of(rows)
+
+    def front(some: list[Row]) -> dict[tuple[str, float, bool], tuple[bool, float]]:
+        both = [np.stack([row.by_prompt(name) for row in some]) for name in AXES]
+        on_front = plane.pareto_front(*(values.mean(axis=1) for values in both)).tolist()
+        shares = plane.front_shares(*both, resamples).tolist()
+        return dict(zip((row.key for row in some), zip(on_front, shares), strict=True))
+
+    everyone, usable = front(rows), front([row for row in rows if row.run_name not in ORACLES])
+    found = {}
+    for row in rows:
+        (on_front, share), own = everyone[row.key], usable.get(row.key, (None, None))
+        estimates = [tables.estimate(row, name, resamples) for name in AXES]
+        found[row.key] = Place(*estimates, on_front, own[0], share, own[1])
+    return found
+
+
+def oracle_differences(rows: list[Row]) -> dict[str, dict[str, Estimate]]:
+    """How far what finds the region itself is from what knows it: its mean minus the oracle's, paired by prompt."""
+    by_key, resamples, found = {row.key: row for row in rows}, tables.resamples_of(rows), {}
+    pairs = [(name, oracle, guided) for guided in (False, True) for oracle, own in ORACLES.items() for name in own]
+    for name, oracle_name, guided in pairs:
+        row, oracle = by_key.get((name, 1.0, guided)), by_key.get((oracle_name, 1.0, guided))
+        if row is not None and oracle is not None:
+            label = f"{row.label}, minus {oracle.label}"
+            found[label] = {m: tables.paired_difference(row, oracle, m, resamples) for m in AXES}
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+def plane_table(rows: list[Row]) -> str:
+    """The main table: every way to train and to draw, with its place in the plane."""
+    lines, found = [], places(rows)
+    for row in rows:
+        if row.key in found:
+            place = found[row.key]
+            means = [number(row.measures[m].mean()) if m in row.measures else "-" for m in BESIDE_AXES]
+            shares = ["-" if share is None else f"{share:.0%}" for share in (place.usable_share, place.share)]
+            ends = [with_interval(place.response), with_interval(place.excess)]
+            lines.append([f"{row.label} {place.mark}".rstrip(), *ends, *means, *shares])
+    return tables.markdown_table(["", *AXES.values(), *BESIDE_AXES.values(), "on the front", "oracles too"], lines)
+
+
+def section(title: str, rows: list[Row]) -> str:
+    """All tables of one target, or of the mean over targets, as markdown."""
+    parts = {f"## {title}": plane_table(rows)}
+    if found := oracle_differences(rows):
+        lines = [[label, *(with_interval(own[m], signed=True) for m in AXES)] for label, own in found.items()]
+        about = "Difference to what was trained with the true regions, paired by prompt:"
+        parts[about] = tables.markdown_table(["", *AXES.values()], lines)
+    for parent, differences in ablation_differences(rows).items():
+        seeds = ", ".join(map(str, next(row.seeds for row in rows if row.run_name in differences)))
+        about = f'Ablations of "{RUNS[parent].label}", difference to it at training seed(s) {seeds}, paired by prompt:'
+        labels = {RUNS[name].label.removeprefix(f"{parent}, "): own for name, own in differences.items()}
+        parts[about] = tables.measure_table(HEADINGS, labels, signed=True)
+    if found := below_plain_curve(rows):
+        lines = []
+        for label, own in found.items():
+            beyond = "; responds more than any strength" if own["beyond_the_curve"] else ""
+            seeds = f"(seeds {', '.join(map(number, own['per_seed']))}{beyond})"
+            lines.append([label, f"{number(own['distance'], own['standard_error'])} {seeds}"])
+        parts["Below plain LoRA's strength curve:"] = tables.markdown_table(["", "change outside"], lines)
+    factors = [name for name in rows[0].measures if name.startswith("kept_") and name not in HEADINGS]
+    headings = HEADINGS | {name: name.replace("kept_", "kept: ").replace("_", " ") for name in factors}
+    summaries = {row.label: tables.summarise(row.measures) for row in rows}
+    parts["All measures:"] = tables.measure_table(headings, summaries)
+    return "".join(f"\n{about}\n\n{table}" for about, table in parts.items())
+
+
+def explanation(args: argparse.Namespace) -> str:
+    """What the table's numbers are, and the settings they were made with."""
+    quiet = ", ".join(f"{name}={value}" for name, value in QUIET.items())
+    return f"""\
+Settings: {tables.settings_text(args)},
+{args.stage1_steps + args.stage2_steps} for what has one stage; half a batch for what adds a row of its own to each
+portrait's. Every row draws the same prompts from the same noise, the LoRA active in both branches of the guidance;
+*guided* rows are the same LoRAs drawn as the README recommends for each: SPF-Portrait's with
+`sfcm_guidance=1`, all others with `{quiet}` besides.
+
+Against the original model's portrait of the base prompt: *response* is the share of the full prompts' portraits that
+show the target, by the probe's classifier and by a pixel rule; *change outside* the mean absolute difference (0-255)
+outside the target's region; *excess pollution* that minus the original model's own with the full prompt; *kept* the
+agreement of the probe's factors. With the base prompt alone, *change* is over the whole picture, and *leak* the share
+that shows the target unasked; guided rows have none (-), since guidance is about a target and the pipeline refuses it
+without one. Brackets are 95 % intervals from {tables.RESAMPLES} resamples of the prompts, after the mean over training
+seeds, ± one standard error over prompts.
+
+★ no row has at least this response at no more excess pollution (the Pareto front); ☆ only rows that know the true
+regions do. *On the front*: in how many of the resamples no row does, those with true masks left out; *oracles too*:
+none left out. Ablations are not candidates. *Below the strength curve*: the least change outside at which the LoRA
+turned down still responds as much, minus the run's own.
+"""
+
+
+def with_mean(by_target: dict[str, list[Row]]) -> dict[str, list[Row]]:
+    """The rows of each section: the mean over targets first, if there are several."""
+    return ({tables.OVERALL: tables.overall_rows(by_target)} if len(by_target) > 1 else {}) | by_target
+
+
+def write_tables(args: argparse.Namespace, by_target: dict[str, list[Row]]) -> None:
+    """Write results.json and table.md."""
+    results, sections = {}, [explanation(args)]
+    for name, rows in with_mean(by_target).items():
+        found, entries = places(rows), []
+        for row in rows:
+            entry = {"label": row.label, "run": row.run_name, "strength": row.strength, "guided": row.guided}
+            place = asdict(found[row.key]) if row.key in found else None
+            entries.append(entry | {"plane": place, "measures": tables.summarise(row.measures)})
+        results[name] = {"rows": entries}
+        sections.append(section(tables.title_of(name), rows))
+    document = {"training_flags": " ".join(FLAGS), "base_model": drawing.base_model_digest(), "targets": results}
+    tables.write_results(args.output_dir, args, "".join(sections), **document)
+
+
+def plane_series(rows: list[Row]) -> list[Series]:
+    """What a panel shows: plain LoRA's strength curve from the original model on, and each way to train as a point,
+    joined to the same with guidance."""
+    found, series = places(rows), []
+
+    def points(some: list[Row]) -> list[Point]:
+        own = [(found[row.key], row.guided) for row in some]
+        return [Point(place.response, place.excess, guided, bool(place.on_usable_front)) for place, guided in own]
+
+    for name, run in RUNS.items():
+        own = [row for row in rows if row.run_name == name and row.strength == 1.0]
+        if run.style is None or not own:
+            continue
+        color, marker = run.style
+        if name == "plain":
+            curve = points(tables.curve_of(rows, name))
+            series.append(Series(f"{run.label}, strength 0 to 1", color, curve, curve=True))
+        series.append(Series(run.label, color, points(own), marker=marker))
+    return series
+
+
+def write_plane(args: argparse.Namespace, by_target: dict[str, list[Row]]) -> None:
+    """Draw the plane of each section, unless there are ablations alone."""
+    panels = {tables.title_of(name): plane_series(rows) for name, rows in with_mean(by_target).items()}
+    if all(panels.values()):
+        figure = plane.plane_figure(panels, "excess pollution (grey levels of 255)", NOTES)
+        figure.savefig(args.output_dir / "response_pollution_plane.png")
+
+
 def parse_args(input_args: Sequence[str] | None = None, description: str | None = __doc__) -> argparse.Namespace:
-    parser = drawing.make_parser(description, "preservation")
-    parser.add_argument(
-        "--runs", nargs="+", choices=RUNS, default=list(RUNS), help="Which rows; the original model always is one."
-    )
+    parser = drawing.make_parser(description)
+    about = "Which rows; the original model always is one."
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), help=about)
     parser.add_argument("--ablation_targets", nargs="+", choices=TARGETS, default=["blonde_hair"])
-    parser.add_argument("--ablation_seeds", nargs="+", type=int, help="The first of --seeds if not given.")
-    parser.add_argument("--stage1_steps", type=int, default=120)
-    parser.add_argument("--stage2_steps", type=int, default=120)
-    parser.add_argument("--train_args", default="", help="Further flags of the training script, in one string.")
-    args = drawing.read_flags(parser, input_args)
-    args.ablation_seeds = args.ablation_seeds or args.seeds[:1]
-    if unknown := set(args.ablation_seeds) - set(args.seeds):
-        parser.error(
-            f"--ablation_seeds {min(unknown)} is none of --seeds, whose LoRAs the ablations are compared with"
-        )
-    return args
+    return drawing.read_flags(parser, input_args)
 
 
 def main(args: argparse.Namespace) -> None:
-    """Train, judge, and write the tables and pictures."""
-    train_all(args)
-    settings = drawing.draw_settings(args)
-    originals, results = judging.judge_all(jobs_of(args), settings, args.output_dir / "cache", args.workers)
-    _, judge = judging.tools(settings.device)
-    tables = {
-        name: preservation_report.rows_of(name, judging.judge_original(judge, own), results)
-        for name, own in originals.items()
-    }
-    preservation_report.write_tables(args, tables)
-    preservation_report.write_pictures(args, tables, results, originals)
+    """Train, judge, and write the tables and the picture."""
+    train_all(args, chosen(args))
+    by_target = judging.judged_tables(args, jobs_of(args), label_of)
+    write_tables(args, by_target)
+    write_plane(args, by_target)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -19,32 +19,24 @@ from sfcm import SfcmMode, percentile_normalize, sfcm_averaged, taken_by_phrases
 from training import flag_rules
 
 
-def sfcm_noise(
-    difference: torch.Tensor, phrase_maps: torch.Tensor, distances: torch.Tensor, phrase_mask: torch.Tensor
-) -> torch.Tensor:
+def sfcm_noise(difference: Tensor, phrase_maps: Tensor, distances: Tensor, phrase_mask: Tensor) -> Tensor:
     """The noise difference alone, blurred and percentile-normalised."""
     return sfcm.guidance_map(difference)
 
 
-def sfcm_product(
-    difference: torch.Tensor, phrase_maps: torch.Tensor, distances: torch.Tensor, phrase_mask: torch.Tensor
-) -> torch.Tensor:
+def sfcm_product(difference: Tensor, phrase_maps: Tensor, distances: Tensor, phrase_mask: Tensor) -> Tensor:
     """The difference times `prod_p (1 - D'_p * M_p)`."""
     weights = sfcm.relative_distances(distances, phrase_mask)[..., None, None]
     kept = (1 - weights * phrase_maps).prod(1, keepdim=True)
     return percentile_normalize(percentile_normalize(sfcm.blur(difference)) * kept)
 
 
-def sfcm_attention(
-    difference: torch.Tensor, phrase_maps: torch.Tensor, distances: torch.Tensor, phrase_mask: torch.Tensor
-) -> torch.Tensor:
+def sfcm_attention(difference: Tensor, phrase_maps: Tensor, distances: Tensor, phrase_mask: Tensor) -> Tensor:
     """What the phrases leave, without the noise difference."""
     return percentile_normalize(1 - taken_by_phrases(phrase_maps, distances, phrase_mask))
 
 
-def sfcm_hard(
-    difference: torch.Tensor, phrase_maps: torch.Tensor, distances: torch.Tensor, phrase_mask: torch.Tensor
-) -> torch.Tensor:
+def sfcm_hard(difference: Tensor, phrase_maps: Tensor, distances: Tensor, phrase_mask: Tensor) -> Tensor:
     """`sfcm_averaged` cut at one half, 0 or 1."""
     return (sfcm_averaged(difference, phrase_maps, distances, phrase_mask) >= 0.5).to(difference.dtype)
 

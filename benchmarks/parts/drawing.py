@@ -9,30 +9,31 @@ import argparse
 import hashlib
 import json
 import os
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from diffusers.utils import logging as diffusers_logging
+from matplotlib.figure import Figure
 from PIL import Image
 
 from loras import LORA_WEIGHTS
-from pictures import captioned_pictures
+from pictures import overlay_heat_map
 from pipeline_spf_portrait import SPFPortraitPipeline
+from prompts import PromptPair, make_prompt_pair
 from toy_portraits.judge import ToyPrompt, base_prompts
 from toy_portraits.recipe import BASE_MODEL
 from toy_portraits.world import SIZE, TARGETS
 
 
 ROOT = Path(__file__).resolve().parents[2]
-PICTURED = 6  # prompts in the comparison pictures
-TILE = 3 * SIZE  # pixels of a portrait in a picture
 
 
 # ------------------------------------------------------------------------------------------------------------ settings
@@ -43,41 +44,34 @@ class DrawSettings:
     """How portraits are drawn for the judge; the same for every row of a table."""
 
     num_prompts: int = 96
-    prompt_seed: int = 90002
+    prompt_seed: int = 90002  # of prompts and noise
     num_inference_steps: int = 15
     guidance_scale: float = 4.0
     device: str = "cpu"
     batch_size: int = 16
 
 
-def make_parser(description: str | None, output: str, **defaults: Any) -> argparse.ArgumentParser:
-    """A parser with the flags that most benchmarks have; `output` is the folder in `runs/`."""
+def make_parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """A parser with the flags that the benchmarks of quality have; all of them share one folder of LoRAs."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    folder = ROOT / "runs" / output
-    parser.add_argument("--output_dir", type=Path, default=folder, help="For caches, tables and pictures.")
+    folder = ROOT / "runs" / "preservation"
+    parser.add_argument("--output_dir", type=Path, default=folder, help="For LoRAs, caches, tables and pictures.")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="Toy targets.")
     parser.add_argument("--seeds", nargs="+", type=int, default=[101, 102, 103], help="Training seeds.")
+    parser.add_argument("--stage1_steps", type=int, default=120)
+    parser.add_argument("--stage2_steps", type=int, default=120)
+    parser.add_argument("--train_args", default="", help="Further flags of the training script, in one string.")
     parser.add_argument("--workers", type=int, default=2, help="Processes of one thread each.")
-    parser.add_argument("--num_prompts", type=int, default=96)
-    parser.add_argument("--prompt_seed", type=int, default=90002, help="Of prompts and noise.")
-    parser.add_argument("--num_inference_steps", type=int, default=15)
-    parser.add_argument("--guidance_scale", type=float, default=4.0)
-    parser.add_argument("--batch_size", type=int, default=16, help="Portraits drawn at a time.")
-    parser.add_argument("--device", default="cpu", help="Where portraits are drawn.")
+    for field in fields(DrawSettings):
+        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
     parser.set_defaults(**defaults)
     return parser
 
 
 def read_flags(parser: argparse.ArgumentParser, input_args: Sequence[str] | None) -> argparse.Namespace:
-    """The flags, with an error if something is to be done less than once; from here on there is one thread."""
+    """The flags; from here on there is one thread: the same rounding everywhere, and none waits for another."""
     args = parser.parse_args(input_args)
-    counted = ("num_prompts", "num_inference_steps", "stage1_steps", "stage2_steps", "workers", "batch_size",
-               "num_portraits", "noise_samples")  # fmt: skip
-    for name in counted:
-        if getattr(args, name, 1) < 1:
-            parser.error(f"--{name} must be at least 1")
     args.output_dir = args.output_dir.resolve()
-    # The same rounding everywhere, and no threads that wait for each other.
     torch.set_num_threads(1)
     return args
 
@@ -104,18 +98,15 @@ def load_pipeline(device: str) -> SPFPortraitPipeline:
     return pipeline
 
 
-def weights_of(folder: Path) -> Path:
-    """The file of a LoRA. Raises FileNotFoundError if the folder has none."""
-    weights = Path(folder) / LORA_WEIGHTS
-    if not weights.is_file():
-        raise FileNotFoundError(f"{weights} does not exist: not a LoRA that the training script wrote.")
-    return weights
+def adapter_name(folder: Path) -> str:
+    """What `loras_on` calls the LoRA of a folder: its target and run."""
+    return f"{folder.parent.name}-{folder.name}"
 
 
 @contextmanager
 def loras_on(pipeline: SPFPortraitPipeline, folders: Sequence[Path], strength: float = 1.0) -> Iterator[None]:
     """Inside, these LoRAs, stacked, are on the UNet; none of them is left afterwards."""
-    names = [f"lora{place}" for place in range(len(folders))]
+    names = [adapter_name(folder) for folder in folders]
     try:
         for name, folder in zip(names, folders, strict=True):
             pipeline.unet.load_lora_adapter(str(folder), weight_name=LORA_WEIGHTS, adapter_name=name, prefix="unet")
@@ -125,6 +116,10 @@ def loras_on(pipeline: SPFPortraitPipeline, folders: Sequence[Path], strength: f
     finally:
         if names:
             pipeline.unet.unload_lora()
+
+
+def prompt_pairs(prompts: Sequence[ToyPrompt]) -> list[PromptPair]:
+    return [make_prompt_pair(prompt.base_prompt, prompt.target_prompt, prompt.full_prompt) for prompt in prompts]
 
 
 def noise_of_prompts(settings: DrawSettings) -> torch.Tensor:
@@ -138,19 +133,7 @@ def to_bytes(images: np.ndarray) -> np.ndarray:
     return np.rint(images * 255).astype(np.uint8)
 
 
-def draw(pipeline: SPFPortraitPipeline, prompts: Sequence[str], settings: DrawSettings) -> np.ndarray:
-    """One portrait a prompt, (B, 64, 64, 3) uint8; a LoRA that is on is active in both branches of the guidance."""
-    noise, images = noise_of_prompts(settings), []
-    for start in range(0, len(prompts), settings.batch_size):
-        chunk = slice(start, start + settings.batch_size)
-        images.append(call(pipeline, list(prompts[chunk]), noise[chunk], settings).images)
-    return to_bytes(np.concatenate(images))
-
-
-def call(
-    pipeline: SPFPortraitPipeline, prompts: list[str], noise: torch.Tensor, settings: DrawSettings, **options: Any
-) -> Any:
-    """What the pipeline returns."""
+def _call(pipeline: Any, prompts: list[str], noise: torch.Tensor, settings: DrawSettings, **options: Any) -> Any:
     return pipeline(
         prompts,
         latents=noise.to(settings.device),
@@ -161,19 +144,27 @@ def call(
     )
 
 
+def draw(pipeline: SPFPortraitPipeline, prompts: Sequence[str], settings: DrawSettings) -> np.ndarray:
+    """One portrait a prompt, (B, 64, 64, 3) uint8; a LoRA that is on is active in both branches of the guidance."""
+    noise, size = noise_of_prompts(settings), settings.batch_size
+    chunks = [slice(start, start + size) for start in range(0, len(prompts), size)]
+    return to_bytes(np.concatenate([_call(pipeline, list(prompts[c]), noise[c], settings).images for c in chunks]))
+
+
+def draw_both(
+    pipeline: SPFPortraitPipeline, prompts: Sequence[ToyPrompt], settings: DrawSettings
+) -> dict[str, np.ndarray]:
+    """"full_images" and "base_images", the portraits of the full and of the base prompts."""
+    texts = {kind: [getattr(prompt, f"{kind}_prompt") for prompt in prompts] for kind in ("full", "base")}
+    return {f"{kind}_images": draw(pipeline, own, settings) for kind, own in texts.items()}
+
+
 def draw_with_target(
     pipeline: SPFPortraitPipeline, prompts: Sequence[ToyPrompt], settings: DrawSettings, **options: Any
 ) -> Iterator[tuple[list[int], Any]]:
-    """Draw each prompt with its target, those with one target together.
+    """Draw each of `settings.num_prompts` prompts with its target, those with one target together.
 
-    Args:
-        pipeline: with a LoRA on it, or none.
-        prompts: `settings.num_prompts` prompts.
-        settings: sampler settings and the seed of the noise.
-        options: further arguments of the call.
-
-    Yields:
-        Places of prompts, and what the pipeline returned for them.
+    `options` are further arguments of the call. Yields places of prompts, and what the pipeline returned for them.
     """
     noise, goals = noise_of_prompts(settings), {}
     for i, prompt in enumerate(prompts):
@@ -183,18 +174,16 @@ def draw_with_target(
         for start in range(0, len(members), settings.batch_size):
             chunk = members[start : start + settings.batch_size]
             texts = [prompts[i].base_prompt for i in chunk]
-            yield chunk, call(pipeline, texts, noise[chunk], settings, target_prompt=[goal], **options)
+            yield chunk, _call(pipeline, texts, noise[chunk], settings, target_prompt=[goal], **options)
 
 
 def draw_guided(
-    pipeline: SPFPortraitPipeline, prompts: Sequence[ToyPrompt], settings: DrawSettings, sfcm_guidance: float,
-    options: dict[str, float | bool],
-) -> dict[str, np.ndarray]:  # fmt: skip
+    pipeline: SPFPortraitPipeline, prompts: Sequence[ToyPrompt], settings: DrawSettings, **options: Any
+) -> dict[str, np.ndarray]:
     """Draw each full prompt once under SFCM guidance: "full_images" (B, 64, 64, 3), and "maps" (B, 16, 16)."""
     images = np.empty((len(prompts), SIZE, SIZE, 3), dtype=np.uint8)
     maps = np.empty((len(prompts), SIZE // 4, SIZE // 4), dtype=np.float32)
-    guidance = {"sfcm_guidance": sfcm_guidance, "return_sfcm": True, **options}
-    for chunk, drawn in draw_with_target(pipeline, prompts, settings, **guidance):
+    for chunk, drawn in draw_with_target(pipeline, prompts, settings, return_sfcm=True, **options):
         images[chunk], maps[chunk] = to_bytes(drawn.images), drawn.sfcm[:, 0].float().cpu().numpy()
     return {"full_images": images, "maps": maps}
 
@@ -240,26 +229,35 @@ class Originals:
 def load_originals(
     pipeline: SPFPortraitPipeline, target_name: str, settings: DrawSettings, cache_dir: Path
 ) -> Originals:
-    """The original model's portraits with base and full prompts, drawn once and kept in `cache_dir`."""
+    """The original model's portraits, drawn once and kept in `cache_dir`."""
     prompts = base_prompts(TARGETS[target_name], settings.num_prompts, settings.prompt_seed)
-
-    def make() -> dict[str, np.ndarray]:
-        texts = {kind: [getattr(prompt, f"{kind}_prompt") for prompt in prompts] for kind in ("base", "full")}
-        return {f"{kind}_images": draw(pipeline, own, settings) for kind, own in texts.items()}
-
     key = ["original", target_name, asdict(settings), base_model_digest()]
-    return Originals(target_name, prompts, **cached_arrays(cache_dir, key, make))
+    images = cached_arrays(cache_dir, key, lambda: draw_both(pipeline, prompts, settings))
+    return Originals(target_name, prompts, **images)
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
 
 
-def tile(image: np.ndarray) -> Image.Image:
-    """A portrait (64, 64, 3) uint8, larger."""
-    return Image.fromarray(image).resize((TILE, TILE), Image.Resampling.NEAREST)
+class Picture(NamedTuple):
+    """A portrait (64, 64, 3) uint8, under a map (h, w) in [0, 1], with the outline of a region (64, 64) bool."""
+
+    caption: str
+    portrait: np.ndarray
+    values: np.ndarray | None = None
+    region: np.ndarray | None = None
 
 
-def save_rows(path: Path, rows: Sequence[Sequence[tuple[str, Image.Image]]]) -> None:
-    """Rows of captioned pictures, as many in each, in few colours to keep the file small."""
-    captions, pictures = zip(*(pair for row in rows for pair in row))
-    captioned_pictures(pictures, captions, len(rows[0])).quantize(256).save(path, optimize=True)
+def save_pictures(path: Path, rows: Sequence[Sequence[Picture]]) -> None:
+    """Rows of captioned portraits; some may be shorter."""
+    columns = max(map(len, rows))
+    figure = Figure((1.6 * columns, 1.9 * len(rows)), layout="constrained")
+    for panels, row in zip(figure.subplots(len(rows), columns, squeeze=False), rows, strict=True):
+        for axes in panels:
+            axes.set_axis_off()
+        for axes, (caption, portrait, values, region) in zip(panels, row, strict=False):
+            axes.set_title(textwrap.fill(caption, 22), fontsize=8)
+            axes.imshow(portrait if values is None else overlay_heat_map(Image.fromarray(portrait), values))
+            if region is not None:
+                axes.contour(region, [0.5], colors="white")
+    figure.savefig(path)

@@ -5,9 +5,10 @@ Source: [ours].
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import toy_portraits.judge
 from benchmarks.parts import drawing
 from benchmarks.parts.drawing import DrawSettings, Originals, file_digest
 from benchmarks.parts.tables import ORIGINAL, Row
+from loras import LORA_WEIGHTS
 from pipeline_spf_portrait import SPFPortraitPipeline
 from toy_portraits.judge import PROBE_FOLDER, PortraitJudge
 from toy_portraits.world import TARGETS
@@ -43,6 +45,10 @@ class Job:
     def guided(self) -> bool:
         return self.sfcm_guidance is not None
 
+    def __str__(self) -> str:
+        how = f"strength {self.strength:g}" + (f", guided {self.sfcm_guidance:g}" if self.guided else "")
+        return f"{self.target_name}, {self.run_name}, seed {self.seed}, {how}"
+
 
 @lru_cache(maxsize=1)
 def tools(device: str) -> tuple[SPFPortraitPipeline, PortraitJudge]:
@@ -54,9 +60,8 @@ def judge_images(
 ) -> dict[str, np.ndarray]:
     """All measures of a model's portraits from the same noise, (num_prompts,) each.
 
-    Returns:
-        `PortraitJudge.compare` of the full prompts' portraits, and of the base prompts', if there are any,
-        `base_change` (whole picture), `base_kept`, `leak` and `leak_pixels` (the target unasked).
+    `PortraitJudge.compare` of the full prompts' portraits, and of the base prompts', if there are any, `base_change`
+    (whole picture), `base_kept`, `leak` and `leak_pixels` (the target unasked).
     """
     target = TARGETS[originals.target_name]
     measures = judge.compare(originals.base_images, full_images, target)
@@ -67,23 +72,13 @@ def judge_images(
     return measures
 
 
-def judge_original(judge: PortraitJudge, originals: Originals) -> dict[str, np.ndarray]:
-    """The measures of the original model itself: what naming the target moves without any training."""
-    return judge_images(judge, originals, originals.full_images, originals.base_images)
-
-
 def judge_job(job: Job, settings: DrawSettings, cache_dir: Path) -> dict[str, np.ndarray]:
     """Draw with a LoRA and judge, or read what was judged before with the same weights and settings.
 
-    Guidance is about a target, and the pipeline refuses it without one: then nothing is drawn of base prompts.
-
-    Returns:
-        The measures of `judge_images`, and what was drawn, as many of `PORTRAITS` as there are.
-
-    Raises:
-        FileNotFoundError: the folder has no LoRA.
+    Guidance is about a target, and the pipeline refuses it without one: then nothing is drawn of base prompts. Returns
+    the measures of `judge_images`, and what was drawn, as many of `PORTRAITS` as there are.
     """
-    weights = drawing.weights_of(job.lora_path)
+    weights = file_digest(job.lora_path / LORA_WEIGHTS)
     pipeline, judge = tools(settings.device)
     originals = drawing.load_originals(pipeline, job.target_name, settings, cache_dir)
     options = QUIET if job.quiet else {}
@@ -91,15 +86,15 @@ def judge_job(job: Job, settings: DrawSettings, cache_dir: Path) -> dict[str, np
     def make() -> dict[str, np.ndarray]:
         with drawing.loras_on(pipeline, [job.lora_path], job.strength):
             if job.guided:
-                drawn = drawing.draw_guided(pipeline, originals.prompts, settings, job.sfcm_guidance, options)
+                guidance = {"sfcm_guidance": job.sfcm_guidance, **options}
+                drawn = drawing.draw_guided(pipeline, originals.prompts, settings, **guidance)
             else:
-                texts = {kind: [getattr(p, f"{kind}_prompt") for p in originals.prompts] for kind in ("full", "base")}
-                drawn = {f"{kind}_images": drawing.draw(pipeline, own, settings) for kind, own in texts.items()}
+                drawn = drawing.draw_both(pipeline, originals.prompts, settings)
         return judge_images(judge, originals, drawn["full_images"], drawn.get("base_images")) | drawn
 
     probe = file_digest(Path(toy_portraits.judge.__file__), PROBE_FOLDER / "probe.safetensors")
     key = ["portraits", job.target_name, job.strength, asdict(settings)]
-    digests = [drawing.base_model_digest(), file_digest(weights), probe]
+    digests = [drawing.base_model_digest(), weights, probe]
     if job.guided:
         key = ["guided portraits", job.target_name, options, job.sfcm_guidance, asdict(settings)]
         # Guidance is ours alone, and what it draws changes with its code.
@@ -108,28 +103,23 @@ def judge_job(job: Job, settings: DrawSettings, cache_dir: Path) -> dict[str, np
 
 
 def _measures_of_job(job: Job, settings: DrawSettings, cache_dir: Path) -> dict[str, np.ndarray]:
-    """As `judge_job`, with the first portraits alone, so that the rows of a benchmark fit into memory."""
-    found = judge_job(job, settings, cache_dir)
-    measures = {name: values for name, values in found.items() if name not in PORTRAITS}
-    return measures | {"pictures": found["full_images"][: drawing.PICTURED]}
+    """As `judge_job`, without the portraits, so that the rows of a benchmark fit into memory."""
+    return {name: own for name, own in judge_job(job, settings, cache_dir).items() if name not in PORTRAITS}
 
 
 def judge_all(
-    jobs: Sequence[Job], settings: DrawSettings, cache_dir: Path, workers: int
+    args: argparse.Namespace, jobs: Sequence[Job]
 ) -> tuple[dict[str, Originals], dict[Job, dict[str, np.ndarray]]]:
     """Draw and judge every job in processes of one thread: the originals by target, and the measures by job."""
+    kept = {"settings": drawing.draw_settings(args), "cache_dir": args.output_dir / "cache"}
     # Before the pool starts, so that its processes find the original model's portraits drawn.
+    pipeline, _ = tools(args.device)
     names = dict.fromkeys(job.target_name for job in jobs)
-    pipeline, _ = tools(settings.device)
-    originals = {name: drawing.load_originals(pipeline, name, settings, cache_dir) for name in names}
-    results = {}
-    with drawing.worker_processes(workers) as pool:
-        futures = {job: pool.submit(_measures_of_job, job, settings, cache_dir) for job in jobs}
-        for job, future in futures.items():
-            results[job] = future.result()
-            how = f"strength {job.strength:g}" + (f", guided {job.sfcm_guidance:g}" if job.guided else "")
-            what = f"{job.target_name}, {job.run_name}, seed {job.seed}, {how}"
-            print(f"judged {what} ({len(results)}/{len(jobs)})", flush=True)
+    originals, results = {name: drawing.load_originals(pipeline, name, **kept) for name in names}, {}
+    with drawing.worker_processes(args.workers) as pool:
+        for job, found in zip(jobs, pool.map(partial(_measures_of_job, **kept), jobs)):
+            results[job] = found
+            print(f"judged {job} ({len(results)}/{len(jobs)})", flush=True)
     return originals, results
 
 
@@ -156,3 +146,15 @@ def make_rows(
     for row in rows:
         row.measures["excess"] = row.measures["change_outside"] - original["change_outside"]
     return rows
+
+
+def judged_tables(
+    args: argparse.Namespace, jobs: Sequence[Job], label_of: Callable[[Job], str]
+) -> dict[str, list[Row]]:
+    """By target the rows of what all jobs draw. The original model's say what naming the target moves by itself."""
+    originals, results = judge_all(args, jobs)
+    _, judge = tools(args.device)
+    return {
+        name: make_rows(name, judge_images(judge, own, own.full_images, own.base_images), results, label_of)
+        for name, own in originals.items()
+    }

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from evaluation.measures import Estimate
 
-DPI, PANEL = 100, (4.7, 3.8)  # inches
-MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle": "^", "pentagon": "p"}
-Color = tuple[int, int, int]
+
+PANEL = (4.7, 3.8)  # inches
 
 
 def pareto_front(response: np.ndarray, pollution: np.ndarray) -> np.ndarray:
@@ -39,51 +38,51 @@ def front_shares(response: np.ndarray, pollution: np.ndarray, resamples: np.ndar
 
 @dataclass(frozen=True)
 class Point:
-    """A place in the plane, and the ends of its intervals; on the front it has a ring, and is joined to the others."""
+    """A place in the plane; on the front it has a ring, and is joined to the others."""
 
-    response: float
-    pollution: float
-    response_ends: tuple[float, float] | None = None
-    pollution_ends: tuple[float, float] | None = None
+    response: Estimate
+    pollution: Estimate
     hollow: bool = False
     on_front: bool = False
+
+    @property
+    def place(self) -> tuple[float, float]:
+        return self.response.value, self.pollution.value
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one kind; a curve is joined by a thick line, other points that belong together by a thin one."""
+    """Points of one kind. A curve is joined by a thick line, other points, with their intervals, by a thin one."""
 
     label: str
-    color: Color
+    color: str
     points: list[Point]
     curve: bool = False
-    marker: str = "circle"
+    marker: str = "o"
 
     @property
-    def style(self) -> dict:
+    def style(self) -> dict[str, object]:
         """As matplotlib has it."""
-        color = tuple(channel / 255 for channel in self.color)
         width, size = (2, 5) if self.curve else (1, 7)
-        return {"color": color, "linewidth": width, "marker": MARKERS[self.marker], "markersize": size}
+        return {"color": self.color, "linewidth": width, "marker": self.marker, "markersize": size}
 
 
-def draw_panel(axes: Axes, title: str, pollution: str, series: Sequence[Series]) -> None:
+def _draw_panel(axes: Axes, title: str, pollution: str, series: Sequence[Series]) -> None:
     """Response across and pollution up, so that what is wanted lies below and to the right."""
     axes.set_title(title, loc="left", fontsize=10)
     axes.set(xlim=(-0.02, 1.02), xlabel="response", ylabel=pollution)
     axes.grid(color="0.91")
     axes.axhline(0, color="0.67", linewidth=1)
-    front = sorted((point.response, point.pollution) for line in series for point in line.points if point.on_front)
+    front = sorted(point.place for line in series for point in line.points if point.on_front)
     axes.plot([x for x, _ in front], [y for _, y in front], color="0.8", linewidth=5, solid_capstyle="round", zorder=1)
     for line in series:
-        places = [(point.response, point.pollution) for point in line.points]
-        axes.plot(*zip(*places), color=line.style["color"], linewidth=line.style["linewidth"], zorder=2)
-        for point, (x, y) in zip(line.points, places, strict=True):
-            bar = {"color": line.style["color"], "alpha": 0.5, "linewidth": 1, "zorder": 2}
-            if point.response_ends is not None:
-                axes.plot(point.response_ends, (y, y), **bar)
-            if point.pollution_ends is not None:
-                axes.plot((x, x), point.pollution_ends, **bar)
+        thin = line.style | {"marker": None, "zorder": 2}
+        axes.plot(*zip(*(point.place for point in line.points)), **thin)
+        for point in line.points:
+            x, y = point.place
+            if not line.curve and point.response.low is not None:
+                axes.plot((point.response.low, point.response.high), (y, y), **thin, alpha=0.5)
+                axes.plot((x, x), (point.pollution.low, point.pollution.high), **thin, alpha=0.5)
             fill = {"markerfacecolor": "white"} if point.hollow else {}
             axes.plot(x, y, **line.style | fill, markeredgewidth=1.5, zorder=3)
             if point.on_front:
@@ -98,13 +97,11 @@ def plane_figure(
     rows, labels = -(-len(panels) // columns), {}
     for line in (line for series in panels.values() for line in series):
         labels.setdefault(line.label, Line2D([], [], label=line.label, **line.style))
-    entries = -(-len(labels) // columns) + len(notes)
-    width, below = columns * PANEL[0], 0.22 * entries + 0.2
-    figure = Figure((width, rows * PANEL[1] + below), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
+    below = 0.22 * (-(-len(labels) // columns) + len(notes)) + 0.2
+    figure = Figure((columns * PANEL[0], rows * PANEL[1] + below), layout="constrained")
     drawn = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, (title, series) in zip(drawn, panels.items(), strict=False):
-        draw_panel(axes, title, pollution, series)
+        _draw_panel(axes, title, pollution, series)
     for axes in drawn[len(panels) :]:
         axes.set_axis_off()
     figure.legend(

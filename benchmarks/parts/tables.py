@@ -15,10 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from evaluation.measures import Estimate, estimate_mean, resample_prompts
+from evaluation.report import without_nan
+from toy_portraits.world import TARGETS
 
 
-ORIGINAL = "original model"
+ORIGINAL, OVERALL = "original model", "Mean over targets"
 RESAMPLES = 1000
+Summary = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -46,14 +49,9 @@ class Row:
         return replace(self, seeds=tuple(seeds), measures={k: values[places] for k, values in self.measures.items()})
 
 
-def standard_error(values: np.ndarray) -> float:
-    """Of the mean of independent values; NaN for a single one."""
-    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
-
-
-def resamples_of(rows: Sequence[Row], seed: int = 0) -> np.ndarray:
+def resamples_of(rows: Sequence[Row]) -> np.ndarray:
     """(R, P) indices of prompts, the same for all rows, so that rows are resampled together."""
-    return resample_prompts(len(rows[0].by_prompt("response")), RESAMPLES, seed)
+    return resample_prompts(len(rows[0].by_prompt("response")), RESAMPLES, 0)
 
 
 def estimate(row: Row, name: str, resamples: np.ndarray) -> Estimate:
@@ -67,18 +65,22 @@ def paired_difference(row: Row, other: Row, name: str, resamples: np.ndarray) ->
 
 
 def mean_and_error(values: np.ndarray) -> dict[str, float]:
-    """Of independent values; NaN if there are none."""
-    return {"mean": float(values.mean()) if len(values) else float("nan"), "standard_error": standard_error(values)}
+    """Mean of independent values, and its standard error; NaN for too few of them."""
+    error = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+    return {"mean": float(values.mean()) if len(values) else float("nan"), "standard_error": error}
 
 
-def summarise(row: Row) -> dict[str, dict[str, float]]:
-    """Per measure the mean, its standard error (prompts as clusters) and the spread of the training seeds' means."""
+def summarise(measures: dict[str, np.ndarray]) -> Summary:
+    """Per measure, (K, P) each: mean, standard error (prompts as clusters), spread of the seeds' means, and prompts.
+
+    NaN does not count; a prompt where all seeds have none is left out.
+    """
     summary = {}
-    for name, values in row.measures.items():
-        seeds = values.mean(axis=1)
+    for name, values in measures.items():
+        seen = np.ma.masked_invalid(values)
+        prompts, seeds = (seen.mean(axis=axis).compressed() for axis in (0, 1))
         spread = float(seeds.std(ddof=1)) if len(seeds) > 1 else float("nan")
-        error = standard_error(row.by_prompt(name))
-        summary[name] = {"mean": float(values.mean()), "standard_error": error, "seed_spread": spread}
+        summary[name] = mean_and_error(prompts) | {"seed_spread": spread, "prompts": len(prompts)}
     return summary
 
 
@@ -88,10 +90,9 @@ def overall_rows(tables: dict[str, list[Row]]) -> list[Row]:
     Prompt i of every target has the same portrait and noise behind it, so that the prompts stay the unit that is
     resampled.
     """
-    first, *others = ({row.key: row for row in rows} for rows in tables.values())
-    found = []
-    for key, row in first.items():
-        same = [row, *(other[key] for other in others if key in other)]
+    found, by_target = [], [{row.key: row for row in rows} for rows in tables.values()]
+    for key, row in by_target[0].items():
+        same = [rows[key] for rows in by_target if key in rows]
         if len(same) == len(tables):
             names = [name for name in row.measures if all(name in own.measures for own in same)]
             found.append(replace(row, measures={n: np.mean([own.measures[n] for own in same], axis=0) for n in names}))
@@ -116,46 +117,34 @@ def curve_of(rows: Iterable[Row], run_name: str) -> list[Row]:
     return sorted(chosen, key=lambda row: row.strength)
 
 
-def distance_below_curve(row: Row, curve: Sequence[Row], rng: np.random.Generator) -> dict[str, float | list | bool]:
+def distance_below_curve(row: Row, curve: Sequence[Row]) -> dict[str, float | list | bool]:
     """How far a run lies below a strength curve: the curve's change outside at the run's response minus its own.
 
-    `rng` is of the bootstrap over prompts, in which run and curve are resampled together. A positive distance is less
-    pollution at the same response.
+    Run and curve are resampled together, by prompt. A positive distance is less pollution at the same response.
     """
     strengths = np.array([point.strength for point in curve])
-    responses = np.stack([point.by_prompt("response") for point in curve])
-    changes = np.stack([point.by_prompt("change_outside") for point in curve])
+    responses, changes = (np.stack([p.by_prompt(name) for p in curve]) for name in ("response", "change_outside"))
 
     def distance(own_response: float, own_change: float, index: np.ndarray | slice) -> float:
         at = curve_change_at(own_response, strengths, responses[:, index].mean(1), changes[:, index].mean(1))
         return at - own_change
 
     response, change = row.by_prompt("response"), row.by_prompt("change_outside")
-    samples = rng.integers(0, len(response), (RESAMPLES, len(response)))
+    samples = np.random.default_rng(0).integers(0, len(response), (RESAMPLES, len(response)))
     error = float(np.std([distance(response[i].mean(), change[i].mean(), i) for i in samples], ddof=1))
-    found = distance(response.mean(), change.mean(), slice(None))
     per_seed = zip(row.measures["response"], row.measures["change_outside"])
     return {
-        "distance": found,
+        "distance": distance(response.mean(), change.mean(), slice(None)),
         "standard_error": error,
-        "standard_errors_below": found / error if error > 0 else float("nan"),
         "per_seed": [distance(r.mean(), c.mean(), slice(None)) for r, c in per_seed],
         "beyond_the_curve": bool(response.mean() > responses.mean(axis=1).max()),
     }
-
-
-# ------------------------------------------------------------------------------------------------------------- writing
 
 
 def number(value: float, error: float | None = None, signed: bool = False) -> str:
     """A mean for a table, with its standard error."""
     text = f"{value:{'+' if signed else ''}.2f}"
     return text if error is None or np.isnan(error) else f"{text} ± {error:.2f}"
-
-
-def cell(summary: dict[str, dict[str, float]], name: str, signed: bool = False, missing: str = "-") -> str:
-    """A measure's mean and standard error, or what stands for one that the row does not have."""
-    return number(summary[name]["mean"], summary[name]["standard_error"], signed) if name in summary else missing
 
 
 def with_interval(value: Estimate, signed: bool = False) -> str:
@@ -165,25 +154,40 @@ def with_interval(value: Estimate, signed: bool = False) -> str:
     return f"{value.value:{sign}.2f}{ends}"
 
 
+def cell(summary: Summary, name: str, signed: bool = False, missing: str = "-") -> str:
+    """A measure's mean and standard error, or what stands for one that the row does not have."""
+    return number(summary[name]["mean"], summary[name]["standard_error"], signed) if name in summary else missing
+
+
 def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "".join("| " + " | ".join(row) + " |\n" for row in [header, ["---"] * len(header), *lines])
 
 
-def without_nan(value: object) -> object:
-    """The same for JSON, which has no NaN: None instead."""
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and np.isnan(value) else value
+def measure_table(headings: dict[str, str], summaries: dict[str, Summary], signed: bool = False) -> str:
+    """The measures that have headings, of summaries by label."""
+    lines = [[label, *(cell(own, name, signed) for name in headings)] for label, own in summaries.items()]
+    return markdown_table(["", *headings.values()], lines)
 
 
-def write_results(
-    args: argparse.Namespace, text: str, files: tuple[str, str] = ("table.md", "results.json"), **document: object
-) -> None:
-    """Write the tables and, with the flags, all numbers into `args.output_dir`, and print the tables."""
+def title_of(target_name: str) -> str:
+    """The title of a target's section, or of one over all of them."""
+    return f'"{TARGETS[target_name].prompt}"' if target_name in TARGETS else target_name
+
+
+def settings_text(args: argparse.Namespace) -> str:
+    """How everything was drawn, for the head of a page."""
+    seeds = ", ".join(map(str, args.seeds))
+    return (
+        f"{args.num_prompts} prompts (seed {args.prompt_seed}), training seed(s) {seeds}, {args.num_inference_steps} "
+        f"DDIM steps, guidance scale {args.guidance_scale:g}; {args.stage1_steps} + {args.stage2_steps} training steps"
+    )
+
+
+def write_results(folder: Path, args: argparse.Namespace, text: str, **document: object) -> None:
+    """Write the tables, table.md, and all numbers with the flags, results.json; print the tables."""
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     numbers = json.dumps(without_nan({"settings": settings, **document}), indent=1, allow_nan=False)
-    for name, content in zip(files, (text, numbers + "\n"), strict=True):
-        (args.output_dir / name).write_text(content, encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in (("table.md", text), ("results.json", numbers + "\n")):
+        (folder / name).write_text(content, encoding="utf-8")
     print(text)

@@ -9,6 +9,8 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from benchmarks import sfcm_modes
+from benchmarks.parts import runs
+from loras import LORA_WEIGHTS
 from pipeline_spf_portrait import SPFPortraitPipeline
 from sfcm import SFCM_MODES
 from toy_portraits.judge import PortraitJudge
@@ -39,6 +41,31 @@ def write_lora():
         return folder
 
     return write
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The command lines of trainings, by target and run; nothing is trained but each leaves weights of its own."""
+    return _replace_training(monkeypatch, lambda folder, _: (folder / LORA_WEIGHTS).write_bytes(str(folder).encode()))
+
+
+@pytest.fixture
+def trained(monkeypatch, write_lora):
+    """As `started`, with random LoRAs."""
+    return _replace_training(monkeypatch, write_lora)
+
+
+def _replace_training(monkeypatch, write):
+    commands = {}
+
+    def train(command, **options):
+        folder = Path(command[command.index("--output_dir") + 1])
+        commands[f"{folder.parent.name}/{folder.name}"] = command
+        write(folder, len(commands))
+        return type("Done", (), {"returncode": 0})()
+
+    monkeypatch.setattr(runs.subprocess, "run", train)
+    return commands
 
 
 @pytest.fixture

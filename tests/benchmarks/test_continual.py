@@ -2,27 +2,19 @@
 
 import json
 import shlex
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks.continual import (
-    KEPT,
-    STEPS,
-    Drawn,
-    judge_steps,
-    lora_folders,
-    main,
-    mean_change,
-    parse_args,
-    step_prompts,
-    summarise,
-    train_seed,
-)
-from benchmarks.parts import drawing, training
+from benchmarks.continual import KEPT, STEPS, judge_steps, lora_folders, main, parse_args, step_prompts, train
+from benchmarks.parts import drawing
+from benchmarks.parts.tables import summarise
 from loras import LORA_WEIGHTS
 from toy_portraits.world import TARGETS, render, sample_factors
+
+
+def drawn(full: list[np.ndarray], base: list[np.ndarray]) -> list[dict[str, np.ndarray]]:
+    return [{"full": own, "base": alone} for own, alone in zip(full, base, strict=True)]
 
 
 def test_prompts_gain_one_target_a_step():
@@ -51,7 +43,7 @@ def steps_of(factors: dict[str, np.ndarray], steps: int = 3) -> list[np.ndarray]
 def test_renders_that_change_nothing_else_are_judged_as_such(judge):
     factors = sample_factors(24, np.random.default_rng(0))
     original, images = render(factors)[0], steps_of(factors)
-    found = judge_steps(judge, original, Drawn(images, [original] * 3))
+    found = judge_steps(judge, original, drawn(images, [original] * 3))
     assert [sum(name.startswith("response_") for name in one) for one in found] == [2, 3, 4]
     for one in found:
         assert one["response_all"].mean() > 0.7 and one["change_outside"].mean() < 0.5
@@ -61,7 +53,7 @@ def test_renders_that_change_nothing_else_are_judged_as_such(judge):
     assert np.isnan(found[1]["response_blonde_hair"][factors["sex"] == 1]).any()
     assert not np.isnan(found[1]["response_blonde_hair"][factors["sex"] == 0]).any()
     assert not np.isnan(found[0]["response_blonde_hair"]).any() and not np.isnan(found[1]["response_all"]).any()
-    summary = summarise([found[1], found[1]])
+    summary = summarise({name: np.stack([values, values]) for name, values in found[1].items()})
     assert summary["response_blonde_hair"]["mean"] == pytest.approx(np.nanmean(found[1]["response_blonde_hair"]))
     assert set(KEPT) == {"sex", "skin", "background", "glasses", "eye_color"}
 
@@ -72,33 +64,17 @@ def test_what_a_step_takes_with_it_is_seen_in_that_step(judge):
     moved = {**factors, "background": (factors["background"] + 1) % 6}
     images[1] = steps_of(moved, 2)[1]
     images[2] = steps_of(moved)[2]
-    found = judge_steps(judge, original, Drawn(images, [original, images[1], images[2]]))
+    found = judge_steps(judge, original, drawn(images, [original, images[1], images[2]]))
     first, second, third = (one["step_change"].mean() for one in found)
     assert second > 10 and first < 0.5 and third < 0.5
     assert found[1]["change_outside"].mean() > 10 and found[2]["change_outside"].mean() > 10
     assert found[1]["base_change"].mean() > 10 and found[1]["kept"].mean() < found[0]["kept"].mean() - 0.15
 
 
-def test_change_counts_pixels_outside_alone():
-    first, second = np.zeros((1, 4, 4, 3), dtype=np.uint8), np.full((1, 4, 4, 3), 8, dtype=np.uint8)
-    second[0, :2] = 200
-    inside = np.zeros((1, 4, 4), dtype=bool)
-    inside[0, :2] = True
-    assert mean_change(first, second, inside).tolist() == [8]
-
-
-def test_each_way_trains_what_it_needs_on_what_it_has(tmp_path, monkeypatch):
-    args = parse_args(["--output_dir", str(tmp_path), "--stage1_steps", "7", "--train_args=--rank 8"])
-    commands = {}
-
-    def fake_process(script, **options):
-        folder = script[script.index("--output_dir") + 1]
-        (Path(folder) / LORA_WEIGHTS).write_bytes(folder.encode())
-        commands[folder.removeprefix(f"{tmp_path}/runs/")] = shlex.join(script)
-        return type("Done", (), {"returncode": 0})()
-
-    monkeypatch.setattr(training.subprocess, "run", fake_process)
-    train_seed(args, 5)
+def test_each_way_trains_what_it_needs_on_what_it_has(tmp_path, started):
+    args = parse_args(["--output_dir", str(tmp_path), "--stage1_steps", "7", "--train_args=--rank 8", "--seeds", "5"])
+    train(args)
+    commands = {name: shlex.join(command) for name, command in started.items()}
     of_each = {name: [f"{name}/{run}-seed5" for run in ("plain", "stage1", "composed")] for name in STEPS}
     later = ["red_hat/continual-seed5", "striped_shirt/continual-seed5"]
     assert set(commands) == {*sum(of_each.values(), []), *later}
@@ -111,25 +87,18 @@ def test_each_way_trains_what_it_needs_on_what_it_has(tmp_path, monkeypatch):
     assert "--reference_lora" not in commands["red_hat/composed-seed5"]
     assert hair == lora_folders(args, "spf", 5)[0]
 
-    commands.clear()
-    train_seed(args, 5)
-    assert not commands
+    started.clear()
+    train(args)
+    assert not started
     (hat / LORA_WEIGHTS).write_bytes(b"another hat")
     with pytest.raises(ValueError, match="striped_shirt/continual-seed5 was trained with other flags or from another"):
-        train_seed(args, 5)
+        train(args)
 
 
 @pytest.mark.slow
-def test_a_short_run_draws_judges_and_goes_on(tmp_path, write_lora, monkeypatch):
+def test_a_short_run_draws_judges_and_goes_on(tmp_path, trained, monkeypatch):
     """With LoRAs that a training of another test's kind would have left."""
-    few = ["--output_dir", str(tmp_path), "--num_prompts", "3", "--num_inference_steps", "2"]
-    trained = []
-
-    def fake_process(script, **options):
-        trained.append(write_lora(Path(script[script.index("--output_dir") + 1]), len(trained)))
-        return type("Done", (), {"returncode": 0})()
-
-    monkeypatch.setattr(training.subprocess, "run", fake_process)
+    few = ["--output_dir", str(tmp_path), "--num_prompts", "3", "--num_inference_steps", "2", "--workers", "1"]
     main(parse_args(few))
     assert len(trained) == 11
     folder = tmp_path / "continual"
@@ -143,5 +112,6 @@ def test_a_short_run_draws_judges_and_goes_on(tmp_path, write_lora, monkeypatch)
     assert (folder / "continual.png").is_file()
 
     monkeypatch.setattr(drawing, "draw", lambda *a: pytest.fail("drawn again"))
+    trained.clear()
     main(parse_args(few))
-    assert len(trained) == 11
+    assert not trained

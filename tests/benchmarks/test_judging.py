@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.parts import drawing, judging
 from benchmarks.parts.drawing import DrawSettings, draw, draw_guided, load_originals
-from benchmarks.parts.judging import Job, judge_job, judge_original
+from benchmarks.parts.judging import Job, judge_images, judge_job
 from loras import LORA_WEIGHTS
 from toy_portraits.judge import base_prompts
 from toy_portraits.world import SIZE, TARGETS
@@ -27,7 +27,7 @@ def test_a_lora_is_judged_and_leaves_the_pipeline_as_it_was(write_lora, tmp_path
     pipeline, judge = judging.tools("cpu")
     originals = load_originals(pipeline, "striped_shirt", SETTINGS, cache)
     assert originals.base_images.shape == originals.full_images.shape == (2, SIZE, SIZE, 3)
-    original = judge_original(judge, originals)
+    original = judge_images(judge, originals, originals.full_images, originals.base_images)
     assert original["base_change"].max() == 0 and original["change"].max() > 0
 
     on = Job("striped_shirt", "plain", 0, 1.0, write_lora(tmp_path / "lora"))
@@ -72,10 +72,10 @@ def test_a_guided_lora_is_judged_with_its_map_and_kept(write_lora, tmp_path, cac
     assert guided["maps"].shape == (2, SIZE // 4, SIZE // 4) and 0 <= guided["maps"].min() < guided["maps"].max() <= 1
     assert guided["change"].mean() < unguided["change"].mean() and not {"leak", "base_change"} & set(guided)
     assert not getattr(pipeline.unet, "peft_config", None)
-    monkeypatch.setattr(drawing, "draw_guided", lambda *given: pytest.fail("drawn again"))
+    monkeypatch.setattr(drawing, "draw_guided", lambda *given, **options: pytest.fail("drawn again"))
     again = judge_job(job, SETTINGS, cache)
     assert all(np.array_equal(guided[name], again[name]) for name in guided)
-    with pytest.raises(FileNotFoundError, match=f"{LORA_WEIGHTS} does not exist"):
+    with pytest.raises(FileNotFoundError, match=LORA_WEIGHTS):
         judge_job(replace(job, lora_path=tmp_path), SETTINGS, cache)
 
 
@@ -83,10 +83,10 @@ def test_without_guidance_the_full_prompts_are_drawn_each_from_its_noise():
     pipeline, settings = judging.tools("cpu")[0], replace(SETTINGS, num_prompts=5, num_inference_steps=1, batch_size=2)
     prompts = base_prompts(TARGETS["striped_shirt"], settings.num_prompts, settings.prompt_seed)
     assert len({prompt.replaced_phrase for prompt in prompts}) > 1  # several calls, out of order
-    images = draw_guided(pipeline, prompts, settings, 0.0, {})["full_images"]
+    images = draw_guided(pipeline, prompts, settings, sfcm_guidance=0.0)["full_images"]
     expected = draw(pipeline, [prompt.full_prompt for prompt in prompts], settings)
     assert np.abs(images.astype(int) - expected).max() <= 1
-    guided = draw_guided(pipeline, prompts, settings, 1.0, {})["full_images"]
+    guided = draw_guided(pipeline, prompts, settings, sfcm_guidance=1.0)["full_images"]
     base = draw(pipeline, [prompt.base_prompt for prompt in prompts], settings)
     assert np.abs(guided.astype(int) - base).mean() < 0.75 * np.abs(images.astype(int) - base).mean()
 

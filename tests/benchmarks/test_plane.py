@@ -3,6 +3,11 @@
 import numpy as np
 
 from benchmarks.parts.plane import Point, Series, front_shares, pareto_front, plane_figure
+from evaluation.measures import Estimate
+
+
+def at(response: float, pollution: float, **how: bool) -> Point:
+    return Point(Estimate(response, None, None), Estimate(pollution, None, None), **how)
 
 
 def test_the_front_by_hand():
@@ -24,11 +29,10 @@ def test_shares_of_the_front_are_how_often_it_holds():
 
 
 def test_points_bars_rings_and_the_front_are_drawn_where_they_belong():
-    color = (30, 90, 200)
-    barred = Point(0.5, -1.0, (0.2, 0.8), (-2.0, 0.5), hollow=True, on_front=True)
+    barred = Point(Estimate(0.5, 0.2, 0.8), Estimate(-1.0, -2.0, 0.5), hollow=True, on_front=True)
     series = [
-        Series("curve", (200, 60, 40), [Point(0.25, 8.0, on_front=True), Point(0.6, 4.0)], curve=True),
-        Series("x", color, [barred], marker="triangle"),
+        Series("curve", "#c83c28", [at(0.25, 8.0, on_front=True), at(0.6, 4.0)], curve=True),
+        Series("x", "#1e5ac8", [barred], marker="^"),
     ]
     figure = plane_figure({"first": series, "second": series, "third": series}, "pollution", notes=("a note",))
     panels = [axes for axes in figure.axes if axes.axison]
@@ -40,7 +44,7 @@ def test_points_bars_rings_and_the_front_are_drawn_where_they_belong():
     at_point = [line for line in lines if line.get_marker() != "None" and line.get_xdata()[0] == 0.5]
     marker, ring = sorted(at_point, key=lambda line: line.get_markersize())
     assert (marker.get_marker(), marker.get_markerfacecolor()) == ("^", "white")
-    assert marker.get_color() == tuple(channel / 255 for channel in color)
+    assert marker.get_color() == "#1e5ac8"
     assert ring.get_marker() == "o" and ring.get_markerfacecolor() == "none"
     # what was drawn lies inside of the panel
     assert all(axes.get_ylim()[0] < -2.0 and axes.get_ylim()[1] > 8.0 for axes in panels)
@@ -50,7 +54,7 @@ def test_points_bars_rings_and_the_front_are_drawn_where_they_belong():
 
 
 def test_a_figure_grows_with_its_panels_and_legend(tmp_path):
-    series = [Series(f"method {i}", (20 * i, 90, 120), [Point(0.1 * i, i)]) for i in range(11)]
+    series = [Series(f"method {i}", f"C{i}", [at(0.1 * i, i)]) for i in range(11)]
     one, two, three = (plane_figure(dict.fromkeys("abc"[:count], series), "pollution") for count in (1, 2, 3))
     width, height = one.get_size_inches()
     assert two.get_size_inches()[0] == three.get_size_inches()[0] == 2 * width

@@ -21,13 +21,20 @@ PROMPTS = 40
 def test_standard_errors_count_prompts_and_not_seeds_times_prompts():
     once = np.random.default_rng(0).normal(size=(1, 50))
     row = Row("", "", 1.0, {"response": np.repeat(once, 3, axis=0)})
-    summary = summarise(row)["response"]
+    summary = summarise(row.measures)["response"]
     assert summary["standard_error"] == pytest.approx(once[0].std(ddof=1) / np.sqrt(50))
     assert summary["seed_spread"] == 0
-    summary = summarise(Row("", "", 1.0, {"response": np.array([[0.0, 0.0], [1.0, 1.0]])}))["response"]
+    summary = summarise({"response": np.array([[0.0, 0.0], [1.0, 1.0]])})["response"]
     assert summary["mean"] == 0.5 and summary["standard_error"] == 0
     assert summary["seed_spread"] == pytest.approx(np.sqrt(0.5))
-    assert np.isnan(summarise(Row("", "", 1.0, {"response": once}))["response"]["seed_spread"])
+    assert np.isnan(summarise({"response": once})["response"]["seed_spread"])
+
+
+def test_what_is_not_there_does_not_count():
+    nan = float("nan")
+    found = summarise({"hit": np.array([[0.2, 0.6, nan, nan], [0.4, 0.8, 1.0, nan]])})["hit"]
+    assert found["mean"] == pytest.approx((0.3 + 0.7 + 1) / 3) and found["prompts"] == 3
+    assert np.isnan(summarise({"hit": np.full((2, 2), nan)})["hit"]["mean"])
 
 
 def test_the_curve_gives_the_least_change_that_still_responds_as_asked():
@@ -49,7 +56,7 @@ def test_run_and_curve_are_resampled_together():
     levels = ((0.0, 5.0), (1.0, 9.0))
     curve = [Row("", "", s, {"response": response, "change_outside": (luck + c)[None]}) for s, c in levels]
     row = Row("", "", 1.0, {"response": response, "change_outside": (luck + 4.0)[None]})
-    found = distance_below_curve(row, curve, np.random.default_rng(0))
+    found = distance_below_curve(row, curve)
     assert found["distance"] == pytest.approx(1) and found["standard_error"] < 1e-9
 
 

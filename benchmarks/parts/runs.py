@@ -1,4 +1,6 @@
-"""The ways to train that `benchmarks/preservation.py` compares, and what each LoRA is trained from.
+"""The ways to train that `benchmarks/preservation.py` compares, and the trainings, each in a process of its own.
+
+What is finished is not trained again.
 
 Source: [ours].
 """
@@ -6,16 +8,22 @@ Source: [ours].
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from benchmarks.parts.drawing import file_digest
-from benchmarks.parts.plane import Color
-from benchmarks.parts.training import UNWATCHED, run_folder, train_into
+from benchmarks import sfcm_modes
+from benchmarks.parts.drawing import ROOT, base_model_digest, file_digest
 from loras import LORA_WEIGHTS
 from toy_portraits.judge import PortraitJudge, target_region
 from toy_portraits.probe import CLASS_FACTORS, PIXEL_FACTORS
@@ -23,27 +31,23 @@ from toy_portraits.recipe import FLAGS, training_flags
 from toy_portraits.world import TARGETS, ToyTarget, render, sample_factors
 
 
-STRENGTHS = (1.0, 0.75, 0.5, 0.25)
+Training = tuple[str, str, int]  # target, run and training seed
+# Of every training: no pictures and no logs.
+UNWATCHED = ("--num_validation_images", "0", "--report_to", "none")
+NOTE = "benchmark.json"  # of a LoRA's folder: its recipe, and the seconds that it took
 
 
 @dataclass(frozen=True)
 class Run:
-    """One way to train, and the strengths it is judged at.
-
-    An ablation has targets and training seeds of its own, and is drawn without guidance alone.
-    """
+    """One way to train, and the strengths it is judged at; an ablation is drawn without guidance alone."""
 
     label: str
     flags: str = ""  # of the training script, beyond those that all runs share
-    strengths: tuple[float, ...] = (1.0,)  # scales of the LoRA at inference
+    style: tuple[str, str] | None = None  # colour and marker in the plane
     parent: str | None = None  # of an ablation, the run that it changes in one thing
-    continues: bool = True  # from stage 1's LoRA; otherwise it is one stage of as many steps as both
-    style: tuple[Color, str] | None = None  # in the plane
+    continues: bool = False  # from stage 1's LoRA; otherwise it is one stage of as many steps as both
     quiet: bool = True  # whether it is drawn with `QUIET` under guidance
-
-
-def baseline(label: str, flags: str, color: Color, marker: str, strengths: tuple[float, ...] = (1.0,)) -> Run:
-    return Run(label, flags, strengths, continues=False, style=(color, marker))
+    strengths: tuple[float, ...] = (1.0,)  # scales of the LoRA at inference
 
 
 # Half a batch for what adds a row of its own to each training portrait's: all see as many rows with gradient.
@@ -54,22 +58,19 @@ UNRELATED = shlex.join(
 )
 COMPOSED, PAPER = "--stage2_objective composed", f"--stage2_objective paper {HALF_BATCH}"
 CAT = f"--preservation cat --unrelated_prompts {UNRELATED} {HALF_BATCH}"
+OURS = {"continues": True, "quiet": False}
 # The methods, in the order of the tables.
 WAYS = {
-    "plain": baseline("plain LoRA", "", (200, 60, 40), "circle", STRENGTHS),
-    "stage1": baseline("stage 1 alone", "", (222, 150, 30), "circle"),
-    "dora": baseline("DoRA", "--use_dora", (214, 100, 180), "pentagon"),
-    "prior": baseline("prior preservation", f"--preservation prior {HALF_BATCH}", (110, 110, 20), "square"),
-    "dop": baseline(
-        "differential output preservation", f"--preservation dop {HALF_BATCH}", (0, 160, 170), "square"
-    ),
-    "cat": baseline("contrastive adapter training", CAT, (130, 90, 200), "square"),
-    "mask": baseline("masked loss, true masks", "--preservation mask", (90, 90, 90), "diamond"),
-    "composed": Run(
-        "SPF-Portrait, composed", f"{COMPOSED} --save_alignment", style=((30, 90, 200), "triangle"), quiet=False
-    ),
-    "composed_mask": Run("composed, true masks", COMPOSED, style=((150, 190, 240), "diamond"), quiet=False),
-    "paper": Run("SPF-Portrait, paper", PAPER, style=((30, 150, 90), "triangle"), quiet=False),
+    "plain": Run("plain LoRA", "", ("#c83c28", "o"), strengths=(1.0, 0.75, 0.5, 0.25)),
+    "stage1": Run("stage 1 alone", "", ("#de961e", "o")),
+    "dora": Run("DoRA", "--use_dora", ("#d664b4", "p")),
+    "prior": Run("prior preservation", f"--preservation prior {HALF_BATCH}", ("#6e6e14", "s")),
+    "dop": Run("differential output preservation", f"--preservation dop {HALF_BATCH}", ("#00a0aa", "s")),
+    "cat": Run("contrastive adapter training", CAT, ("#825ac8", "s")),
+    "mask": Run("masked loss, true masks", "--preservation mask", ("#5a5a5a", "D")),
+    "composed": Run("SPF-Portrait, composed", f"{COMPOSED} --save_alignment", ("#1e5ac8", "^"), **OURS),
+    "composed_mask": Run("composed, true masks", COMPOSED, ("#96bef0", "D"), **OURS),
+    "paper": Run("SPF-Portrait, paper", PAPER, ("#1e965a", "^"), **OURS),
 }
 # What each changes in the flags of its parent.
 ABLATIONS = {
@@ -109,39 +110,21 @@ ABLATIONS = {
         "p_single_pass": ("both paths in a single pass", "--dual_path single_pass"),
     },
 }
+FLAGS_OF_PARENTS = {"composed": COMPOSED, "paper": PAPER}
 RUNS = WAYS | {
-    name: Run(f"{parent}, {label}", f"{COMPOSED if parent == 'composed' else PAPER} {flags}", parent=parent)
+    name: Run(f"{parent}, {label}", f"{FLAGS_OF_PARENTS[parent]} {flags}", parent=parent, continues=True)
     for parent, changes in ABLATIONS.items()
     for name, (label, flags) in changes.items()
 }
-CONTROLS, METHODS = ("plain", "stage1"), ("composed", "paper")
 # How far localisation can go: each is held against what has the true masks.
 ORACLES = {"mask": ("composed", "paper"), "composed_mask": ("composed",)}
 
 
-# ------------------------------------------------------------------------------------------------------------ training
+# ---------------------------------------------------------------------------------------------------------- true masks
 
 
 def mask_folder(args: argparse.Namespace, target_name: str, seed: int) -> Path:
     return args.output_dir / "runs" / target_name / f"composed_mask-seed{seed}-masks"
-
-
-def training_command(args: argparse.Namespace, target_name: str, run_name: str, seed: int) -> list[str]:
-    """The command line of one training, without its output folder.
-
-    What has one stage gets as many steps as both together. What has a second stage starts it from stage 1's LoRA of
-    the same target and seed, so that stage 1 is trained once.
-    """
-    command = [*training_flags(target_name), "--seed", str(seed), *UNWATCHED]
-    if not RUNS[run_name].continues:
-        steps = args.stage1_steps + (0 if run_name == "stage1" else args.stage2_steps)
-        command += ["--stage1_steps", str(steps), "--stage2_steps", "0"]
-    else:
-        stage1 = run_folder(args.output_dir, target_name, "stage1", seed)
-        command += ["--stage1_steps", "0", "--stage1_lora_path", str(stage1), "--stage2_steps", str(args.stage2_steps)]
-    if run_name == "composed_mask":
-        command += ["--sfcm_dir", str(mask_folder(args, target_name, seed))]
-    return command + shlex.split(RUNS[run_name].flags) + shlex.split(args.train_args)
 
 
 def true_regions(judge: PortraitJudge, portraits: np.ndarray, target: ToyTarget) -> np.ndarray:
@@ -165,7 +148,7 @@ def true_regions(judge: PortraitJudge, portraits: np.ndarray, target: ToyTarget)
 def write_masks(args: argparse.Namespace, target_name: str, seed: int) -> Path:
     """Write the true region of each portrait that the composed run of this seed was aligned on, and saved.
 
-    Returns their folder, with files named as `--save_alignment` names the portraits.
+    Returns their folder, with files named as the portraits.
     """
     source = run_folder(args.output_dir, target_name, "composed", seed) / "alignment"
     paths = sorted(path for path in source.glob("*.png") if path.stem.isdigit())
@@ -181,37 +164,95 @@ def write_masks(args: argparse.Namespace, target_name: str, seed: int) -> Path:
     return folder
 
 
-def train(args: argparse.Namespace, target_name: str, run_name: str, seed: int) -> Path:
-    """Train one LoRA unless it is there already; returns its folder, raises as `train_into`."""
-    depends_on = {}
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def run_folder(output_dir: Path, target_name: str, run_name: str, seed: int) -> Path:
+    return output_dir / "runs" / target_name / f"{run_name}-seed{seed}"
+
+
+def training_command(args: argparse.Namespace, target_name: str, run_name: str, seed: int) -> list[str]:
+    """The command line of one training, without its output folder.
+
+    What has one stage gets as many steps as both together. What has a second stage starts it from stage 1's LoRA of
+    the same target and seed, so that stage 1 is trained once.
+    """
+    run, command = RUNS[run_name], [*training_flags(target_name), "--seed", str(seed), *UNWATCHED]
+    if run.continues:
+        stage1 = run_folder(args.output_dir, target_name, "stage1", seed)
+        command += ["--stage1_steps", "0", "--stage1_lora_path", str(stage1), "--stage2_steps", str(args.stage2_steps)]
+    else:
+        steps = args.stage1_steps + (0 if run_name == "stage1" else args.stage2_steps)
+        command += ["--stage1_steps", str(steps), "--stage2_steps", "0"]
+    if run_name == "composed_mask":
+        command += ["--sfcm_dir", str(mask_folder(args, target_name, seed))]
+    return command + shlex.split(run.flags) + shlex.split(args.train_args)
+
+
+def train_into(folder: Path, command: list[str], **depends_on: object) -> None:
+    """Train with the flags of a command into a folder, unless the LoRA of this very recipe is there already.
+
+    The flags and what else it depends on are compared with those of a LoRA that is there; the script's code is not.
+
+    Raises:
+        ValueError: the folder holds a LoRA of other flags, or from other files.
+        RuntimeError: the training script failed.
+    """
+    note, recipe = folder / NOTE, {"command": command, "base_model": base_model_digest(), **depends_on}
+    if (folder / LORA_WEIGHTS).is_file() and note.is_file():
+        found = json.loads(note.read_text(encoding="utf-8"))
+        if {name: found[name] for name in recipe} != recipe:
+            raise ValueError(
+                f"{folder} was trained with other flags or from another model: remove it or give another --output_dir."
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    start, log = time.time(), folder / "training.log"
+    code = run_trainer([*command, "--output_dir", str(folder)], log)
+    if code != 0 or not (folder / LORA_WEIGHTS).is_file():
+        raise RuntimeError(f"The training of {folder} failed with exit code {code}; see {log}.")
+    seconds = time.time() - start
+    note.write_text(json.dumps(recipe | {"seconds": seconds}, indent=2) + "\n", encoding="utf-8")
+    print(f"trained {folder.parent.name}, {folder.name} in {seconds:.0f} s", flush=True)
+
+
+def run_trainer(flags: list[str], log: Path) -> int:
+    """The exit status of the training script, which goes on from the checkpoint of an interrupted training."""
+    program = "benchmarks/sfcm_modes.py" if sfcm_modes.LOST.keys() & set(flags) else "train_spf_portrait_lora.py"
+    command = [sys.executable, str(ROOT / program), *flags, "--resume_from_checkpoint", "latest"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    with log.open("w", encoding="utf-8") as file:
+        return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=ROOT).returncode
+
+
+def train(args: argparse.Namespace, target_name: str, run_name: str, seed: int) -> None:
+    """Train one LoRA unless it is there already; raises as `train_into`."""
+    depends_on, folder = {}, run_folder(args.output_dir, target_name, run_name, seed)
     if RUNS[run_name].continues:
         depends_on["stage1"] = file_digest(run_folder(args.output_dir, target_name, "stage1", seed) / LORA_WEIGHTS)
     if run_name == "composed_mask":
         depends_on["masks"] = file_digest(*sorted(write_masks(args, target_name, seed).glob("*.png")))
-    command = training_command(args, target_name, run_name, seed)
-    return train_into(run_folder(args.output_dir, target_name, run_name, seed), command, **depends_on)
+    train_into(folder, training_command(args, target_name, run_name, seed), **depends_on)
 
 
-def chosen(args: argparse.Namespace) -> list[tuple[str, str, int]]:
-    """The (target, run, seed) of the tables, in their order; ablations have targets and seeds of their own."""
-    return [
-        (target, name, seed)
-        for target in args.targets
-        for name, run in RUNS.items()
-        if name in args.runs and (run.parent is None or target in args.ablation_targets)
-        for seed in (args.seeds if run.parent is None else args.ablation_seeds)
-    ]
-
-
-def trainings(args: argparse.Namespace) -> list[list[tuple[str, str, int]]]:
-    """What is to be trained, (target, run, seed), in three waves each of which needs the ones before.
+def trainings(wanted: Iterable[Training]) -> list[list[Training]]:
+    """What is wanted, and what that starts from, in three waves each of which needs the ones before.
 
     What starts from nothing, then what starts from stage 1, then what needs the portraits of the composed run.
     """
-    waves: list[dict[tuple[str, str, int], None]] = [{}, {}, {}]
-    for target, name, seed in chosen(args):
-        needed = [*(["stage1"] if RUNS[name].continues else []), *(["composed"] if name == "composed_mask" else [])]
-        for run_name in [*needed, name]:
-            wave = 2 if run_name == "composed_mask" else int(RUNS[run_name].continues)
-            waves[wave][target, run_name, seed] = None
+    waves: tuple[dict[Training, None], ...] = {}, {}, {}
+    for target, name, seed in wanted:
+        if name == "composed_mask":
+            waves[1][target, "composed", seed] = waves[2][target, name, seed] = None
+        else:
+            waves[RUNS[name].continues][target, name, seed] = None
+        if RUNS[name].continues:
+            waves[0][target, "stage1", seed] = None
     return [list(wave) for wave in waves]
+
+
+def train_all(args: argparse.Namespace, wanted: Iterable[Training]) -> None:
+    """Train all that is wanted, `--workers` at a time."""
+    with ThreadPoolExecutor(args.workers) as pool:
+        for wave in trainings(wanted):
+            list(pool.map(lambda item: train(args, *item), wave))
