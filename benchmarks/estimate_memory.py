@@ -1,20 +1,19 @@
-"""How much GPU memory the README's presets ask for, estimated on a machine without one.
+"""How much GPU memory trainings ask for, estimated on a machine without one: `python benchmarks/estimate_memory.py`.
 
-`python benchmarks/estimate_memory.py` prints the table of presets and the figures around it, with Stable Diffusion
-1.5's own configuration at 512x512. A training's parts are run on tensors that have shapes and dtypes but no content
-(torch's `FakeTensorMode`), while the bytes of all storages alive at once are counted. The largest part is printed:
+It prints the presets of docs/training.md, or a training of the flags that it is given, with Stable Diffusion 1.5's
+own configuration at 512x512. A training's parts are run on tensors that have shapes and dtypes but no content (torch's
+`FakeTensorMode`), while the bytes of all storages alive at once are counted. The most of all parts is what it prints:
 
 - preparing: all models lie on the device, and a portrait is encoded;
 - drawing: alignment portraits with guidance, and two validation pictures decoded at once;
 - mapping: both paths of the UNet, captured, for the SFCMs;
-- the steps: forward and backward of each term of the loss, with every row of the batch asking for the target.
+- a step: forward and backward of each term of the loss, with every row of the batch asking for the target.
 
 Counted are the frozen models, the LoRA (and stage 1's, where it is the teacher), its gradients and AdamW's state, all
 activations, and temporary tensors as long as Python or autograd holds them. Matrix products are in bfloat16, norms and
-softmax in float32, as CUDA's autocast does it, and attention that is not captured has the memory of flash attention.
-
-Not counted are CUDA's context, the workspaces inside of kernels, the allocator's rounding and fragmentation, cached
-latents and embeddings, and the copies of DDP.
+softmax in float32, as CUDA's autocast does it; attention that is not captured is a CPU's flash attention, which keeps
+what a GPU's does. Not counted are CUDA's context, the workspaces inside of kernels, the allocator's rounding and
+fragmentation, cached latents and embeddings, and the copies of DDP.
 
 Source: [ours].
 """
@@ -26,7 +25,7 @@ import shlex
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,36 +34,34 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from accelerate.utils import convert_outputs_to_fp32
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPTextModel
+from transformers import CLIPImageProcessorPil, CLIPModel
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from adapters import Adapters, active_adapters
-from attention_processors import CrossAttentionStore, capture_cross_attention
+from adapters import Adapters
 from benchmarks.parts.tables import markdown_table
-from benchmarks.random_stable_diffusion import TEXT, VISION, make_unet, make_vae
+from benchmarks.random_stable_diffusion import make_clip, make_pipeline, make_unet
 from families.prompt_embeds import PromptEmbeds
 from families.stable_diffusion import StableDiffusion
-from training.arguments import Flags, parse_args, uses_enhancement
+from training.arguments import parse_args, uses_enhancement
 from training.dual_path import DualPathOutput, dual_path
 from training.losses import compose_prediction, diffusion_loss, fine_grained_loss, text_consistent_loss
-from training.models import lora_config
+from training.models import STAGE1_ADAPTER, Models, keep_in_float32, lora_config
 from training.prompt_table import embed_pixels
 
 
 HALF = torch.bfloat16
-GIB = 2**30
-MIB = 2**20
+GIB, MIB = 2**30, 2**20
 SIDE = 64  # of the latents of 512x512
 TOKENS = 77
 MATCHED_TOKENS = 24  # of the base prompt; they hardly count
-TEACHER = "stage1"
 # What CUDA's autocast computes in float32, and a CPU's does not.
 UPCAST = ((F, "group_norm"), (F, "layer_norm"), (F, "softmax"), (Tensor, "softmax"))
 # The documentation's rows: GB of the card, and the flags besides --mixed_precision.
@@ -74,7 +71,6 @@ PRESETS = {
     16: "--stage2_objective both --train_batch_size 4 --gradient_checkpointing",
     24: "--stage2_objective both --train_batch_size 4",
 }
-ONE_PORTRAIT = "--stage2_objective both --train_batch_size 1 --gradient_checkpointing"
 
 
 # ----------------------------------------------------------------------------------------------------- what is counted
@@ -116,45 +112,23 @@ class LiveBytes(TorchDispatchMode):
         return output
 
 
-class FlashAttention(torch.autograd.Function):
-    """What flash attention allocates and keeps: no scores, but the logarithm of each row's sum. Computes nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value, *_ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-
-
-def in_float32(function: Callable) -> Callable:
-    """The function, which under autocast takes half precision as float32."""
+@contextmanager
+def like_cuda() -> Iterator[None]:
+    """Inside, autocast on a CPU takes half precision as float32 where CUDA's does."""
 
     def upcast(value: Any) -> Any:
         return value.float() if isinstance(value, Tensor) and value.dtype == HALF else value
 
-    def wrapped(*args: Any, **kwargs: Any) -> Tensor:
-        if torch.is_autocast_enabled("cpu"):
-            args, kwargs = tree_map(upcast, (args, kwargs))
-        return function(*args, **kwargs)
+    def in_float32(function: Callable) -> Callable:
+        def wrapped(*args: Any, **kwargs: Any) -> Tensor:
+            if torch.is_autocast_enabled("cpu"):
+                args, kwargs = tree_map(upcast, (args, kwargs))
+            return function(*args, **kwargs)
 
-    return wrapped
+        return wrapped
 
-
-@contextmanager
-def like_cuda() -> Iterator[None]:
-    """Inside, a CPU's tensors take CUDA's memory: flash attention, and float32 where CUDA's autocast wants it."""
     # A torch function mode would be off while checkpointing recomputes.
-
-    def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return FlashAttention.apply(query, key, value)
-
     with ExitStack() as stack:
-        stack.enter_context(patch.object(F, "scaled_dot_product_attention", attention))
         for owner, name in UPCAST:
             stack.enter_context(patch.object(owner, name, in_float32(getattr(owner, name))))
         yield
@@ -163,224 +137,154 @@ def like_cuda() -> Iterator[None]:
 # -------------------------------------------------------------------------------------------------------------- models
 
 
-def make_unet_with_lora(flags: Flags, make: Callable[[], UNet2DConditionModel] = make_unet) -> nn.Module:
-    """The UNet in bfloat16 with the trainer's LoRA in float32, and the frozen one of stage 1 where that teaches."""
-    unet = make().bfloat16().requires_grad_(False)
-    config = lora_config(StableDiffusion, flags.lora, unet)
-    unet.add_adapter(config)
-    if flags.method.stage2_objective != "paper":
-        unet.add_adapter(config, adapter_name=TEACHER)
-        unet.set_adapter("default")
-    for name, parameter in unet.named_parameters():
-        parameter.requires_grad_(".lora_" in name and ".default." in name)
-    if flags.model.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    return unet
-
-
 @dataclass
-class Models:
-    """All models of a run, and its flags."""
+class Training:
+    """All models of a run; `judges` are those that the enhancement loss keeps on the device, `side` is of latents."""
 
-    flags: Flags
-    unet: UNet2DConditionModel
-    vae: AutoencoderKL
-    text_encoder: CLIPTextModel
+    objective: str
+    models: Models
     clip: CLIPModel
+    judges: list[nn.Module]
+    rows: int
+    side: int
 
-    @property
-    def judges(self) -> list[nn.Module]:
-        """What the enhancement loss keeps on the device."""
-        return [self.vae, self.clip] if uses_enhancement(self.flags.method, self.flags.paper) else []
+    def inputs(self, rows: int) -> tuple[Tensor, Tensor, PromptEmbeds]:
+        """Noisy latents (B, 4, H, W), timesteps (B,) and prompts."""
+        config = self.models.unet.config
+        prompts = PromptEmbeds(torch.empty(rows, TOKENS, config.cross_attention_dim, dtype=HALF))
+        latents = torch.empty(rows, config.in_channels, self.side, self.side)
+        return latents, torch.zeros(rows, dtype=torch.long), prompts
 
+    def predict(self, rows: int) -> Tensor:
+        return self.models.predict(*self.inputs(rows))
 
-def make_models(flags: str) -> Models:
-    """The models with shapes alone, on the meta device."""
-    given = parse_flags(flags)
-    with torch.device("meta"):
-        clip = CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=768)).requires_grad_(False)
-        del clip.text_model, clip.text_projection
-        return Models(
-            given,
-            make_unet_with_lora(given),
-            make_vae().bfloat16().requires_grad_(False),
-            CLIPTextModel(CLIPTextConfig(**TEXT)).bfloat16().requires_grad_(False),
-            clip,
-        )
+    @contextmanager
+    def both_paths(self, rows: int) -> Iterator[DualPathOutput]:
+        given, models = self.inputs(rows), self.models
+        with (
+            models.capture.store() as store,
+            dual_path(models.adapters, models.predict, *given, given[-1], store=store) as paths,
+        ):
+            yield paths
+
+    @contextmanager
+    def counting(self, *modules: nn.Module) -> Iterator[LiveBytes]:
+        """Count what happens inside, on top of these modules and of the UNet, which accelerate puts under autocast."""
+        unet = self.models.unet
+        forward = convert_outputs_to_fp32(torch.autocast("cpu", HALF)(unet.forward))
+        with like_cuda(), patch.object(unet, "forward", forward), LiveBytes(unet, *modules) as counter:
+            yield counter
 
 
 @contextmanager
-def without_content(*modules: nn.Module) -> Iterator[None]:
-    """A fake mode, and modules of the meta device that say inside of it that they are on the CPU.
+def training(flags: str, make: Callable[[], UNet2DConditionModel] = make_unet, side: int = SIDE) -> Iterator[Training]:
+    """A run's models as the trainer makes them, with tensors that have no content.
 
-    Autocast knows no meta device, and `Module.to` cannot exchange fake parameters. The modules are not put back.
+    Modules of fake tensors can be neither cast nor given a LoRA. So they are made on the meta device, which autocast
+    does not know, and get fake tensors of the CPU then.
     """
-    with FakeTensorMode():
-        for part in {part for module in modules for part in module.modules()}:
-            for name, own in list(part.named_parameters(recurse=False)):
-                empty = torch.empty(own.shape, dtype=own.dtype)
-                part.register_parameter(name, nn.Parameter(empty, requires_grad=own.requires_grad))
-            for name, own in list(part.named_buffers(recurse=False)):
-                part.register_buffer(name, torch.empty(own.shape, dtype=own.dtype))
-            part.eval()
-        yield
-
-
-def parse_flags(flags: str) -> Flags:
     required = ["--pretrained_model_name_or_path", "model", "--train_data_dir", "portraits"]
-    return parse_args([*required, "--mixed_precision", "bf16", *shlex.split(flags)])
-
-
-def parameter_bytes(module: nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in module.parameters())
+    given = parse_args([*required, "--mixed_precision", "bf16", *shlex.split(flags)])
+    with torch.device("meta"):
+        pipeline, clip = make_pipeline(make()), make_clip()
+        del clip.text_model, clip.text_projection
+        unet = pipeline.unet
+        halves = [module.bfloat16() for module in (unet, pipeline.vae, pipeline.text_encoder)]
+        for module in (*halves, clip):
+            module.requires_grad_(False).eval()
+        unet.add_adapter(lora_config(StableDiffusion, given.lora, unet))
+        keep_in_float32(unet, "default")
+        if given.model.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        models = Models(StableDiffusion, pipeline, torch.device("cpu"))
+        if given.method.stage2_objective != "paper":
+            models.add_teacher(models.lora())
+    with FakeTensorMode():
+        for part in (part for module in (*halves, clip) for part in module.modules()):
+            for name, own in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
+                empty = torch.empty(own.shape, dtype=own.dtype)
+                setattr(part, name, nn.Parameter(empty, own.requires_grad) if isinstance(own, nn.Parameter) else empty)
+        models.adapters = Adapters(unet)
+        judges = [pipeline.vae, clip] if uses_enhancement(given.method, given.paper) else []
+        objective, rows = given.method.stage2_objective, given.loop.train_batch_size
+        yield Training(objective, models, clip, judges, rows, side)
 
 
 # ------------------------------------------------------------------------------------------------- parts of a training
 
 
-@contextmanager
-def counting(*modules: nn.Module) -> Iterator[LiveBytes]:
-    """Count what happens inside, on top of these modules' parameters."""
-    with like_cuda(), LiveBytes(*modules) as counter:
-        yield counter
-
-
-@contextmanager
-def autocast_forward(unet: UNet2DConditionModel) -> Iterator[None]:
-    """Inside, the UNet's forward is as accelerate makes it: under autocast, with an answer in float32."""
-    forward = unet.forward
-
-    def wrapped(*args: Any, **kwargs: Any) -> tuple[Tensor]:
+@torch.no_grad()
+def pictures_peaks(run: Training) -> dict[str, int]:
+    """What comes before the steps: one portrait encoded beside all models; two batches' alignment portraits, for which
+    guidance doubles the rows, and two validation pictures; the paths that the SFCMs of two batches come from.
+    """
+    vae, side, others = run.models.pipeline.vae, run.side, (run.models.pipeline.vae, run.models.pipeline.text_encoder)
+    with run.counting(*others, *run.judges) as preparing:
+        vae.encode(torch.empty(1, 3, 8 * side, 8 * side, dtype=HALF)).latent_dist.mode()
+    with run.counting(*others, *run.judges) as drawing:
+        with run.models.adapters.only(None):
+            run.predict(4 * run.rows)
         with torch.autocast("cpu", HALF):
-            return (forward(*args, **kwargs)[0].float(),)
-
-    with patch.object(unet, "forward", wrapped):
-        yield
-
-
-@dataclass
-class UNetInputs:
-    """A batch of noisy latents (B, 4, H, W), timesteps (B,) and prompts."""
-
-    latents: Tensor
-    timesteps: Tensor
-    prompts: PromptEmbeds
-
-    @classmethod
-    def make(cls, unet: UNet2DConditionModel, rows: int, side: int = SIDE) -> UNetInputs:
-        return cls(
-            torch.empty(rows, unet.config.in_channels, side, side),
-            torch.zeros(rows, dtype=torch.long),
-            PromptEmbeds(torch.empty(rows, TOKENS, unet.config.cross_attention_dim, dtype=HALF)),
-        )
-
-    def predict(self, unet: UNet2DConditionModel) -> Tensor:
-        return StableDiffusion.predict(unet, self.latents, self.timesteps, self.prompts)
-
-    def both_paths(
-        self, unet: UNet2DConditionModel, store: CrossAttentionStore
-    ) -> AbstractContextManager[DualPathOutput]:
-        predict = partial(StableDiffusion.predict, unet)
-        given = (self.latents, self.timesteps, self.prompts, self.prompts)
-        return dual_path(Adapters(unet), predict, *given, store=store)
+            vae.decode(torch.empty(2, 4, side, side, dtype=HALF), return_dict=False)
+    with run.counting(*run.judges) as mapping, run.both_paths(2 * run.rows):
+        pass
+    return {"preparing": preparing.peak, "drawing": drawing.peak, "mapping": mapping.peak}
 
 
-@torch.no_grad()
-def preparing_peak(models: Models) -> int:
-    """One portrait is encoded beside all models."""
-    judges = [models.clip] if models.judges else []
-    with counting(models.vae, models.unet, models.text_encoder, *judges) as counter:
-        models.vae.encode(torch.empty(1, 3, 8 * SIDE, 8 * SIDE, dtype=HALF)).latent_dist.mode()
-    return counter.peak
-
-
-@torch.no_grad()
-def drawing_peak(models: Models) -> int:
-    """Two batches' alignment portraits at once, and two validation pictures; guidance doubles the rows."""
-    unet = models.unet
-    with counting(unet, models.text_encoder, models.vae, *models.judges) as counter, autocast_forward(unet):
-        with active_adapters(unet, None):
-            UNetInputs.make(unet, 4 * models.flags.loop.train_batch_size).predict(unet)
-        with torch.autocast("cpu", HALF):
-            models.vae.decode(torch.empty(2, 4, SIDE, SIDE, dtype=HALF), return_dict=False)
-    return counter.peak
-
-
-@torch.no_grad()
-def mapping_peak(models: Models) -> int:
-    """The captured paths that the SFCMs of two batches come from."""
-    unet = models.unet
-    with counting(unet, *models.judges) as counter, autocast_forward(unet), capture_cross_attention(unet) as store:
-        inputs = UNetInputs.make(unet, 2 * models.flags.loop.train_batch_size)
-        with inputs.both_paths(unet, store):
-            pass
-    return counter.peak
-
-
-def diffusion_backward(models: Models, inputs: UNetInputs, enhance: bool, small: bool = True) -> None:
-    """The diffusion loss, and the enhancement loss of portraits that are decoded `small` or in full."""
-    pred = inputs.predict(models.unet)
+def diffusion_backward(run: Training, enhance: bool = False) -> None:
+    """The diffusion loss, and the enhancement loss of portraits that are decoded small."""
+    pred = run.predict(run.rows)
     loss = diffusion_loss(pred, torch.empty_like(pred)).mean()
     if enhance:
-        side = models.clip.config.vision_config.image_size // 8
-        latents = F.interpolate(pred, (side, side), mode="bilinear", antialias=True) if small else pred
-        pixels = models.vae.decode(latents.to(HALF), return_dict=False)[0]
-        embeds = embed_pixels(models.clip, CLIPImageProcessorPil(), pixels)
+        side = run.clip.config.vision_config.image_size // 8
+        latents = F.interpolate(pred, (side, side), mode="bilinear", antialias=True)
+        pixels = run.models.pipeline.vae.decode(latents.to(HALF), return_dict=False)[0]
+        embeds = embed_pixels(run.clip, CLIPImageProcessorPil(), pixels)
         loss = loss + F.cosine_similarity(embeds, torch.empty_like(embeds)).mean()
     torch.autograd.backward(loss)
 
 
-def composed_backward(models: Models, inputs: UNetInputs) -> None:
+def composed_backward(run: Training) -> None:
     """The composed loss: reference, and teacher with both prompts, without gradient; then the response."""
-    unet, rows = models.unet, len(inputs.latents)
+    adapters = run.models.adapters
     with torch.no_grad():
-        with active_adapters(unet, None):
-            reference = inputs.predict(unet)
-        with active_adapters(unet, TEACHER):
-            full, base = UNetInputs.make(unet, 2 * rows, inputs.latents.shape[-1]).predict(unet).chunk(2)
+        with adapters.only(None):
+            reference = run.predict(run.rows)
+        with adapters.only(STAGE1_ADAPTER):
+            full, base = run.predict(2 * run.rows).chunk(2)
     target = compose_prediction(reference, full, base, torch.empty_like(reference[:, :1]), 2.0)
-    torch.autograd.backward(diffusion_loss(inputs.predict(unet), target).mean())
+    torch.autograd.backward(diffusion_loss(run.predict(run.rows), target).mean())
 
 
-def alignment_backward(models: Models, inputs: UNetInputs) -> None:
+def alignment_backward(run: Training) -> None:
     """The text-consistent and the fine-grained loss, and the one that keeps predictions."""
-    unet, rows = models.unet, len(inputs.latents)
-    sfcm = torch.empty_like(inputs.latents[:, :1])
-    positions = torch.zeros(rows, MATCHED_TOKENS, dtype=torch.long)
-    padding = torch.ones(rows, TOKENS, dtype=torch.bool)
-    with (
-        capture_cross_attention(unet) as store,
-        inputs.both_paths(unet, store) as paths,
-    ):
-        reference, response = paths.reference, paths.response
-        resolutions = list(reference.resolutions.values())
-        probs = [list(features.attention_probs.values()) for features in (response, reference)]
+    sfcm = torch.empty(run.rows, 1, run.side, run.side)
+    positions = torch.zeros(run.rows, MATCHED_TOKENS, dtype=torch.long)
+    padding = torch.ones(run.rows, TOKENS, dtype=torch.bool)
+    with run.both_paths(run.rows) as paths:
+        resolutions = list(paths.reference.resolutions.values())
+        probs, queries = (
+            [list(getattr(features, name).values()) for features in (paths.response, paths.reference)]
+            for name in ("attention_probs", "queries")
+        )
         matched = positions, positions, positions == 0
         text = text_consistent_loss(*probs, resolutions, sfcm, *matched, padding, padding)
-        fine = fine_grained_loss(list(response.queries.values()), list(reference.queries.values()), resolutions, sfcm)
+        fine = fine_grained_loss(*queries, resolutions, sfcm)
         base = diffusion_loss(paths.response_pred, paths.reference_pred)
         torch.autograd.backward((text + fine + base).mean())
 
 
-Term = Callable[[Models, UNetInputs], None]
-
-
-def stage_terms(flags: Flags, small: bool = True) -> list[Term]:
-    """Forward and backward of each term of a step in stage 2, and with the last one of stage 1."""
-    terms = [] if flags.method.stage2_objective == "composed" else [alignment_backward]
-    terms += [] if flags.method.stage2_objective == "paper" else [composed_backward]
-    return [*terms, partial(diffusion_backward, enhance=uses_enhancement(flags.method, flags.paper), small=small)]
-
-
-def steps_peak(models: Models, side: int = SIDE, terms: Sequence[Term] | None = None) -> int:
+def step_peak(run: Training, terms: Sequence[Callable[[Training], None]] | None = None) -> int:
     """Terms one after another (default: those of both stages), with the trained LoRA's gradients and AdamW's state."""
-    flags, unet = models.flags, models.unet
-    trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-    with counting(unet, *models.judges) as counter, autocast_forward(unet):
+    if terms is None:
+        terms = [] if run.objective == "composed" else [alignment_backward]
+        terms += [] if run.objective == "paper" else [composed_backward]
+        terms += [partial(diffusion_backward, enhance=bool(run.judges))]
+    trained = run.models.adapters.parameters("default")
+    with run.counting(*run.judges) as counter:
         state = [torch.zeros_like(parameter) for parameter in trained for _ in range(2)]
-        inputs = UNetInputs.make(unet, flags.loop.train_batch_size, side)
-        for term in stage_terms(flags) if terms is None else terms:
-            term(models, inputs)
+        for term in terms:
+            term(run)
         for parameter in trained:
             parameter.grad = None
         del state
@@ -390,47 +294,27 @@ def steps_peak(models: Models, side: int = SIDE, terms: Sequence[Term] | None = 
 # -------------------------------------------------------------------------------------------------------------- report
 
 
-PARTS = {"preparing": preparing_peak, "drawing": drawing_peak, "mapping": mapping_peak, "a step": steps_peak}
+def parameter_bytes(module: nn.Module) -> int:
+    """Without a LoRA's."""
+    return sum(parameter.nbytes for name, parameter in module.named_parameters() if ".lora_" not in name)
 
 
-def estimate(flags: str) -> dict[str, int]:
-    """Most bytes alive at once in each part of a training with these flags."""
-    models = make_models(flags)
-    with without_content(models.unet, models.vae, models.text_encoder, models.clip):
-        return {name: peak(models) for name, peak in PARTS.items()}
-
-
-def print_presets() -> None:
+def main(input_args: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="All flags are those of a training.")
+    asked = shlex.join(parser.parse_known_args(input_args)[1])
     lines, details = [], []
-    for card, flags in PRESETS.items():
-        peaks = estimate(flags)
-        lines.append([f"{card} GB", f"`{flags}`", f"{max(peaks.values()) / GIB:.1f} GiB"])
-        details.append(f"{card} GB: " + ", ".join(f"{name} {peak / GIB:.2f}" for name, peak in peaks.items()))
+    for name, flags in {"given": asked}.items() if asked else PRESETS.items():
+        with training(flags) as run:
+            sizes = {**pictures_peaks(run), "a step": step_peak(run)}
+            lines.append([name, f"`{flags}`", f"{max(sizes.values()) / GIB:.1f} GiB"])
+            sizes["a step of a plain LoRA"] = step_peak(run, [diffusion_backward])
+            frozen = {part: getattr(run.models.pipeline, part) for part in ("unet", "vae", "text_encoder")}
+            sizes |= {part: parameter_bytes(module) for part, module in {**frozen, "clip": run.clip}.items()}
+            count = sum(map(torch.numel, run.models.adapters.parameters("default")))
+        described = ", ".join(f"{label} {size / GIB:.2f}" for label, size in sizes.items())
+        details.append(f"{described}; LoRA with gradient and AdamW's state {16 * count / MIB:.0f} MiB")
     print(markdown_table(["GPU", "flags, besides `--mixed_precision`", "counted"], lines))
     print("GiB of each part:", *details, sep="\n- ")
-
-
-def print_figures() -> None:
-    """The models' own sizes, and what the smaller decoding saves."""
-    models = make_models(ONE_PORTRAIT)
-    # The frozen UNet is what is not the LoRA's float32.
-    unet = sum(parameter.nbytes for parameter in models.unet.parameters() if parameter.dtype == HALF)
-    sizes = {"UNet": unet, "VAE": parameter_bytes(models.vae)}
-    sizes |= {"text encoder": parameter_bytes(models.text_encoder), "CLIP": parameter_bytes(models.clip)}
-    print("\nGiB of the frozen models:", ", ".join(f"{name} {size / GIB:.2f}" for name, size in sizes.items()))
-    trained = [parameter for parameter in models.unet.parameters() if parameter.requires_grad]
-    count, size = sum(map(torch.numel, trained)), sum(parameter.nbytes for parameter in trained)
-    print(f"The default LoRA: {count / 1e6:.1f} million parameters; AdamW's state {2 * size / MIB:.0f} MiB, ", end="")
-    print(f"with gradients {3 * size / MIB:.0f} MiB")
-    with without_content(models.unet, models.vae, models.clip):
-        small, full = (steps_peak(models, terms=stage_terms(models.flags, small)) for small in (True, False))
-    print(f"A step of `{ONE_PORTRAIT}`: {small / GIB:.1f} GiB, decoded in full {full / GIB:.1f} GiB")
-
-
-def main(input_args: list[str] | None = None) -> None:
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args(input_args)
-    print_presets()
-    print_figures()
 
 
 if __name__ == "__main__":

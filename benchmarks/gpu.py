@@ -12,9 +12,8 @@ Source: [ours].
 from __future__ import annotations
 
 import argparse
-import faulthandler
 import importlib.metadata
-import json
+import multiprocessing
 import os
 import pkgutil
 import platform
@@ -26,14 +25,17 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
-from itertools import takewhile
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from benchmarks.parts.tables import markdown_table
+
 
 PRECISIONS = ("float32", "tf32", "bf16", "fp16")
 HALVES = ("bf16", "fp16")
@@ -88,8 +90,8 @@ ROWS = [
         for objective in ("composed", "paper")
         for precision in PRECISIONS
     ),
-    Row("training/composed/8-bit AdamW", own("eight_bits")),
-    Row("training/composed/xformers", own("xformers"), device="cuda"),
+    Row("training/composed/8-bit AdamW", own("option"), ("bitsandbytes",)),
+    Row("training/composed/xformers", own("option"), ("xformers",), device="cuda"),
     *(Row(f"resume/{precision}", own("resume"), (precision,), limit=90) for precision in HALVES),
     *(Row(f"pipeline/{precision}", own("pipeline"), (precision,)) for precision in ("float32", *HALVES)),
     Row("pipeline/fp16/model offload", own("pipeline"), ("fp16", "offload"), device="cuda"),
@@ -134,26 +136,13 @@ class Result:
     cells: dict[str, str] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     missing: str = ""
+    seconds: float = 0.0
 
     @property
     def verdict(self) -> str:
         if self.faults:
             return f"{FAILED}: {'; '.join(self.faults)}"
         return f"{NOT_HERE}: {self.missing}" if self.missing else OK
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A row's line in the table."""
-
-    name: str
-    verdict: str
-    cells: dict[str, str] = field(default_factory=dict)
-    seconds: float = 0.0
-
-    @property
-    def failed(self) -> bool:
-        return self.verdict.startswith(FAILED)
 
 
 @dataclass
@@ -167,112 +156,91 @@ class Bench:
     kept: dict[str, Any] = field(default_factory=dict)
 
 
-# ------------------------------------------------------------------------------------------------------ in the process
+# ------------------------------------------------------------------------------------------------------- the processes
 
 
-def work(task: dict[str, Any]) -> None:
-    """Run the rows of a task, and write the outcome of each as soon as it is there.
+def work(rows: Sequence[Row], bench: Bench, results: Connection, log: Path) -> None:
+    """In a process of its own: send None once the first row can begin, then the result of each row.
 
-    A row that raises or takes too long ends the process; whoever started it goes on with the next row.
+    A row that raises ends the process; whoever started it goes on with the next row.
     """
-    faulthandler.dump_traceback_later(START, exit=True)
-    folder, rows = Path(task["folder"]), [Row(**{**row, "arguments": tuple(row["arguments"])}) for row in task["rows"]]
-    bench = Bench(task["device"], folder.parent, task["steps"])
+    os.environ |= ENVIRONMENT
+    if bench.device == "cpu":
+        os.environ |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    with log.open("w", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     functions = [pkgutil.resolve_name(row.function) for row in rows]
     if bench.device == "cuda":
         import torch
 
         if not torch.cuda.is_available():
             raise SystemExit("torch sees no CUDA card; --device cpu runs what a CPU can")
-    (folder / "started").touch()
+    results.send(None)
     for row, function in zip(rows, functions, strict=True):
-        limit = min(row.limit * PATIENCE[bench.device], task["deadline"] - time.time())
-        if limit <= 0:
-            return
-        faulthandler.dump_traceback_later(limit, exit=True)
         start = time.perf_counter()
         result = function(bench, *row.arguments)
-        outcome = Outcome(row.name, result.verdict, result.cells, time.perf_counter() - start)
-        outcome_file(folder, row).write_text(json.dumps(asdict(outcome)), encoding="utf-8")
-        print(describe(outcome), flush=True)
-    faulthandler.cancel_dump_traceback_later()
+        result.seconds = time.perf_counter() - start
+        results.send(result)
 
 
-def outcome_file(folder: Path, row: Row) -> Path:
-    return folder / f"{row.name.replace('/', '-')}.json"
+def run_rows(rows: Sequence[Row], bench: Bench, deadline: float, log: Path) -> dict[str, Result]:
+    """The results of rows that share a process; one that ends it is followed by a new process for the others.
 
-
-def describe(outcome: Outcome) -> str:
-    cells = "".join(f", {name} {value}" for name, value in outcome.cells.items())
-    return f"{outcome.name}: {outcome.verdict} ({outcome.seconds:.1f} s{cells})"
-
-
-# ----------------------------------------------------------------------------------------------------------- around it
-
-
-def run_rows(rows: Sequence[Row], device: str, steps: int, deadline: float, folder: Path) -> list[Outcome]:
-    """The outcomes of rows that share a process; one that ends it is followed by a new process for the others.
-
-    At the deadline, in seconds since the epoch, no row runs any more. What rows write lies in the folder's parent.
+    At the deadline, in seconds since the epoch, no row runs any more.
     """
-    folder.mkdir()
-    outcomes = [Outcome(row.name, f"{NOT_HERE}: {row.device} only") for row in rows if row.device not in ("", device)]
-    left = [row for row in rows if row.device in ("", device)]
+    results = {row.name: Result(missing=f"{row.device} only") for row in rows}
+
+    def keep(row: Row, result: Result) -> None:
+        results[row.name] = result
+        cells = "".join(f", {column} {value}" for column, value in result.cells.items())
+        print(f"{row.name}: {result.verdict} ({result.seconds:.1f} s{cells})", file=sys.stderr, flush=True)
+
+    left, context = [row for row in rows if row.device in ("", bench.device)], multiprocessing.get_context("spawn")
     while left and time.time() < deadline:
-        task = {"rows": list(map(asdict, left)), "device": device, "steps": steps, "deadline": deadline}
-        code, reason, started = run_process({**task, "folder": str(folder)}, folder)
-        done = list(takewhile(lambda row: outcome_file(folder, row).is_file(), left))
-        outcomes += [Outcome(**json.loads(outcome_file(folder, row).read_text(encoding="utf-8"))) for row in done]
-        left = left[len(done) :]
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=work, args=(left, bench, sender, log))
+        process.start()
+        sender.close()  # the process alone holds it, so that its end is noticed
+        started, reason = False, "it took longer than it may"
+        try:
+            while left:
+                limit = left[0].limit * PATIENCE[bench.device] if started else START
+                if not receiver.poll(max(0, min(limit, deadline - time.time()))):
+                    break
+                result = receiver.recv()
+                if started:
+                    keep(left.pop(0), result)
+                started = True
+        except EOFError:
+            process.join()
+            reason = reason_of(log, process.exitcode)
+        process.kill()
+        process.join()
         # A process that never came to a row would come to none the next time.
-        ended = left[:1] if started else left
-        outcomes += [Outcome(row.name, f"{FAILED}: {reason}") for row in ended]
-        left = left[len(ended) :]
-        if code != 0 and not ended:
-            outcomes[-1] = replace(outcomes[-1], verdict=f"{FAILED}: all was done, then {reason}")
-    outcomes += [Outcome(row.name, f"{FAILED}: no time was left for it") for row in left]
-    order = [row.name for row in rows]
-    return sorted(outcomes, key=lambda outcome: order.index(outcome.name))
+        ended, left = (left[:1], left[1:]) if started else (left, [])
+        for row in ended:
+            keep(row, Result(faults=[reason]))
+    return results | {row.name: Result(faults=["no time was left for it"]) for row in left}
+
+
+def reason_of(log: Path, code: int) -> str:
+    """Why a process ended, from what it wrote."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    print("\n".join(lines[-40:]), file=sys.stderr, flush=True)
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+    return f"status {code}: {' '.join(last.split())}"[:300].replace("|", "/")
 
 
 def run_side_by_side(
-    processes: Sequence[Sequence[str]], options: argparse.Namespace, deadline: float, folder: Path
-) -> list[Outcome]:
-    """The outcomes of the chosen rows of some sections; a CPU has no room for more than one process."""
-    groups = [[row for row in options.rows if row.section in sections] for sections in processes]
-    with ThreadPoolExecutor(1 if options.device == "cpu" else len(groups)) as pool:
-        futures = [
-            pool.submit(run_rows, rows, options.device, options.steps, deadline, folder / f"process-{rows[0].section}")
-            for rows in groups
-            if rows
-        ]
-        return [outcome for future in futures for outcome in future.result()]
-
-
-def run_process(task: dict[str, Any], folder: Path) -> tuple[int, str, bool]:
-    """Run a task in a process of its own: its exit status, why it ended, and whether it had come to its first row."""
-    file, log = folder / "task.json", folder / "log.txt"
-    file.write_text(json.dumps(task), encoding="utf-8")
-    (folder / "started").unlink(missing_ok=True)
-    environment = {**os.environ, **ENVIRONMENT}
-    if task["device"] == "cpu":
-        environment |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(Path(__file__).resolve()), "--task", str(file)]
-    with log.open("w", encoding="utf-8") as errors:
-        # What it says of its rows belongs to this process's progress, and the table alone to its output.
-        code = subprocess.run(command, stdout=2, stderr=errors, env=environment).returncode
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    if code != 0:
-        print("\n".join(lines[-40:]), file=sys.stderr, flush=True)
-    return code, reason_of(lines, code), (folder / "started").exists()
-
-
-def reason_of(lines: Sequence[str], code: int) -> str:
-    """Why a process ended, from what it wrote."""
-    if any(line.startswith("Timeout (") for line in lines):
-        return "it took longer than it may"
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
-    return f"status {code}: {' '.join(last.split())}"[:300].replace("|", "/")
+    processes: Sequence[Sequence[str]], rows: Sequence[Row], bench: Bench, deadline: float
+) -> dict[str, Result]:
+    """The results of the rows of some sections; a CPU has no room for more than one process."""
+    groups = [[row for row in rows if row.section in sections] for sections in processes]
+    with ThreadPoolExecutor(1 if bench.device == "cpu" else len(groups)) as pool:
+        logs = [bench.folder / f"{sections[0]}.log" for sections in processes]
+        found = pool.map(lambda group, log: run_rows(group, bench, deadline, log), groups, logs)
+        return {name: result for results in found for name, result in results.items()}
 
 
 # -------------------------------------------------------------------------------------------------------------- report
@@ -292,23 +260,23 @@ def describe_machine(device: str) -> list[str]:
     return [card, ", ".join(versions)]
 
 
-def section_table(outcomes: Sequence[Outcome]) -> str:
+def section_table(results: dict[str, Result]) -> str:
     """A markdown table with all columns that any of its rows has."""
-    columns = list(dict.fromkeys(name for outcome in outcomes for name in outcome.cells))
-    lines = [["row", *columns, "s", "verdict"], ["---"] * (len(columns) + 3)]
-    for own in outcomes:
-        cells = [own.cells.get(name, "-") for name in columns]
-        lines.append([", ".join(own.name.split("/")[1:]), *cells, f"{own.seconds:.1f}", own.verdict])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    columns = list(dict.fromkeys(name for result in results.values() for name in result.cells))
+    lines = []
+    for name, own in results.items():
+        cells = [own.cells.get(column, "-") for column in columns]
+        lines.append([", ".join(name.split("/")[1:]), *cells, f"{own.seconds:.1f}", own.verdict])
+    return markdown_table(["row", *columns, "s", "verdict"], lines)
 
 
-def report(outcomes: Sequence[Outcome], device: str, command: str, seconds: float) -> str:
+def report(results: dict[str, Result], device: str, command: str, seconds: float) -> str:
     """All of it as markdown."""
-    failed = [outcome.name for outcome in outcomes if outcome.failed]
-    summary = f"{len(outcomes)} rows in {seconds:.0f} s, {len(failed)} failed" + "".join(f"\n- {n}" for n in failed)
+    failed = [name for name, result in results.items() if result.faults]
+    summary = f"{len(results)} rows in {seconds:.0f} s, {len(failed)} failed" + "".join(f"\n- {n}" for n in failed)
     parts = ["# On a GPU", *describe_machine(device), f"`{command}`", summary]
     for section, text in SECTIONS.items():
-        rows = [outcome for outcome in outcomes if outcome.name.split("/")[0] == section]
+        rows = {name: result for name, result in results.items() if name.split("/")[0] == section}
         if rows:
             parts += [f"## {section}", text, section_table(rows).rstrip()]
     return "\n\n".join(parts) + "\n"
@@ -318,11 +286,10 @@ def chosen_rows(names: Sequence[str] | None) -> list[Row]:
     """The rows whose names begin with one of these, part by part. Raises ValueError for a name that begins none's."""
     if names is None:
         return list(ROWS)
-    own = {name: [row for row in ROWS if f"{row.name}/".startswith(f"{name}/")] for name in names}
-    for name, rows in own.items():
-        if not rows:
+    for name in names:
+        if not any(f"{row.name}/".startswith(f"{name}/") for row in ROWS):
             raise ValueError(f"--rows {name}: no row's name begins so; {', '.join(SECTIONS)} are the sections")
-    return [row for row in ROWS if any(row in rows for rows in own.values())]
+    return [row for row in ROWS if f"{row.name}/".startswith(tuple(f"{name}/" for name in names))]
 
 
 def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
@@ -332,11 +299,10 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=6, help="Of each stage, and timed ones.")
     parser.add_argument("--minutes", type=float, help="After them no row runs any more; 7.5, and 75 on a CPU.")
     parser.add_argument("--output", type=Path, help="Write the tables to this file, too.")
-    parser.add_argument("--task", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(input_args)
     if options.steps < 2:
         parser.error(f"--steps must be at least 2, got {options.steps}")
-    if options.device == "cuda" and options.task is None and shutil.which("nvidia-smi") is None:
+    if options.device == "cuda" and shutil.which("nvidia-smi") is None:
         parser.error("--device cuda: nvidia-smi is not there, so no CUDA card is; --device cpu runs what a CPU can")
     if options.minutes is None:
         options.minutes = 7.5 * PATIENCE[options.device]
@@ -350,19 +316,17 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
 def main(input_args: Sequence[str] | None = None) -> int:
     """The exit status: 1 if a row failed."""
     options = parse_args(input_args)
-    if options.task is not None:
-        work(json.loads(options.task.read_text(encoding="utf-8")))
-        return 0
     command = shlex.join(["python", "benchmarks/gpu.py", *(sys.argv[1:] if input_args is None else input_args)])
-    outcomes, start = [], time.time()
+    results, start = {}, time.time()
     with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(options.device, Path(folder), options.steps)
         for processes in PHASES:
-            outcomes += run_side_by_side(processes, options, start + 60 * options.minutes, Path(folder))
-            text = report(outcomes, options.device, command, time.time() - start)
+            results |= run_side_by_side(processes, options.rows, bench, start + 60 * options.minutes)
+            text = report(results, options.device, command, time.time() - start)
             if options.output is not None:
                 options.output.write_text(text, encoding="utf-8")
     print(text)
-    return int(any(outcome.failed for outcome in outcomes))
+    return int(any(result.faults for result in results.values()))
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ import torch
 from safetensors.torch import load_file
 
 from adapters import active_adapters
-from benchmarks import step_cost
+from benchmarks import cost
 from benchmarks.estimate_memory import GIB, PRESETS
-from benchmarks.gpu import MODELS, ROOT, Bench, Result
+from benchmarks.gpu import MODELS, ROOT, STEPS, Bench, Result
 from benchmarks.parts import trainer
 from benchmarks.random_stable_diffusion import write_model
 from loras import LORA_WEIGHTS
@@ -31,7 +31,7 @@ from toy_portraits.recipe import BASE_MODEL, LORA, training_flags
 
 
 TARGET = "blonde_hair"
-QUIET = "--report_to none --num_validation_images 0 --checkpointing_steps 0"
+QUIET = "--report_to none --checkpointing_steps 0 --num_validation_images 0"
 SMALL = "--alignment_inference_steps 2 --sfcm_noise_samples 1"
 # Half precision takes a CPU without instructions for it twenty times as long as float32.
 COUNTS = {
@@ -103,23 +103,23 @@ def training(bench: Bench, objective: str, precision: str) -> Result:
     return compare_updates(own, reference, objective, *TOLERANCES[precision])
 
 
-def eight_bits(bench: Bench) -> Result:
-    """AdamW's state in 8 bits against 32, at a rank whose matrices are large enough for bitsandbytes to do so."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        return Result(missing="bitsandbytes is not installed")
+# Flags that need a package, those beside them, and tolerances; bitsandbytes keeps AdamW's state of small matrices as
+# it is.
+OPTIONS = {
+    "bitsandbytes": ("--use_8bit_adam", "--rank 256 --lora_alpha 256", (0.1, 0.9)),
+    "xformers": ("--enable_xformers_memory_efficient_attention", "", TOLERANCES["fp16"]),
+}
+
+
+def option(bench: Bench, package: str) -> Result:
+    """Stage 2's update with the flag that needs a package, against the one without."""
+    if importlib.util.find_spec(package) is None:
+        return Result(missing=f"{package} is not installed")
+    flag, others, tolerances = OPTIONS[package]
     precision = "fp16" if bench.device == "cuda" else "float32"
-    whole = run_toy(bench, "32-bits", precision, "--rank 256 --lora_alpha 256")
-    small = run_toy(bench, "8-bits", precision, "--rank 256 --lora_alpha 256 --use_8bit_adam")
-    return compare_updates(small, whole, "composed", 0.1, 0.9)
-
-
-def xformers(bench: Bench) -> Result:
-    """xformers in self-attention against torch's attention."""
-    if importlib.util.find_spec("xformers") is None:
-        return Result(missing="xformers is not installed")
-    whole = run_toy(bench, "composed-fp16", "fp16", "--stage2_objective composed")
-    own = run_toy(bench, "xformers", "fp16", "--enable_xformers_memory_efficient_attention")
-    return compare_updates(own, whole, "composed", *TOLERANCES["fp16"])
+    whole = run_toy(bench, f"without-{package}", precision, others)
+    own = run_toy(bench, f"with-{package}", precision, f"{others} {flag}")
+    return compare_updates(own, whole, "composed", *tolerances)
 
 
 def resume(bench: Bench, precision: str) -> Result:
@@ -154,22 +154,14 @@ PROMPT, WANTED = "a woman, a green jacket, a purple background", "blonde hair"
 PIXELS = {"float32": 0.001, "bf16": 0.01, "fp16": 0.002}
 
 
-def load_toy(dtype: torch.dtype) -> SPFPortraitPipeline:
-    """The toy base model with the LoRA beside it."""
-    pipeline = SPFPortraitPipeline.from_pretrained(BASE_MODEL, safety_checker=None, dtype=dtype)
-    pipeline.load_lora_weights(LORA)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 def draw(pipeline: SPFPortraitPipeline, **options: Any) -> Any:
     """Two portraits of fixed noise, which some versions of torch draw in another way in half precision."""
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
     config, side = pipeline.unet.config, pipeline.unet.config.sample_size
     noise = torch.stack([torch.randn(config.in_channels, side, side, generator=own) for own in generators])
-    options["latents"] = noise.to(pipeline.text_encoder.dtype)
     options |= {"num_images_per_prompt": 2, "num_inference_steps": PICTURE_STEPS, "guidance_scale": 5.0}
-    return pipeline(PROMPT, generator=generators, output_type="np", **options)
+    noise = noise.to(pipeline.text_encoder.dtype)
+    return pipeline(PROMPT, generator=generators, latents=noise, output_type="np", **options)
 
 
 def draw_all(pipeline: SPFPortraitPipeline, few: bool = False) -> dict[str, np.ndarray]:
@@ -185,15 +177,11 @@ def draw_all(pipeline: SPFPortraitPipeline, few: bool = False) -> dict[str, np.n
     return found
 
 
-def reference_pictures(bench: Bench) -> dict[str, np.ndarray]:
-    """What float32 draws on the CPU."""
-    if "pictures" not in bench.kept:
-        bench.kept["pictures"] = draw_all(load_toy(torch.float32))
-    return bench.kept["pictures"]
-
-
-def put(pipeline: SPFPortraitPipeline, device: str, way: str) -> None:
-    """Onto the device, in one of the ways that diffusers knows."""
+def load_toy(dtype: torch.dtype, device: str = "cpu", way: str = "") -> SPFPortraitPipeline:
+    """The toy base model with the LoRA beside it on the device, in one of the ways that diffusers knows."""
+    pipeline = SPFPortraitPipeline.from_pretrained(BASE_MODEL, safety_checker=None, dtype=dtype)
+    pipeline.load_lora_weights(LORA)
+    pipeline.set_progress_bar_config(disable=True)
     if way == "offload":
         pipeline.enable_model_cpu_offload()
     elif way == "sequential":
@@ -202,15 +190,16 @@ def put(pipeline: SPFPortraitPipeline, device: str, way: str) -> None:
         pipeline.to(device)
     if way == "compile":
         pipeline.unet = torch.compile(pipeline.unet)
+    return pipeline
 
 
 def pipeline(bench: Bench, precision: str, way: str = "") -> Result:
     """Pictures and maps against float32's on the CPU, and the halves of `compare` against two calls."""
-    expected = reference_pictures(bench)
-    own = load_toy(DTYPES[precision])
-    put(own, bench.device, way)
+    if "pictures" not in bench.kept:
+        bench.kept["pictures"] = draw_all(load_toy(torch.float32))
+    expected = bench.kept["pictures"]
     # Each kind of call is compiled anew, which takes long.
-    found = draw_all(own, few=way == "compile")
+    found = draw_all(load_toy(DTYPES[precision], bench.device, way), few=way == "compile")
     cells, faults, limit = {}, [], PIXELS[precision]
     for name, values in found.items():
         if not np.isfinite(values).all():
@@ -222,8 +211,9 @@ def pipeline(bench: Bench, precision: str, way: str = "") -> Result:
                 faults.append(f"{name} is further than {limit:g} from float32's on average")
     pairs = [(name, f"{name} alone") for name in ("portrait", "original") if f"{name} alone" in found]
     halves = [differences(found[name], found[alone]) for name, alone in pairs]
-    cells["halves"] = f"{max(own[0] for own in halves):.3f}, {max(own[1] for own in halves):.5f}"
-    if not max(mean for _, mean in halves) <= limit:
+    largest, mean = map(max, zip(*halves, strict=True))
+    cells["halves"] = f"{largest:.3f}, {mean:.5f}"
+    if not mean <= limit:
         faults.append(f"`compare` is further than {limit:g} from two calls on average")
     return Result(cells, faults)
 
@@ -262,9 +252,9 @@ def model_flags(bench: Bench, name: str, precision: str) -> list[str]:
     """Flags of a run of this model on the toy's portraits, without pictures of its own."""
     folder = model_folder(bench, name)
     flags = ["--pretrained_model_name_or_path", str(folder), "--clip_model_name_or_path", str(folder / "clip")]
-    flags += ["--train_data_dir", str(ROOT / "toy_portraits" / TARGET), "--max_train_samples", str(step_cost.BATCH)]
-    flags += ["--resolution", str(MODELS[name].side), "--alignment_inference_steps", "1", "--sfcm_noise_samples", "1"]
-    return [*flags, *shlex.split(FLAGS[precision]), "--report_to", "none", "--checkpointing_steps", "0"]
+    flags += ["--train_data_dir", str(ROOT / "toy_portraits" / TARGET), "--max_train_samples", str(cost.BATCH)]
+    flags += ["--resolution", str(MODELS[name].side), *shlex.split(FLAGS[precision])]
+    return [*flags, "--alignment_inference_steps", "1", "--sfcm_noise_samples", "1", *shlex.split(QUIET)]
 
 
 def forget_runs(bench: Bench) -> None:
@@ -283,17 +273,17 @@ def preset(bench: Bench, name: str, card: int) -> Result:
     output = bench.folder / "runs" / f"preset-{card}"
     flags += [*shlex.split(PRESETS[card]), "--stage1_steps", "1", "--stage2_steps", "2", "--output_dir", str(output)]
     flags += ["--num_alignment_images", "8", "--num_validation_images", "1", "--validation_inference_steps", "1"]
+    cells, cuda = {"flags": f"`{PRESETS[card]}`"}, torch.cuda
     if bench.device == "cuda":
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, (card - 1) * 1e9 / total))
+        total = cuda.get_device_properties(0).total_memory
+        cuda.set_per_process_memory_fraction(min(1.0, (card - 1) * 1e9 / total))
     with trainer.precision_of(bench.device, "bf16"):
         trainer.train_watched(flags)
-    if bench.device != "cuda":
-        return Result({"flags": f"`{PRESETS[card]}`"})
-    torch.cuda.set_per_process_memory_fraction(1.0)
-    cells = {"flags": f"`{PRESETS[card]}`", "peak": f"{torch.cuda.max_memory_allocated() / GIB:.1f} GiB"}
-    cells["reserved"] = f"{torch.cuda.max_memory_reserved() / GIB:.1f} GiB"
-    return Result({**cells, "README": counted(card)})
+    if bench.device == "cuda":
+        cuda.set_per_process_memory_fraction(1.0)
+        peaks = {"peak": cuda.max_memory_allocated(), "reserved": cuda.max_memory_reserved()}
+        cells |= {name: f"{peak / GIB:.1f} GiB" for name, peak in peaks.items()} | {"README": counted(card)}
+    return Result(cells)
 
 
 def counted(card: int) -> str:
@@ -308,23 +298,20 @@ def runs_of(bench: Bench, name: str, size: str, precision: str) -> dict[str, tra
     if key not in bench.kept:
         flags = model_flags(bench, name, precision)
         forget_runs(bench)
-        flags += ["--train_batch_size", str(step_cost.BATCH), "--num_alignment_images", str(step_cost.BATCH)]
-        flags += ["--num_validation_images", "0", "--stage1_steps", "1", "--stage2_steps", "100"]
+        flags += ["--train_batch_size", str(cost.BATCH), "--num_alignment_images", str(cost.BATCH)]
         flags += ["--output_dir", str(bench.folder / "runs" / f"steps-{size}-{precision}")]
-        if size == "tiny":
-            flags += ["--resolution", "64"]
-        names = (step_cost.PLAIN, step_cost.MADE, step_cost.FOUND, "paper")
+        flags += ["--resolution", "64"] if size == "tiny" else []
         with trainer.precision_of(bench.device, precision):
-            bench.kept[key] = step_cost.make_runs(names, flags, 100)
+            bench.kept[key] = cost.make_runs(STEPS, flags, 100)
     return bench.kept[key]
 
 
 def step(bench: Bench, name: str, size: str, precision: str, kind: str) -> Result:
     """Median milliseconds of warm steps of a kind, in all and of the host alone."""
-    run, row = runs_of(bench, name, size, precision)[kind], step_cost.ROWS[kind]
+    run, row = runs_of(bench, name, size, precision)[kind], cost.STEPS[kind]
     times, hosts, losses = [], [], {}
     for number in range(1, bench.steps + 3):
-        step_cost.before_step(run, row, number)
+        row.before(run, number)
         seconds, host, losses = trainer.host_step(run, number, row.stage)
         times.append(seconds)
         hosts.append(host)

@@ -6,10 +6,9 @@ Source: [ours].
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -17,15 +16,12 @@ import torch
 from accelerate.state import AcceleratorState
 
 import train_spf_portrait_lora as trainer
-from toy_portraits.recipe import training_flags
 from training.alignment import prepare_alignment
 from training.arguments import Flags, parse_args, uses_enhancement
-from training.batches import BatchDrawer
 from training.engine import Engine
-from training.enhancement import Enhancement
 from training.flags import OutputFlags
 from training.inputs import check_inputs
-from training.objectives import make_objectives, paper
+from training.objectives import make_objectives
 from training.objectives.composed import Composed
 from training.objectives.objective import Objective, Parts
 
@@ -79,13 +75,6 @@ def with_flags(run: Run, changes: dict[str, Any]) -> Run:
     return Run.make(flags, replace(run.parts, enhancement=enhancement), run.engine)
 
 
-def make_stage1(target: str, output_dir: Path) -> Path:
-    """A LoRA of four steps, since composed alignment needs a teacher."""
-    flags = training_flags(target) + ["--output_dir", str(output_dir), "--report_to", "none"]
-    trainer.main(flags + ["--stage1_steps", "4", "--stage2_steps", "0", "--num_validation_images", "0"])
-    return output_dir
-
-
 # --------------------------------------------------------------------------------------------------------------- steps
 
 
@@ -100,11 +89,6 @@ def now() -> float:
     return time.process_time()
 
 
-def first_step(run: Run) -> int:
-    """Of stage 2."""
-    return run.flags.method.stage1_steps
-
-
 def make_targets(run: Run, step: int) -> None:
     """Make and keep the composed targets of a step without accumulation."""
     for objective in run.composed:
@@ -116,13 +100,6 @@ def take_step(run: Run, step: int, stage: int) -> dict[str, float]:
     """The losses."""
     run.engine.global_step = step
     return trainer.train_step(run.engine, run.parts.models, run.objectives[stage])
-
-
-def timed_step(run: Run, step: int, stage: int = 2) -> tuple[float, dict[str, float]]:
-    """Seconds and losses of a step, by `now`."""
-    start = now()
-    losses = take_step(run, step, stage)
-    return now() - start, losses
 
 
 def host_step(run: Run, step: int, stage: int) -> tuple[float, float, dict[str, float]]:
@@ -148,48 +125,6 @@ def host_step(run: Run, step: int, stage: int) -> tuple[float, float, dict[str, 
     host = time.perf_counter() - start - sum(waits)
     synchronize()
     return time.perf_counter() - start, host, losses
-
-
-@contextmanager
-def timing_parts(run: Run, clock: dict[str, float]) -> Iterator[None]:
-    """Inside, each part of a step adds its seconds to the clock."""
-    owners = [
-        (BatchDrawer, "training", "drawing the batch"),
-        (BatchDrawer, "aligned", "drawing the batch"),
-        (Composed, "predictions", "reference and teacher"),
-        (run.parts.models.unet, "forward", "UNet, all forwards"),
-        (paper, "text_consistent_loss", "text-consistent loss, forward"),
-        (paper, "fine_grained_loss", "fine-grained loss, forward"),
-        (Enhancement, "loss", "enhancement loss, forward"),
-        (run.engine.accelerator, "backward", "backward"),
-        (torch.nn.utils, "clip_grad_norm_", "norm of the gradient"),
-        (run.engine.optimizer, "step", "optimizer"),
-    ]
-
-    def timed(function: Callable, label: str) -> Callable:
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            start = now()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                clock[label] = clock.get(label, 0.0) + now() - start
-
-        return wrapped
-
-    with ExitStack() as stack:
-        for owner, name, label in owners:
-            stack.enter_context(patch.object(owner, name, timed(getattr(owner, name), label)))
-        yield
-
-
-def held_tensors(run: Run, stage: int) -> list[torch.Tensor]:
-    """What is in memory when a step begins: the models that it needs, the optimizer's state, the kept targets."""
-    enhancement, modules = run.parts.enhancement, [run.parts.models.unet]
-    if stage == 2 and enhancement is not None:
-        modules += [enhancement.decoder, enhancement.clip]
-    state = [value for values in run.engine.optimizer.state.values() for value in values.values()]
-    targets = [target for objective in run.composed for target in objective._targets.values()]
-    return [*state, *targets, *(parameter for module in modules for parameter in module.parameters())]
 
 
 # ---------------------------------------------------------------------------------------------------- whole trainings

@@ -1,12 +1,11 @@
-"""Tests of the benchmarks of the pipeline: guidance with the map, and what its extras cost."""
+"""Tests of the benchmark of guidance with the map."""
 
 import json
-import re
 
 import numpy as np
 import pytest
 
-from benchmarks import call_cost, sfcm_guidance
+from benchmarks import sfcm_guidance
 from benchmarks.parts.tables import ORIGINAL, Row
 from benchmarks.sfcm_guidance import SWEEPS, plot_of
 
@@ -43,13 +42,3 @@ def test_a_short_run_draws_judges_and_is_not_drawn_again(tmp_path, trained):
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
     sfcm_guidance.main(flags)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()} == times
-
-
-@pytest.mark.slow
-def test_the_cost_of_a_call_is_measured_and_compare_equals_two_calls(capsys):
-    call_cost.main(["--repeats", "1", "--num_images", "1", "--num_inference_steps", "2"])
-    printed = capsys.readouterr().out
-    largest, changed = map(float, re.search(r"difference (\S+) of.*differ by\s+(\S+)", printed, re.DOTALL).groups())
-    assert largest < 1e-4 < 0.05 < changed
-    rows = re.findall(r"^\| (.+?) \| ([\d.]+) \| ([\d.]+) \|$", printed, re.MULTILINE)
-    assert len(rows) == 5 and rows[0][2] == "1.00"
