@@ -7,7 +7,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from training.flags import PictureFlags
 from training.model_checks import check_lora, check_models, check_references, find_references
 from training.pixels import nearest_bucket, parse_aspect_ratio_buckets, preprocess_mask
 from training.resuming import Resume, find_resume
-from wording import find_weights, has_phrase, take_out
+from wording import find_weights, has_phrase
 
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,6 @@ def check_inputs(flags: Flags) -> Inputs:
         flags.data, flags.columns, cache_dir=flags.model.cache_dir, with_masks=flags.method.preservation == "mask",
         seed=flags.loop.seed,
     )  # fmt: skip
-    rows = [row if row.caption is None else base_row(row) for row in rows]
     pairs, tokens = read_pairs(rows, flags.data.free_phrases or (), tokenizer)
     check_images(rows)
     buckets = [nearest_bucket(upright_size(row.image, row.source), sizes) for row in rows]
@@ -178,20 +177,6 @@ def pairs_to_draw(
             "--preservation prior needs one of each size that the training portraits have"
         )
     return drawn, drawn_buckets
-
-
-def base_row(row: PortraitRow) -> PortraitRow:
-    """A caption's row with its base prompt: the caption without the targets that are added.
-
-    Raises ValueError: nothing else is in the caption; the message begins with the row's source.
-    """
-    targets = [row.target_prompt] if isinstance(row.target_prompt, str) else row.target_prompt
-    base_prompt = row.caption
-    for target in targets:
-        base_prompt = take_out(base_prompt, target) if isinstance(target, str) else base_prompt
-    if not base_prompt:
-        raise ValueError(f"{row.source}: the caption {row.caption!r} says nothing but the target")
-    return replace(row, base_prompt=base_prompt)
 
 
 def tokenize_unrelated(prompts: Sequence[str], tokenizer: CLIPTokenizer) -> torch.Tensor:
