@@ -35,9 +35,9 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from loras import LORA_WEIGHTS
-from programs.checkpoints import find_checkpoints
 from programs.interruption import Interrupted, StopRequest, catch_stop_signals
 from programs.loading import InputError
+from programs.writing import find_checkpoints
 from training.alignment import prepare_alignment
 from training.batches import make_drawer
 from training.caches import TensorCache
