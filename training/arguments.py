@@ -69,7 +69,8 @@ class FlagParser(HfArgumentParser):
     @staticmethod
     def _parse_dataclass_field(parser: argparse.ArgumentParser, field: Field) -> None:
         kind = get_args(field.type)[0] if isinstance(field.type, UnionType) else field.type
-        options = {"type": kind, "default": field.default} | field.metadata
+        default = None if field.default is MISSING else field.default
+        options = {"type": kind, "default": default} | field.metadata
         del options["rules"]
         if kind is bool:
             del options["type"]
@@ -103,9 +104,9 @@ class FlagParser(HfArgumentParser):
         typed = given(words)
         self.from_file = said.keys() - typed.keys()
         values = {name: action.default for name, action in actions.items()} | said | typed
-        missing = [f"--{name}" for name, value in values.items() if value is MISSING]
-        if missing:
-            self.error(f"the following arguments are required: {', '.join(missing)}")
+        for one in (one for kind in GROUPS.values() for one in fields(kind) if one.default is MISSING):
+            if values[one.name] is None:
+                self.error(f"the following arguments are required: --{one.name}")
         return values
 
 

@@ -47,10 +47,8 @@ def pack_state(state: Any, tensors: dict[str, torch.Tensor], path: str = "state"
     """Take the tensors out of a nested state, and make what is left of it JSON, from which it can be built again.
 
     Args:
-        state: dicts, lists, tuples, tensors, texts, numbers, booleans and None.
+        state: dicts, lists, tuples, tensors, texts, numbers, booleans and None; a TypeError names all else.
         tensors: filled with copies on the CPU, each under a name of its own that tells its path in the state.
-
-    Raises TypeError: anything else in the state; the message names its path.
     """
     if isinstance(state, torch.Tensor):
         # A copy: safetensors refuses tensors that share memory, as the views of one optimizer buffer do.
@@ -171,10 +169,10 @@ def lock_folder(folder: Path) -> Iterator[None]:
     lock = FileLock(path)
     try:
         lock.acquire(blocking=False)
-    except Timeout as error:
-        raise CheckpointError(f"--output_dir {folder}: another run is writing into it; give another folder") from error
-    except NotImplementedError as error:
-        raise CheckpointError(f"--output_dir {folder}: its file system cannot lock files") from error
+    except (Timeout, NotImplementedError) as error:
+        busy = "another run is writing into it; give another folder"
+        reason = busy if isinstance(error, Timeout) else "its file system cannot lock files"
+        raise CheckpointError(f"--output_dir {folder}: {reason}") from error
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import os
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -27,6 +28,7 @@ METADATA = "metadata.jsonl"
 METADATA_CSV = "metadata.csv"
 # What counts as a picture in a folder; HEIC too, so that it is refused by name and not passed over.
 PICTURES = frozenset(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .avif .jp2 .heic .heif".split())
+HIDDEN = re.compile(r"(^|/)(\.|__MACOSX/)")
 BESIDE = "caption"  # how the column of captions beside the images is called
 Records = tuple[list[str], list[dict[str, Any]]]  # what errors call each, and each
 
@@ -169,20 +171,15 @@ def _read_captions(folder: Path, pictures: Sequence[Path], captioned: Sequence[P
 
 def _find_pictures(folder: Path) -> list[Path]:
     """The images of a folder and of those in it, in the order of their names; hidden ones are none."""
-
-    def hidden(path: Path) -> bool:
-        return any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts)
-
-    pictures = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURES)
-    return [path for path in pictures if not hidden(path) and path.is_file()]
+    pictures = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURES and path.is_file())
+    return [path for path in pictures if not HIDDEN.search(path.relative_to(folder).as_posix())]
 
 
 def _warn_of_pictures(folder: Path, pictures: Iterable[Path], origin: Path, records: Iterable[Mapping]) -> None:
     """Warn of images that no row names, as a mask or otherwise."""
 
     def plain(name: Any) -> str:
-        parts = PurePosixPath(folder.resolve(), str(name).replace("\\", "/")).parts
-        return unicodedata.normalize("NFC", "/".join(parts))
+        return unicodedata.normalize("NFC", str(PurePosixPath(folder.resolve(), str(name).replace("\\", "/"))))
 
     named = {plain(record.get(column)) for record in records for column in ("file_name", "mask_file_name")}
     unused = [name for name in (str(path.relative_to(folder)) for path in pictures) if plain(name) not in named]
@@ -196,9 +193,9 @@ def _some(names: Sequence[str]) -> str:
 
 def _find_spelling(folder: Path, name: str) -> Path:
     """A file by its name as another system spells it: "\\" between folders, accents as one character or as two."""
-    path = folder
     if os.path.exists(folder / name):
         return folder / name
+    path = folder
     for part in PurePosixPath(name.replace("\\", "/")).parts:
         forms = [part, *(unicodedata.normalize(form, part) for form in ("NFC", "NFD"))]
         path = next((path / form for form in forms if os.path.exists(path / form)), path / part)
