@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from programs.console import import_libraries
-from training.arguments import Flags, flat, parse_args, uses_enhancement
+from training.arguments import Flags, parse_args, uses_enhancement
 
 
 if __name__ == "__main__":
@@ -35,9 +35,9 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from loras import LORA_WEIGHTS
-from programs.checkpoints import find_checkpoints
 from programs.interruption import Interrupted, StopRequest, catch_stop_signals
 from programs.loading import InputError
+from programs.writing import find_checkpoints
 from training.alignment import prepare_alignment
 from training.batches import make_drawer
 from training.caches import TensorCache
@@ -54,7 +54,7 @@ from training.prompt_table import embed_targets, make_prompt_table
 from training.resuming import check_nothing_came, check_record, resume_record
 from training.run_file import write_run_file
 from training.saving import Checkpoints, save_result, say_what_is_there
-from training.sharing import card_facts, make_repository, share
+from training.sharing import make_repository, share
 from training.validation import draw_validation, validation_path
 
 
@@ -260,11 +260,7 @@ def finish(flags: Flags, inputs: Inputs, models: Models, engine: Engine, repo_id
     if accelerator.is_main_process:
         pictures = [validation_path(engine.global_step)] if flags.output.num_validation_images else []
         is_dora = models.unet.peft_config["default"].use_dora
-        pairs = inputs.pairs[: len(inputs.rows)]
-        facts = card_facts(
-            flat(flags), pairs, inputs.validation_pair, pictures, repo_id, is_dora, inputs.references
-        )  # fmt: skip
-        share(output_dir, facts, flags.sharing.hub_token)
+        share(flags, inputs, pictures, repo_id, is_dora)
         say_what_is_there(flags, inputs, engine.global_step, Path(__file__).with_name(inputs.family.pipeline_file))
 
 

@@ -13,10 +13,10 @@ from PIL import Image
 from loras import LORA_WEIGHTS
 from loras.finding import clean_source, find_lora
 from loras.reading import read_lora
-from programs.checkpoints import find_checkpoints
 from programs.loading import InputError, naming, naming_flag
 from programs.picture_files import load_picture
 from programs.records import read_json_lines, read_phrases, read_target
+from programs.writing import find_checkpoints
 from prompts import PromptPair, make_prompt_pair
 from toy_portraits.judge import base_prompts
 from toy_portraits.world import TARGETS

@@ -70,9 +70,7 @@ def save_diffusers_lora(lora: Path, folder: Path) -> Path:
     return write_diffusers_lora(folder, {model: _peft_state(group) for model, group in file.layers.items()})
 
 
-def write_diffusers_lora(
-    folder: Path, models: Mapping[str, tuple[dict[str, torch.Tensor], LoraConfig]], prefix: str = ".saving-"
-) -> Path:
+def write_diffusers_lora(folder: Path, models: Mapping[str, tuple[dict[str, torch.Tensor], LoraConfig]]) -> Path:
     """Write a LoRA as diffusers does, the same in each process, into a folder that is made; returns the file.
 
     `models` are those of "unet" and "text_encoder" with a LoRA: its tensors under PEFT's names, and its configuration.
@@ -84,7 +82,7 @@ def write_diffusers_lora(
         options |= {f"{model}_lora_layers": state, f"{model}_lora_adapter_metadata": metadata}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LORA_WEIGHTS
-    with whole(path, prefix) as file:
+    with whole(path) as file:
         StableDiffusionPipeline.save_lora_weights(file.parent, **options)
         _sort_header(file)
     return path

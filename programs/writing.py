@@ -1,7 +1,8 @@
-"""Files and folders that appear whole or not at all. Source: [ours]."""
+"""Files and folders that appear whole or not at all, and a run's checkpoints, which do. Source: [ours]."""
 
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,15 +15,16 @@ HIDDEN_PREFIX = ".saving-"
 
 
 @contextmanager
-def whole(path: Path, prefix: str = HIDDEN_PREFIX) -> Iterator[Path]:
+def whole(path: Path) -> Iterator[Path]:
     """Where to write a file or a folder, which takes its place once all of it is written.
 
     What is at the place stays until then, and comes back if the last step fails. The folder around it exists. Several
     processes may write to one place; one that is killed leaves a hidden folder beside it, whose name begins with
-    `prefix`.
+    `HIDDEN_PREFIX`.
     """
     # In a folder beside the place, so that the last step is a rename on one file system. On Windows a file that is
     # still open elsewhere cannot be removed.
+    prefix = f"{HIDDEN_PREFIX}{path.name}-"
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=prefix, ignore_cleanup_errors=True) as temporary:
         part, former = Path(temporary) / path.name, Path(temporary) / "former"
         yield part
@@ -36,3 +38,9 @@ def whole(path: Path, prefix: str = HIDDEN_PREFIX) -> Iterator[Path]:
             raise
     if os.path.exists(temporary):
         logger.warning("%s could not be deleted", temporary)
+
+
+def find_checkpoints(output_dir: Path) -> list[Path]:
+    """The folders `checkpoint-<step>` in a training run's output folder, by step, whole or not."""
+    names = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output_dir.glob("checkpoint-*"))
+    return [path for _, path in sorted((int(name[1]), path) for name, path in names if name and path.is_dir())]

@@ -1,4 +1,4 @@
-"""The prompts of the M portraits that are drawn, and how many portraits stage 2 aligns on. [ours]"""
+"""The prompts of the M portraits that are drawn. [ours]"""
 
 import logging
 from collections.abc import Sequence
@@ -6,37 +6,45 @@ from collections.abc import Sequence
 import numpy as np
 
 from prompts import PromptPair, TargetPrompt, compose_full_prompt, keep_phrases, make_prompt_pair
-from training.flags import AlignmentFlags
+from training.arguments import Flags
+from training.flag_rules import refuse
 from wording import has_phrase, suggest_replacement
 
 
 logger = logging.getLogger(__name__)
 
 
-def alignment_pairs(
-    alignment: AlignmentFlags, pairs: Sequence[PromptPair], buckets: Sequence[int], seed: int
+def pairs_to_draw(
+    flags: Flags, pairs: Sequence[PromptPair], buckets: Sequence[int], sizes: Sequence[tuple[int, int]]
 ) -> tuple[list[PromptPair], list[int]]:
-    """Prompts of the portraits to be drawn, and their buckets: the data's in a random order, each with some phrases
-    left out.
+    """The prompts of the portraits to be drawn and their buckets, if these flags draw any.
 
-    What the data never varies (one background for all) is drawn in many forms once its phrase is gone. Those of one
-    bucket come together.
+    They are the data's in a random order, each with some phrases left out: what the data never varies (one background
+    for all) is drawn in many forms once its phrase is gone. Those of one bucket come together.
+
+    Raises ValueError: too few are drawn for --preservation prior, or a --reference_target_prompt cannot be added.
     """
-    rng = np.random.default_rng(seed)
+    alignment, method, seed = flags.alignment, flags.method, flags.loop.seed
+    if method.preservation != "prior" and not (method.stage2_steps and alignment.alignment_source != "data"):
+        return [], []
+    rng, count = np.random.default_rng(seed), alignment.num_alignment_images
     # The same prompts in two sizes are drawn in both.
     different = list(dict.fromkeys(zip(pairs, buckets)))
-    order = np.concatenate(
-        [rng.permutation(len(different)) for _ in range(0, alignment.num_alignment_images, len(different))]
-    )
-    drawn = [
-        (thin_out(different[i][0], alignment.alignment_phrase_dropout, rng), different[i][1])
-        for i in order[: alignment.num_alignment_images]
-    ]
+    order = np.concatenate([rng.permutation(len(different)) for _ in range(0, count, len(different))])[:count]
+    chosen = [different[i] for i in order]
+    drawn = [(thin_out(pair, alignment.alignment_phrase_dropout, rng), bucket) for pair, bucket in chosen]
     drawn.sort(key=lambda pair_and_bucket: pair_and_bucket[1])
-    drawn_pairs = [pair for pair, _ in drawn]
+    drawn_pairs, drawn_buckets = map(list, zip(*drawn))
     if alignment.reference_target_prompt is not None:
         drawn_pairs = ask_for_reference_targets(drawn_pairs, alignment.reference_target_prompt, seed)
-    return drawn_pairs, [bucket for _, bucket in drawn]
+    missing = sorted({*buckets} - {*drawn_buckets})
+    if method.preservation == "prior" and missing:
+        height, width = sizes[missing[0]]
+        raise ValueError(
+            f"--num_alignment_images {count} draws no portrait of {width}x{height} pixels; --preservation prior needs "
+            "one of each size that the training portraits have"
+        )
+    return drawn_pairs, drawn_buckets
 
 
 def ask_for_reference_targets(pairs: Sequence[PromptPair], texts: Sequence[str], seed: int) -> list[PromptPair]:
@@ -51,8 +59,8 @@ def ask_for_reference_targets(pairs: Sequence[PromptPair], texts: Sequence[str],
     rng = np.random.default_rng((seed, 3))
     for text in texts:
         for target in dict.fromkeys(target.text for pair in pairs for target in pair.target_prompts):
-            if has_phrase(target, text) or has_phrase(text, target):
-                raise ValueError(f"--reference_target_prompt {text!r} overlaps with the new target {target!r}")
+            overlap = has_phrase(target, text) or has_phrase(text, target)
+            refuse(overlap, f"--reference_target_prompt {text!r} overlaps with the new target {target!r}")
             if suggest_replacement([target], text) is not None:
                 logger.warning("--reference_target_prompt %r may contradict the new target %r", text, target)
         for i in rng.permutation(len(pairs))[: (len(pairs) + 1) // 2]:
@@ -61,7 +69,7 @@ def ask_for_reference_targets(pairs: Sequence[PromptPair], texts: Sequence[str],
 
 
 def ask_for(pair: PromptPair, text: str) -> PromptPair:
-    """The pair with a text asked for in its base prompt, in the place of a phrase about the same noun or added."""
+    """The pair with a text asked for in its base prompt."""
     if has_phrase(pair.base_prompt, text):
         return pair
     rival, _ = suggest_replacement(pair.base_phrases, text) or (None, None)
@@ -79,9 +87,3 @@ def thin_out(pair: PromptPair, dropout: float, rng: np.random.Generator) -> Prom
     protected = [i for i, phrase in enumerate(pair.base_phrases) if phrase not in pair.free_phrases]
     keep[protected[rng.integers(len(protected))]] |= not keep[protected].any()
     return keep_phrases(pair, keep)
-
-
-def alignment_count(alignment: AlignmentFlags, count: int) -> int:
-    """How many portraits stage 2 aligns on, of a training set of `count`."""
-    drawn = 0 if alignment.alignment_source == "data" else alignment.num_alignment_images
-    return drawn + (0 if alignment.alignment_source == "generated" else count)

@@ -6,7 +6,7 @@ A file of flags may come first, which those behind it win over.
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import MISSING, Field, fields, replace
 from types import UnionType
 from typing import Any, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
@@ -15,6 +15,7 @@ from transformers import HfArgumentParser
 
 from programs.console import FlagFormatter
 from training import flags as groups
+from training.flag_rules import refuse
 from training.run_file import read_run_file
 
 
@@ -52,7 +53,7 @@ class FlagParser(HfArgumentParser):
     """
 
     run_file: str | None = None
-    from_file: frozenset[str] = frozenset()
+    from_file: Collection[str] = ()
 
     def __init__(self) -> None:
         super().__init__(
@@ -68,10 +69,9 @@ class FlagParser(HfArgumentParser):
     @staticmethod
     def _parse_dataclass_field(parser: argparse.ArgumentParser, field: Field) -> None:
         kind = get_args(field.type)[0] if isinstance(field.type, UnionType) else field.type
-        options = {"type": kind, "default": field.default} | field.metadata
+        default = None if field.default is MISSING else field.default
+        options = {"type": kind, "default": default} | field.metadata
         del options["rules"]
-        if field.default is MISSING:
-            options |= {"required": True, "default": None}
         if kind is bool:
             del options["type"]
             options["action"] = argparse.BooleanOptionalAction
@@ -85,28 +85,29 @@ class FlagParser(HfArgumentParser):
         super().error(f"{self.run_file}: {message}" if named and named[1] in self.from_file else message)
 
     def parse(self, words: Sequence[str]) -> dict[str, Any]:
-        """The value of each flag by name."""
-        if not words or words[0].startswith("-"):
-            return vars(self.parse_args(words))
+        """The value of each flag by name, in the order of the groups."""
         actions = {action.dest: action for action in self._actions if action.dest != "help"}
-        required = [action for action in actions.values() if action.required]
-        try:
-            said = read_run_file(words[0], actions)
-        except ValueError as error:
-            self.error(str(error))
-        self.run_file, self.from_file = words[0], frozenset(said)
-        for action in required:
-            action.required = False
-        known = vars(self.parse_args([word for one in said.values() for word in one]))
-        for action in required:
-            action.required = action.dest not in said
-        self.from_file = frozenset()
-        # What is set already stays where it is not given; a list of several mentions would go on from it.
-        lists = {name for name in said if isinstance(actions[name], argparse._ExtendAction)}
-        given = vars(self.parse_args(words[1:], argparse.Namespace(**{name: known[name] for name in {*said} - lists})))
-        given |= {name: known[name] for name in lists if given[name] is None}
-        self.from_file = frozenset(name for name in said if given[name] == known[name])
-        return {name: given[name] for name in actions}  # in the order of the groups
+
+        def given(words: Sequence[str]) -> dict[str, Any]:
+            values = vars(self.parse_args(words, argparse.Namespace(**dict.fromkeys(actions))))
+            return {name: value for name, value in values.items() if value is not None}
+
+        said = {}
+        if words and not words[0].startswith("-"):
+            self.run_file, *words = words
+            try:
+                self.from_file = read_run_file(self.run_file, actions)
+            except ValueError as error:
+                self.error(str(error))
+            said = given([word for own in self.from_file.values() for word in own])
+        self.from_file = ()
+        typed = given(words)
+        self.from_file = said.keys() - typed.keys()
+        values = {name: action.default for name, action in actions.items()} | said | typed
+        for one in (one for kind in GROUPS.values() for one in fields(kind) if one.default is MISSING):
+            if values[one.name] is None:
+                self.error(f"the following arguments are required: --{one.name}")
+        return values
 
 
 def parse_args(input_args: Sequence[str] | None = None) -> Flags:
@@ -119,7 +120,6 @@ def parse_args(input_args: Sequence[str] | None = None) -> Flags:
         flags = _derive(Flags(*given, asked=values))
         _check_method(flags)
         _check_others(flags)
-        _check_tracker(flags.output.report_to)  # last, for it takes seconds
     except ValueError as error:
         parser.error(str(error))
     return flags
@@ -141,10 +141,8 @@ def _derive(flags: Flags) -> Flags:
     elif len(scales) == 1:
         scales = scales * len(lora.reference_lora)
     if method.preservation != "spf":
-        if lora.stage1_lora_path is not None:
-            raise ValueError(
-                f"--preservation {method.preservation} has no second stage, which --stage1_lora_path is for"
-            )
+        lost = lora.stage1_lora_path is not None
+        refuse(lost, f"--preservation {method.preservation} has no second stage, which --stage1_lora_path is for")
         method = replace(method, stage1_steps=method.stage1_steps + method.stage2_steps, stage2_steps=0)
     if sharing.output_kohya_format is None:
         sharing = replace(sharing, output_kohya_format=sharing.push_to_hub and not lora.use_dora)
@@ -154,52 +152,47 @@ def _derive(flags: Flags) -> Flags:
 def _check_method(flags: Flags) -> None:
     """What the flags of stages, LoRA and alignment must be to each other."""
     lora, method, alignment = flags.lora, flags.method, flags.alignment
-    if lora.stage1_lora_path is not None and method.stage1_steps > 0:
-        raise ValueError("--stage1_lora_path takes stage 1's place, so it needs --stage1_steps 0")
-    if method.stage1_steps == 0 and lora.stage1_lora_path is None and method.stage2_objective != "paper":
-        raise ValueError(
-            f"--stage2_objective {method.stage2_objective} needs a stage 1: give --stage1_steps or --stage1_lora_path"
-        )
+    has_stage1, aligns = lora.stage1_lora_path is not None, method.stage2_steps > 0
+    both = has_stage1 and method.stage1_steps > 0
+    refuse(both, "--stage1_lora_path takes stage 1's place, so it needs --stage1_steps 0")
+    refuse(
+        method.stage1_steps == 0 and not has_stage1 and method.stage2_objective != "paper",
+        f"--stage2_objective {method.stage2_objective} needs a stage 1: give --stage1_steps or --stage1_lora_path",
+    )
     for name in ("sfcm_dir", "save_alignment"):
-        if getattr(alignment, name) and method.stage2_steps == 0:
-            raise ValueError(f"--{name} is for the alignment of stage 2, and these flags have none")
-    if lora.use_dora and method.dual_path == "single_pass":
-        raise ValueError("--use_dora needs --dual_path two_pass: DoRA cannot be off in some rows of a batch")
+        lost = getattr(alignment, name) and not aligns
+        refuse(lost, f"--{name} is for the alignment of stage 2, and these flags have none")
+    both = lora.use_dora and method.dual_path == "single_pass"
+    refuse(both, "--use_dora needs --dual_path two_pass: DoRA cannot be off in some rows of a batch")
     if alignment.reference_target_prompt is not None:
-        if lora.reference_lora is None:
-            raise ValueError("--reference_target_prompt needs --reference_lora")
-        if method.preservation != "prior" and (method.stage2_steps == 0 or alignment.alignment_source == "data"):
-            raise ValueError(
-                "--reference_target_prompt is for drawn portraits, and these flags draw none for the alignment"
-            )
-    if flags.model.tiny_vae_model_name_or_path is not None and not uses_enhancement(method, flags.paper):
-        raise ValueError("--tiny_vae_model_name_or_path is for the enhancement loss, which these flags do not compute")
+        refuse(lora.reference_lora is None, "--reference_target_prompt needs --reference_lora")
+        refuse(
+            method.preservation != "prior" and (not aligns or alignment.alignment_source == "data"),
+            "--reference_target_prompt is for drawn portraits, and these flags draw none for the alignment",
+        )
+    lost = flags.model.tiny_vae_model_name_or_path is not None and not uses_enhancement(method, flags.paper)
+    refuse(lost, "--tiny_vae_model_name_or_path is for the enhancement loss, which these flags do not compute")
 
 
 def _check_others(flags: Flags) -> None:
-    """What the other flags must be to each other."""
-    loop, learning_rate = flags.loop, flags.optimizer.learning_rate
+    """What the other flags must be to each other and to what is installed."""
+    rate, tracker = flags.optimizer.learning_rate, flags.output.report_to
     for name in ("lr_scheduler", "stage2_lr_scheduler"):
-        if getattr(loop, name) == "polynomial" and learning_rate <= POLYNOMIAL_END:
-            raise ValueError(
-                f"--{name} polynomial ends at {POLYNOMIAL_END:g}, so --learning_rate must be above it, got "
-                f"{learning_rate:g}"
-            )
-    if not flags.pictures.center_crop and flags.data.cache_latents:
-        raise ValueError("--no-center_crop takes another crop in each step, so it needs --no-cache_latents")
-    if flags.sharing.hub_token is not None and flags.output.report_to not in PRIVATE_TRACKERS:
-        raise ValueError(
-            f"--hub_token would be kept by --report_to {flags.output.report_to} with the command line: "
-            "log in with `hf auth login` instead"
+        refuse(
+            getattr(flags.loop, name) == "polynomial" and rate <= POLYNOMIAL_END,
+            f"--{name} polynomial ends at {POLYNOMIAL_END:g}, so --learning_rate must be above it, got {rate:g}",
         )
+    both = not flags.pictures.center_crop and flags.data.cache_latents
+    refuse(both, "--no-center_crop takes another crop in each step, so it needs --no-cache_latents")
+    refuse(
+        flags.sharing.hub_token is not None and tracker not in PRIVATE_TRACKERS,
+        f"--hub_token would be kept by --report_to {tracker} with the command line: log in with `hf auth login` "
+        "instead",
+    )
+    from accelerate.tracking import get_available_trackers  # last, for it takes seconds
 
-
-def _check_tracker(name: str) -> None:
-    """Whether a tracker's package is installed, which accelerate knows."""
-    from accelerate.tracking import get_available_trackers
-
-    if name not in ("all", "none", *(tracker.value for tracker in get_available_trackers())):
-        raise ValueError(f"--report_to {name} needs the tracker's own package, which is not installed")
+    known = ("all", "none", *(one.value for one in get_available_trackers()))
+    refuse(tracker not in known, f"--report_to {tracker} needs the tracker's own package, which is not installed")
 
 
 def uses_enhancement(method: groups.MethodFlags, paper: groups.PaperFlags) -> bool:

@@ -18,8 +18,6 @@ from safetensors.torch import load, save
 from programs.writing import whole
 
 
-Part = str | bytes | int | float | tuple | None
-
 logger = logging.getLogger(__name__)
 
 _TENSOR = "tensor"  # its name in the file
@@ -29,11 +27,8 @@ _ORIGIN = frozenset(
 )
 
 
-def fingerprint(*parts: Part) -> str:
-    """SHA-256 in hexadecimal digits of str, bytes, int, float, bool, None and tuples of such, else a TypeError.
-
-    Different values, types or groupings have different names.
-    """
+def fingerprint(*parts: str | bytes | int | float | tuple | None) -> str:
+    """SHA-256 in hexadecimal digits; different values, types or groupings have different ones."""
     return hashlib.sha256(_encode(parts)).hexdigest()
 
 
@@ -44,9 +39,8 @@ def module_fingerprint(module: torch.nn.Module) -> str:
     """
     config = getattr(module, "config", None)
     if config is not None:
-        config = json.dumps(
-            _drop_origin(config if isinstance(config, Mapping) else config.to_dict()), sort_keys=True
-        )
+        config = config if isinstance(config, Mapping) else config.to_dict()
+        config = json.dumps(_drop_origin(config), sort_keys=True)
     digest = hashlib.sha256(_encode(config))
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(_encode((name, str(tensor.dtype), tuple(tensor.shape))))
@@ -67,14 +61,12 @@ class TensorCache:
     def get_or_compute(
         self, keys: Sequence[str], compute: Callable[[list[int]], Iterable[torch.Tensor]]
     ) -> list[torch.Tensor]:
-        """The tensor of each key, looked up or computed, on the CPU, without gradient, in the dtype of its
-        computation.
+        """The tensor of each key, looked up or computed, on the CPU, without gradient, in its own dtype.
 
         Args:
             keys: as `fingerprint` returns them; equal ones share one tensor.
-            compute: takes the indices of missing keys, each different key once, and yields their tensors in that
-                order. Each is written as it comes, so an interrupted run keeps what it has. Not called if none is
-                missing.
+            compute: takes the indices of missing keys, if there are any, each different key once, and yields their
+                tensors in that order. Each is written as it comes, so an interrupted run keeps what it has.
 
         Raises:
             OSError: a file cannot be read or written; the message names --cache_dir and the file.

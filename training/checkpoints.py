@@ -18,15 +18,14 @@ from huggingface_hub.utils.sha import sha_fileobj
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
-from programs import writing
-from programs.checkpoints import checkpoint_folder, find_checkpoints
+from programs.writing import HIDDEN_PREFIX, find_checkpoints, whole
+from training.flag_rules import refuse
 
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 STATE_TENSORS, STATE_VALUES = "training_state.safetensors", "training_state.json"
-HIDDEN_PREFIX = ".checkpoint-"
 LOCK = ".lock"
 
 
@@ -34,14 +33,22 @@ class CheckpointError(OSError):
     """An output folder could not be written into; the message is one line that says what is safe."""
 
 
+@contextmanager
+def saying_what_is_safe(place: Path, output_dir: Path) -> Iterator[None]:
+    """Inside, a CheckpointError says that a place could not be written, and what there is to go on from."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        message = f"{place} could not be written: {' '.join(str(error).split())}; {what_is_safe(output_dir)}"
+        raise CheckpointError(message) from error
+
+
 def pack_state(state: Any, tensors: dict[str, torch.Tensor], path: str = "state") -> Any:
     """Take the tensors out of a nested state, and make what is left of it JSON, from which it can be built again.
 
     Args:
-        state: dicts with keys of texts and numbers, lists, tuples, tensors, texts, numbers, booleans and None.
+        state: dicts, lists, tuples, tensors, texts, numbers, booleans and None; a TypeError names all else.
         tensors: filled with copies on the CPU, each under a name of its own that tells its path in the state.
-
-    Raises TypeError: anything else in the state; the message names its path.
     """
     if isinstance(state, torch.Tensor):
         # A copy: safetensors refuses tensors that share memory, as the views of one optimizer buffer do.
@@ -51,10 +58,8 @@ def pack_state(state: Any, tensors: dict[str, torch.Tensor], path: str = "state"
         tensors[name] = state.detach().cpu().contiguous().clone()
         return {"tensor": name}
     if isinstance(state, dict):
-        for key in state:
-            if key is not None and not isinstance(key, bool | int | float | str):
-                raise TypeError(f"key {key!r} in {path} is a {type(key).__name__}, which a checkpoint cannot hold")
-        return {"dict": [[key, pack_state(value, tensors, f"{path}.{key}")] for key, value in state.items()]}
+        own = {key: f"{path}.{key}" for key in state}
+        return {"dict": [[pack_state(key, {}, own[key]), pack_state(state[key], tensors, own[key])] for key in state]}
     if isinstance(state, list | tuple):
         items = [pack_state(value, tensors, f"{path}.{i}") for i, value in enumerate(state)]
         return {"list" if isinstance(state, list) else "tuple": items}
@@ -71,13 +76,13 @@ def unpack_state(packed: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if kind == "tensor":
         return tensors[value]
     if kind == "dict":
-        return {key: unpack_state(item, tensors) for key, item in value}
+        return {unpack_state(key, tensors): unpack_state(item, tensors) for key, item in value}
     items = [unpack_state(item, tensors) for item in value]
     return tuple(items) if kind == "tuple" else items
 
 
 def save_checkpoint(
-    output_dir: Path, step: int, state: dict[str, Any], write_lora: Callable[[Path], None],
+    output_dir: Path, step: int, state: dict[str, Any], write_lora: Callable[[Path], object],
     total_limit: int | None = None,
 ) -> Path:  # fmt: skip
     """Write `checkpoint-<step>`, whole or not at all, and then delete the oldest ones above the limit.
@@ -87,14 +92,13 @@ def save_checkpoint(
         write_lora: writes the LoRA into the folder it is given.
         total_limit: checkpoints to keep, at least 1; None keeps all.
 
-    Raises:
-        CheckpointError: it could not be written, for instance because the disk is full; what there was before is
-            untouched, and the message says which checkpoint is whole.
+    Raises CheckpointError: it could not be written, for instance because the disk is full; what there was before is
+        untouched.
     """
-    place = checkpoint_folder(output_dir, step)
-    try:
+    place = output_dir / f"checkpoint-{step}"
+    with saying_what_is_safe(place, output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
-        with writing.whole(place, prefix=f"{HIDDEN_PREFIX}{step}-") as folder:
+        with whole(place) as folder:
             folder.mkdir()
             write_lora(folder)
             tensors: dict[str, torch.Tensor] = {}
@@ -103,39 +107,40 @@ def save_checkpoint(
             (folder / STATE_VALUES).write_text(json.dumps(packed), encoding="utf-8")
             _write_manifest(folder, step)
         _sync(output_dir)
-    except (OSError, SafetensorError) as error:
-        message = f"{place} could not be written: {' '.join(str(error).split())}; {what_is_safe(output_dir)}"
-        raise CheckpointError(message) from error
     if total_limit is not None:
         # Never the one just written: a run that went on from an earlier one has others ahead of it.
         others = [folder for folder in find_checkpoints(output_dir) if folder != place]
         for folder in others[: max(0, len(others) + 1 - total_limit)]:
-            _clean(folder, _remove)
+            _delete(folder)
     return place
 
 
 def _write_manifest(folder: Path, step: int) -> None:
-    """Sizes and hashes of the files, all of which are on the disk before the manifest is."""
+    """What `_facts` says of each file, all of which are on the disk before the manifest is."""
     files = {}
     for path in sorted(folder.iterdir()):
-        files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        files[path.name] = _facts(path)
         _sync(path)
     (folder / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1), encoding="utf-8")
     _sync(folder / MANIFEST)
     _sync(folder)
 
 
-def _remove(folder: Path) -> None:
-    """Delete a checkpoint, out of sight first, so that an interruption leaves no half of it in place."""
-    hidden = folder.with_name(f"{HIDDEN_PREFIX}removed-{folder.name}-{os.getpid()}")
-    os.rename(folder, hidden)
-    shutil.rmtree(hidden)
+def _facts(path: Path) -> dict[str, int | str]:
+    """Size and hash of a file."""
+    with path.open("rb") as file:
+        return {"size": path.stat().st_size, "sha256": sha_fileobj(file).hex()}
 
 
-def _clean(folder: Path, remove: Callable[[Path], None]) -> None:
-    """Delete what is not needed any more; that it cannot be is no reason to end a run that has saved its work."""
+def _delete(folder: Path) -> None:
+    """Delete a folder, out of sight first, so that an interruption leaves no half of it in place.
+
+    That it cannot be deleted is no reason to end a run that has saved its work.
+    """
+    hidden = folder.with_name(f"{HIDDEN_PREFIX}{folder.name.removeprefix(HIDDEN_PREFIX)}")
     try:
-        remove(folder)
+        os.rename(folder, hidden)
+        shutil.rmtree(hidden)
     except OSError as error:
         logger.warning("%s could not be deleted: %s", folder, " ".join(str(error).split()))
 
@@ -152,11 +157,6 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return sha_fileobj(file).hex()
-
-
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Keep other runs out of an output folder; what was made for that alone is gone on exit.
@@ -169,10 +169,10 @@ def lock_folder(folder: Path) -> Iterator[None]:
     lock = FileLock(path)
     try:
         lock.acquire(blocking=False)
-    except Timeout as error:
-        raise CheckpointError(f"--output_dir {folder}: another run is writing into it; give another folder") from error
-    except NotImplementedError as error:
-        raise CheckpointError(f"--output_dir {folder}: its file system cannot lock files") from error
+    except (Timeout, NotImplementedError) as error:
+        busy = "another run is writing into it; give another folder"
+        reason = busy if isinstance(error, Timeout) else "its file system cannot lock files"
+        raise CheckpointError(f"--output_dir {folder}: {reason}") from error
     try:
         yield
     finally:
@@ -190,21 +190,14 @@ def check_checkpoint(folder: Path) -> None:
     Raises ValueError: it is not a checkpoint, or damaged; one line that names the folder and the file.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        files = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"])
     except FileNotFoundError as error:
         raise ValueError(f"{folder} is no whole checkpoint: it has no {MANIFEST}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, IsADirectoryError) as error:
+    except (ValueError, KeyError, TypeError, IsADirectoryError) as error:
         raise ValueError(f"{folder} is damaged: {MANIFEST} cannot be read") from error
-    for name in (STATE_TENSORS, STATE_VALUES):
-        if name not in files:
-            raise ValueError(f"{folder} is damaged: {MANIFEST} does not speak of {name}")
-    for name, (size, digest) in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"{folder} is damaged: {name} is missing")
-        if path.stat().st_size != size or _sha256(path) != digest:
-            raise ValueError(f"{folder} is damaged: {name} is not what was written")
+    for name in sorted({STATE_TENSORS, STATE_VALUES, *files}):
+        refuse(not (folder / name).is_file(), f"{folder} is damaged: {name} is missing")
+        refuse(_facts(folder / name) != files.get(name), f"{folder} is damaged: {name} is not what was written")
 
 
 def latest_checkpoint(output_dir: Path) -> Path | None:
@@ -234,6 +227,5 @@ def what_is_safe(output_dir: Path) -> str:
 
 def remove_leftovers(output_dir: Path) -> None:
     """Delete the hidden folders of a run that was killed while it wrote or deleted something."""
-    for prefix in (HIDDEN_PREFIX, writing.HIDDEN_PREFIX):
-        for folder in output_dir.glob(f"{prefix}*"):
-            _clean(folder, shutil.rmtree)
+    for folder in output_dir.glob(f"{HIDDEN_PREFIX}*"):
+        _delete(folder)

@@ -9,7 +9,7 @@ columns does as well, lists as JSON spells them; or, with one target for all, a 
 import difflib
 import logging
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,10 @@ from PIL import Image
 
 from programs.picture_files import load_picture, upright_size
 from programs.records import Target, check_text, read_phrases, read_target
+from training.flag_rules import refuse
 from training.flags import ColumnFlags, DataFlags
-from training.sources import (
-    BESIDE,
-    find_image,
-    is_saved_to_disk,
-    places_of_files,
-    read_dataset,
-    read_folder,
-    stored_image,
-)
+from training.sources import Table, is_saved_to_disk, read_dataset, read_folder
+from wording import take_out
 
 
 logger = logging.getLogger(__name__)
@@ -42,10 +36,8 @@ class PortraitRow:
         image, mask: a file, or the image of a `datasets` row, decoded when it is first needed and then kept in memory.
             A mask is bright where the target is.
         target_prompt: the target, or several; a pair is (replaced phrase, target).
-        full_prompt, base_phrases: if the set gives them.
         free_phrases: phrases of the base prompt that may change along with the target.
-        caption: what the base prompt is to be made of, which may say the target; None for a row that has a base
-            prompt.
+        caption: what the base prompt was made of, if it was.
     """
 
     source: str
@@ -59,146 +51,91 @@ class PortraitRow:
     caption: str | None = None
 
 
-@dataclass(frozen=True)
-class _Table:
-    """The records of a folder or a data set, what errors call them, and where pictures and texts are."""
-
-    origin: str | Path
-    sources: Sequence[str]
-    records: Sequence[Mapping[str, Any]]
-    columns: Sequence[str]
-    find_picture: Callable[[Mapping[str, Any], str, str], Path | Image.Image]
-    image_column: str
-    mask_column: str
-    text_column: str
-    has_captions: bool
-
-
 def load_rows(
     data: DataFlags, columns: ColumnFlags, *, cache_dir: str | Path | None = None, with_masks: bool = False,
     seed: int = 0,
 ) -> list[PortraitRow]:  # fmt: skip
-    """Read and check the training set. No image is decoded here, see `check_images`.
+    """Read and check the training set, at least one row. No image is decoded here, see `check_images`.
+
+    Images of the folder that are in no row, and columns that may be misspelled, are warned of.
 
     Args:
-        data, columns: the flags. A folder's images are always in `file_name`, its masks in `mask_file_name`.
         with_masks: whether every row must have a mask; otherwise none is looked at.
         seed: of the choice of --max_train_samples rows, which stay in their own order, if the set is larger.
-
-    Returns:
-        At least one row. That of a caption has the caption as its base prompt, with the target still in it. Images of
-        the folder that are in no row, and columns that may be misspelled, are warned of.
 
     Raises:
         ValueError: an option or a row is wrong; the message names the flag, or the file and line.
         FileNotFoundError: the folder, its prompts, an image or the dataset does not exist.
     """
-    if (data.train_data_dir is None) == (data.dataset_name is None):
-        raise ValueError("Give either --train_data_dir or --dataset_name, and not both.")
-    if data.dataset_config_name is not None and (data.dataset_name is None or is_saved_to_disk(data.dataset_name)):
-        raise ValueError(
-            f"--dataset_config_name {data.dataset_config_name!r} needs a --dataset_name that has configurations."
-        )
-    if data.target_prompt is not None:
-        check_text(data.target_prompt, "--target_prompt")
-    if data.dataset_name is None:
-        table = _folder_table(data, columns)
-    else:
-        table = _dataset_table(data, columns, cache_dir, with_masks)
+    name, config, target_prompt = data.dataset_name, data.dataset_config_name, data.target_prompt
+    one_too_many = (data.train_data_dir is None) == (name is None)
+    refuse(one_too_many, "Give either --train_data_dir or --dataset_name, and not both.")
+    lost = config is not None and (name is None or is_saved_to_disk(name))
+    refuse(lost, f"--dataset_config_name {config!r} needs a --dataset_name that has configurations.")
+    if target_prompt is not None:
+        check_text(target_prompt, "--target_prompt")
+    table = read_folder(data, columns) if name is None else read_dataset(data, columns, cache_dir, with_masks)
     chosen, most = range(len(table.records)), data.max_train_samples
-    if not chosen:
-        raise ValueError(f"{table.origin} has no rows.")
+    refuse(not chosen, f"{table.origin} has no rows.")
     if most is not None and most < len(chosen):
         chosen = sorted(random.Random(seed).sample(chosen, most))
-    _check_columns(table, columns)
-    return [
-        _read_row(table, table.records[i], table.sources[i], columns, data.target_prompt, with_masks) for i in chosen
-    ]
+    _check_columns(table)
+    return [_read_row(table, table.records[i], table.sources[i], target_prompt, with_masks) for i in chosen]
 
 
-def _folder_table(data: DataFlags, columns: ColumnFlags) -> _Table:
-    folder, (text_column, has_captions) = Path(data.train_data_dir), _text_column(columns)
-    lists = (columns.target_prompt_column, columns.base_phrases_column, columns.free_phrases_column)
-    origin, sources, records = read_folder(folder, data.caption_extension, lists)
-    if origin == folder:
-        if data.target_prompt is None or has_captions:
-            raise ValueError(
-                f"--train_data_dir {folder} has captions beside its images, which need --target_prompt and no "
-                "--caption_column."
-            )
-        text_column, has_captions = BESIDE, True
-
-    def find(record: Mapping[str, Any], column: str, source: str) -> Path:
-        return find_image(folder, _required(record, column, source), source, column)
-
-    names = sorted({column for record in records for column in record})
-    return _Table(origin, sources, records, names, find, "file_name", "mask_file_name", text_column, has_captions)
-
-
-def _dataset_table(data: DataFlags, columns: ColumnFlags, cache_dir: str | Path | None, with_masks: bool) -> _Table:
-    name, images = data.dataset_name, {"image_column": columns.image_column}
-    if with_masks:
-        images["mask_column"] = columns.mask_column
-    records = read_dataset(name, data.dataset_config_name, cache_dir, images)
-    folders = places_of_files(name, cache_dir)
-
-    def find(record: Mapping[str, Any], column: str, source: str) -> Path | Image.Image:
-        return stored_image(record[column], f"{source}: column {column!r}", folders)
-
-    sources, names = [f"dataset {name!r}, row {i}" for i in range(len(records))], records.column_names
-    places = columns.image_column, columns.mask_column, *_text_column(columns)
-    return _Table(f"dataset {name!r}", sources, records, names, find, *places)
-
-
-def _text_column(columns: ColumnFlags) -> tuple[str, bool]:
-    """Where the base prompts are, and whether they have to be made of captions."""
-    if columns.caption_column is None:
-        return columns.base_prompt_column, False
-    return columns.caption_column, True
-
-
-def _check_columns(table: _Table, columns: ColumnFlags) -> None:
+def _check_columns(table: Table) -> None:
     """Refuse names of columns that no row has, and warn of those that may be misspelled."""
-    optional = {
-        "full_prompt": columns.full_prompt_column,
-        "base_phrases": columns.base_phrases_column,
-        "free_phrases": columns.free_phrases_column,
-    }
-    for name, column in optional.items():
+    columns = table.columns
+    for name in ("full_prompt_column", "base_phrases_column", "free_phrases_column"):
+        column = getattr(columns, name)
         # A row may leave these out, but a name that was given by hand is in no row only if it is misspelled.
-        if column != name and column not in table.columns:
-            raise ValueError(f"{table.origin}: --{name}_column {column!r} is no column; it has {table.columns}.")
-    read = (table.image_column, table.mask_column, table.text_column, columns.target_prompt_column)
-    known = {*read, *optional.values()}
-    for column in sorted({*table.columns} - known):
-        for meant in difflib.get_close_matches(column, known - {*table.columns}, n=1, cutoff=0.8):
+        wrong = column != getattr(ColumnFlags, name) and column not in table.names
+        refuse(wrong, f"{table.origin}: --{name} {column!r} is no column; it has {table.names}.")
+    known = {*vars(columns).values()} - {None}
+    for column in sorted({*table.names} - known):
+        for meant in difflib.get_close_matches(column, known - {*table.names}, n=1, cutoff=0.8):
             logger.warning("%s: the column %r is not read; is %r meant?", table.origin, column, meant)
 
 
 def _read_row(
-    table: _Table, record: Mapping[str, Any], source: str, columns: ColumnFlags, target_prompt: str | None,
-    with_masks: bool,
-) -> PortraitRow:  # fmt: skip
-    image = table.find_picture(record, table.image_column, source)
-    mask = table.find_picture(record, table.mask_column, source) if with_masks else None
-    flag = "--caption_column" if table.has_captions else "--base_prompt_column"
-    base_prompt = _required(record, table.text_column, source, flag)
-    check_text(base_prompt, f"{source}: column {table.text_column!r}")
-    target = _choose_target(record, columns.target_prompt_column, target_prompt, source)
+    table: Table, record: Mapping[str, Any], source: str, target_prompt: str | None, with_masks: bool
+) -> PortraitRow:
+    columns = table.columns
+
+    def picture(column: str) -> Path | Image.Image:
+        return table.find_picture(_required(record, column, source), column, source)
 
     def read(column: str, check: Callable[[Any, str], Any], *nothing: Any) -> Any:
         value = record.get(column)
         return None if value is None or value in nothing else check(value, f"{source}: column {column!r}")
 
-    full_prompt, base_phrases, free_phrases = (
-        read(columns.full_prompt_column, check_text),
-        read(columns.base_phrases_column, read_phrases),
-        read(columns.free_phrases_column, read_phrases, []),  # that none may change can be said either way
-    )
-    caption = base_prompt if table.has_captions else None
+    image, mask = picture(columns.image_column), picture(columns.mask_column) if with_masks else None
+    flag = "base_prompt_column" if columns.caption_column is None else "caption_column"
+    column, caption = getattr(columns, flag), None
+    base_prompt = check_text(_required(record, column, source, f"--{flag}"), f"{source}: column {column!r}")
+    target = _choose_target(record, columns.target_prompt_column, target_prompt, source)
+    if flag == "caption_column":
+        base_prompt, caption = take_targets_out(base_prompt, target, source), base_prompt
     return PortraitRow(
-        source, image, base_prompt, target, full_prompt, base_phrases, free_phrases or (), mask, caption
+        source,
+        image,
+        base_prompt,
+        target,
+        full_prompt=read(columns.full_prompt_column, check_text),
+        base_phrases=read(columns.base_phrases_column, read_phrases),
+        free_phrases=read(columns.free_phrases_column, read_phrases, []) or (),  # [] says that none may change
+        mask=mask,
+        caption=caption,
     )
+
+
+def take_targets_out(caption: str, target: str | list[Target], source: str) -> str:
+    """The base prompt in a caption: what is left without the targets that are added."""
+    base_prompt = caption
+    for text in [target] if isinstance(target, str) else target:
+        base_prompt = take_out(base_prompt, text) if isinstance(text, str) else base_prompt
+    refuse(not base_prompt, f"{source}: the caption {caption!r} says nothing but the target")
+    return base_prompt
 
 
 def _choose_target(record: Mapping[str, Any], column: str, target_prompt: str | None, source: str) -> Any:
@@ -207,8 +144,8 @@ def _choose_target(record: Mapping[str, Any], column: str, target_prompt: str | 
         return target_prompt
     value = _required(record, column, source, "--target_prompt_column and --target_prompt")
     target = read_target(value, f"{source}: column {column!r}")
-    if target_prompt is not None and target not in (target_prompt, [target_prompt]):
-        raise ValueError(f"{source}: column {column!r} says {target!r}, and --target_prompt says {target_prompt!r}.")
+    other = target_prompt is not None and target not in (target_prompt, [target_prompt])
+    refuse(other, f"{source}: column {column!r} says {target!r}, and --target_prompt says {target_prompt!r}.")
     return target
 
 
@@ -231,17 +168,13 @@ def load_mask(row: PortraitRow) -> Image.Image:
     where = f"{row.source}: the mask" + (f" {row.mask}" if isinstance(row.mask, Path) else "")
     mask = load_picture(row.mask, f"{row.source}: as mask").convert("L")
     size = upright_size(row.image, row.source)
-    if mask.size != size:
-        raise ValueError(f"{where} has {mask.width}x{mask.height} pixels, and its image {size}.")
-    if mask.getextrema()[1] == 0:
-        raise ValueError(f"{where} is black: it shows the target nowhere.")
+    refuse(mask.size != size, f"{where} has {mask.width}x{mask.height} pixels, and its image {size}.")
+    refuse(mask.getextrema()[1] == 0, f"{where} is black: it shows the target nowhere.")
     return mask
 
 
 def check_images(rows: Iterable[PortraitRow]) -> None:
-    """Decode every image and mask, so that a broken one is found now and not after an hour. Raises what `load_mask`
-    does.
-    """
+    """Decode every image and mask, so that a broken one is found now and not after an hour; raises as `load_mask`."""
     for row in rows:
         load_picture(row.image, row.source)
         if row.mask is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from adapters import BASE_ROW, Adapters
 from attention_processors import CrossAttentionFeatures, CrossAttentionStore
 from families.prompt_embeds import PromptEmbeds
-from training.flag_rules import DUAL_PATH_MODES
+from training.flags import DUAL_PATH_MODES
 
 
 @dataclass

@@ -4,30 +4,17 @@ import math
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
-from training.flag_rules import (
-    ABOVE_0,
-    AT_LEAST_1,
-    BELOW_2_32,
-    CARD_TAG,
-    DUAL_PATH_MODES,
-    ENHANCEMENT_LOSSES,
-    INTERPOLATION_MODES,
-    NOT_NEGATIVE,
-    OPTIMIZERS,
-    PRESERVATIONS,
-    SCHEDULERS,
-    SFCM_MODES,
-    SHARE,
-    SHARE_BELOW_1,
-    TRACKERS,
-    WITH_KEPT_ROWS,
-    FlagGroup,
-    check_folder,
-    check_package,
-    flag,
-    names_of,
-    path,
-)
+from training.flag_rules import SFCM_MODES, FlagGroup, check_folder, check_package, flag, names_of, path, refuse
+
+
+# Names of what other modules and libraries have.
+DUAL_PATH_MODES = ("two_pass", "single_pass")
+INTERPOLATION_MODES = ("lanczos", "bicubic", "bilinear", "box", "hamming", "nearest")
+ENHANCEMENT_LOSSES = ("difference", "direct")
+SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+TRACKERS = tuple("all aim tensorboard wandb comet_ml mlflow clearml dvclive swanlab trackio".split())
+# Ways to keep the portrait that add a row that keeps a prediction to each training portrait's.
+WITH_KEPT_ROWS = ("prior", "dop", "cat")
 
 
 @dataclass(frozen=True)
@@ -45,21 +32,17 @@ class ModelFlags(FlagGroup):
     pretrained_vae_model_name_or_path: str | None = path(None, "Another VAE than the model's: a folder or Hub id.")
     tiny_vae_model_name_or_path: str | None = path(None, "AutoencoderTiny that decodes for the enhancement loss.")
     clip_model_name_or_path: str = path(
-        "openai/clip-vit-large-patch14",
-        "CLIP model that judges portraits; for the enhancement loss alone.",
+        "openai/clip-vit-large-patch14", "CLIP model that judges portraits; for the enhancement loss alone."
     )
-    cache_dir: str | None = path(
-        None, "Where models and data sets from the Hub are kept, and latents and text embeddings, too."
-    )
+    cache_dir: str | None = path(None, "Where what comes from the Hub, latents and text embeddings are kept.")
     mixed_precision: str | None = flag(None, "accelerate's setting if not given.", choices=("no", "fp16", "bf16"))
     gradient_checkpointing: bool = flag(False, "Less memory, more time.")
     allow_tf32: bool = flag(False, "TF32 matrix products on Ampere and newer.")
-    enable_xformers_memory_efficient_attention: bool = flag(
-        False, "xformers in the layers whose attention is not captured: the self-attention."
-    )
+    enable_xformers_memory_efficient_attention: bool = flag(False, "xformers in the layers of self-attention.")
 
     def check(self) -> None:
-        check_folder("cache_dir", self.cache_dir)
+        if self.cache_dir is not None:
+            check_folder("cache_dir", self.cache_dir)
         if self.enable_xformers_memory_efficient_attention:
             check_package("enable_xformers_memory_efficient_attention", "xformers")
 
@@ -75,31 +58,25 @@ class DataFlags(FlagGroup):
     dataset_config_name: str | None = flag(None, "Configuration of the data set.")
     target_prompt: str | None = flag(None, "One target for the whole set, whose captions are base prompts.")
     free_phrases: list[str] | None = flag(
-        None, "Phrases that may change along with the target, for all base prompts that have them.", action="extend"
+        None, "Phrases that may change along with the target, in all base prompts that have them.", action="extend"
     )
-    max_train_samples: int | None = flag(None, "Train on this many portraits only, a choice by --seed.", AT_LEAST_1)
+    max_train_samples: int | None = flag(None, "Train on this many portraits only, a choice by --seed.", "at least 1")
     caption_extension: str = flag(
-        ".txt",
-        "Ending of the captions beside the pictures, a.png and a.txt, out of which the target is taken where they "
-        "say it.",
+        ".txt", "Ending of the captions beside the pictures, a.png and a.txt; the target is taken out of them."
     )
-    repeats: int = flag(1, "How often each portrait comes in an epoch.", AT_LEAST_1)
-    dataloader_num_workers: int = flag(0, "Processes that read pictures; 0: the training's own.", NOT_NEGATIVE)
-    cache_latents: bool = flag(
-        True, "Encode each portrait once (with --cache_dir once for all runs) instead of in each step."
-    )
-    cache_text_embeddings: bool = flag(
-        True, "Encode each prompt once (with --cache_dir once for all runs) instead of in each step."
-    )
+    repeats: int = flag(1, "How often each portrait comes in an epoch.", "at least 1")
+    dataloader_num_workers: int = flag(0, "Processes that read pictures; 0: the training's own.", "0 or more")
+    cache_latents: bool = flag(True, "Encode each portrait once (with --cache_dir for all runs), not in each step.")
+    cache_text_embeddings: bool = flag(True, "Encode each prompt once (with --cache_dir for all runs), likewise.")
 
     def check(self) -> None:
         extension = self.caption_extension
-        if not (extension.startswith(".") and extension.strip(". ")):
-            raise ValueError(f"--caption_extension must be an ending such as .txt, got {extension!r}")
-        if extension != type(self).caption_extension and self.train_data_dir is None:
-            raise ValueError("--caption_extension is for the captions of --train_data_dir")
-        if not all(phrase.strip() for phrase in self.free_phrases or ()):
-            raise ValueError("--free_phrases has an empty phrase")
+        is_ending = extension.startswith(".") and extension.strip(". ")
+        refuse(not is_ending, f"--caption_extension must be an ending such as .txt, got {extension!r}")
+        lost = extension != type(self).caption_extension and self.train_data_dir is None
+        refuse(lost, "--caption_extension is for the captions of --train_data_dir")
+        empty = not all(phrase.strip() for phrase in self.free_phrases or ())
+        refuse(empty, "--free_phrases has an empty phrase")
 
 
 @dataclass(frozen=True)
@@ -108,22 +85,18 @@ class ColumnFlags(FlagGroup):
 
     image_column: str = flag("image", "Column of the pictures, with --dataset_name.")
     base_prompt_column: str = flag("base_prompt", "Column of the base prompts.")
-    caption_column: str | None = flag(
-        None, "Column of captions instead, out of which the target is taken where they say it."
-    )
+    caption_column: str | None = flag(None, "Column of captions instead; the target is taken out of them.")
     target_prompt_column: str = flag("target_prompt", "Column of the target prompts.")
     full_prompt_column: str = flag("full_prompt", "Optional column of the full prompts, for replacements.")
     base_phrases_column: str = flag("base_phrases", "Optional column of the base prompts' phrases, as lists.")
-    free_phrases_column: str = flag(
-        "free_phrases", "Optional column of the phrases that may change along with the target, as lists."
-    )
+    free_phrases_column: str = flag("free_phrases", "Optional column of the phrases that may change, as lists.")
     mask_column: str = flag(
         "mask", "Column of the masks of --preservation mask, with --dataset_name; a folder's is mask_file_name."
     )
 
     def check(self) -> None:
-        if self.caption_column is not None and self.base_prompt_column != type(self).base_prompt_column:
-            raise ValueError("--caption_column takes the place of --base_prompt_column: give one of them")
+        both = self.caption_column is not None and self.base_prompt_column != type(self).base_prompt_column
+        refuse(both, "--caption_column takes the place of --base_prompt_column: give one of them")
 
 
 @dataclass(frozen=True)
@@ -131,7 +104,7 @@ class PictureFlags(FlagGroup):
     """How a picture becomes pixels of the training."""
 
     resolution: int = flag(
-        512, "Side of the training pictures in pixels, a multiple of 64 for SD 1.5; the middle is cut out.", AT_LEAST_1
+        512, "Side of the training pictures, for SD 1.5 a multiple of 64 pixels; the middle is cut out.", "at least 1"
     )
     aspect_ratio_buckets: str | None = flag(
         None, "Several sizes instead, as height,width;height,width: each portrait has the nearest in shape."
@@ -142,53 +115,41 @@ class PictureFlags(FlagGroup):
     )
     image_interpolation_mode: str = flag("lanczos", "How to resize.", choices=INTERPOLATION_MODES)
 
-    def check(self) -> None:
-        if self.aspect_ratio_buckets is not None and not self.aspect_ratio_buckets.strip():
-            raise ValueError("--aspect_ratio_buckets is empty")
-
 
 @dataclass(frozen=True)
 class LoraFlags(FlagGroup):
     """The LoRA, and those that it is trained on top of."""
 
-    rank: int = flag(16, "Rank of the LoRA.", AT_LEAST_1)
-    lora_alpha: float | None = flag(
-        None, "Alpha of the LoRA, which is scaled by alpha / rank; the rank if not given.", ABOVE_0
-    )
+    rank: int = flag(16, "Rank of the LoRA.", "at least 1")
+    lora_alpha: float | None = flag(None, "The LoRA is scaled by alpha / rank; the rank if not given.", "above 0")
     lora_target: str = flag("cross", "Cross-attention projections, or self-attention's too.", choices=("cross", "all"))
     lora_layers: list[str] | None = flag(
-        None, "Instead of --lora_target: ends of the layers' names, separated by commas, as in attn2.to_k,attn2.to_v.",
-        type=names_of, nargs=None,
-    )  # fmt: skip
-    lora_dropout: float = flag(0.0, "Dropout in front of the LoRA, in [0, 1).", SHARE_BELOW_1)
+        None, "Instead of --lora_target: ends of names, as in attn2.to_k,attn2.to_v.", type=names_of, nargs=None
+    )
+    lora_dropout: float = flag(0.0, "Dropout in front of the LoRA, in [0, 1).", "in [0, 1)")
     use_dora: bool = flag(False, "Weight-decomposed LoRA (DoRA); needs --dual_path two_pass, and no --reference_lora.")
     reference_lora: list[str] | None = path(
-        None,
-        "Earlier LoRAs to train on top of: files, folders or Hub ids. They stay as they are, in both paths.",
-        action="extend",
+        None, "Earlier LoRAs to train on top of: files, folders or Hub ids. They stay as they are.", action="extend"
     )
-    reference_lora_scale: list[float] | float | None = flag(
-        1.0, "How strongly they are active: one value for all, or one for each."
-    )
+    reference_lora_scale: list[float] | float | None = flag(1.0, "How strong they are: one value, or one for each.")
     stage1_lora_path: str | None = path(
         None, "Folder or file of a LoRA, of any rank and layers, that takes stage 1's place; needs --stage1_steps 0."
     )
 
     def check(self) -> None:
-        if self.stage1_lora_path is not None and not Path(self.stage1_lora_path).exists():
-            raise ValueError(f"--stage1_lora_path {self.stage1_lora_path} does not exist")
-        if not isinstance(self.reference_lora_scale, list):
+        stage1, scales = self.stage1_lora_path, self.reference_lora_scale
+        refuse(stage1 is not None and not Path(stage1).exists(), f"--stage1_lora_path {stage1} does not exist")
+        if not isinstance(scales, list):
             return
-        if self.reference_lora is None:
-            raise ValueError("--reference_lora_scale needs --reference_lora")
-        if len(self.reference_lora_scale) not in (1, len(self.reference_lora)):
-            raise ValueError(
-                f"--reference_lora_scale has {len(self.reference_lora_scale)} values and --reference_lora "
-                f"{len(self.reference_lora)}: give one for all, or one for each"
-            )
-        for scale in self.reference_lora_scale:
-            if not math.isfinite(scale):
-                raise ValueError(f"--reference_lora_scale must be finite, got {scale}")
+        refuse(self.reference_lora is None, "--reference_lora_scale needs --reference_lora")
+        count = len(self.reference_lora)
+        refuse(
+            len(scales) not in (1, count),
+            f"--reference_lora_scale has {len(scales)} values and --reference_lora {count}: give one for all, or one "
+            "for each",
+        )
+        for scale in scales:
+            refuse(not math.isfinite(scale), f"--reference_lora_scale must be finite, got {scale}")
 
 
 @dataclass(frozen=True)
@@ -200,43 +161,35 @@ class MethodFlags(FlagGroup):
         "How the portrait is kept. All but `spf` have one stage of --stage1_steps and --stage2_steps together: "
         "`none`, plain LoRA; `prior`, DreamBooth's drawn portraits; `dop`, the original model's prediction of the "
         "training portraits without the target; `cat`, the same with unrelated prompts; `mask`, masked loss.",
-        choices=PRESERVATIONS,
+        choices=("spf", "none", *WITH_KEPT_ROWS, "mask"),
     )
-    preservation_weight: float = flag(1.0, "Weight of that loss, of `prior`, `dop` and `cat`.", NOT_NEGATIVE)
+    preservation_weight: float = flag(1.0, "Weight of that loss, of `prior`, `dop` and `cat`.", "0 or more")
     unrelated_prompts: list[str] | None = flag(
         None, "Prompts that `cat` keeps the predictions of; the empty one if not given.", action="extend"
     )
-    stage1_steps: int = flag(500, "Steps of standard fine-tuning.", NOT_NEGATIVE)
-    stage2_steps: int = flag(500, "Steps of alignment; 0 is a plain LoRA.", NOT_NEGATIVE)
+    stage1_steps: int = flag(500, "Steps of standard fine-tuning.", "0 or more")
+    stage2_steps: int = flag(500, "Steps of alignment; 0 is a plain LoRA.", "0 or more")
     stage2_objective: str = flag(
         "composed",
         "`paper`: feature alignment and response enhancement. `composed`: predictions composed by the SFCM.",
         choices=("composed", "paper", "both"),
     )
     dual_path: str = flag(
-        "two_pass",
-        "Two passes, or one that takes more memory and gives the same up to rounding.",
-        choices=DUAL_PATH_MODES,
+        "two_pass", "Two passes, or one with more memory and the same numbers up to rounding.", choices=DUAL_PATH_MODES
     )
     base_prompt_share: float = flag(
-        0.6,
-        "Share of alignment rows, in [0, 1), that ask for no change: 2/3 base prompt, 1/3 empty prompt.",
-        SHARE_BELOW_1,
+        0.6, "Share of alignment rows, in [0, 1), that ask for no change: 2/3 base, 1/3 empty prompt.", "in [0, 1)"
     )
-    snr_gamma: float | None = flag(
-        None, "Min-SNR weighting of the diffusion loss; 5.0 is usual. None if not given.", ABOVE_0
-    )
-    noise_offset: float = flag(
-        0.0, "Offset of the diffusion loss's noise that a channel shares; 0.1 is usual.", NOT_NEGATIVE
-    )
+    snr_gamma: float | None = flag(None, "Min-SNR weighting of the diffusion loss; 5.0 is usual.", "above 0")
+    noise_offset: float = flag(0.0, "Offset of that loss's noise that a channel shares; 0.1 is usual.", "0 or more")
 
     def check(self) -> None:
-        if self.unrelated_prompts is not None and self.preservation != "cat":
-            raise ValueError("--unrelated_prompts needs --preservation cat")
-        if self.preservation_weight != type(self).preservation_weight and self.preservation not in WITH_KEPT_ROWS:
-            raise ValueError("--preservation_weight is for --preservation prior, dop and cat")
-        if self.stage1_steps == self.stage2_steps == 0:
-            raise ValueError("--stage1_steps and --stage2_steps are both 0: there is nothing to train")
+        lost = self.unrelated_prompts is not None and self.preservation != "cat"
+        refuse(lost, "--unrelated_prompts needs --preservation cat")
+        lost = self.preservation_weight != type(self).preservation_weight and self.preservation not in WITH_KEPT_ROWS
+        refuse(lost, "--preservation_weight is for --preservation prior, dop and cat")
+        nothing = self.stage1_steps == self.stage2_steps == 0
+        refuse(nothing, "--stage1_steps and --stage2_steps are both 0: there is nothing to train")
 
 
 @dataclass(frozen=True)
@@ -244,51 +197,38 @@ class ComposedFlags(FlagGroup):
     """The composed objective."""
 
     composed_init: str = flag(
-        "zero",
-        "Start `composed` from the original model or from stage 1, which teaches in either case.",
-        choices=("zero", "stage1"),
+        "zero", "Start from the original model or from stage 1, which teaches anyway.", choices=("zero", "stage1")
     )
-    teacher_scale: float = flag(1.6, "Factor on what stage 1 changes inside the map (composed).", NOT_NEGATIVE)
+    teacher_scale: float = flag(1.6, "Factor on what stage 1 changes inside the map (composed).", "0 or more")
     teacher_base_weight: float = flag(
-        0.5, "Of what stage 1 changes with the base prompt alone, the share to take away from that, in [0, 1].", SHARE
+        0.5, "Of what stage 1 changes with the base prompt alone, the share to take away, in [0, 1].", "in [0, 1]"
     )
     composed_timestep_power: float = flag(
-        0.5, "Draw composed alignment's timesteps with density (noise/signal)^power; 0 is uniform.", NOT_NEGATIVE
+        0.5, "Draw composed alignment's timesteps with density (noise/signal)^power; 0 is uniform.", "0 or more"
     )
     composed_target_reuse: int = flag(
-        2,
-        "Steps that learn from each composed target, which costs more to make than to learn; 1 makes each anew.",
-        AT_LEAST_1,
+        2, "Steps that learn from each composed target, which is costly to make; 1 makes each anew.", "at least 1"
     )
-    sfcm_gamma: float = flag(2.0, "Exponent of the map in the composition; larger narrows it.", ABOVE_0)
+    sfcm_gamma: float = flag(2.0, "Exponent of the map in the composition; larger narrows it.", "above 0")
 
 
 @dataclass(frozen=True)
 class PaperFlags(FlagGroup):
     """The paper's objective."""
 
-    lambda_text: float = flag(20.0, "Weight of the text-consistent loss (paper).", NOT_NEGATIVE)
-    lambda_fine: float = flag(6.0, "Weight of the fine-grained loss (paper).", NOT_NEGATIVE)
-    lambda_enh: float = flag(20.0, "Weight of the enhancement loss (paper).", NOT_NEGATIVE)
-    lambda_base: float = flag(10.0, "Weight of keeping predictions for unchanged prompts (paper).", NOT_NEGATIVE)
+    lambda_text: float = flag(20.0, "Weight of the text-consistent loss (paper).", "0 or more")
+    lambda_fine: float = flag(6.0, "Weight of the fine-grained loss (paper).", "0 or more")
+    lambda_enh: float = flag(20.0, "Weight of the enhancement loss (paper).", "0 or more")
+    lambda_base: float = flag(10.0, "Weight of keeping predictions for unchanged prompts (paper).", "0 or more")
     enhancement_loss: str = flag(
-        "difference",
-        "Form of the enhancement loss; `direct`: the plain CLIP score.",
-        choices=(*ENHANCEMENT_LOSSES, "none"),
+        "difference", "Form of that loss; `direct`: the plain CLIP score.", choices=(*ENHANCEMENT_LOSSES, "none")
     )
     enhancement_weighting: str = flag(
-        "alpha_bar",
-        "Weigh the enhancement loss by the signal's share, since at high noise its portrait is a guess; or not.",
-        choices=("alpha_bar", "none"),
+        "alpha_bar", "Weigh it by the signal's share, as high noise leaves a guess.", choices=("alpha_bar", "none")
     )
-    enhancement_every: int = flag(
-        1, "Compute the enhancement loss in every so manieth step of stage 2, with as much more weight.", AT_LEAST_1
-    )
+    enhancement_every: int = flag(1, "Compute it every so many steps, with so many times its weight.", "at least 1")
     alignment_layers: str = flag(
-        "all",
-        "Cross-attention layers the paper's losses align: all, or those of the resolution that the phrases' maps "
-        "are taken from.",
-        choices=("all", "phrase_map"),
+        "all", "Cross-attention layers to align: all, or those of the phrases' maps.", choices=("all", "phrase_map")
     )
 
 
@@ -298,18 +238,15 @@ class AlignmentFlags(FlagGroup):
 
     alignment_source: str = flag(
         "generated",
-        "Portraits both paths are aligned on: drawn by the original model from the base prompts, the training "
-        "portraits, or both.",
+        "Portraits both paths are aligned on: drawn by the original model, the training portraits, or both.",
         choices=("generated", "data", "both"),
     )
     alignment_phrase_dropout: float = flag(
-        0.5,
-        "Chance in [0, 1) that a drawn portrait's prompt leaves out a phrase, so that the portraits differ more.",
-        SHARE_BELOW_1,
+        0.5, "Chance in [0, 1) that a drawn portrait's prompt leaves out a phrase, to differ more.", "in [0, 1)"
     )
-    num_alignment_images: int = flag(64, "How many portraits are drawn for it.", AT_LEAST_1)
-    alignment_inference_steps: int = flag(25, "Denoising steps of each of them.", AT_LEAST_1)
-    alignment_guidance_scale: float = flag(5.0, "Guidance scale of each of them.", NOT_NEGATIVE)
+    num_alignment_images: int = flag(64, "How many portraits are drawn for it.", "at least 1")
+    alignment_inference_steps: int = flag(25, "Denoising steps of each of them.", "at least 1")
+    alignment_guidance_scale: float = flag(5.0, "Guidance scale of each of them.", "0 or more")
     reference_target_prompt: list[str] | None = flag(
         None, "Targets of the earlier LoRAs, each to be asked for in half of the drawn portraits.", action="extend"
     )
@@ -319,53 +256,46 @@ class AlignmentFlags(FlagGroup):
         "two paths (`averaged`), in its literal form (`paper`); `none` aligns everything.",
         choices=SFCM_MODES,
     )
-    sfcm_noise_samples: int = flag(4, "Noise samples a portrait's map is averaged over.", AT_LEAST_1)
+    sfcm_noise_samples: int = flag(4, "Noise samples a portrait's map is averaged over.", "at least 1")
     sfcm_timesteps: tuple[int, int] = flag(
         (600, 950), "Lowest and highest timestep of those samples.", metavar=("LOW", "HIGH")
     )
     sfcm_refresh_steps: int = flag(
-        0, "Make the averaged maps anew every so many steps of stage 2; 0 is never.", NOT_NEGATIVE
+        0, "Make the averaged maps anew every so many steps of stage 2; 0 is never.", "0 or more"
     )
     sfcm_dir: str | None = path(
-        None,
-        "Folder of maps to use instead, a greyscale picture for each alignment portrait, white where the target "
-        "may change it: 00000.png and so on.",
+        None, "Folder of maps to use instead, 00000.png and so on: grey, white where the target may change a portrait."
     )
     save_alignment: bool = flag(
-        False,
-        "Write the alignment portraits to OUTPUT_DIR/alignment and their maps to its folder sfcm, to be looked at "
-        "or corrected.",
+        False, "Write alignment portraits to OUTPUT_DIR/alignment and maps to its folder sfcm, to look at or correct."
     )
 
     def check(self) -> None:
         low, high = self.sfcm_timesteps
-        if not 0 <= low < high:
-            raise ValueError(f"--sfcm_timesteps must be two rising timesteps, got {[low, high]}")
-        if self.sfcm_dir is not None and self.sfcm_refresh_steps:
-            raise ValueError("--sfcm_refresh_steps would replace the maps of --sfcm_dir")
-        if not all(text.strip() for text in self.reference_target_prompt or ()):
-            raise ValueError("--reference_target_prompt has an empty text")
+        refuse(not 0 <= low < high, f"--sfcm_timesteps must be two rising timesteps, got {[low, high]}")
+        both = self.sfcm_dir is not None and self.sfcm_refresh_steps
+        refuse(both, "--sfcm_refresh_steps would replace the maps of --sfcm_dir")
+        empty = not all(text.strip() for text in self.reference_target_prompt or ())
+        refuse(empty, "--reference_target_prompt has an empty text")
 
 
 @dataclass(frozen=True)
 class OptimizerFlags(FlagGroup):
     """The optimizer."""
 
-    learning_rate: float = flag(1e-4, "Learning rate in both stages; 1.0 is usual for prodigy.", ABOVE_0)
+    learning_rate: float = flag(1e-4, "Learning rate in both stages; 1.0 is usual for prodigy.", "above 0")
     scale_lr: bool = flag(False, "Multiply it by accumulation, batch size and number of processes.")
-    optimizer: str = flag("adamw", "prodigy needs prodigyopt: pip install prodigyopt.", choices=OPTIMIZERS)
+    optimizer: str = flag("adamw", "prodigy needs prodigyopt: pip install prodigyopt.", choices=("adamw", "prodigy"))
     use_8bit_adam: bool = flag(False, "AdamW's state in 8 bits, which needs pip install bitsandbytes.")
-    adam_beta1: float = flag(0.9, "Decay of the gradient's running mean.", SHARE_BELOW_1)
-    adam_beta2: float = flag(0.999, "Decay of the squared gradient's running mean.", SHARE_BELOW_1)
-    adam_weight_decay: float = flag(
-        1e-2, "Weight decay, of both optimizers as all that adam_ stands before.", NOT_NEGATIVE
-    )
-    adam_epsilon: float = flag(1e-8, "Added to the denominator of the update.", ABOVE_0)
-    max_grad_norm: float = flag(1.0, "Largest norm of the gradient.", ABOVE_0)
+    adam_beta1: float = flag(0.9, "Decay of the gradient's running mean.", "in [0, 1)")
+    adam_beta2: float = flag(0.999, "Decay of the squared gradient's running mean.", "in [0, 1)")
+    adam_weight_decay: float = flag(1e-2, "Weight decay; all adam_ flags are prodigy's, too.", "0 or more")
+    adam_epsilon: float = flag(1e-8, "Added to the denominator of the update.", "above 0")
+    max_grad_norm: float = flag(1.0, "Largest norm of the gradient.", "above 0")
 
     def check(self) -> None:
-        if self.use_8bit_adam and self.optimizer != "adamw":
-            raise ValueError(f"--use_8bit_adam is a form of --optimizer adamw, not of {self.optimizer}")
+        both = self.use_8bit_adam and self.optimizer != "adamw"
+        refuse(both, f"--use_8bit_adam is a form of --optimizer adamw, not of {self.optimizer}")
         if self.use_8bit_adam:
             check_package("use_8bit_adam", "bitsandbytes")
         if self.optimizer == "prodigy":
@@ -376,18 +306,18 @@ class OptimizerFlags(FlagGroup):
 class LoopFlags(FlagGroup):
     """Batches, schedules and checkpoints."""
 
-    train_batch_size: int = flag(4, "Portraits a step and process.", AT_LEAST_1)
-    gradient_accumulation_steps: int = flag(1, "Batches an update.", AT_LEAST_1)
+    train_batch_size: int = flag(4, "Portraits a step and process.", "at least 1")
+    gradient_accumulation_steps: int = flag(1, "Batches an update.", "at least 1")
     lr_scheduler: str = flag("constant", "Learning rate over the steps of stage 1.", choices=SCHEDULERS)
     stage2_lr_scheduler: str = flag("cosine", "The same for stage 2.", choices=SCHEDULERS)
-    lr_warmup_steps: int = flag(0, "Warm-up steps of each stage's scheduler, of every one but constant.", NOT_NEGATIVE)
-    lr_num_cycles: int = flag(1, "How many cycles cosine_with_restarts has.", AT_LEAST_1)
-    lr_power: float = flag(1.0, "Power of polynomial.", ABOVE_0)
-    seed: int = flag(0, "Seed of everything random in the training.", NOT_NEGATIVE, BELOW_2_32)
+    lr_warmup_steps: int = flag(0, "Warm-up steps of each stage's scheduler, of every one but constant.", "0 or more")
+    lr_num_cycles: int = flag(1, "How many cycles cosine_with_restarts has.", "at least 1")
+    lr_power: float = flag(1.0, "Power of polynomial.", "above 0")
+    seed: int = flag(0, "Seed of everything random in the training.", "0 or more", "below 2**32")
     checkpointing_steps: int = flag(
-        500, "Write a checkpoint every so many steps; 0 writes one only when the run is asked to stop.", NOT_NEGATIVE
+        500, "Write a checkpoint every so many steps; 0 writes one only when the run is asked to stop.", "0 or more"
     )
-    checkpoints_total_limit: int | None = flag(None, "Keep the last so many of them; all if not given.", AT_LEAST_1)
+    checkpoints_total_limit: int | None = flag(None, "Keep the last so many of them; all if not given.", "at least 1")
     resume_from_checkpoint: str | None = path(
         None, "Go on from a checkpoint: latest, or a folder, which may be a name inside --output_dir."
     )
@@ -404,18 +334,19 @@ class OutputFlags(FlagGroup):
     )
     validation_base_prompt: str | None = flag(None, "Base prompt of the pictures; the first portrait's if not given.")
     validation_target_prompt: str | None = flag(None, "Their target; the first portrait's if not given.")
-    num_validation_images: int = flag(4, "Seeds, one a row; 0 draws nothing.", NOT_NEGATIVE)
-    validation_steps: int = flag(0, "Draw every so many steps; 0: at the start and end.", NOT_NEGATIVE)
-    validation_inference_steps: int = flag(25, "Denoising steps of the pictures.", AT_LEAST_1)
-    validation_guidance_scale: float = flag(5.0, "Guidance scale of the pictures.", NOT_NEGATIVE)
+    num_validation_images: int = flag(4, "Seeds, one a row; 0 draws nothing.", "0 or more")
+    validation_steps: int = flag(0, "Draw every so many steps; 0: at the start and end.", "0 or more")
+    validation_inference_steps: int = flag(25, "Denoising steps of the pictures.", "at least 1")
+    validation_guidance_scale: float = flag(5.0, "Guidance scale of the pictures.", "0 or more")
     dry_run: bool = flag(False, "Print prompts, phrases, token positions and CLIP distances; train nothing.")
 
     def check(self) -> None:
         check_folder("output_dir", self.output_dir)
         check_folder("logging_dir", Path(self.output_dir, self.logging_dir))
         card = Path(self.output_dir) / "README.md"
-        if card.is_file() and CARD_TAG not in card.read_text(encoding="utf-8", errors="replace"):
-            raise ValueError(f"--output_dir {self.output_dir} holds a README.md that is no model card of this script")
+        # As the metadata of a model card has it.
+        other = card.is_file() and "\n- spf-portrait\n" not in card.read_text(encoding="utf-8", errors="replace")
+        refuse(other, f"--output_dir {self.output_dir} holds a README.md that is no model card of this script")
 
 
 @dataclass(frozen=True)
@@ -425,9 +356,7 @@ class SharingFlags(FlagGroup):
     push_to_hub: bool = flag(False, "Upload LoRA, model card, last picture and pipeline at the end.")
     hub_model_id: str | None = flag(None, "Repository, as user/name or name; the name of --output_dir if not given.")
     hub_token: str | None = flag(
-        None,
-        "Token to push with, which every user of the machine can see while the run lasts; that of HF_TOKEN or `hf "
-        "auth login`, which they cannot see, if not given.",
+        None, "Token to push with, which all users of the machine can see; HF_TOKEN or `hf auth login` keep it unseen."
     )
     hub_private_repo: bool = flag(False, "Make the repository private.")
     hub_license: str = flag("creativeml-openrail-m", "Licence the model card names.")
@@ -436,7 +365,5 @@ class SharingFlags(FlagGroup):
     )
 
     def check(self) -> None:
-        if not self.push_to_hub:
-            for name in ("hub_model_id", "hub_token", "hub_private_repo"):
-                if getattr(self, name):
-                    raise ValueError(f"--{name} needs --push_to_hub")
+        for name in ("hub_model_id", "hub_token", "hub_private_repo"):
+            refuse(getattr(self, name) and not self.push_to_hub, f"--{name} needs --push_to_hub")

@@ -7,7 +7,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from transformers import CLIPTokenizer
 
 from families.stable_diffusion import StableDiffusion
 from loras.loading import ReferenceLora
-from programs.loading import naming_flag
+from programs.loading import naming, naming_flag
 from programs.picture_files import content_key, load_picture, upright_size
 from prompts import (
     PromptPair,
@@ -26,15 +26,16 @@ from prompts import (
     suggest_replacements,
     tokenize_prompt_pair,
 )
-from training.alignment_prompts import alignment_count, alignment_pairs
-from training.arguments import Flags, uses_enhancement
+from training.alignment_prompts import pairs_to_draw
+from training.arguments import Flags
 from training.caches import fingerprint
 from training.data import PortraitRow, check_images, load_rows
+from training.flag_rules import refuse
 from training.flags import PictureFlags
-from training.model_checks import check_lora, check_models, check_references, find_references
+from training.model_checks import check_loras, check_models, find_references
 from training.pixels import nearest_bucket, parse_aspect_ratio_buckets, preprocess_mask
 from training.resuming import Resume, find_resume
-from wording import find_weights, has_phrase, take_out
+from wording import find_weights, has_phrase
 
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,6 @@ class Inputs:
     buckets: tuple[int, ...]
     pairs: list[PromptPair]
     tokens: list[PromptTokens]
-    tokenizer: CLIPTokenizer
     validation_pair: PromptPair
     resume: Resume | None
     references: tuple[ReferenceLora, ...] = ()
@@ -92,31 +92,27 @@ def check_inputs(flags: Flags) -> Inputs:
     """
     references = find_references(flags.lora, flags.model.cache_dir)
     resume = find_resume(flags, references)
-    enhances = uses_enhancement(flags.method, flags.paper)
-    family, facts = check_models(flags.model, flags.alignment.sfcm_timesteps[1], enhances)
+    family, facts = check_models(flags)
     (tokenizer,) = facts.tokenizers
-    check_references(references, facts.denoiser_config, facts.text_config)
-    check_lora(flags.lora, flags.method.dual_path, facts.denoiser_config)
+    check_loras(flags, references, facts)
     sizes = read_sizes(flags.pictures, facts.side_multiple, flags.model.pretrained_model_name_or_path)
     rows = load_rows(
         flags.data, flags.columns, cache_dir=flags.model.cache_dir, with_masks=flags.method.preservation == "mask",
         seed=flags.loop.seed,
     )  # fmt: skip
-    rows = [row if row.caption is None else base_row(row) for row in rows]
     pairs, tokens = read_pairs(rows, flags.data.free_phrases or (), tokenizer)
     check_images(rows)
     buckets = [nearest_bucket(upright_size(row.image, row.source), sizes) for row in rows]
     drawn, drawn_buckets = pairs_to_draw(flags, pairs, buckets, sizes)
-    try:
+    with naming("--reference_target_prompt"):  # with what the prompts already had, each fits
         tokens += [tokenize_prompt_pair(pair, tokenizer) for pair in drawn]
-    except ValueError as error:  # with what the prompts already had, each fits
-        raise ValueError(f"--reference_target_prompt: {error}") from error
-    maps = flags.alignment.sfcm_dir
+    maps, aligned = flags.alignment.sfcm_dir, len(drawn)
+    if flags.alignment.alignment_source != "generated":
+        aligned += len(rows)
     inputs = Inputs(
         family=family, rows=rows, sizes=sizes, buckets=(*buckets, *drawn_buckets), pairs=pairs + drawn, tokens=tokens,
-        tokenizer=tokenizer, validation_pair=validation_pair(flags, pairs[0], tokenizer), resume=resume,
-        references=references,
-        sfcm=None if maps is None else read_maps(Path(maps), alignment_count(flags.alignment, len(rows))),
+        validation_pair=validation_pair(flags, pairs[0], tokenizer), resume=resume, references=references,
+        sfcm=None if maps is None else read_maps(Path(maps), aligned),
         unrelated_ids=tokenize_unrelated(flags.method.unrelated_prompts or [""], tokenizer),
     )  # fmt: skip
     # Asked in any case: it is that of the masks as they are now.
@@ -132,9 +128,9 @@ def read_sizes(pictures: PictureFlags, multiple: int, model: str) -> tuple[tuple
     """The (H, W) of --resolution or --aspect_ratio_buckets, whose sides must be multiples of the model's."""
     if pictures.aspect_ratio_buckets is not None:
         return parse_aspect_ratio_buckets(pictures.aspect_ratio_buckets, multiple)
-    if pictures.resolution % multiple:
-        raise ValueError(f"--resolution must be a multiple of {multiple} for {model!r}, got {pictures.resolution}")
-    return ((pictures.resolution, pictures.resolution),)
+    side = pictures.resolution
+    refuse(side % multiple, f"--resolution must be a multiple of {multiple} for {model!r}, got {side}")
+    return ((side, side),)
 
 
 def read_pairs(
@@ -146,79 +142,37 @@ def read_pairs(
     """
     pairs, tokens = [], []
     for row in rows:
-        try:
+        with naming(row.source):
             free = (*row.free_phrases, *_phrases_in(row.base_prompt, free_phrases))
             pairs.append(make_prompt_pair(row.base_prompt, row.target_prompt, row.full_prompt, row.base_phrases, free))
             tokens.append(tokenize_prompt_pair(pairs[-1], tokenizer))
-        except ValueError as error:
-            raise ValueError(f"{row.source}: {error}") from error
     for phrase in free_phrases:
-        if not any(has_phrase(row.base_prompt, phrase) for row in rows):
-            raise ValueError(f"--free_phrases: {phrase!r} is a phrase of no base prompt")
+        found = any(has_phrase(row.base_prompt, phrase) for row in rows)
+        refuse(not found, f"--free_phrases: {phrase!r} is a phrase of no base prompt")
     _warn_of_words(rows, pairs)
     return pairs, tokens
-
-
-def pairs_to_draw(
-    flags: Flags, pairs: Sequence[PromptPair], buckets: Sequence[int], sizes: Sequence[tuple[int, int]]
-) -> tuple[list[PromptPair], list[int]]:
-    """The prompts of the M portraits to be drawn and their buckets, if these flags draw any.
-
-    Raises ValueError: too few are drawn for --preservation prior, or a --reference_target_prompt cannot be added.
-    """
-    alignment, method = flags.alignment, flags.method
-    if method.preservation != "prior" and not (method.stage2_steps and alignment.alignment_source != "data"):
-        return [], []
-    drawn, drawn_buckets = alignment_pairs(alignment, pairs, buckets, flags.loop.seed)
-    missing = sorted({*buckets} - {*drawn_buckets})
-    if method.preservation == "prior" and missing:
-        height, width = sizes[missing[0]]
-        raise ValueError(
-            f"--num_alignment_images {alignment.num_alignment_images} draws no portrait of {width}x{height} pixels; "
-            "--preservation prior needs one of each size that the training portraits have"
-        )
-    return drawn, drawn_buckets
-
-
-def base_row(row: PortraitRow) -> PortraitRow:
-    """A caption's row with its base prompt: the caption without the targets that are added.
-
-    Raises ValueError: nothing else is in the caption; the message begins with the row's source.
-    """
-    targets = [row.target_prompt] if isinstance(row.target_prompt, str) else row.target_prompt
-    base_prompt = row.caption
-    for target in targets:
-        base_prompt = take_out(base_prompt, target) if isinstance(target, str) else base_prompt
-    if not base_prompt:
-        raise ValueError(f"{row.source}: the caption {row.caption!r} says nothing but the target")
-    return replace(row, base_prompt=base_prompt)
 
 
 def tokenize_unrelated(prompts: Sequence[str], tokenizer: CLIPTokenizer) -> torch.Tensor:
     """Tokens (U, T) of prompts that have nothing to do with the target; a ValueError if one does not fit."""
     for prompt in prompts:
-        count = len(tokenizer(prompt).input_ids)
-        if count > tokenizer.model_max_length:
-            raise ValueError(
-                f"--unrelated_prompts: {prompt!r} has {count} tokens, more than {tokenizer.model_max_length}"
-            )
+        count, most = len(tokenizer(prompt).input_ids), tokenizer.model_max_length
+        refuse(count > most, f"--unrelated_prompts: {prompt!r} has {count} tokens, more than {most}")
     return torch.tensor(tokenizer(list(prompts), padding="max_length").input_ids)
 
 
 def read_maps(folder: Path, count: int) -> list[torch.Tensor]:
-    """The maps of --sfcm_dir for `count` alignment portraits, (1, H', W') float32 in [0, 1] each, as large as they
-    are.
+    """The maps of --sfcm_dir for `count` alignment portraits, each (1, H', W') float32 in [0, 1], as large as it is.
 
-    Raises ValueError, OSError: names the first that is missing or no picture.
+    Raises InputError: names the first that is missing or no picture.
     """
     with naming_flag("sfcm_dir", str(folder)):
         maps = []
         for path in (folder / f"{i:05d}.png" for i in range(count)):
-            if not path.is_file():
-                raise ValueError(f"{path} does not exist; there must be one map for each of {count} portraits")
-            # Read as a mask is: what Pillow cannot open is refused with the file's name.
+            missing = not path.is_file()
+            refuse(missing, f"{path} does not exist; there must be one map for each of {count} portraits")
             picture = load_picture(path, str(path))
-            maps.append(preprocess_mask(picture, (picture.height, picture.width)))
+            maps.append(preprocess_mask(picture, picture.size[::-1]))
         return maps
 
 
@@ -229,13 +183,11 @@ def validation_pair(flags: Flags, first: PromptPair, tokenizer: CLIPTokenizer) -
         return first
     base_prompt = first.base_prompt if base_prompt is None else base_prompt
     targets = [*first.target_prompts] if target is None else [target]
-    try:
+    with naming("--validation_base_prompt / --validation_target_prompt"):
         free = _phrases_in(base_prompt, dict.fromkeys([*first.free_phrases, *(flags.data.free_phrases or ())]))
         pair = make_prompt_pair(base_prompt, targets, free_phrases=free)
         tokenize_prompt_pair(pair, tokenizer)
-    except ValueError as error:
-        raise ValueError(f"--validation_base_prompt / --validation_target_prompt: {error}") from error
-    return pair
+        return pair
 
 
 def _warn_of_words(rows: Sequence[PortraitRow], pairs: Sequence[PromptPair]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
-from transformers import AutoConfig, CLIPConfig, CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModel
+from transformers import AutoConfig, CLIPConfig, CLIPImageProcessorPil, CLIPTextModel
 
 from families.find import check_model
 from families.stable_diffusion import ModelFacts, StableDiffusion
@@ -15,33 +15,27 @@ from loras.finding import find_lora, find_on_hub
 from loras.loading import DORA_ON_TOP, ReferenceLora
 from loras.reading import read_lora
 from programs.loading import check_model_name, load_tokenizer, naming_flag
-from training.flags import LoraFlags, ModelFlags
+from training.arguments import Flags, uses_enhancement
+from training.flag_rules import refuse
+from training.flags import LoraFlags
 
 
-def check_models(
-    model: ModelFlags, last_timestep: int, enhances: bool
-) -> tuple[type[StableDiffusion], ModelFacts]:
-    """The family of the base model, and all that is known of the models without weights.
-
-    Args:
-        last_timestep: the higher of --sfcm_timesteps.
-        enhances: whether the enhancement loss is computed, for which alone there is a second CLIP.
-    """
+def check_models(flags: Flags) -> tuple[type[StableDiffusion], ModelFacts]:
+    """The family of the base model, and all that is known of the models without weights."""
+    model, high = flags.model, flags.alignment.sfcm_timesteps[1]
     family, facts = check_model(
         model.pretrained_model_name_or_path, revision=model.revision, cache_dir=model.cache_dir,
         vae=model.pretrained_vae_model_name_or_path, tiny_vae=model.tiny_vae_model_name_or_path,
         prediction_type=model.prediction_type,
     )  # fmt: skip
-    if last_timestep > facts.num_train_timesteps:
-        raise ValueError(
-            f"--sfcm_timesteps: HIGH is {last_timestep}, above the model's {facts.num_train_timesteps} timesteps"
-        )
-    if enhances:
+    count = facts.num_train_timesteps
+    refuse(high > count, f"--sfcm_timesteps: HIGH is {high}, above the model's {count} timesteps")
+    if uses_enhancement(flags.method, flags.paper):
         clip, cache_dir = model.clip_model_name_or_path, model.cache_dir
         with naming_flag("clip_model_name_or_path", clip):
             check_model_name(clip, kind=None)
-            if not isinstance(AutoConfig.from_pretrained(clip, cache_dir=cache_dir), CLIPConfig):
-                raise ValueError("not a CLIP model of texts and pictures")
+            config = AutoConfig.from_pretrained(clip, cache_dir=cache_dir)
+            refuse(not isinstance(config, CLIPConfig), "not a CLIP model of texts and pictures")
             load_tokenizer(clip, cache_dir=cache_dir)
             CLIPImageProcessorPil.from_pretrained(clip, cache_dir=cache_dir)
     return family, facts
@@ -49,52 +43,40 @@ def check_models(
 
 def find_references(lora: LoraFlags, cache_dir: str | None) -> tuple[ReferenceLora, ...]:
     """The files of --reference_lora, each with its scale; an InputError where one is not there, or twice."""
-    references: list[ReferenceLora] = []
-    if lora.use_dora and lora.reference_lora is not None:
-        raise ValueError(f"--use_dora does not go with --reference_lora: {DORA_ON_TOP}")
+    references: dict[str, ReferenceLora] = {}
+    both = lora.use_dora and lora.reference_lora is not None
+    refuse(both, f"--use_dora does not go with --reference_lora: {DORA_ON_TOP}")
     for name, scale in zip(lora.reference_lora or (), lora.reference_lora_scale or (), strict=True):
         with naming_flag("reference_lora", name):
             path = find_lora(name, cache_dir)
             sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-            references.append(ReferenceLora(name, path, find_on_hub(name), sha256, scale))
-            if any(references[-1].sha256 == earlier.sha256 for earlier in references[:-1]):
-                raise ValueError("the same LoRA is given twice")
-    return tuple(references)
+            refuse(sha256 in references, "the same LoRA is given twice")
+            references[sha256] = ReferenceLora(name, path, find_on_hub(name), sha256, scale)
+    return tuple(references.values())
 
 
-def check_references(references: Sequence[ReferenceLora], unet_config: dict, text_config: CLIPTextConfig) -> None:
-    """An InputError for an earlier LoRA that is none, or one of another base model, of which no weights are loaded."""
-    if references:
-        with init_empty_weights():
-            layers = {"unet": _unet_layers(unet_config), "text_encoder": _layers(CLIPTextModel(text_config))}
+def check_loras(flags: Flags, references: Sequence[ReferenceLora], facts: ModelFacts) -> None:
+    """A ValueError for an earlier LoRA, or stage 1's, that does not fit, or a layer of the new one that is none."""
+    lora, stage1 = flags.lora, flags.lora.stage1_lora_path
+    if not (references or stage1 or lora.lora_layers):
+        return
+    with init_empty_weights():
+        unet, text_encoder = UNet2DConditionModel.from_config(facts.denoiser_config), CLIPTextModel(facts.text_config)
+    layers = {"unet": _layers(unet), "text_encoder": _layers(text_encoder)}
     for reference in references:
         with naming_flag("reference_lora", reference.name):
             check_fits(read_lora(reference.path).layers, layers)
-
-
-def check_lora(lora: LoraFlags, dual_path: str, unet_config: dict) -> None:
-    """A ValueError if stage 1's LoRA, or a layer of the new one, is none of this UNet or does not go with other flags.
-    """
-    if lora.stage1_lora_path is not None:
-        with naming_flag("stage1_lora_path", lora.stage1_lora_path):
-            stage1 = read_lora(find_lora(lora.stage1_lora_path))
-            check_fits(stage1.layers, {"unet": _unet_layers(unet_config)})
-            if stage1.is_dora and dual_path == "single_pass":
-                raise ValueError(
-                    "is a DoRA, which cannot be off in some rows of a batch: it needs --dual_path two_pass"
-                )
-            if stage1.is_dora and lora.reference_lora:
-                raise ValueError(f"is a DoRA, which does not go with --reference_lora: {DORA_ON_TOP}")
-    names = [] if lora.lora_layers is None else list(_unet_layers(unet_config))
+    if stage1 is not None:
+        with naming_flag("stage1_lora_path", stage1):
+            file, mixed = read_lora(find_lora(stage1)), flags.method.dual_path == "single_pass"
+            check_fits(file.layers, {"unet": layers["unet"]})
+            advice = "which cannot be off in some rows of a batch: it needs --dual_path two_pass"
+            refuse(file.is_dora and mixed, f"is a DoRA, {advice}")
+            both = file.is_dora and lora.reference_lora
+            refuse(both, f"is a DoRA, which does not go with --reference_lora: {DORA_ON_TOP}")
     for layer in lora.lora_layers or ():
-        if not any(name == layer or name.endswith(f".{layer}") for name in names):
-            raise ValueError(f"--lora_layers: no layer of the UNet has a name that ends in {layer!r}")
-
-
-def _unet_layers(unet_config: dict) -> dict[str, torch.nn.Module]:
-    """The UNet's linear and convolutional layers by name, without weights."""
-    with init_empty_weights():
-        return _layers(UNet2DConditionModel.from_config(unet_config))
+        found = any(f".{name}".endswith(f".{layer}") for name in layers["unet"])
+        refuse(not found, f"--lora_layers: no layer of the UNet has a name that ends in {layer!r}")
 
 
 def _layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:

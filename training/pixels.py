@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from training.flag_rules import INTERPOLATION_MODES
+from training.flag_rules import refuse
 
 
 def preprocess_image(
@@ -23,21 +23,13 @@ def preprocess_image(
     Args:
         size: (H, W), each at least 1.
         flip: mirror it, left for right, after the crop.
-        centering: (x, y) in [0, 1]: where the part lies. x = 0 cuts at the right only, x = 1 at the left, y = 0 at the
-            bottom, y = 1 at the top.
-        interpolation: a key of `INTERPOLATION_MODES`.
+        centering: (x, y) in [0, 1]: where the part lies. x = 0 cuts at the right only, y = 0 at the bottom.
+        interpolation: one of `flags.INTERPOLATION_MODES`.
 
     Returns: (3, H, W) float32 in [-1, 1].
-    Raises ValueError: `centering` or `interpolation` is none of these.
     """
-    if interpolation not in INTERPOLATION_MODES:
-        raise ValueError(f"interpolation must be one of {list(INTERPOLATION_MODES)}, got {interpolation!r}.")
-    if not all(0 <= value <= 1 for value in centering):
-        # Pillow would crop the centre instead.
-        raise ValueError(f"centering must lie in [0, 1], got {centering}.")
-    height, width = size
     # One resize of the part: resizing first would make a huge image of a very narrow one.
-    image = ImageOps.fit(image, (width, height), Image.Resampling[interpolation.upper()], centering=centering)
+    image = ImageOps.fit(image, size[::-1], Image.Resampling[interpolation.upper()], centering=centering)
     if flip:
         image = ImageOps.mirror(image)
     pixels = torch.from_numpy(np.array(image, dtype=np.float32))
@@ -47,46 +39,33 @@ def preprocess_image(
 def preprocess_mask(
     mask: Image.Image, size: tuple[int, int], *, flip: bool = False, centering: tuple[float, float] = (0.5, 0.5)
 ) -> torch.Tensor:
-    """The part of a mask that `preprocess_image` takes of its image with the same arguments, (1, H, W) float32 in [0,
-    1].
-    """
+    """(1, H, W) float32 in [0, 1]: the part of a mask that `preprocess_image` takes of its image."""
     pixels = preprocess_image(mask.convert("RGB"), size, flip=flip, centering=centering, interpolation="box")
     return pixels[:1] / 2 + 0.5
 
 
 def parse_aspect_ratio_buckets(text: str, multiple: int) -> tuple[tuple[int, int], ...]:
-    """The different (H, W) of --aspect_ratio_buckets in their order, from "512,512;640,448", sides multiples of
-    `multiple`.
+    """The (H, W) of --aspect_ratio_buckets such as "512,512;640,448", whose sides must be multiples of `multiple`.
 
     Raises ValueError: names the flag and the part that is wrong.
     """
     buckets: list[tuple[int, int]] = []
     for part in text.split(";"):
         match = re.fullmatch(r"\s*([0-9]{1,6})\s*,\s*([0-9]{1,6})\s*", part)
-        if match is None:
-            raise ValueError(
-                "--aspect_ratio_buckets takes height,width in pixels, several separated by ';', as in "
-                f"'512,512;640,448'; got {part!r}."
-            )
+        form = "height,width in pixels, several separated by ';', as in '512,512;640,448'"
+        refuse(match is None, f"--aspect_ratio_buckets takes {form}; got {part!r}.")
         bucket = (int(match[1]), int(match[2]))
-        if min(bucket) < 1 or any(side % multiple for side in bucket):
-            raise ValueError(f"--aspect_ratio_buckets: {part!r} must be positive multiples of {multiple}.")
-        if bucket in buckets:
-            raise ValueError(f"--aspect_ratio_buckets names {part!r} twice.")
+        wrong = min(bucket) < 1 or any(side % multiple for side in bucket)
+        refuse(wrong, f"--aspect_ratio_buckets: {part!r} must be positive multiples of {multiple}.")
+        refuse(bucket in buckets, f"--aspect_ratio_buckets names {part!r} twice.")
         buckets.append(bucket)
     return tuple(buckets)
 
 
 def nearest_bucket(image_size: tuple[int, int], buckets: Sequence[tuple[int, int]]) -> int:
-    """The bucket for which least of an image is cropped.
+    """The index of the bucket, one of (H, W), for which least of an image of (width, height) is cropped.
 
-    Args:
-        image_size: (width, height) of the upright image, as Pillow and `upright_size` give it.
-        buckets: their (H, W), at least one.
-
-    Returns:
-        Index of the bucket whose aspect ratio is nearest, on a logarithmic scale; of equally near ones, of the one
-        whose area is nearest to the image's; of several such, of the first.
+    Its aspect ratio is nearest on a logarithmic scale; of equally near ones, its area, and else it is the first.
     """
     image_width, image_height = image_size
 

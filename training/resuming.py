@@ -2,16 +2,16 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from loras import LORA_WEIGHTS
 from loras.loading import ReferenceLora
-from programs.checkpoints import find_checkpoints
-from programs.loading import InputError
+from programs.loading import InputError, naming_flag
+from programs.writing import find_checkpoints
 from training.arguments import Flags, flat
 from training.checkpoints import check_checkpoint, latest_checkpoint, read_state
+from training.flag_rules import refuse
 from training.flags import LoopFlags, OutputFlags
 
 
@@ -33,8 +33,7 @@ FREE_ON_RESUME = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class Resume:
+class Resume(NamedTuple):
     """A checkpoint to go on from: its folder and what `checkpoints.read_state` read there."""
 
     folder: Path
@@ -63,29 +62,24 @@ def find_resume(flags: Flags, references: Sequence[ReferenceLora]) -> Resume | N
     Raises ValueError: there is none, it is damaged, or another run's; or one would be lost among those of this run.
     """
     asked, output_dir = flags.loop.resume_from_checkpoint, Path(flags.output.output_dir)
-    if asked is None:
+    if asked in (None, "latest"):
         earlier = find_checkpoints(output_dir)
-        if earlier and not flags.output.dry_run:
+        if earlier and asked is None and not flags.output.dry_run:
             raise ValueError(
                 f"--output_dir {output_dir} holds {earlier[-1].name} of an earlier run: give "
                 "--resume_from_checkpoint latest to go on, or another folder to start anew"
             )
-        check_unused(flags.output)
-        return None
-    if asked == "latest":
-        folder = latest_checkpoint(output_dir)
+        folder = None if asked is None else latest_checkpoint(output_dir)
         if folder is None:
             check_unused(flags.output)
-            logger.warning("There is no whole checkpoint in %s: the run starts anew", output_dir)
+            if asked == "latest":
+                logger.warning("There is no whole checkpoint in %s: the run starts anew", output_dir)
             return None
     else:
         folder = Path(asked) if Path(asked).is_dir() else output_dir / asked
-        if not folder.is_dir():
-            raise ValueError(f"--resume_from_checkpoint {asked}: there is no such folder")
-        try:
+        with naming_flag("resume_from_checkpoint", asked):
+            refuse(not folder.is_dir(), "there is no such folder")
             check_checkpoint(folder)
-        except ValueError as error:
-            raise ValueError(f"--resume_from_checkpoint {asked}: {error}") from error
     state = read_state(folder)
     record = state["record"]
     # Batch and precision are compared once accelerate has said what they are.
@@ -96,8 +90,7 @@ def find_resume(flags: Flags, references: Sequence[ReferenceLora]) -> Resume | N
 
 def check_unused(output: OutputFlags) -> None:
     """An InputError where a run that starts anew would write over the LoRA of another."""
-    lora = Path(output.output_dir) / LORA_WEIGHTS
-    if lora.is_file() and not output.dry_run:
+    if not output.dry_run and Path(output.output_dir, LORA_WEIGHTS).is_file():
         raise InputError(
             f"--output_dir {output.output_dir} holds the {LORA_WEIGHTS} of an earlier run, which this one would write "
             "over: give another folder"
@@ -105,9 +98,9 @@ def check_unused(output: OutputFlags) -> None:
 
 
 def check_nothing_came(loop: LoopFlags, output: OutputFlags, resume: Resume | None) -> None:
-    """Whether the output folder, once no other run can write into it, is as it was when the flags were checked.
+    """An InputError where another run has written into the output folder since the flags were checked.
 
-    Raises InputError: a run has come to its end, or written a checkpoint, in the meantime.
+    To be asked once no other run can write into it.
     """
     output_dir = Path(output.output_dir)
     if resume is None:

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from programs.writing import whole
+from training.flag_rules import refuse
 
 
 RUN_FILE = "run.yaml"
@@ -15,8 +16,7 @@ SECRETS = ("hub_token",)
 
 
 def read_run_file(path: str, actions: Mapping[str, argparse.Action]) -> dict[str, list[str]]:
-    """What a run file says, as a command line would: the words of each flag that it gives another value than the
-    default.
+    """The words of a command line for each flag that a run file gives another value than the default.
 
     Args:
         actions: of the parser, by the flags' names.
@@ -29,11 +29,9 @@ def read_run_file(path: str, actions: Mapping[str, argparse.Action]) -> dict[str
         raise ValueError(f"{path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold the flags by name, such as 'rank: 16'")
+    refuse(not isinstance(values, dict), f"{path} must hold the flags by name, such as 'rank: 16'")
     for name in values:
-        if name not in actions:
-            raise ValueError(f"{path}: there is no flag --{name}")
+        refuse(name not in actions, f"{path}: there is no flag --{name}")
     return {
         name: _words(f"{path}: {name}", actions[name], value)
         for name, value in values.items()
@@ -44,33 +42,26 @@ def read_run_file(path: str, actions: Mapping[str, argparse.Action]) -> dict[str
 def _words(where: str, action: argparse.Action, value: Any) -> list[str]:
     flag = action.option_strings[0]
     if action.nargs == 0:
-        if not isinstance(value, bool):
-            raise ValueError(f"{where} must be true or false, got {value!r}")
+        refuse(not isinstance(value, bool), f"{where} must be true or false, got {value!r}")
         return [flag if value else action.option_strings[1]]
     values = value if isinstance(value, list) else [value]
-    for one in values:
-        if not isinstance(one, str | int | float):
-            raise ValueError(f"{where} must be a text or a number, or a list of them, got {value!r}")
+    plain = all(isinstance(one, str | int | float) for one in values)
+    refuse(not plain, f"{where} must be a text or a number, or a list of them, got {value!r}")
     # YAML reads the word no, which --mixed_precision can be, as false.
     values = [{False: "no", True: "yes"}[one] if isinstance(one, bool) else str(one) for one in values]
     if isinstance(action, argparse._ExtendAction):
         return [f"{flag}={one}" for one in values]
     if action.nargs is not None:
         return [flag, *values]
-    if isinstance(value, list) and flag != "--lora_layers":
-        raise ValueError(f"{where} must be one value, got {value!r}")
+    several = isinstance(value, list) and flag != "--lora_layers"
+    refuse(several, f"{where} must be one value, got {value!r}")
     return [f"{flag}={','.join(values)}"]
 
 
 def write_run_file(asked: Mapping[str, Any], folder: Path) -> Path:
-    """Write down what a run was asked for, but secrets, so that it can be run again; whole or not at all. Returns the
-    file.
-    """
-    kept = {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in asked.items()
-        if name not in SECRETS
-    }
+    """Write down what a run was asked for, but secrets, so that it can be run again; returns the file."""
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in asked.items()}
+    kept = {name: value for name, value in values.items() if name not in SECRETS}
     folder.mkdir(parents=True, exist_ok=True)
     with whole(folder / RUN_FILE) as file:
         file.write_text(yaml.safe_dump(kept, sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from safetensors import SafetensorError
 
 from loras import CARD, LORA_WEIGHTS
 from loras.writing import write_diffusers_lora
 from training.arguments import Flags
-from training.checkpoints import HIDDEN_PREFIX, CheckpointError, save_checkpoint, what_is_safe
+from training.checkpoints import save_checkpoint, saying_what_is_safe
 from training.engine import Engine
 from training.inputs import Inputs
 from training.models import Models
@@ -28,22 +27,14 @@ logger = get_logger(__name__)
 def save_lora(models: Models, folder: Path) -> None:
     """Write the LoRA in diffusers' format with its metadata, whole or not at all."""
     # peft's names, for all layers: a loader tells the naming by the first one.
-    lora = models.lora(), models.unet.peft_config["default"]
-    write_diffusers_lora(folder, {"unet": lora}, f"{HIDDEN_PREFIX}lora-")
+    write_diffusers_lora(folder, {"unet": (models.lora(), models.unet.peft_config["default"])})
 
 
 def save_result(models: Models, folder: Path, output_dir: Path, accelerator: Accelerator) -> None:
-    """Write the LoRA of a stage that is over, on the main process; a CheckpointError that says what is safe if it
-    cannot be.
-    """
-    if not accelerator.is_main_process:
-        return
-    try:
-        save_lora(models, folder)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder / LORA_WEIGHTS} could not be written: {' '.join(str(error).split())}; {what_is_safe(output_dir)}"
-        ) from error
+    """Write the LoRA of a stage that is over, on the main process, or raise a CheckpointError."""
+    if accelerator.is_main_process:
+        with saying_what_is_safe(folder / LORA_WEIGHTS, output_dir):
+            save_lora(models, folder)
 
 
 class Checkpoints:
@@ -77,8 +68,8 @@ class Checkpoints:
         state = self._constant | engine.state()
         state["alignment"] = None if self._alignment is None else vars(self._alignment)
         state["objectives"] = {type(objective).__name__: objective.state() for objective in self._objectives}
-        write_lora = partial(save_lora, self._models)
-        save_checkpoint(self._output_dir, engine.global_step, state, write_lora, self._limit)
+        write = partial(save_lora, self._models)
+        save_checkpoint(self._output_dir, engine.global_step, state, write, self._limit)
         self._saved_step = engine.global_step
 
 
@@ -95,12 +86,9 @@ def say_what_is_there(flags: Flags, inputs: Inputs, global_step: int, pipeline_f
     if inputs.references:
         logger.info("How to draw with it and the earlier LoRAs is in the model card")
         return
+    target = targets[0] if len(targets) == 1 else targets
     logger.info(
         "Draw: pipe = DiffusionPipeline.from_pretrained(%r, custom_pipeline=%r, trust_remote_code=True); "
         "pipe.load_lora_weights(%r); pipe(%r, target_prompt=%r, compare=True)",
-        flags.model.pretrained_model_name_or_path,
-        str(pipeline_file),
-        output.output_dir,
-        pair.base_prompt,
-        targets[0] if len(targets) == 1 else targets,
-    )
+        flags.model.pretrained_model_name_or_path, str(pipeline_file), output.output_dir, pair.base_prompt, target,
+    )  # fmt: skip

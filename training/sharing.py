@@ -2,18 +2,17 @@
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from loras import KOHYA_WEIGHTS, LORA_WEIGHTS
 from loras.card import CardFacts, write_model_card
 from loras.hub import create_hub_repo, push_lora
-from loras.loading import ReferenceLora
 from loras.writing import save_kohya_lora
 from programs.loading import InputError
-from prompts import PromptPair
+from training.arguments import Flags, flat
+from training.flags import SharingFlags
+from training.inputs import Inputs
 
 
 logger = logging.getLogger(__name__)
@@ -28,76 +27,54 @@ UNPUBLISHED = frozenset(
     sfcm_dir save_alignment
     """.split()
 )
-HERE = Path(__file__).resolve().parents[1]
+_MAIN = Path(__file__).resolve().parents[1] / "pipeline_spf_portrait.py"
+_SIBLINGS = re.findall(r"^\s*from \.(\w+) import", _MAIN.read_text(encoding="utf-8"), re.MULTILINE)
+# The files of a custom pipeline under the names that diffusers looks for in a repository: beside the one with the
+# pipeline's class, what it names in relative imports, all of which diffusers' loader copies, and nothing else.
+PIPELINE_CODE = {"pipeline.py": _MAIN, **{f"{name}.py": _MAIN.with_name(f"{name}.py") for name in _SIBLINGS}}
 
 
-def pipeline_code(main: Path) -> dict[str, Path]:
-    """The files of a custom pipeline under the names that diffusers looks for in a repository.
-
-    Beside `main`, the file with the pipeline's class, lies what it names in relative imports, all of which diffusers'
-    loader copies, and nothing else.
-    """
-    siblings = re.findall(r"^\s*from \.(\w+) import", main.read_text(encoding="utf-8"), re.MULTILINE)
-    return {"pipeline.py": main, **{f"{name}.py": main.with_name(f"{name}.py") for name in siblings}}
-
-
-PIPELINE_CODE = pipeline_code(HERE / "pipeline_spf_portrait.py")
-
-
-def make_repository(sharing: Any, output_dir: Path) -> str:
+def make_repository(sharing: SharingFlags, output_dir: Path) -> str:
     """The repository on the Hub, made before the training so that a wrong name or token is known now."""
-    name = sharing.hub_model_id or output_dir.resolve().name
     if sharing.hub_token is not None:
         logger.warning(
             "--hub_token: every user of this machine can see a flag while the run lasts; HF_TOKEN or `hf auth login` "
             "gives the token unseen"
         )
-    with _as_mistake():
-        return create_hub_repo(name, sharing.hub_token, sharing.hub_private_repo)
-
-
-@contextmanager
-def _as_mistake() -> Iterator[None]:
+    name = sharing.hub_model_id or output_dir.resolve().name
     try:
-        yield
-    except (OSError, ValueError) as error:
+        return create_hub_repo(name, sharing.hub_token, sharing.hub_private_repo)
+    except ValueError as error:
         raise InputError(str(error)) from error
 
 
-def share(output_dir: Path, facts: CardFacts, token: str | None) -> None:
-    """The LoRA in kohya's format and the model card; both on the Hub with the pipeline, if `facts` name a repository.
+def share(flags: Flags, inputs: Inputs, pictures: Sequence[str], repo_id: str | None, is_dora: bool) -> None:
+    """The LoRA in kohya's format and a model card, which names no folder of this machine; all on the Hub, if asked.
+
+    Args:
+        pictures: their paths in --output_dir, with the prompts of `inputs.validation_pair`.
+        repo_id: where to push, None for nowhere.
+        is_dora: whether the LoRA has a magnitude.
 
     Raises InputError: the Hub did not take it; one line that says what is safe and how to push again.
     """
-    if facts.has_kohya:
+    output_dir, base_model = Path(flags.output.output_dir), flags.model.pretrained_model_name_or_path
+    sharing, pair = flags.sharing, inputs.validation_pair
+    if sharing.output_kohya_format:
         save_kohya_lora(output_dir / LORA_WEIGHTS, output_dir / KOHYA_WEIGHTS)
-    write_model_card(output_dir, facts)
-    if facts.repo_id is None:
-        return
-    files = [*facts.pictures, *([KOHYA_WEIGHTS] if facts.has_kohya else [])]
-    with _as_mistake():
-        logger.info("The LoRA is on the Hub: %s", push_lora(output_dir, facts.repo_id, token, PIPELINE_CODE, files))
-
-
-def card_facts(
-    flags: Mapping[str, Any], pairs: Sequence[PromptPair], validation_pair: PromptPair, pictures: Sequence[str],
-    repo_id: str | None, is_dora: bool, references: Sequence[ReferenceLora] = (),
-) -> CardFacts:  # fmt: skip
-    """What the model card says, of all flags by name; no folder of this machine is in it.
-
-    Args:
-        pairs: the training portraits' prompts.
-        pictures: their paths in --output_dir, with the prompts of `validation_pair`.
-        repo_id: where to push, None for nowhere.
-        is_dora: whether the LoRA has a magnitude.
-        references: the earlier LoRAs it was trained on top of.
-    """
-    base_model = flags["pretrained_model_name_or_path"]
-    return CardFacts(
+    facts = CardFacts(
         base_model=f"path/to/{Path(base_model).resolve().name}" if Path(base_model).is_dir() else base_model,
-        targets=tuple(dict.fromkeys(pair.target_text for pair in pairs)), example_prompt=validation_pair.full_prompt,
-        base_prompt=validation_pair.base_prompt, example_target=validation_pair.target_argument,
-        settings={name: value for name, value in flags.items() if name not in UNPUBLISHED}, pictures=tuple(pictures),
-        licence=flags["hub_license"], repo_id=repo_id, has_kohya=flags["output_kohya_format"], is_dora=is_dora,
-        earlier_loras=tuple(references),
+        targets=tuple(dict.fromkeys(own.target_text for own in inputs.pairs[: len(inputs.rows)])),
+        example_prompt=pair.full_prompt, base_prompt=pair.base_prompt, example_target=pair.target_argument,
+        settings={name: value for name, value in flat(flags).items() if name not in UNPUBLISHED},
+        pictures=tuple(pictures), licence=sharing.hub_license, repo_id=repo_id, has_kohya=sharing.output_kohya_format,
+        is_dora=is_dora, earlier_loras=inputs.references,
     )  # fmt: skip
+    write_model_card(output_dir, facts)
+    if repo_id is not None:
+        files = [*pictures, *([KOHYA_WEIGHTS] if sharing.output_kohya_format else [])]
+        try:
+            address = push_lora(output_dir, repo_id, sharing.hub_token, PIPELINE_CODE, files)
+        except (OSError, ValueError) as error:
+            raise InputError(str(error)) from error
+        logger.info("The LoRA is on the Hub: %s", address)

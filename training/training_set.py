@@ -32,10 +32,8 @@ class TrainingSet:
 
     Attributes:
         keys: of the rows' pictures' content.
-        sizes: (H, W) of each bucket.
-        buckets: which of them each portrait belongs to.
-        batch_size: portraits a batch, over all processes.
-        share: this process's part of a batch.
+        sizes, buckets: (H, W) of each bucket, and which of them each portrait belongs to.
+        batch_size, share: portraits a batch over all processes, and this process's part of it.
     """
 
     rows: Sequence[PortraitRow]
@@ -57,18 +55,14 @@ class TrainingSet:
         random = np.random.default_rng((self.seed, micro_step))
         flips = random.random(self.batch_size) < 0.5 if self.random_flip else [False] * self.batch_size
         centres = [(0.5, 0.5)] * self.batch_size if self.center_crop else random.random((self.batch_size, 2))
-        samples = [
-            Sample(i % count, bool(flip), (float(x), float(y))) for i, flip, (x, y) in zip(index, flips, centres)
-        ]
-        return samples[self.share]
+        drawn = list(zip(index, flips, centres))[self.share]
+        return [Sample(i % count, bool(flip), (float(x), float(y))) for i, flip, (x, y) in drawn]
 
     def pixels(self, sample: Sample) -> torch.Tensor:
         """(3, H, W) in [-1, 1]."""
         row, size = self.rows[sample.index], self.sizes[self.buckets[sample.index]]
-        picture = load_picture(row.image, row.source)
-        return preprocess_image(
-            picture, size, flip=sample.flip, centering=sample.centering, interpolation=self.interpolation
-        )
+        place = {"flip": sample.flip, "centering": sample.centering}
+        return preprocess_image(load_picture(row.image, row.source), size, interpolation=self.interpolation, **place)
 
     def mask(self, sample: Sample) -> torch.Tensor:
         """(1, H, W) in [0, 1]: where the target is in these pixels."""
@@ -97,9 +91,8 @@ def batch_indices(step: int, batch_size: int, count: int, seed: int) -> list[int
 def bucketed_batch_indices(step: int, batch_size: int, buckets: Sequence[int], seed: int) -> list[int]:
     """The same, all of one bucket, from the bucket of each sample.
 
-    With one bucket in use, those of `batch_indices`. With several, each comes once per sample of its own in
-    len(buckets) steps, in an order that differs each time, so that every sample comes exactly `batch_size` times in
-    them, and no sample again before all others of its bucket.
+    Each bucket comes once per sample of its own in len(buckets) steps, in an order that differs each time, so that
+    every sample comes exactly `batch_size` times in them, and no sample again before all others of its bucket.
     """
     count = len(buckets)
     if len(set(buckets)) == 1:
@@ -107,7 +100,7 @@ def bucketed_batch_indices(step: int, batch_size: int, buckets: Sequence[int], s
     cycle, position = divmod(step, count)
     turns = [buckets[i] for i in _epoch_order(cycle, count, derive_seed(seed, "turns of buckets"))]
     bucket = turns[position]
-    samples = [i for i in range(count) if buckets[i] == bucket]
+    samples = [i for i, own in enumerate(buckets) if own == bucket]
     batch = cycle * len(samples) + turns[:position].count(bucket)
     chosen = batch_indices(batch, batch_size, len(samples), derive_seed(seed, f"bucket {bucket}"))
     return [samples[i] for i in chosen]

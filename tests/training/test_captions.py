@@ -8,17 +8,13 @@ import pytest
 from test_train import make_flags, train, write_data
 
 from prompts import make_prompt_pair
-from training import inputs as inputs_module
 from training.alignment_prompts import thin_out
 from training.arguments import parse_args
-from training.data import PortraitRow
+from training.data import take_targets_out
+from training.inputs import check_inputs
 
 
 CAPTION = "a woman, red hair, a brown jacket"
-
-
-def caption_row(caption: str, target) -> PortraitRow:
-    return PortraitRow("captions.csv, line 2", Path("0.png"), caption, target, caption=caption)
 
 
 def write_captions(folder: Path, captions: list[str]) -> Path:
@@ -47,13 +43,12 @@ def warnings_of(caplog) -> list[str]:
     ],
 )
 def test_a_captions_base_prompt_does_not_say_the_target(target, base_prompt):
-    row = inputs_module.base_row(caption_row(CAPTION, target))
-    assert (row.base_prompt, row.caption) == (base_prompt, CAPTION)
+    assert take_targets_out(CAPTION, target, "captions.csv, line 2") == base_prompt
 
 
 def test_a_caption_of_the_target_alone_is_named():
     with pytest.raises(ValueError, match="^captions.csv, line 2: the caption 'Red hair.' says nothing but"):
-        inputs_module.base_row(caption_row("Red hair.", "red hair"))
+        take_targets_out("Red hair.", "red hair", "captions.csv, line 2")
 
 
 def test_a_dry_run_says_what_is_taken_out_of_captions(world, tmp_path, capsys):
@@ -78,7 +73,7 @@ def test_a_column_of_captions_trains_as_its_base_prompts_would(world, tmp_path):
     fingerprints = []
     for name, own, changes in (("base", rows, {}), ("captions", captions, {"caption_column": "text"})):
         given = make_flags(world, tmp_path, train_data_dir=write_data(tmp_path / name, own), **flags, **changes)
-        fingerprints.append(inputs_module.check_inputs(parse_args(given)).data_fingerprint)
+        fingerprints.append(check_inputs(parse_args(given)).data_fingerprint)
     assert fingerprints[0] == fingerprints[1]
 
 

@@ -345,11 +345,11 @@ def test_captions_beside_the_images(tmp_path):
     folder = write_captions(tmp_path, captions)
     (folder / "notes.txt").write_text("belongs to no picture")
     assert load_rows(train_data_dir=folder, target_prompt="blonde hair") == [
-        PortraitRow(str(folder / name).replace(end, ".txt"), folder / name, text, "blonde hair", caption=text)
-        for name, end, text in [
-            ("a.jpg", ".jpg", "a woman, blonde hair"),
-            ("b.png", ".png", "a man, a hat"),
-            ("sub/c.PNG", ".PNG", "a boy"),
+        PortraitRow(str(folder / name).replace(end, ".txt"), folder / name, base, "blonde hair", caption=text)
+        for name, end, base, text in [
+            ("a.jpg", ".jpg", "a woman", "a woman, blonde hair"),
+            ("b.png", ".png", "a man, a hat", "a man, a hat"),
+            ("sub/c.PNG", ".PNG", "a boy", "a boy"),
         ]
     ]
     (folder / "a.txt").rename(folder / "a.caption")
@@ -388,7 +388,8 @@ def test_a_metadata_file_comes_before_captions(tmp_path, caplog):
 def test_a_column_of_captions(tmp_path):
     folder = write_folder(tmp_path, [changed(base_prompt=None, text="a woman, blonde hair, a hat")])
     (row,) = load_rows(train_data_dir=folder, caption_column="text")
-    assert row.base_prompt == row.caption == "a woman, blonde hair, a hat" and row.target_prompt == "blonde hair"
+    assert row.caption == "a woman, blonde hair, a hat" and row.target_prompt == "blonde hair"
+    assert row.base_prompt == "a woman, a hat"
     message = refusal(ValueError, train_data_dir=folder, caption_column="caption")
     assert "no column 'caption'; see --caption_column. It has" in message
 

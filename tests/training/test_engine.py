@@ -26,7 +26,7 @@ import train_spf_portrait_lora as script
 from training.arguments import parse_args
 from training.batches import BatchDrawer
 from training.engine import Engine
-from training.flag_rules import SCHEDULERS
+from training.flags import SCHEDULERS
 from training.objectives import diffusion
 
 

@@ -39,12 +39,11 @@ from test_train import (  # noqa: F401  (fixtures)
 )
 
 import train_spf_portrait_lora as script
-from programs.checkpoints import find_checkpoints
+from programs.writing import HIDDEN_PREFIX, find_checkpoints
 from toy_portraits.recipe import training_flags
 from training import models, resuming
 from training.batches import Batch, BatchDrawer
 from training.checkpoints import (
-    HIDDEN_PREFIX,
     MANIFEST,
     STATE_TENSORS,
     STATE_VALUES,
@@ -822,10 +821,11 @@ def unfinished(output: Path, what: str) -> list[str]:
     found = []
     for folder in (output,) if what == "checkpoint" else (output, output / "stage1"):
         try:
-            found += [name for name in os.listdir(folder) if name.startswith(HIDDEN_PREFIX)]
+            found += os.listdir(folder)
         except FileNotFoundError:
             continue
-    return [name for name in found if name.startswith(f"{HIDDEN_PREFIX}lora-") == (what == "LoRA")]
+    start = HIDDEN_PREFIX + (WEIGHTS if what == "LoRA" else "checkpoint-")
+    return [name for name in found if name.startswith(start)]
 
 
 def wait_for_a_write(run: Run, output: Path, what: str, skip: int, delay: float) -> None:
