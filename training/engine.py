@@ -77,11 +77,8 @@ def stop_if_asked(stop: StopRequest, accelerator: Accelerator) -> None:
 class Engine:
     """Makes the updates of both stages with one optimizer, which each stage starts anew.
 
-    Attributes:
-        parameters: the weights in training.
-        stage, global_step: where the run is: in stage 1 or 2, after so many updates, or as the state `resume` has it.
-        skipped_updates: how many updates a gradient scaler left out.
-        optimizer, lr_scheduler: of the stage, once it has started.
+    The run is in stage `stage`, 1 or 2, after `global_step` updates, of which a gradient scaler left out
+    `skipped_updates`; it begins where the state `resume` has it.
     """
 
     def __init__(
@@ -154,6 +151,7 @@ class Engine:
             "lr_scheduler": self.lr_scheduler.state_dict(), "scaler": None if scaler is None else scaler.state_dict(),
         }  # fmt: skip
 
+    @property
     def micro_steps(self) -> range:
         """The batches of the step that comes."""
         accumulation = self._loop.gradient_accumulation_steps
@@ -194,18 +192,17 @@ class Engine:
                     raise FloatingPointError(f"{name!r} is {value} at step {step}, before its update. {ADVICE}")
         del values["gradient"]
         optimizer.step()
-        self._count_skipped(values)
-        if not optimizer.step_was_skipped:
+        if optimizer.step_was_skipped:
+            self._count_skipped(values)
+        else:
+            self._skipped_in_a_row = 0
             self.lr_scheduler.step()
         optimizer.zero_grad(set_to_none=True)
         self.global_step += 1
         return values
 
     def _count_skipped(self, losses: Mapping[str, float]) -> None:
-        """Count the updates that the gradient scaler left out; too many in a row are no matter of its scale."""
-        if not self.optimizer.step_was_skipped:
-            self._skipped_in_a_row = 0
-            return
+        """Count an update that the gradient scaler left out; too many in a row are no matter of its scale."""
         self.skipped_updates += 1
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
