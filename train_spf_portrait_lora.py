@@ -49,7 +49,7 @@ from training.maps import MapMaker
 from training.models import Models, load_models, load_text_part
 from training.objectives import make_objectives
 from training.objectives.objective import Objective, Parts
-from training.portraits import TrainingPortraits, draw_portraits, make_training_set, portraits_of
+from training.portraits import TrainingPortraits, draw_portraits, portraits_of
 from training.prompt_table import make_prompt_table
 from training.resuming import check_nothing_came, check_record, resume_record
 from training.run_file import write_run_file
@@ -67,19 +67,16 @@ logger = get_logger(__name__)
 def prepare(flags: Flags, inputs: Inputs, accelerator: Accelerator) -> Parts:
     """Load the models, add the LoRA, and turn prompts and portraits into tensors on the device.
 
-    Raises:
-        InputError: weights are missing, damaged or a pickle.
+    Raises InputError: weights are missing, damaged or a pickle.
     """
-    family, data, batch_size = inputs.family, flags.data, flags.loop.train_batch_size
-    shown = accelerator.is_local_main_process
-    earlier = flags.lora.stage1_lora_path if inputs.resume is None else inputs.resume.folder
-    models = load_models(family, flags.model, flags.lora, accelerator, inputs.references, earlier)
+    family, data, shown = inputs.family, flags.data, accelerator.is_local_main_process
+    models = load_models(flags, inputs, accelerator)
     cache = TensorCache(None if flags.model.cache_dir is None else Path(flags.model.cache_dir) / "spf-portrait")
     table = make_prompt_table(
         family, models.pipeline, inputs.pairs, inputs.tokens, encoded=data.cache_text_embeddings, cache=cache,
         shown=shown,
     )  # fmt: skip
-    training = TrainingPortraits(make_training_set(flags, inputs, accelerator), models, data.dataloader_num_workers)
+    training = TrainingPortraits(flags, inputs, models, accelerator)
     if data.cache_latents:
         training.encode(cache, shown)
     enhancement, released = None, ["vae"] * data.cache_latents + [*family.text_encoders] * data.cache_text_embeddings
@@ -90,19 +87,14 @@ def prepare(flags: Flags, inputs: Inputs, accelerator: Accelerator) -> Parts:
         if enhancement.decoder is models.pipeline.vae:
             released = [name for name in released if name != "vae"]
     models.release(released)
-    processes = accelerator.process_index, accelerator.num_processes
+    batches = BatchDrawer(
+        flags.loop.seed, flags.loop.train_batch_size, accelerator.process_index, accelerator.num_processes,
+        len(inputs.pairs), models.noise, accelerator.device,
+    )  # fmt: skip
     return Parts(
-        models=models,
-        table=table,
-        batches=BatchDrawer(
-            flags.loop.seed, batch_size, *processes, len(inputs.pairs), models.noise, accelerator.device
-        ),
-        training=training,
-        maps=MapMaker(models, table, flags.alignment, flags.loop.seed),
-        alignment=None,
-        enhancement=enhancement,
-        unrelated_ids=inputs.unrelated_ids,
-    )
+        models=models, table=table, batches=batches, training=training, enhancement=enhancement, alignment=None,
+        maps=MapMaker(models, table, flags.alignment, flags.loop.seed), unrelated_ids=inputs.unrelated_ids,
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------ the step

@@ -11,6 +11,7 @@ from torch import Tensor
 from families.noise_process import DDPM
 from training.portraits import Portraits, TrainingPortraits
 from training.prompt_table import BASE, EMPTY, FULL
+from training.training_set import bucketed_batch_indices, derive_seed
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class BatchDrawer:
-    """Draws this process's batches, of `batch_size` rows; `pairs` is how many pairs of prompts the prompt table has.
-    """
+    """Draws this process's batches."""
 
     seed: int
-    batch_size: int
+    batch_size: int  # of this process
     process_index: int
     num_processes: int
-    pairs: int
+    pairs: int  # how many pairs of prompts the prompt table has
     noise: DDPM
     device: torch.device
 
@@ -70,15 +70,20 @@ class BatchDrawer:
         self, portraits: Portraits, micro_step: int, stream: int, unchanged_share: float = 0.0,
         timestep_power: float = 0.0, bucket: int | None = None,
     ) -> Batch:  # fmt: skip
-        """A batch of alignment portraits.
+        """A batch of alignment portraits, all of one size.
 
         Args:
             unchanged_share: share of BASE and EMPTY rows, in [0, 1).
             timestep_power: timesteps are drawn with density (noise/signal)^power; 0 is uniform.
             bucket: take portraits of this size alone.
         """
-        index, latents = portraits.take(micro_step, self.size, self.own, stream, self.seed, bucket)
-        return self._noised(portraits.pair_index, index, latents, micro_step, stream, unchanged_share, timestep_power)
+        members = [i for i, other in enumerate(portraits.buckets) if bucket in (None, other)]
+        buckets, seed = [portraits.buckets[i] for i in members], derive_seed(self.seed, f"stream {stream}")
+        index = [members[i] for i in bucketed_batch_indices(micro_step, self.size, buckets, seed)[self.own]]
+        latents = torch.stack([portraits.latents[i] for i in index])
+        return self._noised(
+            portraits.pair_index, torch.tensor(index), latents, micro_step, stream, unchanged_share, timestep_power
+        )
 
     def _noised(
         self, pair_index: Tensor, index: Tensor, latents: Tensor, micro_step: int, stream: int = 0,

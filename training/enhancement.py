@@ -6,6 +6,7 @@ Paper: arXiv 2504.00396; `[ours]` marks what it leaves open.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +41,7 @@ class Enhancement:
         with naming_flag("clip_model_name_or_path", name):
             self.clip = CLIPModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True, **where)
         self.clip.requires_grad_(False).to(accelerator.device).eval()
-        self._processor = CLIPImageProcessorPil.from_pretrained(name, **where)
+        self._see = partial(embed_pixels, self.clip, CLIPImageProcessorPil.from_pretrained(name, **where))
         self._targets = embed_targets(self.clip, load_tokenizer(name, **where), pairs)
         self.decoder: AutoencoderKL | AutoencoderTiny = models.pipeline.vae
         if tiny_vae is not None:
@@ -73,9 +74,6 @@ class Enhancement:
                 embeds.append(self._see(pixels[None].to(self.clip.device)))
                 bar.update()
         self._image_embeds = torch.cat(embeds)
-
-    def _see(self, pixels: Tensor) -> Tensor:
-        return embed_pixels(self.clip, self._processor, pixels)
 
     def loss(self, batch: Batch, model_pred: Tensor, noise: DDPM) -> Tensor:
         """Of the one-step prediction, weighed by alpha_bar_t [ours]: at high t the prediction is noise."""

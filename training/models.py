@@ -26,7 +26,9 @@ from loras.loading import ReferenceLora, load_lora, merge_loras
 from loras.reading import read_lora
 from programs.console import without_warning
 from programs.loading import cast_models, load_pipeline, naming_flag
+from training.arguments import Flags
 from training.flags import LoraFlags, ModelFlags
+from training.inputs import Inputs
 
 
 STAGE1_ADAPTER = "stage1"
@@ -183,22 +185,20 @@ class Models:
                 magnitude.copy_(norms.view_as(magnitude))  # that of a convolution has sides of 1 beside its outputs
 
 
-def load_models(
-    family: type[StableDiffusion], model: ModelFlags, lora: LoraFlags, accelerator: Accelerator,
-    references: Sequence[ReferenceLora], earlier: str | Path | None,
-) -> Models:  # fmt: skip
-    """The base model on the device, frozen, with a new LoRA on its UNet, or an earlier one (file or folder) that goes
-    on.
+def load_models(flags: Flags, inputs: Inputs, accelerator: Accelerator) -> Models:
+    """The base model on the device, frozen, with a new LoRA on its UNet, or an earlier one that goes on.
 
     Raises InputError: weights are missing, damaged or a pickle.
     """
-    pipeline = load_base_model(family.pipeline_class, model, weight_dtype(accelerator), references)
+    family, model = inputs.family, flags.model
+    earlier = flags.lora.stage1_lora_path if inputs.resume is None else inputs.resume.folder
+    pipeline = load_base_model(family.pipeline_class, model, weight_dtype(accelerator), inputs.references)
     pipeline.to(accelerator.device)
     unet = getattr(pipeline, family.denoiser)
     for name in (family.denoiser, "vae", *family.text_encoders):
         getattr(pipeline, name).requires_grad_(False)
     if earlier is None:
-        unet.add_adapter(lora_config(family, lora, unet))
+        unet.add_adapter(lora_config(family, flags.lora, unet))
         train_in_float32(unet, "default")
     else:
         load_adapter(pipeline, earlier)

@@ -19,7 +19,7 @@ from training.arguments import Flags
 from training.caches import TensorCache, fingerprint, module_fingerprint
 from training.inputs import Inputs
 from training.models import Models
-from training.training_set import Sample, TrainingSet, bucketed_batch_indices, derive_seed
+from training.training_set import Sample, TrainingSet, derive_seed
 
 
 @dataclass
@@ -31,20 +31,6 @@ class Portraits:
     buckets: tuple[int, ...]  # which size each has
     sfcm: Sequence[torch.Tensor] | None = None  # (1, H, W) float32 in [0, 1], once the bank is filled
 
-    def take(
-        self, micro_step: int, size: int, own: slice, stream: int, seed: int, bucket: int | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A process's share `own` of batch `micro_step`, which has `size` portraits over all processes, all of one
-        bucket: places (B,) and latents (B, C, H, W).
-
-        `stream` keeps apart what one step takes twice.
-        """
-        members = [i for i, other in enumerate(self.buckets) if bucket in (None, other)]
-        buckets = [self.buckets[i] for i in members]
-        places = bucketed_batch_indices(micro_step, size, buckets, derive_seed(seed, f"stream {stream}"))[own]
-        index = [members[i] for i in places]
-        return torch.tensor(index), torch.stack([self.latents[i] for i in index])
-
 
 class TrainingPortraits:
     """The training portraits: encoded once, or read and encoded in each step.
@@ -52,10 +38,17 @@ class TrainingPortraits:
     `latents` are of each of `samples`, (C, H, W) float32 on the device; None where each step encodes its own.
     """
 
-    def __init__(self, training_set: TrainingSet, models: Models, workers: int) -> None:
-        self.training_set, self.latents = training_set, None
-        self.pair_index = torch.arange(len(training_set.rows), device=models.device)
-        self._models, self._workers, self._pixels = models, workers, None
+    def __init__(self, flags: Flags, inputs: Inputs, models: Models, accelerator: Accelerator) -> None:
+        count, size = len(inputs.rows), flags.loop.train_batch_size
+        first = accelerator.process_index * size
+        self.training_set = TrainingSet(
+            rows=inputs.rows, keys=inputs.keys, sizes=inputs.sizes, buckets=inputs.buckets[:count],
+            batch_size=size * accelerator.num_processes, share=slice(first, first + size), seed=flags.loop.seed,
+            repeats=flags.data.repeats, random_flip=flags.pictures.random_flip,
+            center_crop=flags.pictures.center_crop, interpolation=flags.pictures.image_interpolation_mode,
+        )  # fmt: skip
+        self.pair_index, self.latents = torch.arange(count, device=models.device), None
+        self._models, self._workers, self._pixels = models, flags.data.dataloader_num_workers, None
 
     @property
     def samples(self) -> list[Sample]:
@@ -168,18 +161,6 @@ def draw_portraits(flags: Flags, inputs: Inputs, models: Models, accelerator: Ac
             )  # fmt: skip
             latents += accelerator.gather(drawn.to(models.device))[: len(group)]
     return Portraits(latents, torch.arange(first, len(inputs.pairs), device=models.device), buckets)
-
-
-def make_training_set(flags: Flags, inputs: Inputs, accelerator: Accelerator) -> TrainingSet:
-    """The training portraits, of whose batches this process has its share."""
-    size = flags.loop.train_batch_size
-    first = accelerator.process_index * size
-    return TrainingSet(
-        rows=inputs.rows, keys=inputs.keys, sizes=inputs.sizes, buckets=inputs.buckets[: len(inputs.rows)],
-        batch_size=size * accelerator.num_processes, share=slice(first, first + size), seed=flags.loop.seed,
-        repeats=flags.data.repeats, random_flip=flags.pictures.random_flip, center_crop=flags.pictures.center_crop,
-        interpolation=flags.pictures.image_interpolation_mode,
-    )  # fmt: skip
 
 
 def portraits_of(state: Mapping[str, Any], device: torch.device) -> Portraits | None:
