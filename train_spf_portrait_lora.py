@@ -39,18 +39,18 @@ from programs.interruption import Interrupted, StopRequest, catch_stop_signals
 from programs.loading import InputError
 from programs.writing import find_checkpoints
 from training.alignment import prepare_alignment
-from training.batches import make_drawer
+from training.batches import BatchDrawer
 from training.caches import TensorCache
 from training.checkpoints import CheckpointError, lock_folder, remove_leftovers, what_is_safe
 from training.engine import Engine, make_accelerator, stop_if_asked, tracker_config
-from training.enhancement import Enhancement, load_clip, load_decoder
+from training.enhancement import Enhancement
 from training.inputs import Inputs, check_inputs, print_dry_run
 from training.maps import MapMaker
-from training.models import Models, load_models, load_text_part, weight_dtype
+from training.models import Models, load_models, load_text_part
 from training.objectives import make_objectives
 from training.objectives.objective import Objective, Parts
-from training.portraits import TrainingPortraits, draw_portraits, make_training_set, portraits_of
-from training.prompt_table import embed_targets, make_prompt_table
+from training.portraits import TrainingPortraits, draw_portraits, portraits_of
+from training.prompt_table import make_prompt_table
 from training.resuming import check_nothing_came, check_record, resume_record
 from training.run_file import write_run_file
 from training.saving import Checkpoints, save_result, say_what_is_there
@@ -67,49 +67,34 @@ logger = get_logger(__name__)
 def prepare(flags: Flags, inputs: Inputs, accelerator: Accelerator) -> Parts:
     """Load the models, add the LoRA, and turn prompts and portraits into tensors on the device.
 
-    Raises:
-        InputError: weights are missing, damaged or a pickle.
+    Raises InputError: weights are missing, damaged or a pickle.
     """
-    device, data, seed = accelerator.device, flags.data, flags.loop.seed
-    shown = accelerator.is_local_main_process
-    earlier = flags.lora.stage1_lora_path if inputs.resume is None else inputs.resume.folder
-    models = load_models(inputs.family, flags.model, flags.lora, accelerator, inputs.references, earlier)
+    family, data, shown = inputs.family, flags.data, accelerator.is_local_main_process
+    models = load_models(flags, inputs, accelerator)
     cache = TensorCache(None if flags.model.cache_dir is None else Path(flags.model.cache_dir) / "spf-portrait")
     table = make_prompt_table(
-        inputs.family,
-        models.pipeline,
-        inputs.pairs,
-        inputs.tokens,
-        encode=data.cache_text_embeddings,
-        cache=cache,
+        family, models.pipeline, inputs.pairs, inputs.tokens, encoded=data.cache_text_embeddings, cache=cache,
         shown=shown,
-    )
-    training = TrainingPortraits(make_training_set(flags, inputs, accelerator), models, data.dataloader_num_workers)
+    )  # fmt: skip
+    training = TrainingPortraits(flags, inputs, models, accelerator)
     if data.cache_latents:
         training.encode(cache, shown)
-    enhancement = None
+    enhancement, released = None, ["vae"] * data.cache_latents + [*family.text_encoders] * data.cache_text_embeddings
     if uses_enhancement(flags.method, flags.paper):
-        clip, tokenizer, processor = load_clip(flags.model.clip_model_name_or_path, flags.model.cache_dir, device)
-        targets = embed_targets(clip, tokenizer, inputs.pairs)
-        decoder = load_decoder(flags.model, models.pipeline.vae, weight_dtype(accelerator), device)
-        steps = flags.method.stage1_steps, flags.loop.gradient_accumulation_steps
-        enhancement = Enhancement(models, clip, processor, decoder, targets, flags.paper, steps)
+        enhancement = Enhancement(flags, models, inputs.pairs, accelerator)
         if data.cache_latents:
             enhancement.embed(training, shown)
-    decodes = enhancement is not None and enhancement.decoder is models.pipeline.vae
-    models.release(
-        ["vae"] * (data.cache_latents and not decodes) + [*inputs.family.text_encoders] * data.cache_text_embeddings
-    )
+        if enhancement.decoder is models.pipeline.vae:
+            released = [name for name in released if name != "vae"]
+    models.release(released)
+    batches = BatchDrawer(
+        flags.loop.seed, flags.loop.train_batch_size, accelerator.process_index, accelerator.num_processes,
+        len(inputs.pairs), models.noise, accelerator.device,
+    )  # fmt: skip
     return Parts(
-        models=models,
-        table=table,
-        batches=make_drawer(seed, flags.loop.train_batch_size, len(inputs.pairs), models.noise, accelerator),
-        training=training,
-        maps=MapMaker(models, table, flags.alignment, seed),
-        alignment=None,
-        enhancement=enhancement,
-        unrelated_ids=inputs.unrelated_ids,
-    )
+        models=models, table=table, batches=batches, training=training, enhancement=enhancement, alignment=None,
+        maps=MapMaker(models, table, flags.alignment, flags.loop.seed), unrelated_ids=inputs.unrelated_ids,
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------ the step
@@ -123,13 +108,13 @@ def train_step(engine: Engine, models: Models, objectives: Sequence[Objective]) 
     means: dict[str, torch.Tensor] = {}
     engine.seed_dropout()
     with models.adapters.dropout("default"):
-        for micro_step in engine.micro_steps():
+        for micro_step in engine.micro_steps:
             for objective in objectives:
-                last = micro_step == engine.micro_steps()[-1] and objective is objectives[-1]
+                last = micro_step == engine.micro_steps[-1] and objective is objectives[-1]
                 with engine.reducing(models.response_unet, last), objective.losses(micro_step) as losses:
                     engine.backward(sum(objective.weights[name] * loss for name, loss in losses.items()))
                 for name, loss in losses.items():
-                    means[name] = means.get(name, 0.0) + loss.detach() / len(engine.micro_steps())
+                    means[name] = means.get(name, 0.0) + loss.detach() / len(engine.micro_steps)
     return engine.update(means)
 
 
@@ -143,9 +128,6 @@ def train_stages(
     method, output, models, accelerator = flags.method, flags.output, parts.models, engine.accelerator
     resume, total = inputs.resume, method.stage1_steps + method.stage2_steps
 
-    def validate() -> None:
-        draw_validation(models, inputs, output, flags.loop.seed, engine.global_step, accelerator)
-
     def after_step(losses: dict[str, float]) -> None:
         """Show the losses, write a checkpoint, stop if asked, draw."""
         step = engine.global_step
@@ -158,22 +140,18 @@ def train_stages(
         stop_if_asked(stop, accelerator)
         if output.validation_steps and step % output.validation_steps == 0 and step != total:
             with stop.at_once():
-                validate()
+                draw_validation(flags, inputs, models, engine)
             progress.unpause()  # its clock counts steps alone
 
     if resume is None:
         with stop.at_once():
             if method.preservation == "prior":
-                drawn = draw_portraits(
-                    models, inputs, flags.alignment, accelerator, flags.loop.seed, 2 * flags.loop.train_batch_size
-                )
-                parts = replace(parts, alignment=drawn)
-            validate()
+                parts = replace(parts, alignment=draw_portraits(flags, inputs, models, accelerator))
+            draw_validation(flags, inputs, models, engine)
     else:
         logger.info("Going on from %s", resume.folder)
         parts = replace(parts, alignment=portraits_of(resume.state, accelerator.device))
-    shown = accelerator.is_local_main_process
-    with tqdm(total=total, initial=engine.global_step, disable=not shown) as progress:
+    with tqdm(total=total, initial=engine.global_step, disable=not accelerator.is_local_main_process) as progress:
         if engine.global_step < method.stage1_steps:
             train_stage(1, range(method.stage1_steps), flags, parts, engine, checkpoints, after_step)
         if method.stage2_steps == 0:
@@ -189,14 +167,9 @@ def train_stages(
 
 
 def train_stage(
-    stage: int,
-    steps: range,
-    flags: Flags,
-    parts: Parts,
-    engine: Engine,
-    checkpoints: Checkpoints,
+    stage: int, steps: range, flags: Flags, parts: Parts, engine: Engine, checkpoints: Checkpoints,
     after_step: Callable[[dict[str, float]], None],
-) -> None:
+) -> None:  # fmt: skip
     """The steps of one stage, or those that are left, with its own objectives, optimizer state and learning rate."""
     objectives, refresh = make_objectives(stage, flags, parts), flags.alignment.sfcm_refresh_steps
     for objective in objectives:
@@ -248,7 +221,7 @@ def finish(flags: Flags, inputs: Inputs, models: Models, engine: Engine, repo_id
     accelerator, output_dir = engine.accelerator, Path(flags.output.output_dir)
     save_result(models, output_dir, output_dir, accelerator)
     try:
-        draw_validation(models, inputs, flags.output, flags.loop.seed, engine.global_step, accelerator)
+        draw_validation(flags, inputs, models, engine)
     except OSError as error:
         raise CheckpointError(
             f"the last picture could not be written: {error}; {output_dir / LORA_WEIGHTS} is whole"

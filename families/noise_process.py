@@ -21,9 +21,8 @@ MAX_NOISE_TO_SIGNAL = 256.0
 class DDPM:
     """Noise by a table of betas; the denoiser predicts it ("epsilon") or the velocity ("v_prediction").
 
-    Args:
-        scheduler_class: name of a scheduler of diffusers.
-        config: the scheduler's; of it only the betas and the prediction type count.
+    Made of the name and the configuration of a scheduler of diffusers, of which only the betas and the prediction type
+    count. All timesteps are (B,).
 
     Raises ValueError: the scheduler has no betas, as those of flow matching, or the prediction is another.
     Source: Ho et al., "Denoising Diffusion Probabilistic Models", arXiv 2006.11239.
@@ -36,12 +35,9 @@ class DDPM:
         self._scheduler = DDPMScheduler.from_config(config)
         self.prediction_type: str = self._scheduler.config.prediction_type
         self.num_train_timesteps: int = self._scheduler.config.num_train_timesteps
+        self.add_noise = self._scheduler.add_noise  # to latents (B, C, H, W)
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(f"no training for prediction_type {self.prediction_type!r}")
-
-    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Latents (B, C, H, W) noised up to timesteps (B,)."""
-        return self._scheduler.add_noise(latents, noise, timesteps)
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the denoiser should predict of the noised latents, (B, C, H, W)."""
@@ -50,7 +46,7 @@ class DDPM:
         return noise
 
     def signal(self, timesteps: Tensor) -> Tensor:
-        """The share of the clean latents in the variance at timesteps (B,): alpha_bar, float32 in [0, 1]."""
+        """The share of the clean latents in the variance, (B,): alpha_bar, float32 in [0, 1]."""
         return self._scheduler.alphas_cumprod.to(timesteps.device)[timesteps].float()
 
     def original_sample(self, noisy_latents: Tensor, prediction: Tensor, timesteps: Tensor) -> Tensor:
@@ -69,22 +65,20 @@ class DDPM:
         return epsilon_scale(self._scheduler.alphas_cumprod, timesteps, self.prediction_type)
 
     def timestep_density(self, power: float) -> Tensor:
-        """Weights of all timesteps, (noise/signal)^power of the variances, the ratio at most `MAX_NOISE_TO_SIGNAL`.
+        """Weights of all timesteps, (noise/signal)^power of the variances, on the CPU, where timesteps are drawn.
 
         Where a head is, and how large, is decided at high timesteps, where errors of the predicted noise are small
         numbers and move the portrait most. A schedule that ends in pure noise has no signal there, and without a bound
-        its last timesteps would be nearly all that is drawn. They lie on the CPU, where timesteps are drawn.
+        its last timesteps would be nearly all that is drawn.
         """
         # The betas stay on the CPU; the scheduler moves its own products of them to the device.
         signal = (1 - self._scheduler.betas).cumprod(0)
         return ((1 - signal) / signal).clamp(max=MAX_NOISE_TO_SIGNAL) ** power
 
     def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
-        """Weights (B,) that keep the easy, nearly clean timesteps from ruling the diffusion loss.
+        """Weights (B,) float32 that keep the easy, nearly clean timesteps from ruling the diffusion loss.
 
-        For epsilon `min(snr, gamma) / snr`, for v `min(snr, gamma) / (snr + 1)`, float32; gamma, the largest
-        signal-to-noise ratio that counts, is usually 5.
-
+        For epsilon `min(snr, gamma) / snr`, for v `min(snr, gamma) / (snr + 1)`.
         Source: Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy", arXiv 2303.09556.
         """
         signal = self.signal(timesteps)

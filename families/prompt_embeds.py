@@ -11,9 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PromptEmbeds:
-    """All that a denoiser is told about B prompts: (B, T, E) `states` of T tokens; (B, E') `pooled` where a family has
-    them.
-    """
+    """Of B prompts: (B, T, E) `states` of T tokens, and (B, E') `pooled` where a family has them."""
 
     states: Tensor
     pooled: Tensor | None = None
@@ -22,12 +20,7 @@ class PromptEmbeds:
         return len(self.states)
 
     def __getitem__(self, rows: Tensor | slice) -> PromptEmbeds:
-        """The prompts of these rows, in their order."""
         return PromptEmbeds(self.states[rows], None if self.pooled is None else self.pooled[rows])
-
-    def to(self, *args: torch.device | torch.dtype | str) -> PromptEmbeds:
-        """The same on another device or in another dtype."""
-        return PromptEmbeds(self.states.to(*args), None if self.pooled is None else self.pooled.to(*args))
 
     @staticmethod
     def cat(parts: Sequence[PromptEmbeds]) -> PromptEmbeds:

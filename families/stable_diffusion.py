@@ -31,36 +31,24 @@ MODEL, VAE, TINY_VAE = (
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What is known of a model before its weights are loaded.
-
-    Attributes:
-        tokenizers: as `StableDiffusion.locate` takes them.
-        side_multiple: number of pixels that each side of a picture must be a multiple of.
-    """
+    """What is known of a model before its weights are loaded."""
 
     denoiser_config: dict[str, Any]
     text_config: CLIPTextConfig
     tokenizers: tuple[CLIPTokenizer, ...]
-    side_multiple: int
+    side_multiple: int  # of pixels that each side of a picture must be a multiple of
     num_train_timesteps: int
 
 
 class StableDiffusion:
-    """What is particular to this family; it has no state, and is used without an instance.
+    """What is particular to this family; it has no state, and is used without an instance."""
 
-    Attributes:
-        pipeline_class, pipeline_file: of the pipeline that draws with it, and its file at the top of the repository.
-        denoiser, text_encoders, tokenizers: names of the pipeline's components.
-        licence, hub_tag: of the published models, as the Hub spells them.
-    """
-
-    pipeline_class = SPFPortraitPipeline
+    pipeline_class = SPFPortraitPipeline  # draws with it
     pipeline_file = "pipeline_spf_portrait.py"
+    # Names of the pipeline's components.
     denoiser = "unet"
     text_encoders = ("text_encoder",)
     tokenizers = ("tokenizer",)
-    licence = "creativeml-openrail-m"
-    hub_tag = "stable-diffusion"
 
     @staticmethod
     def check(
@@ -125,7 +113,7 @@ class StableDiffusion:
     @staticmethod
     @torch.no_grad()
     def to_latents(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
-        """Latents (B, C, H, W) float32 of pictures (B, 3, H', W') in [-1, 1]; nothing in them is random."""
+        """Latents (B, C, H, W) float32 of pictures (B, 3, H', W') in [-1, 1]; no gradient, nothing is random."""
         return vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float() * vae.config.scaling_factor
 
     @staticmethod

@@ -1,9 +1,8 @@
 """The portraits that both paths are aligned on, with their maps, and what is written of them. [ours]
 
-Legend: C channels, H/W latent size, M alignment portraits.
+Legend: C channels, H/W latent size.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,36 +20,31 @@ from training.portraits import Portraits, draw_portraits
 
 def prepare_alignment(flags: Flags, inputs: Inputs, parts: Parts, accelerator: Accelerator) -> Portraits:
     """The portraits both paths are aligned on, with their SFCMs where the mode averages over noise samples."""
-    models, output, together = parts.models, flags.output, 2 * flags.loop.train_batch_size
-    sources = []
+    models, sources = parts.models, []
     if flags.alignment.alignment_source != "data":
-        sources.append(draw_portraits(models, inputs, flags.alignment, accelerator, flags.loop.seed, together))
+        sources.append(draw_portraits(flags, inputs, models, accelerator))
     if flags.alignment.alignment_source != "generated":
         sources.append(parts.training.as_alignment())
-    portraits = join(sources)
+    portraits = Portraits(
+        [latents for source in sources for latents in source.latents],
+        torch.cat([source.pair_index for source in sources]),
+        tuple(bucket for source in sources for bucket in source.buckets),
+    )
     if inputs.sfcm is not None:
         portraits.sfcm = [
             F.interpolate(sfcm[None].to(latents.device), latents.shape[-2:], mode="area")[0]
             for sfcm, latents in zip(inputs.sfcm, portraits.latents, strict=True)
         ]
     elif parts.maps.has_bank:
-        portraits.sfcm = parts.maps.fill_bank(portraits, together, accelerator.is_local_main_process)
+        together, shown = 2 * flags.loop.train_batch_size, accelerator.is_local_main_process
+        portraits.sfcm = parts.maps.fill_bank(portraits, together, shown)
     if accelerator.is_main_process:
-        if output.num_validation_images and portraits.sfcm is not None:
-            path = Path(output.output_dir) / "validation" / "alignment.png"
-            draw_overview(models, portraits, output.num_validation_images, path)
+        output_dir, count = Path(flags.output.output_dir), flags.output.num_validation_images
+        if count and portraits.sfcm is not None:
+            draw_overview(models, portraits, count, output_dir / "validation" / "alignment.png")
         if flags.alignment.save_alignment:
-            save_portraits(models, portraits, Path(output.output_dir) / "alignment")
+            save_portraits(models, portraits, output_dir / "alignment")
     return portraits
-
-
-def join(parts: Sequence[Portraits]) -> Portraits:
-    """Portraits of several sources as one, without maps."""
-    return Portraits(
-        [latents for part in parts for latents in part.latents],
-        torch.cat([part.pair_index for part in parts]),
-        tuple(bucket for part in parts for bucket in part.buckets),
-    )
 
 
 @torch.no_grad()
@@ -74,13 +68,12 @@ def draw_overview(models: Models, portraits: Portraits, count: int, path: Path) 
 
 def save_portraits(models: Models, portraits: Portraits, folder: Path) -> None:
     """Write each portrait, and its map as --sfcm_dir reads it, if it has one."""
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "sfcm" if portraits.sfcm else folder).mkdir(parents=True, exist_ok=True)
     with models.resident():
         for i, latents in enumerate(portraits.latents):
             portrait = decode_portrait(models, latents)
             portrait.save(folder / f"{i:05d}.png")
-            if portraits.sfcm is not None:
+            if portraits.sfcm:
                 grey = (portraits.sfcm[i][0].cpu() * 255).round().byte().numpy()
                 sfcm = Image.fromarray(grey).resize(portrait.size, Image.Resampling.BILINEAR)
-                (folder / "sfcm").mkdir(exist_ok=True)
                 sfcm.save(folder / "sfcm" / f"{i:05d}.png")

@@ -6,11 +6,12 @@ Legend: B batch, C channels, H/W latent size, H'/W' size in pixels.
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
+from torch import Tensor
 
 from families.noise_process import DDPM
 from training.portraits import Portraits, TrainingPortraits
 from training.prompt_table import BASE, EMPTY, FULL
+from training.training_set import bucketed_batch_indices, derive_seed
 
 
 @dataclass(frozen=True)
@@ -18,41 +19,28 @@ class Batch:
     """One step's rows on this process.
 
     Index and kinds lie on the CPU, where reading them waits for no GPU; all else lies on the device.
-
-    Attributes:
-        index: (B,) the portraits, as places in their latents.
-        kinds: (B,) FULL, BASE or EMPTY.
-        pairs: (B,) their pairs of prompts; `rows` (B,) the rows of the prompt table.
-        latents, noise, noisy_latents: (B, C, H, W) float32; timesteps: (B,).
-        pixels: (B, 3, H', W') in [-1, 1], where the batch was encoded in this step.
     """
 
-    index: torch.Tensor
-    kinds: torch.Tensor
-    pairs: torch.Tensor
-    rows: torch.Tensor
-    latents: torch.Tensor
-    noise: torch.Tensor
-    noisy_latents: torch.Tensor
-    timesteps: torch.Tensor
-    pixels: torch.Tensor | None = None
-
-    @property
-    def asks(self) -> torch.Tensor:
-        """(B,) bool on the device: whether a row asks for the target."""
-        return send(self.kinds == FULL, self.noise.device)
+    index: Tensor  # (B,) the portraits, as places in their latents
+    kinds: Tensor  # (B,) FULL, BASE or EMPTY
+    pairs: Tensor  # (B,) their pairs of prompts
+    rows: Tensor  # (B,) their rows of the prompt table
+    latents: Tensor  # (B, C, H, W) float32, as the next two
+    noise: Tensor
+    noisy_latents: Tensor
+    timesteps: Tensor  # (B,)
+    pixels: Tensor | None = None  # (B, 3, H', W') in [-1, 1], where the batch was encoded in this step
 
 
 @dataclass(frozen=True)
 class BatchDrawer:
-    """Draws this process's batches, of `batch_size` rows; `pairs` is how many pairs of prompts the prompt table has.
-    """
+    """Draws this process's batches."""
 
     seed: int
-    batch_size: int
+    batch_size: int  # of this process
     process_index: int
     num_processes: int
-    pairs: int
+    pairs: int  # how many pairs of prompts the prompt table has
     noise: DDPM
     device: torch.device
 
@@ -76,29 +64,31 @@ class BatchDrawer:
         `noise_offset` is the standard deviation of an offset that all noise of one channel shares.
         """
         index, latents, pixels = portraits.take(micro_step)
-        return self._noised(portraits.pair_index, index, latents, pixels, micro_step, 0, noise_offset=noise_offset)
+        return self._noised(portraits.pair_index, index, latents, micro_step, noise_offset=noise_offset, pixels=pixels)
 
     def aligned(
         self, portraits: Portraits, micro_step: int, stream: int, unchanged_share: float = 0.0,
         timestep_power: float = 0.0, bucket: int | None = None,
     ) -> Batch:  # fmt: skip
-        """A batch of alignment portraits.
+        """A batch of alignment portraits, all of one size.
 
         Args:
-            stream: keeps apart what one step draws several times.
             unchanged_share: share of BASE and EMPTY rows, in [0, 1).
             timestep_power: timesteps are drawn with density (noise/signal)^power; 0 is uniform.
             bucket: take portraits of this size alone.
         """
-        index, latents = portraits.take(micro_step, self.size, self.own, stream, self.seed, bucket)
+        members = [i for i, other in enumerate(portraits.buckets) if bucket in (None, other)]
+        buckets, seed = [portraits.buckets[i] for i in members], derive_seed(self.seed, f"stream {stream}")
+        index = [members[i] for i in bucketed_batch_indices(micro_step, self.size, buckets, seed)[self.own]]
+        latents = torch.stack([portraits.latents[i] for i in index])
         return self._noised(
-            portraits.pair_index, index, latents, None, micro_step, stream, unchanged_share, timestep_power
+            portraits.pair_index, torch.tensor(index), latents, micro_step, stream, unchanged_share, timestep_power
         )
 
     def _noised(
-        self, pair_index: torch.Tensor, index: torch.Tensor, latents: torch.Tensor, pixels: torch.Tensor | None,
-        micro_step: int, stream: int, unchanged_share: float = 0.0, timestep_power: float = 0.0,
-        noise_offset: float = 0.0,
+        self, pair_index: Tensor, index: Tensor, latents: Tensor, micro_step: int, stream: int = 0,
+        unchanged_share: float = 0.0, timestep_power: float = 0.0, noise_offset: float = 0.0,
+        pixels: Tensor | None = None,
     ) -> Batch:  # fmt: skip
         """Noise, timesteps and kinds for the portraits at `index`."""
         size, own, generator = self.size, self.own, self.generator(micro_step, stream)
@@ -117,14 +107,6 @@ class BatchDrawer:
         return Batch(index, kinds, pairs, rows, latents, noise, noisy_latents, timesteps, pixels)
 
 
-def make_drawer(
-    seed: int, batch_size: int, pairs: int, noise: DDPM, accelerator: Accelerator
-) -> BatchDrawer:
-    """What draws the batches of this process."""
-    processes = accelerator.process_index, accelerator.num_processes
-    return BatchDrawer(seed, batch_size, *processes, pairs, noise, accelerator.device)
-
-
-def send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+def send(values: Tensor, device: torch.device) -> Tensor:
     """A tensor of the CPU on the device, without waiting for what a GPU still has to do."""
     return values.to(device, non_blocking=device.type == "cuda")

@@ -40,11 +40,10 @@ def make_accelerator(mixed_precision: str | None, output: OutputFlags) -> Accele
             )
     output_dir = Path(output.output_dir)
     accelerator = Accelerator(
-        gradient_accumulation_steps=1,
-        mixed_precision=mixed_precision,
+        gradient_accumulation_steps=1, mixed_precision=mixed_precision,
         log_with=None if output.report_to == "none" else output.report_to,
         project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / output.logging_dir),
-    )
+    )  # fmt: skip
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:
         raise InputError(
@@ -77,21 +76,17 @@ def stop_if_asked(stop: StopRequest, accelerator: Accelerator) -> None:
 class Engine:
     """Makes the updates of both stages with one optimizer, which each stage starts anew.
 
-    Attributes:
-        parameters: the weights in training.
-        stage, global_step: where the run is: in stage 1 or 2, after so many updates, or as the state `resume` has it.
-        skipped_updates: how many updates a gradient scaler left out.
-        optimizer, lr_scheduler: of the stage, once it has started.
+    The run is in stage `stage`, 1 or 2, after `global_step` updates, of which a gradient scaler left out
+    `skipped_updates`; it begins where the state `resume` has it.
     """
 
     def __init__(
         self, accelerator: Accelerator, parameters: list[torch.nn.Parameter], flags: OptimizerFlags, loop: LoopFlags,
         resume: Mapping[str, Any] | None,
     ) -> None:  # fmt: skip
-        self.accelerator, self.parameters, self._flags, self._loop = accelerator, parameters, flags, loop
-        self._resume = resume
-        self.stage = 1 if resume is None else resume["stage"]
-        self.global_step = 0 if resume is None else resume["global_step"]
+        self.accelerator, self.parameters = accelerator, parameters
+        self._flags, self._loop, self._resume = flags, loop, resume
+        self.stage, self.global_step = (1, 0) if resume is None else (resume["stage"], resume["global_step"])
         self.skipped_updates = self._skipped_in_a_row = 0
         self.optimizer = self.lr_scheduler = self._fresh = None
         self.learning_rate = flags.learning_rate
@@ -99,9 +94,8 @@ class Engine:
             batch_size = loop.train_batch_size * accelerator.num_processes
             self.learning_rate *= loop.gradient_accumulation_steps * batch_size
         if flags.optimizer == "prodigy" and self.learning_rate <= 0.1:
-            logger.warning(
-                "--learning_rate %g is a factor on the rate that prodigy finds; 1.0 is usual", self.learning_rate
-            )
+            advice = "--learning_rate %g is a factor on the rate that prodigy finds; 1.0 is usual"
+            logger.warning(advice, self.learning_rate)
 
     def start_stage(self, stage: int, num_steps: int) -> None:
         """Start a stage of so many steps with its own schedule, or go on in it as the checkpoint has it."""
@@ -129,12 +123,12 @@ class Engine:
             self.accelerator.scaler.load_state_dict(resume["scaler"])
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
+        """AdamW, or one from a package of its own, which the flags have looked for."""
         flags = self._flags
         options = {
             "lr": self.learning_rate, "betas": (flags.adam_beta1, flags.adam_beta2),
             "weight_decay": flags.adam_weight_decay, "eps": flags.adam_epsilon,
         }  # fmt: skip
-        # From packages of their own, which the flags have looked for.
         if flags.use_8bit_adam:
             from bitsandbytes.optim import AdamW8bit
 
@@ -154,6 +148,7 @@ class Engine:
             "lr_scheduler": self.lr_scheduler.state_dict(), "scaler": None if scaler is None else scaler.state_dict(),
         }  # fmt: skip
 
+    @property
     def micro_steps(self) -> range:
         """The batches of the step that comes."""
         accumulation = self._loop.gradient_accumulation_steps
@@ -175,9 +170,8 @@ class Engine:
     def update(self, losses: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """One update from the gradients that are there; returns the losses, averaged over the processes.
 
-        Raises:
-            FloatingPointError: a loss or the gradient is not finite, and no scaler is there that would try again; or
-                it was not for too many steps.
+        Raises FloatingPointError: a loss or the gradient is not finite, and no scaler is there that would try again;
+        or it was not for too many steps.
         """
         accelerator, optimizer, step = self.accelerator, self.optimizer, self.global_step
         # Of this optimizer alone: accelerate's own clipping divides the gradients by a scaler's scale once for each
@@ -194,23 +188,22 @@ class Engine:
                     raise FloatingPointError(f"{name!r} is {value} at step {step}, before its update. {ADVICE}")
         del values["gradient"]
         optimizer.step()
-        self._count_skipped(values)
-        if not optimizer.step_was_skipped:
+        if optimizer.step_was_skipped:
+            self._count_skipped(values)
+        else:
+            self._skipped_in_a_row = 0
             self.lr_scheduler.step()
         optimizer.zero_grad(set_to_none=True)
         self.global_step += 1
         return values
 
     def _count_skipped(self, losses: Mapping[str, float]) -> None:
-        """Count the updates that the gradient scaler left out; too many in a row are no matter of its scale."""
-        if not self.optimizer.step_was_skipped:
-            self._skipped_in_a_row = 0
-            return
+        """Count an update that the gradient scaler left out; too many in a row are no matter of its scale."""
         self.skipped_updates += 1
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+            shown = ", ".join(f"{name} {value:.3g}" for name, value in losses.items())
             raise FloatingPointError(
                 f"the gradient was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row, up to step "
-                f"{self.global_step}, and the losses are "
-                f"{', '.join(f'{name} {value:.3g}' for name, value in losses.items())}. {ADVICE}"
+                f"{self.global_step}, and the losses are {shown}. {ADVICE}"
             )

@@ -5,40 +5,55 @@ projected CLIP embedding.
 Paper: arXiv 2504.00396; `[ours]` marks what it leaves open.
 """
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from diffusers import AutoencoderKL, AutoencoderTiny
-from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from torch import Tensor
+from transformers import CLIPImageProcessorPil, CLIPModel
 
 from families.noise_process import DDPM
 from programs.console import phase_bar
 from programs.loading import load_tokenizer, naming_flag
+from prompts import PromptPair
+from training.arguments import Flags
 from training.batches import Batch, send
-from training.flags import ModelFlags, PaperFlags
 from training.losses import ENHANCEMENT_LOSSES
-from training.models import Models
+from training.models import Models, weight_dtype
 from training.portraits import TrainingPortraits
-from training.prompt_table import embed_pixels
+from training.prompt_table import embed_pixels, embed_targets
 
 
 class Enhancement:
-    """`L_enh` of a batch.
+    """`L_enh` of a batch: `clip` in float32 sees what `decoder`, the model's own VAE or a tiny one, makes of it.
 
-    Attributes:
-        clip: in float32, on the device.
-        decoder: of the latents, which may be a tiny one.
+    Raises InputError: weights are missing, damaged or a pickle.
     """
 
     def __init__(
-        self, models: Models, clip: CLIPModel, processor: CLIPImageProcessorPil,
-        decoder: AutoencoderKL | AutoencoderTiny, target_embeds: torch.Tensor, flags: PaperFlags,
-        steps: tuple[int, int],
-    ) -> None:  # fmt: skip
-        """`target_embeds` (N, E') are by pair of prompts; `steps` the first of its stage, and batches in each."""
-        self.clip, self.decoder, self._processor, self._targets = clip, decoder, processor, target_embeds
-        self._side = max(1, clip.config.vision_config.image_size // models.pipeline.vae_scale_factor)
-        self._family, self._flags, (self._first_step, self._batches) = models.family, flags, steps
-        self._image_embeds: torch.Tensor | None = None
+        self, flags: Flags, models: Models, pairs: Sequence[PromptPair], accelerator: Accelerator
+    ) -> None:
+        own, where = flags.model, {"cache_dir": flags.model.cache_dir}
+        name, tiny_vae = own.clip_model_name_or_path, own.tiny_vae_model_name_or_path
+        with naming_flag("clip_model_name_or_path", name):
+            self.clip = CLIPModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True, **where)
+        self.clip.requires_grad_(False).to(accelerator.device).eval()
+        self._see = partial(embed_pixels, self.clip, CLIPImageProcessorPil.from_pretrained(name, **where))
+        self._targets = embed_targets(self.clip, load_tokenizer(name, **where), pairs)
+        self.decoder: AutoencoderKL | AutoencoderTiny = models.pipeline.vae
+        if tiny_vae is not None:
+            with naming_flag("tiny_vae_model_name_or_path", tiny_vae):
+                self.decoder = AutoencoderTiny.from_pretrained(
+                    tiny_vae, dtype=weight_dtype(accelerator), use_safetensors=True, **where
+                )
+            self.decoder.requires_grad_(False).to(accelerator.device).eval()
+        self._side = max(1, self.clip.config.vision_config.image_size // models.pipeline.vae_scale_factor)
+        self._family, self._flags = models.family, flags.paper
+        self._first_step, self._batches = flags.method.stage1_steps, flags.loop.gradient_accumulation_steps
+        self._image_embeds: Tensor | None = None
 
     @property
     def weight(self) -> float:
@@ -60,10 +75,7 @@ class Enhancement:
                 bar.update()
         self._image_embeds = torch.cat(embeds)
 
-    def _see(self, pixels: torch.Tensor) -> torch.Tensor:
-        return embed_pixels(self.clip, self._processor, pixels)
-
-    def loss(self, batch: Batch, model_pred: torch.Tensor, noise: DDPM) -> torch.Tensor:
+    def loss(self, batch: Batch, model_pred: Tensor, noise: DDPM) -> Tensor:
         """Of the one-step prediction, weighed by alpha_bar_t [ours]: at high t the prediction is noise."""
         latents = noise.original_sample(batch.noisy_latents, model_pred, batch.timesteps)
         if batch.pixels is None:
@@ -77,33 +89,9 @@ class Enhancement:
             losses = noise.signal(batch.timesteps) * losses
         return losses.mean()
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         """Pixels (B, 3, H', W') of latents, with gradient, decoded no larger than CLIP looks at them [ours]."""
-        decoder, side = self.decoder, self._side
+        side = self._side
         if min(latents.shape[-2:]) > side:
             latents = F.interpolate(latents, (side, side), mode="bilinear", antialias=True, align_corners=False)
-        return self._family.to_pixels(decoder, latents)
-
-
-def load_clip(
-    name: str, cache_dir: str | None, device: torch.device
-) -> tuple[CLIPModel, CLIPTokenizer, CLIPImageProcessorPil]:
-    """The CLIP model of --clip_model_name_or_path in float32, its tokenizer and its image processor."""
-    with naming_flag("clip_model_name_or_path", name):
-        clip = CLIPModel.from_pretrained(name, cache_dir=cache_dir, dtype=torch.float32, use_safetensors=True)
-    clip.requires_grad_(False)
-    tokenizer = load_tokenizer(name, cache_dir=cache_dir)
-    return clip.to(device).eval(), tokenizer, CLIPImageProcessorPil.from_pretrained(name, cache_dir=cache_dir)
-
-
-def load_decoder(
-    flags: ModelFlags, vae: AutoencoderKL, dtype: torch.dtype, device: torch.device
-) -> AutoencoderKL | AutoencoderTiny:
-    """What decodes for the enhancement loss: that of --tiny_vae_model_name_or_path, else the model's own."""
-    name = flags.tiny_vae_model_name_or_path
-    if name is None:
-        return vae
-    with naming_flag("tiny_vae_model_name_or_path", name):
-        decoder = AutoencoderTiny.from_pretrained(name, cache_dir=flags.cache_dir, dtype=dtype, use_safetensors=True)
-    decoder.requires_grad_(False)
-    return decoder.to(device).eval()
+        return self._family.to_pixels(self.decoder, latents)

@@ -8,7 +8,6 @@ from training.flag_rules import SFCM_MODES, FlagGroup, check_folder, check_packa
 
 
 # Names of what other modules and libraries have.
-DUAL_PATH_MODES = ("two_pass", "single_pass")
 INTERPOLATION_MODES = ("lanczos", "bicubic", "bilinear", "box", "hamming", "nearest")
 ENHANCEMENT_LOSSES = ("difference", "direct")
 SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -175,7 +174,7 @@ class MethodFlags(FlagGroup):
         choices=("composed", "paper", "both"),
     )
     dual_path: str = flag(
-        "two_pass", "Two passes, or one with more memory and the same numbers up to rounding.", choices=DUAL_PATH_MODES
+        "two_pass", "Two passes, or one with more memory and the same numbers up to rounding.", choices=("two_pass", "single_pass")
     )
     base_prompt_share: float = flag(
         0.6, "Share of alignment rows, in [0, 1), that ask for no change: 2/3 base, 1/3 empty prompt.", "in [0, 1)"

@@ -1,12 +1,13 @@
 """The SFCM of a portrait: averaged once for a bank, or of one step's predictions.
 
-Legend: B batch, C channels, H/W latent size, T text tokens, M alignment portraits.
+Legend: B batch, C channels, H/W latent size, M alignment portraits.
 Paper: arXiv 2504.00396; what names no source is [ours].
 """
 
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from attention_processors import CrossAttentionFeatures, phrase_map_resolution
 from programs.console import phase_bar
@@ -31,11 +32,10 @@ class MapMaker:
         self.has_bank = self._mode.averaged or flags.sfcm_dir is not None
 
     @torch.no_grad()
-    def fill_bank(self, portraits: Portraits, chunk_size: int, shown: bool) -> list[torch.Tensor]:
-        """M of (1, H, W) float32 in [0, 1], the SFCMs of portraits, noise differences averaged over samples at high
-        timesteps.
+    def fill_bank(self, portraits: Portraits, chunk_size: int, shown: bool) -> list[Tensor]:
+        """The SFCMs of M portraits, (1, H, W) float32 in [0, 1], `chunk_size` of them made together.
 
-        `chunk_size` of them are looked at together.
+        Noise differences are averaged over samples at high timesteps.
         """
         maps = {}
         with phase_bar("maps", len(portraits.buckets), "map", shown) as bar:
@@ -47,13 +47,12 @@ class MapMaker:
                     bar.update(len(chunk))
         return [maps[i] for i in range(len(portraits.buckets))]
 
-    def _averaged(self, portraits: Portraits, members: Sequence[int]) -> torch.Tensor:
+    def _averaged(self, portraits: Portraits, members: Sequence[int]) -> Tensor:
         """The SFCMs (B, 1, H, W) of portraits of one size."""
         models, flags, rows = self._models, self._flags, portraits.pair_index[list(members)]
         latents = torch.stack([portraits.latents[i] for i in members])
         (low, high), count = flags.sfcm_timesteps, flags.sfcm_noise_samples
-        reference_embeds = models.reference_embeds(self._table, rows)
-        response_embeds = models.response_embeds(self._table, rows)
+        reference_embeds, response_embeds = self._table.reference(rows), self._table.response(rows)
         # Each portrait has its own generator, so that the size of a batch does not change its map.
         generators = [torch.Generator().manual_seed(derive_seed(self._seed, f"map {i}")) for i in members]
         difference, probs, resolutions = 0, [], []
@@ -70,7 +69,7 @@ class MapMaker:
                     store=store,
                 ) as paths,
             ):  # fmt: skip
-                features = paths.reference.at_resolution(phrase_map_resolution(paths.reference.resolutions))
+                features = phrase_map_layers(paths.reference)
             start_pred = paths.reference_pred
             if self._mode.target_only:
                 start_pred = models.predict(noisy_latents, timesteps, reference_embeds)
@@ -81,9 +80,9 @@ class MapMaker:
         return self._make(rows, difference, probs, resolutions)
 
     def _make(
-        self, rows: torch.Tensor, difference: torch.Tensor, attention_probs: Sequence[torch.Tensor],
+        self, rows: Tensor, difference: Tensor, attention_probs: Sequence[Tensor],
         resolutions: Sequence[tuple[int, int]],
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> Tensor:  # fmt: skip
         """The SFCM (B, 1, H, W) of pairs `rows` (B,) from a noise difference and reference attention.
 
         Free phrases are not protected, and their regions are open whatever the mode.
@@ -94,22 +93,24 @@ class MapMaker:
         return free_regions(sfcm, maps, free)
 
     def of_batch(
-        self, batch: Batch, portraits: Portraits, response_pred: torch.Tensor, reference_pred: torch.Tensor,
+        self, batch: Batch, portraits: Portraits, response_pred: Tensor, reference_pred: Tensor,
         reference: CrossAttentionFeatures | None,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> Tensor:  # fmt: skip
         """The SFCM (B, 1, H, W) of a batch; zero where nothing may change.
 
-        Args:
-            portraits: hold the bank, if there is one.
-            response_pred, reference_pred: (B, C, H, W), what the map is made of without a bank.
-            reference: the original model's features, likewise.
+        It is that of the portraits' bank; without one, made of both predictions (B, C, H, W) and of the original
+        model's features.
         """
         if self.has_bank:
             sfcm = torch.stack([portraits.sfcm[i] for i in batch.index.tolist()])
         else:
-            features = reference.at_resolution(phrase_map_resolution(reference.resolutions))
-            scale = self._models.noise.epsilon_scale(batch.timesteps)
+            features, scale = phrase_map_layers(reference), self._models.noise.epsilon_scale(batch.timesteps)
             difference = noise_difference(response_pred, reference_pred, scale)
             probs, resolutions = list(features.attention_probs.values()), list(features.resolutions.values())
             sfcm = self._make(batch.pairs, difference, probs, resolutions)
         return sfcm * send(batch.kinds == FULL, sfcm.device)[:, None, None, None]
+
+
+def phrase_map_layers(features: CrossAttentionFeatures) -> CrossAttentionFeatures:
+    """Of the layers that phrase maps are made of."""
+    return features.at_resolution(phrase_map_resolution(features.resolutions))

@@ -1,6 +1,6 @@
 """The models of a training run: loaded from safetensors alone, the LoRA on the UNet, and what lies on the device.
 
-Legend: B batch, C channels, H/W latent size, T text tokens, E size of a text embedding.
+Legend: B batch, C channels, H/W latent size, H'/W' size in pixels.
 Source: [ours].
 """
 
@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from diffusers.models.attention_processor import XFormersAttnProcessor
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor
 
 from adapters import Adapters
 from families.noise_process import DDPM
@@ -25,8 +26,9 @@ from loras.loading import ReferenceLora, load_lora, merge_loras
 from loras.reading import read_lora
 from programs.console import without_warning
 from programs.loading import cast_models, load_pipeline, naming_flag
+from training.arguments import Flags
 from training.flags import LoraFlags, ModelFlags
-from training.prompt_table import PromptTable, encode_prompts
+from training.inputs import Inputs
 
 
 STAGE1_ADAPTER = "stage1"
@@ -74,46 +76,34 @@ def _load(
 @torch.no_grad()
 def load_adapter(pipeline: StableDiffusionPipeline, path: str | Path) -> None:
     """Load the LoRA in a file or folder as the one in training, with the rank, alpha, layers and numbers it has."""
-    unet = pipeline.unet
     load_lora(pipeline, str(path), "default")
-    keep_in_float32(unet, "default")
+    train_in_float32(pipeline.unet, "default")
     # PEFT has rounded it to the dtype of the layers it was added to.
     for name, layer in read_lora(find_lora(str(path))).layers["unet"].items():
-        module = unet.get_submodule(name)
+        module = pipeline.unet.get_submodule(name)
         module.lora_A["default"].weight.copy_(layer.down)
         module.lora_B["default"].weight.copy_(layer.up)
         if layer.magnitude is not None:
             magnitude = module.lora_magnitude_vector["default"].weight
             magnitude.copy_(layer.magnitude.view_as(magnitude))
-    for name, parameter in unet.named_parameters():
-        parameter.requires_grad_(".lora_" in name)
 
 
-def keep_in_float32(unet: UNet2DConditionModel, adapter_name: str) -> None:
-    """Bring an adapter to float32, which PEFT gives the dtype of the layers it is added to."""
+def train_in_float32(unet: UNet2DConditionModel, added: str) -> None:
+    """Bring an adapter that was added to float32, where PEFT gives it the dtype of its layers; "default" is trained,
+    and nothing else.
+    """
     for name, parameter in unet.named_parameters():
-        if ".lora_" in name and f".{adapter_name}" in name:
+        if ".lora_" in name and f".{added}." in name:
             # A copy: what was loaded may be a view into its file, which a checkpoint has to let go of.
             parameter.data = parameter.data.to(torch.float32, copy=True)
-
-
-def use_xformers(unet: UNet2DConditionModel) -> None:
-    """xformers in self-attention; cross-attention is captured, which its kernels cannot be."""
-    processors = {
-        name: XFormersAttnProcessor() if ".attn1." in name else processor
-        for name, processor in unet.attn_processors.items()
-    }
-    unet.set_attn_processor(processors)
+        parameter.requires_grad_(".lora_" in name and ".default." in name)
 
 
 def lora_config(family: type[StableDiffusion], args: LoraFlags, unet: UNet2DConditionModel) -> LoraConfig:
     """LoRA on the projections of the cross-attention layers, of all attention layers, or on the layers named."""
-    targets = args.lora_layers
-    if targets is None:
-        targets = family.lora_targets(unet, args.lora_target)
     return LoraConfig(
         r=args.rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, use_dora=args.use_dora,
-        init_lora_weights="gaussian", target_modules=targets,
+        init_lora_weights="gaussian", target_modules=args.lora_layers or family.lora_targets(unet, args.lora_target),
     )  # fmt: skip
 
 
@@ -140,8 +130,7 @@ class Models:
     def release(self, names: Sequence[str]) -> None:
         """Take models that no step uses off the device; for pictures they come back, see `resident`."""
         self._released = tuple(names)
-        for name in names:
-            getattr(self.pipeline, name).to("cpu")
+        self._move(torch.device("cpu"))
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -149,65 +138,45 @@ class Models:
     def resident(self) -> Iterator[None]:
         """Inside, all of the pipeline's models lie on the device."""
         try:
-            for name in self._released:
-                getattr(self.pipeline, name).to(self.device)
+            self._move(self.device)
             yield
         finally:
-            for name in self._released:
-                getattr(self.pipeline, name).to("cpu")
+            self._move(torch.device("cpu"))
 
-    def encode(self, ids: torch.Tensor) -> PromptEmbeds:
-        """Prompts of tokens `ids` (B, T)."""
-        return self.family.encode(self.pipeline, ids.to(self.device))
+    def _move(self, device: torch.device) -> None:
+        for name in self._released:
+            getattr(self.pipeline, name).to(device)
 
-    def reference_embeds(self, table: PromptTable, rows: torch.Tensor) -> PromptEmbeds:
-        """The reference prompts of table rows (B,)."""
-        return encode_prompts(table, table.reference_rows[rows], self.encode)
-
-    def response_embeds(self, table: PromptTable, rows: torch.Tensor) -> PromptEmbeds:
-        """The response prompts of table rows (B,)."""
-        return encode_prompts(table, table.response_rows[rows], self.encode)
-
-    def predict(self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, embeds: PromptEmbeds) -> torch.Tensor:
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
         """What the UNet predicts, (B, C, H, W), with the adapters that are active."""
         return self.family.predict(self.unet, noisy_latents, timesteps, embeds)
 
-    def respond(self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, embeds: PromptEmbeds) -> torch.Tensor:
+    def respond(self, noisy_latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
         """The same through the distributed wrapper: the one forward of a step that a gradient flows through."""
         return self.family.predict(self.response_unet, noisy_latents, timesteps, embeds)
 
-    def to_latents(self, pixels: torch.Tensor) -> torch.Tensor:
+    def to_latents(self, pixels: Tensor) -> Tensor:
         """Latents (B, C, H, W) float32 of pictures (B, 3, H', W') in [-1, 1]; nothing in them is random."""
         return self.family.to_latents(self.pipeline.vae, pixels)
 
-    def lora(self, adapter: str = "default") -> dict[str, torch.Tensor]:
+    def lora(self, adapter: str = "default") -> dict[str, Tensor]:
         """The weights of an adapter under PEFT's names."""
         return get_peft_model_state_dict(self.unet, adapter_name=adapter)
 
-    @property
-    def has_teacher(self) -> bool:
-        """Whether the LoRA of stage 1 is there as a second adapter."""
-        return STAGE1_ADAPTER in self.unet.peft_config
-
-    def add_teacher(self, state: dict[str, torch.Tensor]) -> None:
+    def add_teacher(self, state: dict[str, Tensor]) -> None:
         """Add stage 1's LoRA as a second, frozen adapter beside the one in training."""
         unet = self.unet
         with without_warning("Already found a `peft_config` attribute"):  # a second adapter is what is meant
             unet.add_adapter(unet.peft_config["default"], STAGE1_ADAPTER)
-        keep_in_float32(unet, STAGE1_ADAPTER)
-        set_peft_model_state_dict(unet, state, adapter_name=STAGE1_ADAPTER)
         unet.set_adapter("default")
+        train_in_float32(unet, STAGE1_ADAPTER)
+        set_peft_model_state_dict(unet, state, adapter_name=STAGE1_ADAPTER)
         unet.eval()  # the new adapter's dropout is on when it is made
         self.adapters = Adapters(unet)
-        for name, parameter in unet.named_parameters():
-            parameter.requires_grad_(".lora_" in name and f".{STAGE1_ADAPTER}." not in name)
 
     @torch.no_grad()
     def bring_to_zero(self) -> None:
-        """Make the LoRA in training the original model again.
-
-        Started from there it has nothing to unlearn: it is the original model until it is shown more.
-        """
+        """Make the LoRA in training the original model again, so that it has nothing to unlearn."""
         for layer in self.adapters.layers:
             layer.lora_B["default"].weight.zero_()
             if layer.use_dora.get("default", False):
@@ -216,29 +185,29 @@ class Models:
                 magnitude.copy_(norms.view_as(magnitude))  # that of a convolution has sides of 1 beside its outputs
 
 
-def load_models(
-    family: type[StableDiffusion], model: ModelFlags, lora: LoraFlags, accelerator: Accelerator,
-    references: Sequence[ReferenceLora], earlier: str | Path | None,
-) -> Models:  # fmt: skip
-    """The base model on the device, frozen, with a new LoRA on its UNet, or an earlier one (file or folder) that goes
-    on.
+def load_models(flags: Flags, inputs: Inputs, accelerator: Accelerator) -> Models:
+    """The base model on the device, frozen, with a new LoRA on its UNet, or an earlier one that goes on.
 
     Raises InputError: weights are missing, damaged or a pickle.
     """
-    pipeline = load_base_model(family.pipeline_class, model, weight_dtype(accelerator), references)
+    family, model = inputs.family, flags.model
+    earlier = flags.lora.stage1_lora_path if inputs.resume is None else inputs.resume.folder
+    pipeline = load_base_model(family.pipeline_class, model, weight_dtype(accelerator), inputs.references)
     pipeline.to(accelerator.device)
     unet = getattr(pipeline, family.denoiser)
     for name in (family.denoiser, "vae", *family.text_encoders):
         getattr(pipeline, name).requires_grad_(False)
     if earlier is None:
-        unet.add_adapter(lora_config(family, lora, unet))
+        unet.add_adapter(lora_config(family, flags.lora, unet))
+        train_in_float32(unet, "default")
     else:
         load_adapter(pipeline, earlier)
-    keep_in_float32(unet, "default")
     if model.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if model.enable_xformers_memory_efficient_attention:
-        use_xformers(unet)
+        # In self-attention alone: cross-attention is captured, which its kernels cannot be.
+        own = unet.attn_processors.items()
+        unet.set_attn_processor({name: XFormersAttnProcessor() if ".attn1." in name else kept for name, kept in own})
     unet.eval()  # the LoRA's dropout is on in the training forward alone
     return Models(family, pipeline, accelerator.device)
 

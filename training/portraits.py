@@ -1,6 +1,6 @@
 """The portraits that a run learns from and is aligned on: encoded, drawn, and taken by a step. [ours]
 
-Legend: B batch, C channels, H/W latent size, H'/W' size in pixels, N training portraits, M alignment portraits.
+Legend: B batch, C channels, H/W latent size, N training portraits, M alignment portraits.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,58 +17,38 @@ from programs.console import phase_bar
 from programs.interruption import leave_stop_signals
 from training.arguments import Flags
 from training.caches import TensorCache, fingerprint, module_fingerprint
-from training.flags import AlignmentFlags
 from training.inputs import Inputs
 from training.models import Models
-from training.training_set import Sample, TrainingSet, bucketed_batch_indices, derive_seed
+from training.training_set import Sample, TrainingSet, derive_seed
 
 
 @dataclass
 class Portraits:
-    """Portraits that both paths are aligned on, or whose predictions are kept.
+    """M portraits that both paths are aligned on, or whose predictions are kept."""
 
-    Attributes:
-        latents: M of (C, H, W) float32 on the device, scaled as the UNet expects them.
-        pair_index: (M,) which pair of prompts belongs to each.
-        buckets: which size each has.
-        sfcm: M of (1, H, W) float32 in [0, 1], once the bank is filled.
-    """
-
-    latents: Sequence[torch.Tensor]
-    pair_index: torch.Tensor
-    buckets: tuple[int, ...]
-    sfcm: Sequence[torch.Tensor] | None = None
-
-    def take(
-        self, micro_step: int, size: int, own: slice, stream: int, seed: int, bucket: int | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A process's share `own` of batch `micro_step`: places (B,) and latents (B, C, H, W), all of one size.
-
-        Args:
-            size: portraits of the batch, over all processes.
-            stream: keeps apart what one step takes twice.
-            bucket: take those of this size alone.
-        """
-        members = [i for i, other in enumerate(self.buckets) if bucket in (None, other)]
-        buckets = [self.buckets[i] for i in members]
-        places = bucketed_batch_indices(micro_step, size, buckets, derive_seed(seed, f"stream {stream}"))[own]
-        index = [members[i] for i in places]
-        return torch.tensor(index), torch.stack([self.latents[i] for i in index])
+    latents: Sequence[torch.Tensor]  # (C, H, W) float32 on the device, scaled as the UNet expects them
+    pair_index: torch.Tensor  # (M,) which pair of prompts belongs to each
+    buckets: tuple[int, ...]  # which size each has
+    sfcm: Sequence[torch.Tensor] | None = None  # (1, H, W) float32 in [0, 1], once the bank is filled
 
 
 class TrainingPortraits:
     """The training portraits: encoded once, or read and encoded in each step.
 
-    Attributes:
-        training_set: says what a batch holds, and reads pictures and masks.
-        latents: of each of `samples`, (C, H, W) float32 on the device; None where each step encodes its own.
-        pair_index: (N,) which pair of prompts belongs to each.
+    `latents` are of each of `samples`, (C, H, W) float32 on the device; None where each step encodes its own.
     """
 
-    def __init__(self, training_set: TrainingSet, models: Models, workers: int) -> None:
-        self.training_set, self.latents = training_set, None
-        self.pair_index = torch.arange(len(training_set.rows), device=models.device)
-        self._models, self._workers, self._pixels = models, workers, None
+    def __init__(self, flags: Flags, inputs: Inputs, models: Models, accelerator: Accelerator) -> None:
+        count, size = len(inputs.rows), flags.loop.train_batch_size
+        first = accelerator.process_index * size
+        self.training_set = TrainingSet(
+            rows=inputs.rows, keys=inputs.keys, sizes=inputs.sizes, buckets=inputs.buckets[:count],
+            batch_size=size * accelerator.num_processes, share=slice(first, first + size), seed=flags.loop.seed,
+            repeats=flags.data.repeats, random_flip=flags.pictures.random_flip,
+            center_crop=flags.pictures.center_crop, interpolation=flags.pictures.image_interpolation_mode,
+        )  # fmt: skip
+        self.pair_index, self.latents = torch.arange(count, device=models.device), None
+        self._models, self._workers, self._pixels = models, flags.data.dataloader_num_workers, None
 
     @property
     def samples(self) -> list[Sample]:
@@ -119,10 +99,9 @@ class TrainingPortraits:
     def as_alignment(self) -> Portraits:
         """The training portraits to be aligned on: as they are, never mirrored, for each has one map."""
         own, count = self.training_set, len(self.training_set.rows)
-        latents = self.latents
-        if latents is None:
-            pictures = self.read([Sample(i) for i in range(count)], own.pixels)
-            latents = [self._models.to_latents(pixels[None])[0] for pixels in pictures]
+        latents = self.latents or [
+            self._models.to_latents(pixels[None])[0] for pixels in self.read([*map(Sample, range(count))], own.pixels)
+        ]
         return Portraits(latents[:count], self.pair_index, own.buckets)
 
 
@@ -131,13 +110,11 @@ def draw_latents(
     guidance_scale: float, height: int, width: int, batch_size: int,
     advance: Callable[[int], object] = lambda count: None,
 ) -> torch.Tensor:  # fmt: skip
-    """Draw one portrait per prompt and keep its latents; whether an adapter is active is the caller's choice.
+    """Draw one portrait per prompt, `batch_size` at once, by the adapters that are active, and keep its latents.
 
     Args:
-        prompts: at least one.
         seeds: of each portrait's noise, drawn on the CPU, so that neither the batch size nor the device changes it.
         height, width: in pixels.
-        batch_size: portraits drawn at once.
         advance: told how many were drawn, each time some are.
 
     Returns: (len(prompts), C, H, W) float32 on the CPU, scaled as the UNet takes them, without gradient.
@@ -158,12 +135,10 @@ def draw_latents(
     return torch.cat(latents)
 
 
-def draw_portraits(
-    models: Models, inputs: Inputs, flags: AlignmentFlags, accelerator: Accelerator, seed: int, batch_size: int
-) -> Portraits:
+def draw_portraits(flags: Flags, inputs: Inputs, models: Models, accelerator: Accelerator) -> Portraits:
     """Portraits of the original model from base prompts, shared between the processes, each from a seed of its own."""
     first, processes = len(inputs.rows), accelerator.num_processes
-    pairs, buckets = inputs.pairs[first:], inputs.buckets[first:]
+    pairs, buckets, own_flags = inputs.pairs[first:], inputs.buckets[first:], flags.alignment
     # The places of those of one size, and how many of them a process draws: each as many, the last ones perhaps some
     # too many, which are cut off again.
     groups = [list(group) for _, group in groupby(range(len(pairs)), buckets.__getitem__)]
@@ -179,32 +154,20 @@ def draw_portraits(
             height, width = inputs.sizes[buckets[group[0]]]
             drawn = draw_latents(
                 models.pipeline, [pairs[i].base_prompt for i in own],
-                seeds=[derive_seed(seed, f"alignment portrait {i}") for i in own],
-                num_inference_steps=flags.alignment_inference_steps, guidance_scale=flags.alignment_guidance_scale,
-                height=height, width=width, batch_size=batch_size, advance=bar.update,
+                seeds=[derive_seed(flags.loop.seed, f"alignment portrait {i}") for i in own],
+                num_inference_steps=own_flags.alignment_inference_steps,
+                guidance_scale=own_flags.alignment_guidance_scale, height=height, width=width,
+                batch_size=2 * flags.loop.train_batch_size, advance=bar.update,
             )  # fmt: skip
             latents += accelerator.gather(drawn.to(models.device))[: len(group)]
     return Portraits(latents, torch.arange(first, len(inputs.pairs), device=models.device), buckets)
-
-
-def make_training_set(flags: Flags, inputs: Inputs, accelerator: Accelerator) -> TrainingSet:
-    """The training portraits, of whose batches this process has its share."""
-    size = flags.loop.train_batch_size
-    first = accelerator.process_index * size
-    return TrainingSet(
-        rows=inputs.rows, keys=inputs.keys, sizes=inputs.sizes, buckets=inputs.buckets[: len(inputs.rows)],
-        batch_size=size * accelerator.num_processes, share=slice(first, first + size), seed=flags.loop.seed,
-        repeats=flags.data.repeats, random_flip=flags.pictures.random_flip, center_crop=flags.pictures.center_crop,
-        interpolation=flags.pictures.image_interpolation_mode,
-    )  # fmt: skip
 
 
 def portraits_of(state: Mapping[str, Any], device: torch.device) -> Portraits | None:
     """The alignment portraits and their maps as a checkpoint holds them, if it has some."""
     if state["alignment"] is None:
         return None
-    values = {
-        name: [tensor.to(device) for tensor in value] if isinstance(value, list) else value
-        for name, value in state["alignment"].items()
-    }
-    return Portraits(**values | {"pair_index": values["pair_index"].to(device)})
+    own = dict(state["alignment"])
+    for name in ("latents", "sfcm"):
+        own[name] = own[name] and [tensor.to(device) for tensor in own[name]]
+    return Portraits(**own | {"pair_index": own["pair_index"].to(device)})

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from training.caches import TensorCache, fingerprint, module_fingerprint
 
 # What a row asks for: the target, or no change with the base prompt or with the empty prompt.
 FULL, BASE, EMPTY = 0, 1, 2
+NO_CACHE = TensorCache(None)
 
 
 class TokenPositions(NamedTuple):
@@ -37,10 +39,6 @@ class TokenPositions(NamedTuple):
     base_padding: torch.Tensor  # (R, T) bool
     full_padding: torch.Tensor  # (R, T) bool
 
-    def of(self, rows: torch.Tensor) -> TokenPositions:
-        """Those of some rows (B,)."""
-        return TokenPositions(*(values[rows] for values in self))
-
 
 @dataclass(frozen=True)
 class PromptTable:
@@ -49,6 +47,7 @@ class PromptTable:
     FULL sets the base prompt against the full prompt; BASE and EMPTY set a prompt against itself.
     """
 
+    encode: Callable[[torch.Tensor], PromptEmbeds]  # of tokens (B, T) on the device
     prompt_ids: torch.Tensor  # (U, T) tokens of the U different prompts
     prompt_embeds: PromptEmbeds | None  # of all U, or None where each step encodes its own
     reference_rows: torch.Tensor  # (R,) rows of the two above
@@ -59,57 +58,66 @@ class PromptTable:
     distances: torch.Tensor  # (N, P) CLIP distances
     positions: TokenPositions
 
+    def reference(self, rows: torch.Tensor) -> PromptEmbeds:
+        """The reference prompts of rows (B,)."""
+        return self._embeds(self.reference_rows[rows])
+
+    def response(self, rows: torch.Tensor) -> PromptEmbeds:
+        """The response prompts of rows (B,)."""
+        return self._embeds(self.response_rows[rows])
+
+    @torch.no_grad()
+    def _embeds(self, prompts: torch.Tensor) -> PromptEmbeds:
+        if self.prompt_embeds is not None:
+            return self.prompt_embeds[prompts]
+        unique, places = prompts.unique(return_inverse=True)
+        return self.encode(self.prompt_ids[unique])[places]
+
 
 @torch.no_grad()
 def make_prompt_table(
     family: type[StableDiffusion], pipeline: DiffusionPipeline, pairs: Sequence[PromptPair],
-    pair_tokens: Sequence[PromptTokens], *, encode: bool = True, cache: TensorCache | None = None, shown: bool = True,
+    pair_tokens: Sequence[PromptTokens], *, encoded: bool = True, cache: TensorCache = NO_CACHE, shown: bool = True,
 ) -> PromptTable:  # fmt: skip
-    """Encode every prompt once and lay out token positions.
+    """Lay out the token positions of N pairs of prompts, and encode each prompt once if it is to be `encoded`.
 
     Args:
         pipeline: the diffusion model; the table lies on the device of its text encoder.
-        pairs, pair_tokens: N pairs of prompts, and their tokens from the family's `locate`.
-        encode: False leaves the prompts to `encode_prompts` in each step.
-        cache: where text embeddings are looked up and kept; None computes them.
+        cache: where text embeddings are looked up and kept.
         shown: whether a bar shows it.
 
     Source: [paper] phrases, PAD and distances; [ours] the rows that ask for no change, and phrases that may change.
     """
     device, count = getattr(pipeline, family.text_encoders[0]).device, len(pairs)
     empty_ids = getattr(pipeline, family.tokenizers[0])("", padding="max_length", truncation=True).input_ids
-    base_ids = [tuple(tokens.base_input_ids) for tokens in pair_tokens]
-    full_ids = [tuple(tokens.full_input_ids) for tokens in pair_tokens]
-    reference, response = (
-        base_ids + base_ids + [tuple(empty_ids)] * count,
-        full_ids + base_ids + [tuple(empty_ids)] * count,
-    )
+    length, empty = len(empty_ids), [tuple(empty_ids)] * count
+    base = [tuple(tokens.base_input_ids) for tokens in pair_tokens]
+    reference, response = base + base + empty, [tuple(tokens.full_input_ids) for tokens in pair_tokens] + base + empty
     unique = {ids: row for row, ids in enumerate(dict.fromkeys(reference + response))}
     all_ids = torch.tensor(list(unique), device=device)
-    embeds = _encode_once(family, pipeline, all_ids, cache, shown) if encode else None
 
-    length = len(empty_ids)
     # Set against itself, every token of a prompt between BOS and its padding matches.
-    own = [range(1, tokens.base_padding[0]) for tokens in pair_tokens]
-    positions = [(tokens.base_positions, tokens.full_positions) for tokens in pair_tokens]
-    positions += [(row, row) for row in own] + [((), ())] * count
-    padding = [(tokens.base_padding, tokens.full_padding) for tokens in pair_tokens]
-    padding += [(tokens.base_padding,) * 2 for tokens in pair_tokens] + [(range(1, length),) * 2] * count
-    base_positions, full_positions = (
-        pad_sequence([torch.tensor(list(row), dtype=torch.long) for row in rows], batch_first=True)
-        for rows in zip(*positions)
+    own = [range(1, tokens.base_padding[0]) for tokens in pair_tokens] + [()] * count
+    base_places = [tokens.base_positions for tokens in pair_tokens] + own
+    full_places = [tokens.full_positions for tokens in pair_tokens] + own
+    base_padding, empty_padding = [tokens.base_padding for tokens in pair_tokens], [range(1, length)] * count
+    full_padding = [tokens.full_padding for tokens in pair_tokens]
+    positions = TokenPositions(
+        _padded(base_places),
+        _padded(full_places),
+        pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in base_places], batch_first=True),
+        _row_mask(base_padding + base_padding + empty_padding, length),
+        _row_mask(full_padding + base_padding + empty_padding, length),
     )
-    counts = torch.tensor([len(base) for base, _ in positions])
-    position_mask = torch.arange(base_positions.shape[1]) < counts[:, None]
-
     distances = pad_sequence(family.distances(pipeline, pairs, pair_tokens), batch_first=True)
     weights, free = torch.zeros(*distances.shape, length), torch.zeros(distances.shape, dtype=torch.bool)
     for i, (pair, tokens) in enumerate(zip(pairs, pair_tokens, strict=True)):
         free[i, : len(pair.base_phrases)] = torch.tensor([phrase in pair.free_phrases for phrase in pair.base_phrases])
         weights[i, : len(tokens.phrase_positions)] = torch.tensor(phrase_mask(tokens.phrase_positions, length))
     return PromptTable(
+        encode=partial(family.encode, pipeline),
         prompt_ids=all_ids,
-        prompt_embeds=embeds,
+        prompt_embeds=_encode_once(family, pipeline, all_ids, cache, shown) if encoded else None,
         reference_rows=torch.tensor([unique[ids] for ids in reference], device=device),
         response_rows=torch.tensor([unique[ids] for ids in response], device=device),
         phrase_weights=weights.to(device),
@@ -117,18 +125,13 @@ def make_prompt_table(
         phrase_mask=weights.any(-1).to(device),
         free_mask=(free & weights.any(-1)).to(device),
         distances=distances.to(device),
-        positions=TokenPositions(
-            base_positions.to(device), full_positions.to(device), position_mask.to(device),
-            _row_mask([base for base, _ in padding], length).to(device),
-            _row_mask([full for _, full in padding], length).to(device),
-        ),
-    )  # fmt: skip
+        positions=TokenPositions(*(values.to(device) for values in positions)),
+    )
 
 
 def _encode_once(
-    family: type[StableDiffusion], pipeline: DiffusionPipeline, ids: torch.Tensor, cache: TensorCache | None,
-    shown: bool,
-) -> PromptEmbeds:  # fmt: skip
+    family: type[StableDiffusion], pipeline: DiffusionPipeline, ids: torch.Tensor, cache: TensorCache, shown: bool
+) -> PromptEmbeds:
     """Text embeddings of the U prompts `ids` (U, T), from the cache as far as it has them."""
 
     def compute(missing: Sequence[int]) -> Iterator[torch.Tensor]:
@@ -137,30 +140,20 @@ def _encode_once(
                 yield from family.encode(pipeline, chunk).states
                 bar.update(len(chunk))
 
-    if cache is None:
-        return PromptEmbeds(torch.stack(list(compute(range(len(ids))))))
-    models = [module_fingerprint(getattr(pipeline, name)) for name in family.text_encoders]
+    # Only a file outlives the models that made it.
+    names = () if cache.folder is None else family.text_encoders
+    models = [module_fingerprint(getattr(pipeline, name)) for name in names]
     keys = [fingerprint("text embedding", *models, tuple(row)) for row in ids.tolist()]
     return PromptEmbeds(torch.stack(cache.get_or_compute(keys, compute)).to(ids.device))
 
 
-@torch.no_grad()
-def encode_prompts(
-    table: PromptTable, rows: torch.Tensor, encode: Callable[[torch.Tensor], PromptEmbeds]
-) -> PromptEmbeds:
-    """Text embeddings of the prompts `rows` (B,), from the table or by `encode`, which takes tokens (B, T)."""
-    if table.prompt_embeds is not None:
-        return table.prompt_embeds[rows]
-    unique, places = rows.unique(return_inverse=True)
-    return encode(table.prompt_ids[unique])[places]
+def _padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    return pad_sequence([torch.tensor([*row], dtype=torch.long) for row in rows], batch_first=True)
 
 
 def _row_mask(rows: Sequence[Sequence[int]], length: int) -> torch.Tensor:
     """(R, length) bool, True at each row's positions."""
-    mask = torch.zeros(len(rows), length, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        mask[i, list(row)] = True
-    return mask
+    return torch.tensor([[place in row for place in range(length)] for row in map(frozenset, rows)])
 
 
 @torch.no_grad()

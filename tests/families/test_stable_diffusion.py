@@ -14,7 +14,6 @@ from pipeline_spf_portrait import SPFPortraitPipeline
 from programs.loading import InputError
 from prompts import make_prompt_pair, tokenize_prompt_pair
 from toy_portraits.recipe import BASE_MODEL
-from training.arguments import parse_args
 from training.prompt_table import make_prompt_table
 from training.sharing import PIPELINE_CODE
 
@@ -113,12 +112,10 @@ def test_a_part_that_is_missing_is_named(tmp_path, part):
 # ---------------------------------------------------------------------------------------------------- Stable Diffusion
 
 
-def test_the_names_are_those_of_the_components_the_flags_and_the_shared_code(pipeline):
+def test_the_names_are_those_of_the_components_and_the_shared_code(pipeline):
     assert StableDiffusion.pipeline_class is type(pipeline)
     for name in (StableDiffusion.denoiser, *StableDiffusion.text_encoders, *StableDiffusion.tokenizers):
         assert getattr(pipeline, name) is not None
-    required = ["--pretrained_model_name_or_path", "model", "--train_data_dir", "portraits"]
-    assert parse_args(required).sharing.hub_license == StableDiffusion.licence
     assert PIPELINE_CODE["pipeline.py"].name == StableDiffusion.pipeline_file
 
 

@@ -48,7 +48,7 @@ def ready(world, **changes) -> SimpleNamespace:
 
 
 def one_of(name: str, run: SimpleNamespace) -> Objective:
-    objective = OBJECTIVES[name].make(run.flags, run.parts)
+    objective = OBJECTIVES[name](run.flags, run.parts)
     objective.prepare()
     return objective
 
@@ -159,7 +159,7 @@ def composed_of(run: SimpleNamespace, **changes) -> Composed:
             own = replace(own, **{name: value})
         else:
             method = replace(method, **{name: value})
-    return Composed.make(run.flags._replace(method=method, composed=own), run.parts)
+    return Composed(run.flags._replace(method=method, composed=own), run.parts)
 
 
 def test_no_change_is_asked_of_rows_with_the_base_or_the_empty_prompt(taught, monkeypatch):
@@ -201,7 +201,7 @@ def test_the_teacher_goes_through_a_checkpoint(world, monkeypatch):
     first, second = ready(world), prepared(world)
     teacher = one_of("composed", first)
     targets, student = watch(monkeypatch, Composed, "target"), adapter_state(second.parts.models.unet, "default")
-    going_on = Composed.make(second.flags, replace(second.parts, alignment=first.parts.alignment))
+    going_on = Composed(second.flags, replace(second.parts, alignment=first.parts.alignment))
     going_on.prepare({name: value.clone() for name, value in teacher.state().items()})
     assert difference(going_on.state(), teacher.state()) == 0
     assert difference(adapter_state(second.parts.models.unet, "default"), student) == 0
@@ -223,12 +223,8 @@ class Small(Objective):
 
     weights = {"small": 2.0}
 
-    def __init__(self, models) -> None:
-        self.models, self.asked = models, []
-
-    @classmethod
-    def make(cls, flags, parts) -> "Small":
-        return cls(parts.models)
+    def __init__(self, flags, parts) -> None:
+        self.models, self.asked = parts.models, []
 
     @contextmanager
     def losses(self, micro_step):
@@ -238,7 +234,7 @@ class Small(Objective):
 
 def test_the_step_trains_any_objective_by_its_weights(world):
     run = ready(world, gradient_accumulation_steps=2, optimizer="adamw", max_grad_norm=1e9)
-    models, own = run.parts.models, Small(run.parts.models)
+    models, own = run.parts.models, Small(run.flags, run.parts)
     parameters = models.adapters.parameters("default")
     engine = Engine(run.accelerator, parameters, run.flags.optimizer, run.flags.loop, None)
     engine.start_stage(1, 1)

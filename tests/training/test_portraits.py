@@ -34,10 +34,7 @@ def process(index: int = 0, count: int = 1, shares: list | None = None) -> Simpl
 
 def draw_share(run: SimpleNamespace, accelerator: SimpleNamespace) -> Portraits:
     """What one process makes of a run's alignment portraits."""
-    flags = run.flags
-    return draw_portraits(
-        run.parts.models, run.inputs, flags.alignment, accelerator, flags.loop.seed, 2 * flags.loop.train_batch_size
-    )
+    return draw_portraits(run.flags, run.inputs, run.parts.models, accelerator)
 
 
 @pytest.mark.parametrize("source, counts", [("generated", (3, 0)), ("data", (0, 6)), ("both", (3, 6))])

@@ -78,7 +78,8 @@ def test_a_row_beside_each_training_portrait(world, tmp_path, monkeypatch, way):
     models = objective.models
     assert files(output) == {WEIGHTS, CARD, RUN_FILE} and len(losses) == len(kept) == len(forwards) == 4
     assert set(losses[0]) == {"diffusion", "preservation"}
-    assert objective.weights == {"diffusion": 1.0, "preservation": 3.0} and not models.has_teacher
+    assert objective.weights == {"diffusion": 1.0, "preservation": 3.0}
+    assert list(models.unet.peft_config) == ["default"]
     latents, timesteps, embeds = forwards[1]
     assert len(latents) == 4 and torch.equal(latents[2:], kept[1].noisy_latents)
     assert torch.equal(embeds[2:], kept[1].embeds.states) and torch.equal(timesteps[2:], kept[1].timesteps)
@@ -103,7 +104,7 @@ def test_prior_keeps_the_noise_of_the_original_models_portraits(world, tmp_path,
     assert (training.kinds == FULL).all() and len(alignment.latents) == 3
     assert torch.equal(kept[0].target, drawn.noise) and not torch.equal(training.noise, drawn.noise)
     assert all(any(torch.equal(own, latents) for latents in alignment.latents) for own in drawn.latents)
-    base = parts.models.response_embeds(parts.table, BASE * parts.batches.pairs + drawn.pairs)
+    base = parts.table.response(BASE * parts.batches.pairs + drawn.pairs)
     assert torch.equal(kept[0].embeds.states, base.states)
 
 

@@ -207,7 +207,8 @@ def test_every_position_is_bos_text_or_padding(table, tokens, tokenizer):
                 BASE: (row.base_padding, row.base_padding),
                 EMPTY: (range(1, length), range(1, length)),
             }[kind]
-            for mask, positions in zip(table.positions.of(index)[3:], paddings, strict=True):
+            for mask, positions in zip(table.positions[3:], paddings, strict=True):
+                mask = mask[index]
                 assert mask.shape == (length,) and not mask[0]
                 assert mask.nonzero().flatten().tolist() == list(positions)
     ids = torch.tensor([row.base_input_ids for row in tokens])

@@ -1,7 +1,6 @@
 """What a step learns: each objective is one forward with its losses, a file of its own and an entry here. [ours]
 
-A new one is a subclass of `Objective` in a new file, an entry in `OBJECTIVES`, and its name where `of_stage` says when
-it is asked for.
+A new one also has its name where `of_stage` says when it is asked for.
 """
 
 from training.arguments import Flags
@@ -32,5 +31,5 @@ def of_stage(stage: int, method: MethodFlags) -> tuple[str, ...]:
 
 
 def make_objectives(stage: int, flags: Flags, parts: Parts) -> list[Objective]:
-    """The objectives of a stage, made of the parts of a run and not prepared yet."""
-    return [OBJECTIVES[name].make(flags, parts) for name in of_stage(stage, flags.method)]
+    """The objectives of a stage, not prepared yet."""
+    return [OBJECTIVES[name](flags, parts) for name in of_stage(stage, flags.method)]

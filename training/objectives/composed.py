@@ -1,10 +1,10 @@
 """Composed alignment: stage 1's change inside the SFCM, the original model's prediction elsewhere [ours].
 
-Legend: B batch, C channels, H/W latent size, T text tokens, E size of a text embedding.
+Legend: B batch, C channels, H/W latent size.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -31,8 +31,7 @@ class Composed(Objective):
         super().__init__(flags, parts)
         self.weights, self.flags = {"composed": 1.0}, flags.composed
         self.first_batch = flags.method.stage1_steps * flags.loop.gradient_accumulation_steps
-        # By the number of their batch, (B, C, H, W) each.
-        self._targets: dict[int, torch.Tensor] = {}
+        self._targets: dict[int, torch.Tensor] = {}  # (B, C, H, W) by the number of their batch
 
     def prepare(self, state: Mapping[str, torch.Tensor] | None = None) -> None:
         """Keep stage 1's LoRA as the teacher, and begin where --composed_init says."""
@@ -48,15 +47,15 @@ class Composed(Objective):
 
     @contextmanager
     def losses(self, micro_step: int) -> Iterator[dict[str, torch.Tensor]]:
-        models, number = self.models, self.number_of(micro_step)
+        noise, number = self.models.noise, self.number_of(micro_step)
         batch = self.batches.aligned(
             self.alignment, number, stream=2, unchanged_share=self.method.base_prompt_share,
             timestep_power=self.flags.composed_timestep_power,
         )  # fmt: skip
-        response_embeds = models.response_embeds(self.table, batch.rows)
+        response_embeds = self.table.response(batch.rows)
         target = self.target(batch, number, response_embeds)
-        response_pred = models.respond(batch.noisy_latents, batch.timesteps, response_embeds)
-        losses = diffusion_loss(response_pred, target) * models.noise.epsilon_scale(batch.timesteps) ** 2
+        response_pred = self.models.respond(batch.noisy_latents, batch.timesteps, response_embeds)
+        losses = diffusion_loss(response_pred, target) * noise.epsilon_scale(batch.timesteps) ** 2
         yield {"composed": losses.mean()}
 
     def number_of(self, micro_step: int) -> int:
@@ -73,10 +72,8 @@ class Composed(Objective):
         """
         if number in self._targets:
             return self._targets[number]
-        reference_embeds = self.models.reference_embeds(self.table, batch.rows)
-        reference_pred, full_pred, base_pred, features = self.predictions(batch, reference_embeds, response_embeds)
-        sfcm = self.maps.of_batch(batch, self.alignment, full_pred, reference_pred, features)
-        flags = self.flags
+        reference_pred, full_pred, base_pred, features = self.predictions(batch, response_embeds)
+        sfcm, flags = self.maps.of_batch(batch, self.alignment, full_pred, reference_pred, features), self.flags
         strength = flags.sfcm_gamma, flags.teacher_scale, flags.teacher_base_weight
         target = compose_prediction(reference_pred, full_pred, base_pred, sfcm, *strength)
         if flags.composed_target_reuse > 1:
@@ -86,24 +83,20 @@ class Composed(Objective):
 
     @torch.no_grad()
     def predictions(
-        self, batch: Batch, reference_embeds: PromptEmbeds, response_embeds: PromptEmbeds
+        self, batch: Batch, response_embeds: PromptEmbeds
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, CrossAttentionFeatures | None]:
-        """Predictions (B, C, H, W) of the original model, and of the stage-1 adapter with full and with base prompt.
-
-        With them come the original model's features, if the map asks for them.
+        """Predictions (B, C, H, W) of the original model, and of the stage-1 adapter with full and with base prompt;
+        with them the original model's features, if the map asks for them.
 
         The teacher sees FULL rows alone, and with the base prompt only where that has a weight; elsewhere its
         predictions are the reference's, which the composition keeps.
         """
-        models, count = self.models, len(batch.kinds)
+        models, count, reference_embeds = self.models, len(batch.kinds), self.table.reference(batch.rows)
         full = send((batch.kinds == FULL).nonzero().flatten(), models.device)
         asked = [response_embeds, reference_embeds] if self.flags.teacher_base_weight > 0 else [response_embeds]
         rows, embeds = full.repeat(len(asked)), PromptEmbeds.cat([embeds[full] for embeds in asked])
-        with ExitStack() as stack:
-            store, recording = None, nullcontext()
-            if not self.maps.has_bank:
-                store = stack.enter_context(models.capture.store())
-                recording = store.record()
+        with nullcontext() if self.maps.has_bank else models.capture.store() as store:
+            recording = nullcontext() if store is None else store.record()
             if self.method.dual_path == "single_pass":
                 together = torch.cat([torch.arange(count, device=models.device), rows])
                 both = PromptEmbeds.cat([reference_embeds, embeds])
@@ -117,7 +110,7 @@ class Composed(Objective):
                 if len(rows):
                     with models.adapters.only(STAGE1_ADAPTER):
                         preds = models.predict(batch.noisy_latents[rows], batch.timesteps[rows], embeds)
-            features = store.pop().rows(0, count) if store is not None else None
+            features = None if store is None else store.pop().rows(0, count)
         preds = [reference_pred.index_copy(0, full, own) for own in preds.chunk(len(asked))]
         # Without a weight, what the teacher makes of the base prompt is nothing that counts.
         full_pred, base_pred = preds if len(asked) == 2 else (*preds, reference_pred)

@@ -43,19 +43,19 @@ class KeepingRows(Diffusion):
 
     @torch.no_grad()
     def prepare(self, state: Mapping[str, torch.Tensor] | None = None) -> None:
+        models = self.models
         if self.method.preservation == "cat":
-            with self.models.resident():
-                self.unrelated_embeds = self.models.encode(self.unrelated_ids)
+            with models.resident():
+                self.unrelated_embeds = models.family.encode(models.pipeline, self.unrelated_ids.to(models.device))
 
     @contextmanager
     def losses(self, micro_step: int) -> Iterator[dict[str, torch.Tensor]]:
         batch = self.batches.training(self.training, micro_step, self.method.noise_offset)
-        embeds = self.models.response_embeds(self.table, batch.rows)
         kept, count = self.kept_rows(batch, micro_step), len(batch.index)
         preds = self.models.respond(
             torch.cat([batch.noisy_latents, kept.noisy_latents]),
             torch.cat([batch.timesteps, kept.timesteps]),
-            PromptEmbeds.cat([embeds, kept.embeds]),
+            PromptEmbeds.cat([self.table.response(batch.rows), kept.embeds]),
         )
         preserved = {"preservation": diffusion_loss(preds[count:], kept.target).mean()}
         yield self.of_prediction(batch, preds[:count], micro_step) | preserved
@@ -68,11 +68,10 @@ class KeepingRows(Diffusion):
             own = self.training.training_set.buckets
             bucket = own[int(batch.index[0]) % len(own)]
             drawn = self.batches.aligned(self.alignment, micro_step, stream=1, bucket=bucket)
-            embeds = models.reference_embeds(self.table, drawn.rows)
             target = models.noise.target(drawn.latents, drawn.noise, drawn.timesteps)
-            return KeptRows(drawn.noisy_latents, drawn.timesteps, embeds, target)
+            return KeptRows(drawn.noisy_latents, drawn.timesteps, self.table.reference(drawn.rows), target)
         if self.method.preservation == "dop":
-            embeds = models.reference_embeds(self.table, batch.rows)
+            embeds = self.table.reference(batch.rows)
         else:
             embeds = self.unrelated_embeds[self.unrelated_choice(micro_step)]
         with torch.no_grad(), models.adapters.only(None):

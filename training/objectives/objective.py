@@ -1,7 +1,5 @@
 """The interface of an objective. Source: [ours]."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -20,41 +18,26 @@ from training.prompt_table import PromptTable
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run has that objectives are made of; each takes what it uses.
-
-    Attributes:
-        alignment: portraits that both paths are aligned on, or that `prior` keeps.
-        enhancement: `L_enh`, where a flag asks for it.
-        unrelated_ids: (U, T) tokens of the prompts that `cat` keeps.
-    """
+    """What a run has that objectives are made of; each takes what it uses."""
 
     models: Models
     table: PromptTable
     batches: BatchDrawer
     training: TrainingPortraits
     maps: MapMaker
-    alignment: Portraits | None
+    alignment: Portraits | None  # that both paths are aligned on, or that `prior` keeps
     enhancement: Enhancement | None
-    unrelated_ids: torch.Tensor | None
+    unrelated_ids: torch.Tensor | None  # (U, T) tokens of the prompts that `cat` keeps
 
 
 class Objective(ABC):
-    """One forward of a step and its losses, of what it uses of a run's parts.
-
-    Attributes:
-        weights: of each of its losses, by name.
-    """
+    """One forward of a step and its losses, which it weighs by name; made as the flags ask for it."""
 
     weights: dict[str, float]
 
     def __init__(self, flags: Flags, parts: Parts) -> None:
         self.models, self.table, self.batches, self.maps = parts.models, parts.table, parts.batches, parts.maps
         self.training, self.alignment, self.method = parts.training, parts.alignment, flags.method
-
-    @classmethod
-    def make(cls, flags: Flags, parts: Parts) -> Objective:
-        """The objective as the flags ask for it."""
-        return cls(flags, parts)
 
     def prepare(self, state: Mapping[str, torch.Tensor] | None = None) -> None:  # noqa: B027 (most need nothing)
         """Make ready before the first step; `state` is what a checkpoint has, if the run goes on from there."""

@@ -1,6 +1,5 @@
 """The paper's alignment: attention and features of both paths agree outside of the SFCM.
 
-Legend: B batch, K matched tokens, T text tokens.
 Paper: arXiv 2504.00396; `[ours]` marks what it leaves open.
 """
 
@@ -9,11 +8,11 @@ from contextlib import contextmanager
 
 import torch
 
-from attention_processors import phrase_map_resolution
 from training.arguments import Flags
 from training.batches import send
 from training.dual_path import dual_path
 from training.losses import diffusion_loss, fine_grained_loss, text_consistent_loss
+from training.maps import phrase_map_layers
 from training.objectives.objective import Objective, Parts
 from training.prompt_table import FULL
 
@@ -36,7 +35,7 @@ class Paper(Objective):
             models.capture.store() as store,
             dual_path(
                 models.adapters, models.predict, batch.noisy_latents, batch.timesteps,
-                models.reference_embeds(table, batch.rows), models.response_embeds(table, batch.rows),
+                table.reference(batch.rows), table.response(batch.rows),
                 mode=method.dual_path, store=store, respond=models.respond,
             ) as paths,
         ):  # fmt: skip
@@ -44,8 +43,7 @@ class Paper(Objective):
             response_pred, reference_pred = paths.response_pred, paths.reference_pred
             sfcm = self.maps.of_batch(batch, self.alignment, response_pred.detach(), reference_pred, reference)
             if self.layers == "phrase_map":
-                resolution = phrase_map_resolution(reference.resolutions)
-                reference, response = reference.at_resolution(resolution), response.at_resolution(resolution)
+                reference, response = phrase_map_layers(reference), phrase_map_layers(response)
             resolutions = list(reference.resolutions.values())
             unchanged = send((batch.kinds != FULL).float(), models.device)
             to_epsilon = models.noise.epsilon_scale(batch.timesteps)
@@ -53,7 +51,7 @@ class Paper(Objective):
             yield {
                 "text_consistent": text_consistent_loss(
                     list(response.attention_probs.values()), list(reference.attention_probs.values()), resolutions,
-                    sfcm, *table.positions.of(batch.rows),
+                    sfcm, *(places[batch.rows] for places in table.positions),
                 ).mean(),
                 "fine_grained": fine_grained_loss(
                     list(response.queries.values()), list(reference.queries.values()), resolutions, sfcm
