@@ -174,7 +174,9 @@ class MethodFlags(FlagGroup):
         choices=("composed", "paper", "both"),
     )
     dual_path: str = flag(
-        "two_pass", "Two passes, or one with more memory and the same numbers up to rounding.", choices=("two_pass", "single_pass")
+        "two_pass",
+        "Two passes, or one with more memory and the same numbers up to rounding.",
+        choices=("two_pass", "single_pass"),
     )
     base_prompt_share: float = flag(
         0.6, "Share of alignment rows, in [0, 1), that ask for no change: 2/3 base, 1/3 empty prompt.", "in [0, 1)"

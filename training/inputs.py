@@ -6,9 +6,9 @@ Legend: N training portraits, M drawn ones, H/W size in pixels.
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -18,14 +18,7 @@ from families.stable_diffusion import StableDiffusion
 from loras.loading import ReferenceLora
 from programs.loading import naming, naming_flag
 from programs.picture_files import content_key, load_picture, upright_size
-from prompts import (
-    PromptPair,
-    PromptTokens,
-    make_prompt_pair,
-    said_targets,
-    suggest_replacements,
-    tokenize_prompt_pair,
-)
+from prompts import PromptPair, PromptTokens, make_prompt_pair, said_targets, suggest_replacements
 from training.alignment_prompts import pairs_to_draw
 from training.arguments import Flags
 from training.caches import fingerprint
@@ -93,25 +86,25 @@ def check_inputs(flags: Flags) -> Inputs:
     references = find_references(flags.lora, flags.model.cache_dir)
     resume = find_resume(flags, references)
     family, facts = check_models(flags)
-    (tokenizer,) = facts.tokenizers
+    (tokenizer,), locate = facts.tokenizers, partial(family.locate, tokenizers=facts.tokenizers)
     check_loras(flags, references, facts)
     sizes = read_sizes(flags.pictures, facts.side_multiple, flags.model.pretrained_model_name_or_path)
     rows = load_rows(
         flags.data, flags.columns, cache_dir=flags.model.cache_dir, with_masks=flags.method.preservation == "mask",
         seed=flags.loop.seed,
     )  # fmt: skip
-    pairs, tokens = read_pairs(rows, flags.data.free_phrases or (), tokenizer)
+    pairs, tokens = read_pairs(rows, flags.data.free_phrases or (), locate)
     check_images(rows)
     buckets = [nearest_bucket(upright_size(row.image, row.source), sizes) for row in rows]
     drawn, drawn_buckets = pairs_to_draw(flags, pairs, buckets, sizes)
     with naming("--reference_target_prompt"):  # with what the prompts already had, each fits
-        tokens += [tokenize_prompt_pair(pair, tokenizer) for pair in drawn]
+        tokens += [locate(pair) for pair in drawn]
     maps, aligned = flags.alignment.sfcm_dir, len(drawn)
     if flags.alignment.alignment_source != "generated":
         aligned += len(rows)
     inputs = Inputs(
         family=family, rows=rows, sizes=sizes, buckets=(*buckets, *drawn_buckets), pairs=pairs + drawn, tokens=tokens,
-        validation_pair=validation_pair(flags, pairs[0], tokenizer), resume=resume, references=references,
+        validation_pair=validation_pair(flags, pairs[0], locate), resume=resume, references=references,
         sfcm=None if maps is None else read_maps(Path(maps), aligned),
         unrelated_ids=tokenize_unrelated(flags.method.unrelated_prompts or [""], tokenizer),
     )  # fmt: skip
@@ -134,7 +127,7 @@ def read_sizes(pictures: PictureFlags, multiple: int, model: str) -> tuple[tuple
 
 
 def read_pairs(
-    rows: Sequence[PortraitRow], free_phrases: Sequence[str], tokenizer: CLIPTokenizer
+    rows: Sequence[PortraitRow], free_phrases: Sequence[str], locate: Callable[[PromptPair], PromptTokens]
 ) -> tuple[list[PromptPair], list[PromptTokens]]:
     """The rows' prompts and their tokens; what they cannot mean is warned of.
 
@@ -145,7 +138,7 @@ def read_pairs(
         with naming(row.source):
             free = (*row.free_phrases, *_phrases_in(row.base_prompt, free_phrases))
             pairs.append(make_prompt_pair(row.base_prompt, row.target_prompt, row.full_prompt, row.base_phrases, free))
-            tokens.append(tokenize_prompt_pair(pairs[-1], tokenizer))
+            tokens.append(locate(pairs[-1]))
     for phrase in free_phrases:
         found = any(has_phrase(row.base_prompt, phrase) for row in rows)
         refuse(not found, f"--free_phrases: {phrase!r} is a phrase of no base prompt")
@@ -176,7 +169,9 @@ def read_maps(folder: Path, count: int) -> list[torch.Tensor]:
         return maps
 
 
-def validation_pair(flags: Flags, first: PromptPair, tokenizer: CLIPTokenizer) -> PromptPair:
+def validation_pair(
+    flags: Flags, first: PromptPair, locate: Callable[[PromptPair], PromptTokens]
+) -> PromptPair:
     """The prompts of the validation pictures: what the flags give, the first portrait's for what they do not."""
     base_prompt, target = flags.output.validation_base_prompt, flags.output.validation_target_prompt
     if base_prompt is None and target is None:
@@ -186,7 +181,7 @@ def validation_pair(flags: Flags, first: PromptPair, tokenizer: CLIPTokenizer) -
     with naming("--validation_base_prompt / --validation_target_prompt"):
         free = _phrases_in(base_prompt, dict.fromkeys([*first.free_phrases, *(flags.data.free_phrases or ())]))
         pair = make_prompt_pair(base_prompt, targets, free_phrases=free)
-        tokenize_prompt_pair(pair, tokenizer)
+        locate(pair)  # it fits
         return pair
 
 

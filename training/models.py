@@ -59,8 +59,12 @@ def load_base_model(
     return pipeline
 
 
-def load_text_part(family: type[StableDiffusion], model: ModelFlags) -> StableDiffusionPipeline:
-    """The base model as far as it reads prompts, without denoiser and VAE."""
+def load_text_part(
+    family: type[StableDiffusion], model: ModelFlags, references: Sequence[ReferenceLora]
+) -> StableDiffusionPipeline:
+    """The base model as far as it reads prompts; whole where earlier LoRAs, which may change that, are merged."""
+    if references:
+        return load_base_model(family.pipeline_class, model, torch.float32, references)
     return _load(family.pipeline_class, model, torch.float32, **{"vae": None, family.denoiser: None})
 
 

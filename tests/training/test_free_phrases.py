@@ -1,6 +1,7 @@
 """Tests of phrases of the base prompt that may change along with the target: the maps, the prompts, whole runs."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from test_train import ROWS, difference, files, train, watch, watch_runs, write_
 
 import train_spf_portrait_lora as script
 from pipeline_spf_portrait import SPFPortraitPipeline
-from prompts import make_prompt_pair
+from prompts import make_prompt_pair, tokenize_prompt_pair
 from sfcm import SFCM_MODES, phrase_attention_maps
 from training.alignment_prompts import thin_out
 from training.arguments import parse_args
@@ -150,11 +151,12 @@ def test_the_pictures_open_the_map_for_them(world, tmp_path, monkeypatch):
 
 def test_other_prompts_of_the_pictures_have_the_free_phrases_they_name(world):
     first = make_prompt_pair(ROWS[0]["base_prompt"], "red hair", free_phrases=["a green hat"])
+    locate = partial(tokenize_prompt_pair, tokenizer=world.tokenizer)
     flags = ["--pretrained_model_name_or_path=x", "--train_data_dir=x", "--free_phrases", "a red hat"]
     given = {"a man, a red hat": ("a red hat",), "a man, a green hat": ("a green hat",), "a man": ()}
     for base_prompt, free in given.items():
         args = parse_args([*flags, f"--validation_base_prompt={base_prompt}"])
-        assert validation_pair(args, first, world.tokenizer).free_phrases == free
+        assert validation_pair(args, first, locate).free_phrases == free
 
 
 @pytest.mark.parametrize("free", [[], pytest.param(["a woman"], marks=pytest.mark.slow)])

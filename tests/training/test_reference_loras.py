@@ -17,7 +17,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load, load_file, save_file
 from test_resume import STEPS, assert_same_ending, one_thread  # noqa: F401  (fixture)
-from test_train import LAYERS, ROOT, ROWS, WEIGHTS, difference, files, train, watch, watch_runs
+from test_train import LAYERS, ROOT, ROWS, WEIGHTS, difference, files, prepared, train, watch, watch_runs
 
 import train_spf_portrait_lora as script
 from loras.loading import ReferenceLora, merge_loras
@@ -455,6 +455,14 @@ def test_a_reference_of_the_hub_is_found_and_named(world, earlier, tmp_path):
 def test_a_dry_run_names_the_earlier_loras(world, earlier, tmp_path, capsys):
     train(world, tmp_path / "output", reference_lora=earlier["hat"], reference_lora_scale=0.5, dry_run=True)
     assert f"earlier LoRA   {earlier['hat']}  (scale 0.5)\n" in capsys.readouterr().out
+
+
+def test_a_dry_run_shows_the_distances_with_an_earlier_loras_text_part(world, earlier, tmp_path, capsys):
+    flags = {"reference_lora": earlier["hair"], "reference_lora_scale": 0.5}
+    distances = prepared(world, **flags).parts.table.distances
+    train(world, tmp_path / "output", dry_run=True, **flags)
+    shown = [float(text) for text in re.findall(r"CLIP distance ([\d.]+)", capsys.readouterr().out)]
+    assert shown[:2] == pytest.approx(distances[0, :2].tolist(), abs=6e-4)
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
