@@ -53,7 +53,7 @@ from families.stable_diffusion import StableDiffusion
 from training.arguments import parse_args, uses_enhancement
 from training.dual_path import DualPathOutput, dual_path
 from training.losses import compose_prediction, diffusion_loss, fine_grained_loss, text_consistent_loss
-from training.models import STAGE1_ADAPTER, Models, keep_in_float32, lora_config
+from training.models import STAGE1_ADAPTER, Models, lora_config, train_in_float32
 from training.prompt_table import embed_pixels
 
 
@@ -193,7 +193,7 @@ def training(flags: str, make: Callable[[], UNet2DConditionModel] = make_unet, s
         for module in (*halves, clip):
             module.requires_grad_(False).eval()
         unet.add_adapter(lora_config(StableDiffusion, given.lora, unet))
-        keep_in_float32(unet, "default")
+        train_in_float32(unet, "default")
         if given.model.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         models = Models(StableDiffusion, pipeline, torch.device("cpu"))

@@ -40,7 +40,6 @@ from benchmarks.parts.regions import (
 )
 from families.stable_diffusion import StableDiffusion
 from toy_portraits.world import LABELS, SIZE, TARGETS, render, sample_factors
-from training.dual_path import dual_path
 
 
 def left_half(count: int = 1, size: int = 4) -> np.ndarray:
@@ -196,7 +195,7 @@ def test_noise_belongs_to_the_portrait_and_timesteps_cover_the_band():
     assert all((steps < 1000).all() for _, steps in noise_samples(64, (800, 1000), (1,)))
 
 
-def test_both_predictions_are_those_of_the_dual_path(write_lora, tmp_path):
+def test_both_predictions_are_those_of_the_training(write_lora, tmp_path):
     (pipeline, _), scenes = judging.tools("cpu"), render_scenes("striped_shirt", 2, 5)
     unet, folders = pipeline.unet, [write_lora(tmp_path / name, seed) for seed, name in enumerate(("first", "second"))]
     first, second = map(adapter_name, folders)
@@ -207,17 +206,14 @@ def test_both_predictions_are_those_of_the_dual_path(write_lora, tmp_path):
         reference, features = predict(unet, ORIGINAL, latents, timesteps, base)
         response, _ = predict(unet, second, latents, timesteps, full)
         assert not torch.allclose(predict(unet, first, latents, timesteps, full)[0], response)
-        with (
-            torch.no_grad(),
-            capture_cross_attention(unet) as store,
-            dual_path(
-                Adapters(unet), partial(StableDiffusion.predict, unet), latents, timesteps, base, full,
-                adapter_name=second, store=store,
-            ) as paths,
-        ):
-            assert torch.equal(paths.reference_pred, reference) and torch.equal(paths.response_pred, response)
-            for name, probs in paths.reference.attention_probs.items():
+        adapters, asked = Adapters(unet), partial(StableDiffusion.predict, unet, latents, timesteps)
+        with torch.no_grad(), capture_cross_attention(unet) as store, store.record():
+            with adapters.only(None):
+                assert torch.equal(asked(base), reference)
+            for name, probs in store.pop().attention_probs.items():
                 assert torch.equal(features.attention_probs[name], probs)
+            with adapters.only(second):
+                assert torch.equal(asked(full), response)
     assert not getattr(unet, "peft_config", None)
 
 

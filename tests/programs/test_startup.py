@@ -9,7 +9,7 @@ from diffusers.optimization import SchedulerType
 from test_house import ROOT
 
 import sfcm
-from training import dual_path, flag_rules, flags, losses
+from training import flag_rules, flags, losses
 
 
 PROGRAMS = ("train_spf_portrait_lora.py", "evaluate_spf_portrait.py", "export_spf_portrait_lora.py", "app.py")
@@ -48,7 +48,6 @@ def test_help_shows_defaults_and_none_where_there_is_none():
 
 
 def test_the_flags_name_what_modules_and_libraries_have():
-    assert flags.DUAL_PATH_MODES == dual_path.DUAL_PATH_MODES
     assert flags.ENHANCEMENT_LOSSES == tuple(losses.ENHANCEMENT_LOSSES)
     assert flag_rules.SFCM_MODES == list(sfcm.SFCM_MODES)
     assert set(flags.TRACKERS) == {tracker.value for tracker in LoggerType}

@@ -12,7 +12,9 @@ from attention_processors import CrossAttentionStore, capture_cross_attention
 from families.prompt_embeds import PromptEmbeds
 from families.stable_diffusion import StableDiffusion
 from training.dual_path import dual_path
-from training.flag_rules import DUAL_PATH_MODES
+
+
+MODES = ("two_pass", "single_pass")
 
 
 def paths_of(unet, latents, timesteps, base_states, full_states) -> tuple:
@@ -68,14 +70,14 @@ def test_one_batched_pass_equals_two_passes(lora_unet, checkpointing):
     assert_same_gradients(one_gradients, two_gradients)
 
 
-@pytest.mark.parametrize("mode", DUAL_PATH_MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_checkpointing_changes_no_gradient(lora_unet, mode):
     _, plain = run_dual_path(lora_unet, mode, checkpointing=False)
     _, checkpointed = run_dual_path(lora_unet, mode, checkpointing=True)
     assert_same_gradients(checkpointed, plain)
 
 
-@pytest.mark.parametrize("mode", DUAL_PATH_MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_the_paths_are_the_original_and_the_adapted_model(lora_unet, mode):
     paths, _ = run_dual_path(lora_unet, mode, checkpointing=False)
     base_states = torch.randn(2, TOKENS, 12, generator=torch.Generator().manual_seed(4))
@@ -84,7 +86,7 @@ def test_the_paths_are_the_original_and_the_adapted_model(lora_unet, mode):
     torch.testing.assert_close(paths.response_pred, predict(lora_unet), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", DUAL_PATH_MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_gradient_flows_through_the_response_only(lora_unet, mode):
     """Also when weights that both paths use are trained."""
     lora_unet.requires_grad_(True)
@@ -97,7 +99,7 @@ def test_gradient_flows_through_the_response_only(lora_unet, mode):
         assert all(value.requires_grad for value in values.values())
 
 
-@pytest.mark.parametrize("mode", DUAL_PATH_MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_only_the_trained_adapter_takes_part(two_adapters, mode):
     """Both adapters are active outside; the response uses one, and the frozen one gets no gradient."""
     two_adapters.set_adapter(["stage1", "default"])
@@ -139,7 +141,7 @@ def test_the_pass_with_gradient_runs_on_the_wrapper(lora_unet, mode, batches):
     assert_same_gradients(gradients, expected)
 
 
-@pytest.mark.parametrize("mode", DUAL_PATH_MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_without_a_store_there_are_no_features(lora_unet, mode):
     batch = inputs()
     states = batch["encoder_hidden_states"]
@@ -148,7 +150,7 @@ def test_without_a_store_there_are_no_features(lora_unet, mode):
     torch.testing.assert_close(paths.response_pred, predict(lora_unet), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", DUAL_PATH_MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_everything_is_restored_after_an_error_in_the_loss(two_adapters, mode):
     state, before, hooks = adapter_states(two_adapters), flags(two_adapters), hook_count(two_adapters)
     batch = inputs()
@@ -159,7 +161,7 @@ def test_everything_is_restored_after_an_error_in_the_loss(two_adapters, mode):
     assert (adapter_states(two_adapters), flags(two_adapters), hook_count(two_adapters)) == (state, before, hooks)
 
 
-@pytest.mark.parametrize("mode", DUAL_PATH_MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_a_foreign_store_is_refused(lora_unet, mode):
     batch = inputs()
     states = batch["encoder_hidden_states"]
