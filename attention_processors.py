@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 # By the beginning of a processor's name, what puts the stock one back.
 _REMEDIES = {
-    "Capturing": "it is captured already, leave the other capture",
     "Sliced": "turn attention slicing off (pipeline.disable_attention_slicing())",
     "Fused": "call unet.unfuse_qkv_projections()",
     "IPAdapter": "call pipeline.unload_ip_adapter()",
@@ -67,7 +66,7 @@ class CrossAttentionFeatures:
 
 
 class CrossAttentionStore:
-    """Keeps what the capturing processors hand over while `recording` is on and the UNet's forward runs.
+    """Keeps what the captured layers hand over while `recording` is on and the UNet's forward runs.
 
     Gradient checkpointing recomputes layers in the backward, outside of the UNet's forward, so that nothing is stored
     twice. Each recorded forward replaces what the one before left.
@@ -101,9 +100,12 @@ class CrossAttentionStore:
         if not self.recording or self._latent_size is None:
             return
         # Each level has half the sides of the one before, rounded up.
-        height, width = self._latent_size
-        while height * width > query.shape[2]:
+        (height, width), tokens = self._latent_size, query.shape[2]
+        while height * width > tokens:
             height, width = math.ceil(height / 2), math.ceil(width / 2)
+        if height * width != tokens:
+            size = self._latent_size
+            raise ValueError(f"{name} has {tokens} image tokens, which no halving of the latent size {size} gives")
         self._features.resolutions[name] = (height, width)
         self._features.attention_probs[name] = attention_probs
         self._features.queries[name] = query
@@ -119,32 +121,22 @@ class CrossAttentionStore:
         self._latent_size = None
 
 
-class CapturingAttnProcessor(AttnProcessor):
-    """The stock attention with an explicit softmax, which hands its probabilities and queries to a store.
+def _watched_scores(layer: Attention, name: str, store: CrossAttentionStore) -> Callable[..., Tensor]:
+    """A layer's `get_attention_scores`, which hands its probabilities and queries to a store.
 
     The math is the same whether or not the store records: gradient checkpointing compares the two runs of a layer.
     """
+    compute = layer.get_attention_scores
 
-    def __init__(self, name: str, store: CrossAttentionStore) -> None:
-        self.name = name
-        self.store = store
+    def get_attention_scores(query: Tensor, key: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        if attention_mask is not None and layer.upcast_attention:
+            attention_mask = attention_mask.float()
+        probs = compute(query, key, attention_mask)
+        mean = probs.unflatten(0, (-1, layer.heads)).mean(1, dtype=torch.float32)
+        store.add(name, mean, query.unflatten(0, (-1, layer.heads)))
+        return probs
 
-    def __call__(self, attn: Attention, *args, **kwargs) -> Tensor:
-        compute = attn.get_attention_scores
-
-        def get_attention_scores(query: Tensor, key: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-            if attention_mask is not None and attn.upcast_attention:
-                attention_mask = attention_mask.float()
-            probs = compute(query, key, attention_mask)
-            mean = probs.unflatten(0, (-1, attn.heads)).mean(1, dtype=torch.float32)
-            self.store.add(self.name, mean, query.unflatten(0, (-1, attn.heads)))
-            return probs
-
-        attn.get_attention_scores = get_attention_scores
-        try:
-            return super().__call__(attn, *args, **kwargs)
-        finally:
-            del attn.get_attention_scores
+    return get_attention_scores
 
 
 def find_cross_attention_layers(unet: nn.Module) -> dict[str, Attention]:
@@ -160,8 +152,8 @@ def find_cross_attention_layers(unet: nn.Module) -> dict[str, Attention]:
     if not layers:
         raise ValueError(f"{type(unet).__name__} has no cross-attention layer (no module named '*.attn2')")
     # The UNet registers its up blocks before its middle block.
-    order = ("down_blocks", "mid_block", "up_blocks")
-    return dict(sorted(layers.items(), key=lambda item: order.index(item[0].split(".")[0])))
+    order = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
+    return dict(sorted(layers.items(), key=lambda item: order.get(item[0].split(".")[0], len(order))))
 
 
 def phrase_map_resolution(resolutions: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
@@ -185,14 +177,15 @@ class CrossAttentionCapture:
 
     @contextmanager
     def store(self) -> Iterator[CrossAttentionStore]:
-        """Capturing processors are installed inside; the former ones come back on exit, also after an error.
-
-        The store of the context is not recording yet.
+        """Inside, the layers have the stock processor with an explicit softmax, and hand over what it computes; the
+        former processors come back on exit, also after an error. The store of the context is not recording yet.
 
         Raises ValueError: a layer's processor is not a stock one (sliced, fused, xformers, IP-Adapter, custom
-        diffusion).
+        diffusion), or it is captured already.
         """
         for name, layer in self.layers.items():
+            if "get_attention_scores" in vars(layer):
+                raise ValueError(f"{name} is captured already: leave the other capture first")
             if type(layer.processor) not in (AttnProcessor, AttnProcessor2_0):
                 kind = type(layer.processor).__name__
                 remedy = next(words for start, words in _REMEDIES.items() if kind.startswith(start))
@@ -203,7 +196,10 @@ class CrossAttentionCapture:
             stack.callback(self._unet.register_forward_hook(store.end_forward, always_call=True).remove)
             for name, layer in self.layers.items():
                 stack.callback(layer.set_processor, layer.processor)
-                layer.set_processor(CapturingAttnProcessor(name, store))
+                layer.set_processor(AttnProcessor())
+                # Once, and not in each forward: what a forward sets and deletes cannot be compiled.
+                layer.get_attention_scores = _watched_scores(layer, name, store)
+                stack.callback(vars(layer).pop, "get_attention_scores")
             yield store
 
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from tiny_unet import DOWN, TOKENS, encoder_mask, hook_count, inputs, predict
 from torch import nn
 
 from attention_processors import (
-    CapturingAttnProcessor,
     CrossAttentionFeatures,
     CrossAttentionStore,
     capture_cross_attention,
@@ -49,8 +49,8 @@ def test_processor_keeps_every_part_of_the_stock_math(kwargs, masked):
     hidden_states, states = torch.randn(2, 9, 32), torch.randn(2, TOKENS, 12)
     mask = (1 - encoder_mask())[:, None] * -10000 if masked else None
     expected = attn(hidden_states, encoder_hidden_states=states, attention_mask=mask)
-    attn.set_processor(CapturingAttnProcessor("layer", CrossAttentionStore()))
-    actual = attn(hidden_states, encoder_hidden_states=states, attention_mask=mask)
+    with capture_cross_attention(nn.ModuleDict({"block": nn.ModuleDict({"attn2": attn})})):
+        actual = attn(hidden_states, encoder_hidden_states=states, attention_mask=mask)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -60,8 +60,8 @@ def test_upcast_attention_takes_a_mask_in_half_precision():
     hidden_states, states = torch.randn(2, 9, 32).bfloat16(), torch.randn(2, TOKENS, 12).bfloat16()
     mask = ((1 - encoder_mask())[:, None] * -10000).bfloat16()
     expected = attn(hidden_states, encoder_hidden_states=states, attention_mask=mask)
-    attn.set_processor(CapturingAttnProcessor("layer", CrossAttentionStore()))
-    actual = attn(hidden_states, encoder_hidden_states=states, attention_mask=mask)
+    with capture_cross_attention(nn.ModuleDict({"block": nn.ModuleDict({"attn2": attn})})):
+        actual = attn(hidden_states, encoder_hidden_states=states, attention_mask=mask)
     torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
 
 
@@ -97,7 +97,33 @@ def test_probs_and_queries_equal_a_hand_computation(lora_unet, masked):
         torch.testing.assert_close(layer_probs.sum(-1), torch.ones(2, height * width))
 
 
+@pytest.mark.parametrize("by_block", [False, True])
+def test_a_compiled_unet_is_captured(unet, by_block):
+    with capture_cross_attention(unet) as store, store.record():
+        expected, features = predict(unet), store.pop()
+    plain = predict(unet)
+    blocks = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock)]
+    for module in blocks if by_block else [unet]:
+        module.compile(backend="eager")
+    assert torch.allclose(predict(unet), plain, atol=1e-6)
+    with capture_cross_attention(unet) as store, store.record():
+        assert torch.allclose(predict(unet), expected, atol=1e-6)
+        found = store.pop()
+    assert found.resolutions == features.resolutions
+    for name, probs in features.attention_probs.items():
+        torch.testing.assert_close(found.attention_probs[name], probs)
+        torch.testing.assert_close(found.queries[name], features.queries[name])
+    assert torch.allclose(predict(unet), plain, atol=1e-6)
+
+
 # Finding layers, resolutions, features
+
+
+def test_a_layer_of_no_level_is_named(unet):
+    with capture_cross_attention(unet) as store, store.record():
+        store.begin_forward(unet, (torch.empty(1, 4, 17, 17),), {})
+        with pytest.raises(ValueError, match=r"^mid has 64 image tokens, which no halving of .*\(17, 17\) gives"):
+            store.add("mid", torch.empty(1, 64, TOKENS), torch.empty(1, 2, 64, 8))
 
 
 def test_layers_are_found_in_forward_order(unet):
@@ -251,7 +277,8 @@ def test_capturing_twice_is_refused(unet):
         with pytest.raises(ValueError, match="captured already"):
             with capture_cross_attention(unet):
                 pass
-        assert isinstance(unet.get_submodule(DOWN).processor, CapturingAttnProcessor)
+        assert "get_attention_scores" in vars(unet.get_submodule(DOWN))
+    assert "get_attention_scores" not in vars(unet.get_submodule(DOWN))
 
 
 def test_checkpointing_recomputes_without_storing(lora_unet):
