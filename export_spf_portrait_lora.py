@@ -68,9 +68,6 @@ def check_outputs(args: argparse.Namespace) -> None:
     if args.output_diffusers:
         places["output_diffusers"] = args.output_diffusers / LORA_WEIGHTS
     if merged:
-        # A folder that cannot be made is known now, before the models are loaded.
-        with naming(f"--output_merged {merged}"):
-            merged.parent.mkdir(parents=True, exist_ok=True)
         is_checkpoint = (merged / "model_index.json").is_file()
         # --overwrite removes what is there, so that has to be a checkpoint.
         if merged.is_file() or (merged.is_dir() and any(merged.iterdir()) and not is_checkpoint):
@@ -79,6 +76,10 @@ def check_outputs(args: argparse.Namespace) -> None:
     for flag, path in places.items():
         if path and path.exists() and not args.overwrite:
             raise InputError(f"--{flag}: {path} is there already; --overwrite replaces it")
+    if merged:
+        # A folder that cannot be made is known now, before the models are loaded.
+        with naming(f"--output_merged {merged}"):
+            merged.parent.mkdir(parents=True, exist_ok=True)
 
 
 def convert(args: argparse.Namespace) -> Path:

@@ -79,13 +79,16 @@ def prepare(flags: Flags, inputs: Inputs, accelerator: Accelerator) -> Parts:
     training = TrainingPortraits(flags, inputs, models, accelerator)
     if data.cache_latents:
         training.encode(cache, shown)
-    enhancement, released = None, ["vae"] * data.cache_latents + [*family.text_encoders] * data.cache_text_embeddings
+    enhancement = None
     if uses_enhancement(flags.method, flags.paper):
         enhancement = Enhancement(flags, models, inputs.pairs, accelerator)
         if data.cache_latents:
             enhancement.embed(training, shown)
-        if enhancement.decoder is models.pipeline.vae:
-            released = [name for name in released if name != "vae"]
+    released = []
+    if data.cache_latents and (enhancement is None or enhancement.decoder is not models.pipeline.vae):
+        released.append("vae")
+    if data.cache_text_embeddings:
+        released += family.text_encoders
     models.release(released)
     batches = BatchDrawer(
         flags.loop.seed, flags.loop.train_batch_size, accelerator.process_index, accelerator.num_processes,

@@ -64,8 +64,7 @@ def print_times(times: dict[str, list[float]], of: dict[str, str] | None = None)
     """A line for each row, set against the first one, or the one that `of` names."""
     lines = []
     for name, values in times.items():
-        # A single value is both quartiles.
-        low, median, high = statistics.quantiles(values * (1 + (len(values) == 1)), n=4, method="inclusive")
+        low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
         ratio = median / statistics.median(times[of[name] if of else next(iter(times))])
         lines.append([name, f"{1000 * median:.4g}", f"{1000 * low:.4g} to {1000 * high:.4g}", f"{ratio:.2f}"])
     print(markdown_table(["", "median, ms", "quartiles, ms", "of the first of its kind"], lines))
@@ -256,8 +255,12 @@ def main(input_args: Sequence[str] | None = None) -> None:
     parser.add_argument("--num_images", type=int, default=4, help="Of a call.")
     parser.add_argument("--num_inference_steps", type=int, default=25, help="Of a call.")
     options = parser.parse_args(input_args)
-    if options.rounds < 1:
-        parser.error("--rounds must be at least 1")
+    for name in ("rounds", "num_images", "num_inference_steps"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1, not {getattr(options, name)}")
+    for name in options.rows:
+        if not any(step.startswith(name) for step in STEPS):
+            parser.error(f"--rows {name}: no kind of step begins so; there are {', '.join(STEPS)}")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} thread(s)"
     print(f"\n{options.what} on {device}, medians of {options.rounds} alternating rounds\n")
     PROGRAMS[options.what](options)

@@ -1,8 +1,9 @@
 """How much GPU memory trainings ask for, estimated on a machine without one: `python benchmarks/estimate_memory.py`.
 
 It prints the presets of docs/training.md, or a training of the flags that it is given, with Stable Diffusion 1.5's
-own configuration at 512x512. A training's parts are run on tensors that have shapes and dtypes but no content (torch's
-`FakeTensorMode`), while the bytes of all storages alive at once are counted. The most of all parts is what it prints:
+own configuration at 512x512 and all caches. A training's parts are run on tensors that have shapes and dtypes but no
+content (torch's `FakeTensorMode`), while the bytes of all storages alive at once are counted. The most of all parts is
+what it prints:
 
 - preparing: all models lie on the device, and a portrait is encoded;
 - drawing: alignment portraits with guidance, and two validation pictures decoded at once;
@@ -70,6 +71,13 @@ PRESETS = {
     12: "--train_batch_size 4",
     16: "--stage2_objective both --train_batch_size 4 --gradient_checkpointing",
     24: "--stage2_objective both --train_batch_size 4",
+}
+REQUIRED = ("--pretrained_model_name_or_path", "model", "--train_data_dir", "portraits")
+# The flags whose memory is counted; accumulation needs none.
+COUNTED = {
+    *("train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
+    *("stage2_objective", "enhancement_loss", "lambda_enh"),
+    *("rank", "lora_alpha", "lora_target", "lora_layers", "lora_dropout", "use_dora"),
 }
 
 
@@ -183,8 +191,7 @@ def training(flags: str, make: Callable[[], UNet2DConditionModel] = make_unet, s
     Modules of fake tensors can be neither cast nor given a LoRA. So they are made on the meta device, which autocast
     does not know, and get fake tensors of the CPU then.
     """
-    required = ["--pretrained_model_name_or_path", "model", "--train_data_dir", "portraits"]
-    given = parse_args([*required, "--mixed_precision", "bf16", *shlex.split(flags)])
+    given = parse_args([*REQUIRED, "--mixed_precision", "bf16", *shlex.split(flags)])
     with torch.device("meta"):
         pipeline, clip = make_pipeline(make()), make_clip()
         del clip.text_model, clip.text_projection
@@ -300,8 +307,12 @@ def parameter_bytes(module: nn.Module) -> int:
 
 
 def main(input_args: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="All flags are those of a training.")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Its flags are a training's.")
     asked = shlex.join(parser.parse_known_args(input_args)[1])
+    own, default = (parse_args([*REQUIRED, *shlex.split(flags)]).asked for flags in (asked, ""))
+    others = [f"--{name}" for name in default.keys() - COUNTED if own[name] != default[name]]
+    if others:
+        parser.error(f"{' '.join(sorted(others))} is not counted; these are: {' '.join(sorted(COUNTED))}")
     lines, details = [], []
     for name, flags in {"given": asked}.items() if asked else PRESETS.items():
         with training(flags) as run:

@@ -12,6 +12,7 @@ Source: [ours].
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import importlib.metadata
 import multiprocessing
 import os
@@ -25,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -34,15 +35,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.parts.tables import markdown_table
-
-
 PRECISIONS = ("float32", "tf32", "bf16", "fp16")
 HALVES = ("bf16", "fp16")
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "xformers", "bitsandbytes")
-START = 90  # seconds that a process may take until its first row
+START, END = 90, 30  # seconds that a process may take until its first row, and after its last one
 PATIENCE = {"cuda": 1, "cpu": 10}  # a CPU may take so many times as long
-# Of the children: no network, and matrix products that sum in one order, so that two runs can be compared.
+# No network, and matrix products that sum in one order, so that two runs can be compared. Libraries read it when they
+# are imported, which only the children do.
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 OK, FAILED, NOT_HERE = "ok", "FAILED", "not here"
 
@@ -164,9 +163,6 @@ def work(rows: Sequence[Row], bench: Bench, results: Connection, log: Path) -> N
 
     A row that raises ends the process; whoever started it goes on with the next row.
     """
-    os.environ |= ENVIRONMENT
-    if bench.device == "cpu":
-        os.environ |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     with log.open("w", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -178,10 +174,13 @@ def work(rows: Sequence[Row], bench: Bench, results: Connection, log: Path) -> N
             raise SystemExit("torch sees no CUDA card; --device cpu runs what a CPU can")
     results.send(None)
     for row, function in zip(rows, functions, strict=True):
+        # Where it hangs, in the log, before it is killed.
+        faulthandler.dump_traceback_later(0.9 * row.limit * PATIENCE[bench.device])
         start = time.perf_counter()
         result = function(bench, *row.arguments)
         result.seconds = time.perf_counter() - start
         results.send(result)
+    faulthandler.cancel_dump_traceback_later()
 
 
 def run_rows(rows: Sequence[Row], bench: Bench, deadline: float, log: Path) -> dict[str, Result]:
@@ -202,34 +201,43 @@ def run_rows(rows: Sequence[Row], bench: Bench, deadline: float, log: Path) -> d
         process = context.Process(target=work, args=(left, bench, sender, log))
         process.start()
         sender.close()  # the process alone holds it, so that its end is noticed
-        started, reason = False, "it took longer than it may"
+        started, last, reason = False, left[0], ""
         try:
             while left:
                 limit = left[0].limit * PATIENCE[bench.device] if started else START
                 if not receiver.poll(max(0, min(limit, deadline - time.time()))):
+                    reason = "it took longer than it may"
                     break
                 result = receiver.recv()
                 if started:
-                    keep(left.pop(0), result)
+                    last = left.pop(0)
+                    keep(last, result)
                 started = True
         except EOFError:
+            pass  # why it ended, its status and its log tell
+        process.join(0 if reason else END)
+        if process.exitcode is None:
+            process.kill()
             process.join()
-            reason = reason_of(log, process.exitcode)
-        process.kill()
-        process.join()
-        # A process that never came to a row would come to none the next time.
-        ended, left = (left[:1], left[1:]) if started else (left, [])
-        for row in ended:
-            keep(row, Result(faults=[reason]))
+            reason = reason or "it did not end"
+        if reason or left or process.exitcode != 0:
+            said = last_words(log)
+            reason = reason or f"status {process.exitcode}: {said}"[:300]
+            # A process that never came to a row would come to none the next time.
+            ended, left = (left[:1], left[1:]) if started else (left, [])
+            for row in ended:
+                keep(row, Result(faults=[reason]))
+            if not ended:
+                keep(last, replace(results[last.name], faults=[f"all was done, then {reason}"]))
     return results | {row.name: Result(faults=["no time was left for it"]) for row in left}
 
 
-def reason_of(log: Path, code: int) -> str:
-    """Why a process ended, from what it wrote."""
+def last_words(log: Path) -> str:
+    """The last line that a process wrote; more of them are printed."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     print("\n".join(lines[-40:]), file=sys.stderr, flush=True)
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
-    return f"status {code}: {' '.join(last.split())}"[:300].replace("|", "/")
+    last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
+    return " ".join(last.split()).replace("|", "/")
 
 
 def run_side_by_side(
@@ -262,6 +270,8 @@ def describe_machine(device: str) -> list[str]:
 
 def section_table(results: dict[str, Result]) -> str:
     """A markdown table with all columns that any of its rows has."""
+    from benchmarks.parts.tables import markdown_table
+
     columns = list(dict.fromkeys(name for result in results.values() for name in result.cells))
     lines = []
     for name, own in results.items():
@@ -316,6 +326,9 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
 def main(input_args: Sequence[str] | None = None) -> int:
     """The exit status: 1 if a row failed."""
     options = parse_args(input_args)
+    os.environ |= ENVIRONMENT
+    if options.device == "cpu":
+        os.environ |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     command = shlex.join(["python", "benchmarks/gpu.py", *(sys.argv[1:] if input_args is None else input_args)])
     results, start = {}, time.time()
     with tempfile.TemporaryDirectory() as folder:

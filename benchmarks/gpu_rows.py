@@ -117,7 +117,8 @@ def option(bench: Bench, package: str) -> Result:
         return Result(missing=f"{package} is not installed")
     flag, others, tolerances = OPTIONS[package]
     precision = "fp16" if bench.device == "cuda" else "float32"
-    whole = run_toy(bench, f"without-{package}", precision, others)
+    # Without other flags it is the run of `training`.
+    whole = run_toy(bench, f"without-{package}" if others else f"composed-{precision}", precision, others)
     own = run_toy(bench, f"with-{package}", precision, f"{others} {flag}")
     return compare_updates(own, whole, "composed", *tolerances)
 

@@ -60,12 +60,14 @@ def push_lora(
         files: further files as paths relative to the output folder: the LoRA in kohya's format, and pictures.
 
     Raises:
-        ValueError: a file holds the token.
+        ValueError: a file holds the token, or is a link out of the folder.
         OSError: a file is missing; the Hub refused or did not answer, and the message says how to push again.
     """
     own = {name: folder / name for name in dict.fromkeys((CARD, LORA_WEIGHTS, *files))}
     secret, additions = token or get_token(), []
     for name, path in {**own, **code}.items():
+        if name in own and not path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{path} leads out of {folder}, and is not pushed")
         content = path.read_bytes()
         if secret and secret.encode() in content:
             raise ValueError(f"{path} holds the Hub's token, and is not pushed")

@@ -2,11 +2,14 @@
 
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
 from diffusers import StableDiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -14,7 +17,6 @@ from lora_layers import check_fits
 from loras.finding import find_lora
 from loras.reading import read_lora
 from loras.writing import save_diffusers_lora
-from programs.console import without_logs
 from programs.loading import naming
 
 
@@ -55,7 +57,7 @@ def load_lora(pipeline: StableDiffusionPipeline, source: str, adapter_name: str,
     active = pipeline.get_active_adapters()
     # The libraries list layers without a LoRA: what does not fit is one line of ours. On Windows a file cannot be
     # removed while its weights are mapped.
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, naming(source), without_logs():
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, naming(source), _quiet_libraries():
         path = path or find_lora(source)
         lora = read_lora(path)
         models = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
@@ -106,3 +108,16 @@ def merge_loras(pipeline: StableDiffusionPipeline, loras: Sequence[str], scales:
         numbers = " + ".join(f"{scale:g} x {lora}" for scale, lora in zip(scales, loras, strict=True))
         raise ValueError(f"{numbers}: the base model's weights with this are not numbers") from error
     pipeline.unload_lora_weights()
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Inside, the libraries list no layers without a LoRA."""
+    levels = [(library.utils.logging, library.utils.logging.get_verbosity()) for library in (diffusers, transformers)]
+    try:
+        for own, _ in levels:
+            own.set_verbosity(logging.CRITICAL)
+        yield
+    finally:
+        for own, level in levels:
+            own.set_verbosity(level)

@@ -41,18 +41,11 @@ def path_in_home(path: str) -> Path:
 
 def import_libraries() -> None:
     """Import the libraries once, without what they log of themselves meanwhile."""
-    with without_logs():
-        for name in LIBRARIES:
-            importlib.import_module(name)
-
-
-@contextmanager
-def without_logs() -> Iterator[None]:
-    """Inside, nothing is logged, be it an error."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        yield
+        for name in LIBRARIES:
+            importlib.import_module(name)
     finally:
         logging.disable(before)
 

@@ -97,7 +97,8 @@ def open_picture(file: Path | BytesIO, where: str) -> Image.Image:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{where} does not exist.") from error
     except UnidentifiedImageError as error:
-        start = (file.getvalue() if isinstance(file, BytesIO) else file.read_bytes())[:12]
+        with file.open("rb") if isinstance(file, Path) else BytesIO(file.getvalue()) as stream:
+            start = stream.read(12)
         if start[4:8] == b"ftyp" and start[8:] in _HEIC_BRANDS:
             raise ValueError(f"{where} is a HEIC picture, which is not read; save it as JPEG or PNG.") from error
         raise ValueError(f"{where} cannot be read: it is no picture of a known format.") from error

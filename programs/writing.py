@@ -24,7 +24,7 @@ def whole(path: Path) -> Iterator[Path]:
     """
     # In a folder beside the place, so that the last step is a rename on one file system. On Windows a file that is
     # still open elsewhere cannot be removed.
-    prefix = f"{HIDDEN_PREFIX}{path.name}-"
+    prefix = f"{HIDDEN_PREFIX}{path.name[:40]}-"  # a long name with more would be too long
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=prefix, ignore_cleanup_errors=True) as temporary:
         part, former = Path(temporary) / path.name, Path(temporary) / "former"
         yield part

@@ -137,9 +137,11 @@ def _delete(folder: Path) -> None:
 
     That it cannot be deleted is no reason to end a run that has saved its work.
     """
-    hidden = folder.with_name(f"{HIDDEN_PREFIX}{folder.name.removeprefix(HIDDEN_PREFIX)}")
+    hidden = folder
     try:
-        os.rename(folder, hidden)
+        if not folder.name.startswith(HIDDEN_PREFIX):
+            # A name that no leftover has.
+            hidden = folder.rename(folder.with_name(f"{HIDDEN_PREFIX}{os.getpid()}-{folder.name}"))
         shutil.rmtree(hidden)
     except OSError as error:
         logger.warning("%s could not be deleted: %s", folder, " ".join(str(error).split()))
@@ -190,10 +192,10 @@ def check_checkpoint(folder: Path) -> None:
     Raises ValueError: it is not a checkpoint, or damaged; one line that names the folder and the file.
     """
     try:
-        files = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"])
+        files = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"].items())
     except FileNotFoundError as error:
         raise ValueError(f"{folder} is no whole checkpoint: it has no {MANIFEST}") from error
-    except (ValueError, KeyError, TypeError, IsADirectoryError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IsADirectoryError) as error:
         raise ValueError(f"{folder} is damaged: {MANIFEST} cannot be read") from error
     for name in sorted({STATE_TENSORS, STATE_VALUES, *files}):
         refuse(not (folder / name).is_file(), f"{folder} is damaged: {name} is missing")

@@ -66,7 +66,9 @@ class DataFlags(FlagGroup):
     repeats: int = flag(1, "How often each portrait comes in an epoch.", "at least 1")
     dataloader_num_workers: int = flag(0, "Processes that read pictures; 0: the training's own.", "0 or more")
     cache_latents: bool = flag(True, "Encode each portrait once (with --cache_dir for all runs), not in each step.")
-    cache_text_embeddings: bool = flag(True, "Encode each prompt once (with --cache_dir for all runs), likewise.")
+    cache_text_embeddings: bool = flag(
+        True, "Encode each prompt once (with --cache_dir for all runs) instead of in each step."
+    )
 
     def check(self) -> None:
         extension = self.caption_extension
@@ -113,6 +115,10 @@ class PictureFlags(FlagGroup):
         False, "Mirror pictures by chance. A caption that says left or right is then wrong every second time."
     )
     image_interpolation_mode: str = flag("lanczos", "How to resize.", choices=INTERPOLATION_MODES)
+
+    def check(self) -> None:
+        empty = self.aspect_ratio_buckets is not None and not self.aspect_ratio_buckets.strip()
+        refuse(empty, "--aspect_ratio_buckets is empty")
 
 
 @dataclass(frozen=True)
@@ -182,7 +188,9 @@ class MethodFlags(FlagGroup):
         0.6, "Share of alignment rows, in [0, 1), that ask for no change: 2/3 base, 1/3 empty prompt.", "in [0, 1)"
     )
     snr_gamma: float | None = flag(None, "Min-SNR weighting of the diffusion loss; 5.0 is usual.", "above 0")
-    noise_offset: float = flag(0.0, "Offset of that loss's noise that a channel shares; 0.1 is usual.", "0 or more")
+    noise_offset: float = flag(
+        0.0, "Offset of the diffusion loss's noise that a channel shares; 0.1 is usual.", "0 or more"
+    )
 
     def check(self) -> None:
         lost = self.unrelated_prompts is not None and self.preservation != "cat"
@@ -222,12 +230,18 @@ class PaperFlags(FlagGroup):
     lambda_enh: float = flag(20.0, "Weight of the enhancement loss (paper).", "0 or more")
     lambda_base: float = flag(10.0, "Weight of keeping predictions for unchanged prompts (paper).", "0 or more")
     enhancement_loss: str = flag(
-        "difference", "Form of that loss; `direct`: the plain CLIP score.", choices=(*ENHANCEMENT_LOSSES, "none")
+        "difference",
+        "Form of the enhancement loss; `direct`: the plain CLIP score; `none`: without it.",
+        choices=(*ENHANCEMENT_LOSSES, "none"),
     )
     enhancement_weighting: str = flag(
-        "alpha_bar", "Weigh it by the signal's share, as high noise leaves a guess.", choices=("alpha_bar", "none")
+        "alpha_bar",
+        "Weigh the enhancement loss by the signal's share, since at high noise its portrait is a guess; or not.",
+        choices=("alpha_bar", "none"),
     )
-    enhancement_every: int = flag(1, "Compute it every so many steps, with so many times its weight.", "at least 1")
+    enhancement_every: int = flag(
+        1, "Compute the enhancement loss every so many steps of stage 2, with so many times its weight.", "at least 1"
+    )
     alignment_layers: str = flag(
         "all", "Cross-attention layers to align: all, or those of the phrases' maps.", choices=("all", "phrase_map")
     )
@@ -357,7 +371,9 @@ class SharingFlags(FlagGroup):
     push_to_hub: bool = flag(False, "Upload LoRA, model card, last picture and pipeline at the end.")
     hub_model_id: str | None = flag(None, "Repository, as user/name or name; the name of --output_dir if not given.")
     hub_token: str | None = flag(
-        None, "Token to push with, which all users of the machine can see; HF_TOKEN or `hf auth login` keep it unseen."
+        None,
+        "Token to push with, which all users of the machine can see; that of HF_TOKEN or `hf auth login`, which they "
+        "cannot, if not given.",
     )
     hub_private_repo: bool = flag(False, "Make the repository private.")
     hub_license: str = flag("creativeml-openrail-m", "Licence the model card names.")

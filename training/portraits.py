@@ -169,5 +169,6 @@ def portraits_of(state: Mapping[str, Any], device: torch.device) -> Portraits | 
         return None
     own = dict(state["alignment"])
     for name in ("latents", "sfcm"):
-        own[name] = own[name] and [tensor.to(device) for tensor in own[name]]
+        if own[name] is not None:
+            own[name] = [tensor.to(device) for tensor in own[name]]
     return Portraits(**own | {"pair_index": own["pair_index"].to(device)})

@@ -221,7 +221,7 @@ def read_dataset(data: DataFlags, columns: ColumnFlags, cache_dir: str | Path | 
         refuse("train" not in dataset, f"--dataset_name {name!r} has no split 'train'; it has {sorted(dataset)}.")
         dataset = dataset["train"]
     images = [column for column, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
-    for flag in ("image_column", "mask_column")[: 1 + with_masks]:
+    for flag in ("image_column", "mask_column") if with_masks else ("image_column",):
         column = getattr(columns, flag)
         refuse(
             column not in images,

@@ -69,8 +69,14 @@ def make_parser(description: str | None, **defaults: Any) -> argparse.ArgumentPa
 
 
 def read_flags(parser: argparse.ArgumentParser, input_args: Sequence[str] | None) -> argparse.Namespace:
-    """The flags; from here on there is one thread: the same rounding everywhere, and none waits for another."""
+    """The flags, with an error if something is to be done less than once.
+
+    From here on there is one thread: the same rounding everywhere, and none waits for another.
+    """
     args = parser.parse_args(input_args)
+    for name in ("num_prompts", "num_inference_steps", "stage1_steps", "stage2_steps", "workers", "batch_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
     args.output_dir = args.output_dir.resolve()
     torch.set_num_threads(1)
     return args

@@ -46,3 +46,10 @@ def test_switches_of_known_layers_are_cheaper(capsys):
     cost.main(["switches", "--rounds", "3"])
     rows = dict(re.findall(r"^\| (.+?) \| ([\d.e-]+) \|", capsys.readouterr().out, re.MULTILINE))
     assert len(rows) == 9 and float(rows["adapters off"]) < float(rows["found anew: adapters off"])
+
+
+@pytest.mark.parametrize("flags", [["--rows", "compsed"], ["--rounds", "0"], ["--num_images", "0"]])
+def test_flags_that_cannot_be(flags, capsys):
+    with pytest.raises(SystemExit):
+        cost.main(["steps", *flags])
+    assert f"error: {flags[0]}" in capsys.readouterr().err

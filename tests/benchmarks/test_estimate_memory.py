@@ -142,3 +142,9 @@ def test_the_documented_presets_are_the_ones_estimated():
     rows = re.findall(r"^\| (\d+) GB \| `(.*?)` \|(?: [\d.]+ GiB \|){3}$", page, re.MULTILINE)
     assert {int(card): flags for card, flags in rows} == PRESETS
     assert "`python benchmarks/estimate_memory.py`" in page
+
+
+def test_flags_whose_memory_is_not_counted_are_named(capsys):
+    with pytest.raises(SystemExit):
+        estimate_memory.main(["--preservation", "dop", "--rank", "8"])
+    assert "error: --preservation is not counted; these are: " in capsys.readouterr().err

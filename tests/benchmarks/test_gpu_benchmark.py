@@ -1,6 +1,7 @@
 """Tests of `benchmarks/gpu.py`: rows on the CPU, the tables, and what becomes of rows that fail."""
 
 import json
+import os
 import re
 import time
 
@@ -23,14 +24,22 @@ def bench(tmp_path):
 
 # Rows without torch, so that a process that runs them starts at once.
 LIGHT = """
-import time
+import atexit, os, time
 from benchmarks.gpu import Result
 
 def good(bench, value): return Result({"value": value})
 def wrong(bench): return Result({"value": "7"}, ["7 is too much", "and odd"])
 def missing(bench): return Result(missing="a part is not installed")
 def crash(bench): raise KeyError("a|b")
-def slow(bench): time.sleep(60)
+def slow(bench):
+    print("where it hangs", flush=True)
+    time.sleep(60)
+def bad_end(bench):
+    atexit.register(os._exit, 3)
+    return Result({"value": "9"})
+def environment(bench):
+    import huggingface_hub.constants
+    return Result({"offline": str(huggingface_hub.constants.HF_HUB_OFFLINE)})
 """
 
 
@@ -56,8 +65,10 @@ def light(tmp_path, monkeypatch):
 # -------------------------------------------------------------------------------------------------- rows that fail
 
 
-def test_rows_that_fail_do_not_lose_the_others(light):
+def test_rows_that_fail_do_not_lose_the_others(light, capsys):
     outcomes = light("a/good 1", "a/crash", "a/good 2", "a/wrong", "a/slow", "a/missing")
+    shown = capsys.readouterr().err
+    assert "where it hangs" in shown and 'light.py", line' in shown
     assert [outcome.verdict for outcome in outcomes] == [
         OK,
         f"{FAILED}: status 1: KeyError: 'a/b'",  # a bar would end a cell of the table
@@ -75,6 +86,12 @@ def test_a_process_that_comes_to_no_row_is_started_once(light):
     assert re.fullmatch(f"{FAILED}: status 1: AttributeError: module 'light' .*unknown.*", outcomes[0].verdict)
 
 
+def test_a_bad_end_after_the_last_row_is_its_fault(light):
+    first, last = light("a/good", "a/bad_end")
+    assert first.verdict == OK and last.cells == {"value": "9"}
+    assert last.verdict.startswith(f"{FAILED}: all was done, then status 3: ")
+
+
 def test_no_row_begins_when_the_time_is_over(light):
     assert [outcome.verdict for outcome in light("a/good", seconds=0)] == [f"{FAILED}: no time was left for it"]
 
@@ -83,8 +100,13 @@ def test_the_exit_status_tells_of_a_failure_and_the_file_has_the_table(tmp_path,
     rows = [Row("training/good", "light:good", ("1",)), Row("steps/good", "light:good", ("2",))]
     flags = ["--device", "cpu", "--output", str(tmp_path / "out.md")]
     monkeypatch.setattr(gpu, "ROWS", rows)
+    for name in (*gpu.ENVIRONMENT, "ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # as before, after the test
     assert gpu.main(flags) == 0
     assert (tmp_path / "out.md").read_text(encoding="utf-8") + "\n" == capsys.readouterr().out
+    monkeypatch.setattr(gpu, "ROWS", [*rows, Row("training/environment", "light:environment")])
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    assert gpu.main(flags) == 0 and "| environment | - | True |" in capsys.readouterr().out
     monkeypatch.setattr(gpu, "ROWS", [*rows, Row("training/crash", "light:crash")])
     assert gpu.main(flags) == 1
     written = (tmp_path / "out.md").read_text(encoding="utf-8")

@@ -304,3 +304,10 @@ def test_a_failed_training_names_its_log(tmp_path, monkeypatch):
     monkeypatch.setattr(runs.subprocess, "run", lambda *a, **k: type("Done", (), {"returncode": 3})())
     with pytest.raises(RuntimeError, match=r"exit code 3; see .*training\.log"):
         train(args, "red_hat", "plain", 0)
+
+
+@pytest.mark.parametrize("name", ["batch_size", "num_prompts", "workers", "num_inference_steps", "stage1_steps"])
+def test_nothing_is_done_less_than_once(name, capsys):
+    with pytest.raises(SystemExit):
+        parse_args([f"--{name}", "0"])
+    assert f"error: --{name} must be at least 1, not 0" in capsys.readouterr().err

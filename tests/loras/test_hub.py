@@ -402,6 +402,13 @@ def test_a_file_with_the_token_is_refused(push, path, monkeypatch):
         push([PICTURE], token=None)
 
 
+def test_a_link_out_of_the_folder_is_refused(push, output):
+    (push.folder / PICTURE).unlink()
+    (push.folder / PICTURE).symlink_to(output / PICTURE)
+    with pytest.raises(ValueError, match=f"{PICTURE} leads out of"):
+        push([PICTURE])
+
+
 @pytest.mark.parametrize(
     "target, argument",
     [

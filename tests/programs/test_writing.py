@@ -64,3 +64,10 @@ def test_a_part_that_cannot_be_deleted_is_said(tmp_path, monkeypatch, caplog):
     (left,) = tmp_path.glob(".saving-*")
     assert caplog.messages == [f"{left} could not be deleted"]
     assert tree(place) == {"file": "new"} and tree(left) == {"former/file": "former"}
+
+
+def test_a_name_as_long_as_a_file_system_takes(tmp_path):
+    path = tmp_path / ("x" * 250)
+    with whole(path) as part:
+        part.write_text("it")
+    assert path.read_text() == "it"

@@ -181,7 +181,7 @@ WRONG_FLAGS = [
     ),
     ({"rank": "many"}, ["--rank", "'many'"]),
     ({"nonsense": 1}, ["--nonsense=1"]),
-    ({"aspect_ratio_buckets": " "}, ["--aspect_ratio_buckets", "' '"]),
+    ({"aspect_ratio_buckets": " "}, ["--aspect_ratio_buckets is empty"]),
     ({"aspect_ratio_buckets": "16x16"}, ["--aspect_ratio_buckets", "'16x16'"]),
     ({"aspect_ratio_buckets": "16,16;"}, ["--aspect_ratio_buckets", "''"]),
     ({"aspect_ratio_buckets": "16,16;18,16"}, ["--aspect_ratio_buckets", "'18,16'", "multiples of 4"]),
