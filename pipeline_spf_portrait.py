@@ -5,10 +5,9 @@ Works as `custom_pipeline` of `DiffusionPipeline.from_pretrained` and as an impo
 Paper: arXiv 2504.00396.
 """
 
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import wraps
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor
 # The loader copies only the siblings named here in this form, those of the siblings too, and would ask users to
 # pip-install an "import x" without "as".
 try:
-    from . import lora_layers, spf_arguments, spf_call, spf_observer
+    from . import spf_arguments, spf_call, spf_observer
     from .adapters import original_rows  # noqa: F401
     from .attention_processors import capture_cross_attention  # noqa: F401
     from .lora_layers import check_loadable  # noqa: F401
@@ -36,7 +35,6 @@ try:
     from .spf_observer import Observer  # noqa: F401
     from .wording import find_weights  # noqa: F401
 except ImportError:
-    import lora_layers as lora_layers
     import spf_arguments as spf_arguments
     import spf_call as spf_call
     import spf_observer as spf_observer
@@ -74,28 +72,21 @@ EXAMPLE_DOC_STRING = f"""{spf_arguments.CALL_DOC}
 """
 
 
-@contextmanager
-def _without_false_alarms() -> Iterator[None]:
-    """Inside, nothing is said of what is no fault in a LoRA that was checked: no part of it is for the text encoder,
-    or there is an earlier one beside it."""
-
-    def other(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("No LoRA keys associated to")
-
-    speaker = logging.getLogger("diffusers.loaders.lora_base")
-    speaker.addFilter(other)
-    with warnings.catch_warnings(), ExitStack() as stack:
-        stack.callback(speaker.removeFilter, other)
-        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
-        yield
-
-
 class SPFPortraitPipeline(spf_call.SPFCall, StableDiffusionPipeline):
     """Text-to-portrait generation with an SPF-Portrait LoRA (any LoRA, or none).
 
     Components, loading, saving and all that is not named below are [`StableDiffusionPipeline`]'s. A call that uses
     none of the arguments below is the stock call, to the bit.
     """
+
+    @wraps(StableDiffusionPipeline.__init__)  # from which diffusers reads the components
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        if spf_call.is_xl(self.unet):
+            raise ValueError(
+                "The UNet is of Stable Diffusion XL: use pipeline_spf_portrait_xl.py instead of "
+                "pipeline_spf_portrait.py."
+            )
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -159,31 +150,6 @@ class SPFPortraitPipeline(spf_call.SPFCall, StableDiffusionPipeline):
                 stack.callback(object.__delattr__, self.text_encoder, "text_model")
             return super().encode_prompt(*args, **kwargs)
 
-    def load_lora_weights(
-        self, pretrained_model_name_or_path_or_dict: str | dict[str, Tensor], adapter_name: str | None = None, **kwargs
-    ) -> None:
-        """Load a LoRA as [`StableDiffusionPipeline`] does, with its arguments, in diffusers' or kohya's format.
-
-        Raises:
-            `ValueError`: it is for another architecture, damaged, or has numbers that are none; nothing was loaded.
-        """
-        given = pretrained_model_name_or_path_or_dict
-        weights = dict(given) if isinstance(given, dict) else given
-        state = self.lora_state_dict(weights, return_lora_metadata=True, **kwargs)
-        name = "The LoRA" if isinstance(given, dict) else f"The LoRA {given}"
-        if kwargs.get("weight_name") is not None:
-            name += f"/{kwargs['weight_name']}"
-        models = {"unet": self.unet, "text_encoder": self.text_encoder}
-        modules = {
-            key: dict(spf_call.uncompiled(model).named_modules()) for key, model in models.items() if model is not None
-        }
-        try:
-            lora_layers.check_loadable(*state, modules)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        with _without_false_alarms():
-            super().load_lora_weights(given, adapter_name=adapter_name, **kwargs)
-
     def _encode(
         self, prompts: str | list[str] | None, guided: bool, stock: dict[str, Any]
     ) -> tuple[Embeds, Embeds | None]:
@@ -202,8 +168,9 @@ class SPFPortraitPipeline(spf_call.SPFCall, StableDiffusionPipeline):
         }
 
     def _extra_rows(
-        self, args: tuple, kwargs: dict[str, Any], rows: RowLayout, own: Embeds, appended: Sequence[Embeds]
-    ) -> tuple[tuple, dict[str, Any]]:
+        self, args: tuple, kwargs: dict[str, Any], rows: RowLayout, own: Embeds, appended: Sequence[Embeds],
+        stock: dict[str, Any],
+    ) -> tuple[tuple, dict[str, Any]]:  # fmt: skip
         (sample, *others), states = args, kwargs["encoder_hidden_states"]
         # diffusers' SDCFGCutoffCallback leaves one row of the prompts, taking it for that of the only image.
         states = own[0] if len(states) < len(sample) else states

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 
@@ -271,6 +271,46 @@ def tokenize_prompt_pair(pair: PromptPair, tokenizer: PreTrainedTokenizerBase) -
         full_positions=tuple(full_order[full] for _, full in matches),
         base_padding=tuple(range(base_order[-1] + 1, len(base_ids))),
         full_padding=tuple(range(full_order[-1] + 1, len(full_ids))),
+    )  # fmt: skip
+
+
+def locate_in_all(pair: PromptPair, tokenizers: Sequence[PreTrainedTokenizerBase]) -> PromptTokens:
+    """`tokenize_prompt_pair` for a denoiser that is told each position of the text by several tokenizers at once.
+
+    They may count words differently: where "!" is the padding of one, it is a token of its own there, and later words
+    stand one further on. So a phrase or a target is wherever one tokenizer has it, a matched token or padding where
+    all have it. The ids are the first tokenizer's.
+
+    Raises ValueError: as `tokenize_prompt_pair` says of any of them, or they make sequences of different lengths.
+    """
+    first, *others = tokenizers
+    texts = pair.base_prompt, pair.full_prompt
+    tokens = tokenize_prompt_pair(pair, first)
+    for other in others:
+        if other.model_max_length != first.model_max_length:
+            lengths = first.model_max_length, other.model_max_length
+            raise ValueError(f"The text encoders' tokenizers have different lengths: {lengths[0]} and {lengths[1]}.")
+        # What all count alike is not told, nor warned of, twice.
+        if any(_encode(text, first)[1:] != _encode(text, other)[1:] for text in texts):
+            tokens = _merge(tokens, tokenize_prompt_pair(pair, other))
+    return tokens
+
+
+def _merge(first: PromptTokens, second: PromptTokens) -> PromptTokens:
+    def union(own: Sequence[int], other: Sequence[int]) -> tuple[int, ...]:
+        return tuple(sorted({*own, *other}))
+
+    def unions(name: str) -> tuple[tuple[int, ...], ...]:
+        return tuple(map(union, getattr(first, name), getattr(second, name)))
+
+    matches = {*zip(second.base_positions, second.full_positions)}
+    both = [match for match in zip(first.base_positions, first.full_positions) if match in matches]
+    return replace(
+        first, phrase_positions=unions("phrase_positions"), each_target_positions=unions("each_target_positions"),
+        target_positions=union(first.target_positions, second.target_positions),
+        base_positions=tuple(base for base, _ in both), full_positions=tuple(full for _, full in both),
+        base_padding=tuple(sorted({*first.base_padding} & {*second.base_padding})),
+        full_padding=tuple(sorted({*first.full_padding} & {*second.full_padding})),
     )  # fmt: skip
 
 

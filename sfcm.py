@@ -102,8 +102,9 @@ def clip_distances(
 ) -> list[Tensor]:
     """CLIP distances `1 - cos` of each pair's phrases to its target, (P,) float32 in [0, 2] on the CPU each.
 
-    By a diffusion model's own text encoder, as it was before any adapter, on `device`. A phrase that was cut off
-    stands for nothing, as the target itself would: a prompt may name many of them.
+    By a diffusion model's own text encoder, as it was before any adapter, on `device`: in CLIP's common space with
+    pictures where it has the projection to it, else before that. A phrase that was cut off stands for nothing, as the
+    target itself would: a prompt may name many of them.
 
     Source: [paper] the distance; [ours] the model it is measured by.
     """
@@ -116,7 +117,9 @@ def clip_distances(
     for start in range(0, len(texts), 64):
         chunk = texts[start : start + 64]
         ids = tokenizer(chunk, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        embed_of |= zip(chunk, text_encoder(ids.to(device)).pooler_output.float().cpu(), strict=True)
+        output = text_encoder(ids.to(device))
+        embeds = output["text_embeds" if "text_embeds" in output else "pooler_output"]
+        embed_of |= zip(chunk, embeds.float().cpu(), strict=True)
     groups = [torch.stack([embed_of[text] for text in row]) for row in rows]
     return [1 - F.cosine_similarity(group[:-1], group[-1:]) for group in groups]
 

@@ -6,7 +6,10 @@ Paper: arXiv 2504.00396; what names no source is [ours].
 """
 
 import inspect
+import itertools
+import logging
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
@@ -26,9 +29,10 @@ from torch import Tensor
 
 # The siblings as modules of the package that a custom pipeline is, or as modules on the path.
 try:
-    from . import adapters, pictures, prompts, sfcm, spf_arguments, spf_observer
+    from . import adapters, lora_layers, pictures, prompts, sfcm, spf_arguments, spf_observer
 except ImportError:
     import adapters as adapters
+    import lora_layers as lora_layers
     import pictures as pictures
     import prompts as prompts
     import sfcm as sfcm
@@ -77,9 +81,13 @@ class SPFCall:
     - `_encode(prompts, guided, stock)`: `Embeds` of the prompts, and of the negative prompts or None (without
       guidance), as the stock call encodes them,
     - `_stock_prompts(embeds, negatives)`: the keywords of the stock call that stand for them,
-    - `_extra_rows(args, kwargs, rows, own, appended)`: the arguments of a call of the denoiser, with the rows that the
-      `RowLayout` appends; `own` are the embeds of the conditional branch, `appended` those of each appended group.
+    - `_extra_rows(args, kwargs, rows, own, appended, stock)`: the arguments of a call of the denoiser, with the rows
+      that the `RowLayout` appends; `own` are the embeds of the conditional branch, `appended` those of each appended
+      group.
     """
+
+    _tokenizers = ("tokenizer",)  # names; all of them count the denoiser's text tokens
+    _clip = ("text_encoder", "tokenizer")  # names of what measures the distances of phrases and targets
 
     def _draw(self, **stock) -> Any:
         request = spf_arguments.Request(**{own.name: stock.pop(own.name) for own in fields(spf_arguments.Request)})
@@ -111,7 +119,7 @@ class SPFCall:
                     stock = stock | self._twin_noise(images, embeds[0].dtype, stock)
                     embeds = _join(embeds, originals)
                     negatives = _join(negatives, original_negatives) if guided else None
-                extend = partial(self._extra_rows, rows=rows, own=embeds, appended=appended)
+                extend = partial(self._extra_rows, rows=rows, own=embeds, appended=appended, stock=stock)
                 guidance = request.sfcm_guidance, request.sfcm_guidance_exponent
                 observer = spf_observer.Observer(rows, phrases, extend, self._to_epsilon, guidance)
                 looks = request.return_sfcm or (request.observed and phrases.free.any())
@@ -160,12 +168,14 @@ class SPFCall:
         elif request.return_sfcm:
             pairs = [prompts.without_target(text, own) for text, own in zip(base, base_phrases, strict=True)]
         spf_arguments.warn_of_words(full, pairs)
-        tokens = [prompts.tokenize_prompt_pair(pair, self.tokenizer) for pair in pairs]
+        tokenizers = [own for name in self._tokenizers if (own := getattr(self, name)) is not None]
+        tokens = [prompts.locate_in_all(pair, tokenizers) for pair in pairs]
         # A call without maps may come without a text encoder on the device.
         if request.observed:
             rows = zip(pairs, tokens, self._phrase_distances(pairs, tokens), strict=True)
             phrases = spf_observer.phrases_of(row for row in rows for _ in range(per_prompt))
-            if any(self.maybe_convert_prompt(text, self.tokenizer) != text for text in [*full, *base]):
+            texts = itertools.product([*full, *base], tokenizers)
+            if any(self.maybe_convert_prompt(text, tokenizer) != text for text, tokenizer in texts):
                 # The prompts as they are tokenized have to be those that are drawn, else the maps are of other words.
                 raise ValueError("The SFCM does not work with textual inversions of several vectors.")
         return full, targets, phrases, per_prompt * count
@@ -220,6 +230,33 @@ class SPFCall:
         # Not `from_pipe`, which would turn the models that both share into float32.
         twin = stock(**self.components, **{name: self.config[name] for name in options if name in self.config})
         twin.save_pretrained(save_directory, **kwargs)
+
+    def load_lora_weights(
+        self, pretrained_model_name_or_path_or_dict: str | dict[str, Tensor], adapter_name: str | None = None, **kwargs
+    ) -> None:
+        """Load a LoRA as the stock pipeline does, with its arguments, in diffusers' or kohya's format.
+
+        Raises:
+            `ValueError`: it is for another architecture, damaged, or has numbers that are none; nothing was loaded.
+        """
+        given = pretrained_model_name_or_path_or_dict
+        weights = dict(given) if isinstance(given, dict) else given
+        state = self.lora_state_dict(weights, return_lora_metadata=True, **self._lora_options(), **kwargs)
+        name = "The LoRA" if isinstance(given, dict) else f"The LoRA {given}"
+        if kwargs.get("weight_name") is not None:
+            name += f"/{kwargs['weight_name']}"
+        models = {key: getattr(self, key) for key in self._lora_loadable_modules}
+        modules = {key: dict(uncompiled(model).named_modules()) for key, model in models.items() if model is not None}
+        try:
+            lora_layers.check_loadable(*state, modules)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        with _without_false_alarms():
+            super().load_lora_weights(given, adapter_name=adapter_name, **kwargs)
+
+    def _lora_options(self) -> dict[str, Any]:
+        """What the stock pipeline itself tells `lora_state_dict` of its models."""
+        return {}
 
     def _check_stock_inputs(self, prompt: Any, stock: dict[str, Any]) -> None:
         """What the stock call checks, before anything is encoded."""
@@ -296,17 +333,38 @@ class SPFCall:
     def _phrase_distances(
         self, pairs: Sequence[prompts.PromptPair], tokens: Sequence[prompts.PromptTokens]
     ) -> list[Tensor]:
-        """Per prompt the (P,) float32 distances of its phrases to the target, by the original text encoder, or zeros.
-        """
+        """Per prompt the (P,) float32 distances of its phrases to the target, by the original model, or zeros."""
         if not pairs[0].target_prompts:
             return [torch.zeros(len(pair.base_phrases)) for pair in pairs]
         with self._original_text_encoders():
-            return sfcm.clip_distances(self.text_encoder, self.tokenizer, pairs, tokens, self._execution_device)
+            clip = (getattr(self, name) for name in self._clip)
+            return sfcm.clip_distances(*clip, pairs, tokens, self._execution_device)
+
+
+def is_xl(unet: torch.nn.Module | None) -> bool:
+    """Whether a UNet is told pooled embeddings and sizes; not where a pipeline has none."""
+    return unet is not None and unet.config.get("addition_embed_type") == "text_time"
 
 
 def uncompiled(model: torch.nn.Module) -> torch.nn.Module:
     """The model itself, with its layers under their own names, where `torch.compile` has wrapped it."""
     return model._orig_mod if is_compiled_module(model) else model
+
+
+@contextmanager
+def _without_false_alarms() -> Iterator[None]:
+    """Inside, nothing is said of what is no fault in a LoRA that was checked: no part of it is for a text encoder, or
+    there is an earlier one beside it."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("No LoRA keys associated to")
+
+    speaker = logging.getLogger("diffusers.loaders.lora_base")
+    speaker.addFilter(other)
+    with warnings.catch_warnings(), ExitStack() as stack:
+        stack.callback(speaker.removeFilter, other)
+        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
+        yield
 
 
 def _join(first: Embeds, second: Embeds) -> Embeds:

@@ -54,3 +54,27 @@ def bare_world(tokenizer):
     from pipeline_world import World
 
     return World(tokenizer, lora=False)
+
+
+@pytest.fixture
+def own_xl_world(tokenizer):
+    """The same of Stable Diffusion XL."""
+    from pipeline_world import XLWorld
+
+    return XLWorld(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def xl_world(tokenizer):
+    """The same, shared: no test may change it."""
+    from pipeline_world import XLWorld
+
+    return XLWorld(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def bare_xl_world(tokenizer):
+    """The same without a LoRA, shared: no test may change it."""
+    from pipeline_world import XLWorld
+
+    return XLWorld(tokenizer, lora=False)

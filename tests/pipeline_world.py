@@ -9,6 +9,7 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from diffusers.utils import convert_state_dict_to_diffusers
@@ -19,11 +20,14 @@ from transformers import (
     CLIPImageProcessorPil,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
 )
 
 from pipeline_spf_portrait import SPFPortraitPipeline
+from pipeline_spf_portrait_xl import SPFPortraitXLPipeline
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,7 +38,7 @@ PHRASES = ("a woman", "a green jacket", "a purple background")
 ATTENTION = r".*\.attn2\.to_(q|k|v|out\.0)"
 
 
-def make_components(tokenizer, **unet_arguments):
+def make_components(tokenizer, spread=8.0, **unet_arguments):
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=8,
@@ -42,10 +46,9 @@ def make_components(tokenizer, **unet_arguments):
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
         attention_head_dim=4,
         norm_num_groups=4,
-        **unet_arguments,
+        **{"cross_attention_dim": 16} | unet_arguments,
     )
     vae = AutoencoderKL(
         block_out_channels=(8, 8),
@@ -65,7 +68,7 @@ def make_components(tokenizer, **unet_arguments):
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         # The default spread of .02 makes all prompts look the same to the UNet.
-        initializer_factor=8.0,
+        initializer_factor=spread,
     )
     return {
         "unet": unet.eval(),
@@ -80,6 +83,29 @@ def make_components(tokenizer, **unet_arguments):
     }
 
 
+SPREAD = 3.0  # the states that this family takes are not normed
+
+
+def make_xl_components(tokenizer, **unet_arguments):
+    """The same of Stable Diffusion XL, whose second tokenizer pads with "!"."""
+    torch.manual_seed(4)
+    config = CLIPTextConfig(
+        hidden_size=12, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, projection_dim=10,
+        pad_token_id=tokenizer.convert_tokens_to_ids("!"), initializer_factor=SPREAD,
+    )  # fmt: skip
+    config_2 = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+    config_2 |= {"projection_class_embeddings_input_dim": 6 * 8 + 10, "cross_attention_dim": 16 + 12}
+    components = make_components(tokenizer, SPREAD, **config_2 | unet_arguments)
+    for name in ("safety_checker", "requires_safety_checker"):
+        del components[name]
+    return components | {
+        "text_encoder_2": CLIPTextModelWithProjection(config).eval(),
+        "tokenizer_2": CLIPTokenizer.from_pretrained(tokenizer.name_or_path, model_max_length=77, pad_token="!"),
+        "add_watermarker": False,
+    }
+
+
 def lora_config(modules=ATTENTION, **kwargs):
     return LoraConfig(r=2, lora_alpha=8, target_modules=modules, init_lora_weights=False, **kwargs)
 
@@ -87,14 +113,17 @@ def lora_config(modules=ATTENTION, **kwargs):
 class World:
     """Ours and the stock pipeline on the same weights, with the LoRA in the UNet, and the stock one without it."""
 
+    classes = SPFPortraitPipeline, StableDiffusionPipeline
+    make_components = staticmethod(make_components)
+
     def __init__(self, tokenizer, lora=True, **unet_arguments):
-        components = make_components(tokenizer, **unet_arguments)
+        components = self.make_components(tokenizer, **unet_arguments)
         adapted = {**components, "unet": copy.deepcopy(components["unet"])}
         if lora:
             torch.manual_seed(1)
             adapted["unet"].add_adapter(lora_config(), "style")
-        self.ours, self.stock = SPFPortraitPipeline(**adapted), StableDiffusionPipeline(**adapted)
-        self.original = StableDiffusionPipeline(**components)
+        self.ours, self.stock = (kind(**adapted) for kind in self.classes)
+        self.original = self.classes[1](**components)
         for pipeline in (self.ours, self.stock, self.original):
             pipeline.set_progress_bar_config(disable=True)
 
@@ -103,11 +132,45 @@ class World:
             pipeline.scheduler = copy.deepcopy(scheduler)
 
 
+    @staticmethod
+    def conditions(pipeline, text, size=None):
+        """What a UNet is told of a prompt, and of a picture's size in pixels, 16 x 16 if not given."""
+        return {"encoder_hidden_states": pipeline.encode_prompt(text, "cpu", 1, False)[0]}
+
+    @staticmethod
+    def clip_embeds(pipeline, texts):
+        ids = pipeline.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
+        return pipeline.text_encoder(ids).pooler_output
+
+
+class XLWorld(World):
+    """The same of Stable Diffusion XL."""
+
+    classes = SPFPortraitXLPipeline, StableDiffusionXLPipeline
+    make_components = staticmethod(make_xl_components)
+
+    @staticmethod
+    def conditions(pipeline, text, size=(16, 16)):
+        states, _, pooled, _ = pipeline.encode_prompt(text, None, "cpu", 1, False)
+        added = {"text_embeds": pooled, "time_ids": torch.tensor([[*size, 0.0, 0.0, *size]])}
+        return {"encoder_hidden_states": states, "added_cond_kwargs": added}
+
+    @staticmethod
+    def clip_embeds(pipeline, texts):
+        ids = pipeline.tokenizer_2(texts, padding="max_length", return_tensors="pt").input_ids
+        return pipeline.text_encoder_2(ids).text_embeds
+
+
+def text_encoder_names(pipeline):
+    return [name for name in ("text_encoder", "text_encoder_2") if hasattr(pipeline, name)]
+
+
 def add_text_encoder_lora(world):
-    text_encoder = copy.deepcopy(world.ours.text_encoder)
-    text_encoder.add_adapter(lora_config(["q_proj", "v_proj"]), "text")
-    world.ours.register_modules(text_encoder=text_encoder)
-    world.stock.register_modules(text_encoder=text_encoder)
+    for name in text_encoder_names(world.ours):
+        text_encoder = copy.deepcopy(getattr(world.ours, name))
+        text_encoder.add_adapter(lora_config(["q_proj", "v_proj"]), "text")
+        world.ours.register_modules(**{name: text_encoder})
+        world.stock.register_modules(**{name: text_encoder})
 
 
 def add_ip_adapter(world):
@@ -121,13 +184,14 @@ def add_ip_adapter(world):
         "image_encoder": CLIPVisionModelWithProjection(config).eval(),
         "feature_extractor": CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size=8),
     }
-    image_proj = {"proj.weight": torch.randn(4 * 16, 6), "proj.bias": torch.zeros(4 * 16)}
-    image_proj |= {"norm.weight": torch.ones(16), "norm.bias": torch.zeros(16)}
+    width = world.original.unet.config.cross_attention_dim
+    image_proj = {"proj.weight": torch.randn(4 * width, 6), "proj.bias": torch.zeros(4 * width)}
+    image_proj |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
     ip_adapter, key = {}, 1
     for name in world.original.unet.attn_processors:
         if name.endswith("attn2.processor"):
             size = world.original.unet.get_submodule(name.removesuffix(".processor")).inner_dim
-            ip_adapter |= {f"{key}.to_{part}_ip.weight": torch.randn(size, 16) for part in "kv"}
+            ip_adapter |= {f"{key}.to_{part}_ip.weight": torch.randn(size, width) for part in "kv"}
             key += 2
     for pipeline in (world.ours, world.stock, world.original):
         pipeline.register_modules(**parts)
@@ -158,7 +222,10 @@ def assert_close(first, second, tolerance=1e-4):
 
 def state(pipeline):
     """All that a call may not leave behind: processors, hooks, the adapters' state and what is trainable."""
-    models = [pipeline.unet, pipeline.text_encoder]
+    names = text_encoder_names(pipeline)
+    if len(names) > 1:
+        pipeline.encode_prompt("", device="cpu")  # from the first time on transformers keeps hooks of its own there
+    models = [pipeline.unet, *(getattr(pipeline, name) for name in names)]
     modules = [module for model in models for module in model.modules()]
     return (
         {name: id(processor) for name, processor in pipeline.unet.attn_processors.items()},
@@ -173,5 +240,5 @@ def lora_file(world, folder, change=None, **kwargs):
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(world.ours.unet, adapter_name="style"))
     layers = change(layers) if change else layers
     config = {"r": 2, "lora_alpha": 8, "target_modules": ATTENTION}
-    StableDiffusionPipeline.save_lora_weights(folder, layers, unet_lora_adapter_metadata=config, **kwargs)
+    world.stock.save_lora_weights(folder, layers, unet_lora_adapter_metadata=config, **kwargs)
     return folder

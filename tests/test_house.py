@@ -16,7 +16,7 @@ FLOORS = (
     {"prompts"},
     {"spf_arguments", "spf_observer"},
     {"spf_call"},
-    {"loras", "pipeline_spf_portrait"},
+    {"loras", "pipeline_spf_portrait", "pipeline_spf_portrait_xl"},
     {"families"},
     {"training", "evaluation"},
     {"train_spf_portrait_lora", "evaluate_spf_portrait", "app", "export_spf_portrait_lora", "toy_portraits",

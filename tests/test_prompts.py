@@ -13,6 +13,7 @@ from prompts import (
     TargetPrompt,
     compose_full_prompt,
     keep_phrases,
+    locate_in_all,
     make_prompt_pair,
     phrase_mask,
     said_targets,
@@ -493,3 +494,56 @@ def test_a_phrase_that_may_change_contradicts_nothing():
     assert suggest_replacements(make_prompt_pair("a woman, black hair", "blonde hair")) == [
         ("black hair", "blonde hair")
     ]
+
+
+# ------------------------------------------------------------------------------------------------ several tokenizers
+
+
+@pytest.fixture
+def two_tokenizers(tmp_path):
+    """As in Stable Diffusion XL, where "!!" is a token of the first; the second pads with "!", a token of its own."""
+    folder = write_vocabulary(tmp_path / "tokenizer")
+    vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    vocabulary["!!</w>"] = len(vocabulary)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    with (folder / "merges.txt").open("a", encoding="utf-8") as merges:
+        merges.write("! !</w>\n")
+    make = CLIPTokenizer.from_pretrained
+    return make(folder, model_max_length=77), make(folder, model_max_length=77, pad_token="!")
+
+
+def test_what_tokenizers_count_alike_is_where_each_has_it(two_tokenizers):
+    pair = make_prompt_pair("a woman, a green jacket!", "red hair")
+    assert locate_in_all(pair, two_tokenizers) == tokenize_prompt_pair(pair, two_tokenizers[0])
+    assert locate_in_all(pair, two_tokenizers[:1]) == tokenize_prompt_pair(pair, two_tokenizers[0])
+
+
+def test_where_tokenizers_differ_a_phrase_is_wherever_one_has_it(two_tokenizers):
+    pair = make_prompt_pair("a woman!! a green jacket", "red hair")
+    first, second = (tokenize_prompt_pair(pair, tokenizer) for tokenizer in two_tokenizers)
+    assert first.phrase_positions[0] == second.phrase_positions[0]
+    assert [place + 1 for place in first.phrase_positions[1]] == list(second.phrase_positions[1])
+    both = locate_in_all(pair, two_tokenizers)
+    for name in ("phrase_positions", "each_target_positions"):
+        expected = [tuple(sorted({*own, *other})) for own, other in zip(getattr(first, name), getattr(second, name))]
+        assert list(getattr(both, name)) == expected
+    assert both.target_positions == both.each_target_positions[0]
+    # Matches and padding are those of both.
+    matches = [set(zip(own.base_positions, own.full_positions)) for own in (first, second, both)]
+    assert matches[2] == matches[0] & matches[1] and matches[2]
+    assert not set(both.full_positions) & set(both.target_positions)
+    assert both.base_padding == second.base_padding and both.full_padding == second.full_padding
+
+
+def test_a_target_has_to_fit_into_the_tokens_of_each(two_tokenizers):
+    # The last token that fits is the target's in the first tokenizer, and does not fit in the second.
+    length = len(two_tokenizers[0]("a woman!! a hat, red hair").input_ids)
+    for tokenizer in two_tokenizers:
+        tokenizer.model_max_length = length
+    pair = make_prompt_pair("a woman!! a hat", "red hair")
+    tokenize_prompt_pair(pair, two_tokenizers[0])
+    with pytest.raises(ValueError, match="does not fit"):
+        locate_in_all(pair, two_tokenizers)
+    two_tokenizers[1].model_max_length = length + 1
+    with pytest.raises(ValueError, match=f"different lengths: {length} and {length + 1}"):
+        locate_in_all(pair, two_tokenizers)

@@ -47,10 +47,10 @@ def test_every_row_of_the_batch_has_its_owner(layout, batch, response, original)
     assert sorted(layout.of_the_original(batch)) == original
 
 
-def seen(unet, *inputs):
+def seen(unet, *inputs, **conditions):
     """What a UNet predicts, and its cross-attention at the maps' resolution."""
     with torch.no_grad(), capture_cross_attention(unet) as store, store.record():
-        prediction = unet(*inputs).sample
+        prediction = unet(*inputs, **conditions).sample
     features = store.pop()
     resolution = phrase_map_resolution(features.resolutions)
     layers = features.at_resolution(resolution).attention_probs.values()
@@ -63,20 +63,19 @@ def expected_maps(world, prompt, latents_of_steps, mode):
     tokens = tokenize_prompt_pair(pair, world.ours.tokenizer)
     weights = torch.tensor([phrase_mask(tokens.phrase_positions, 77)])
 
-    def encode(pipeline, text):
-        return pipeline.encode_prompt(text, "cpu", 1, False)[0]
+    def told(pipeline, text):
+        return world.conditions(pipeline, text, (24, 16))
 
     differences, probs = [], []
     with torch.no_grad():
         for latents, timestep in zip(latents_of_steps, world.ours.scheduler.timesteps, strict=True):
-            response = world.ours.unet(latents, timestep, encode(world.ours, pair.full_prompt)).sample
-            start, attention, resolution = seen(world.original.unet, latents, timestep, encode(world.original, prompt))
+            response = world.ours.unet(latents, timestep, **told(world.ours, pair.full_prompt)).sample
+            start, attention, resolution = seen(world.original.unet, latents, timestep, **told(world.original, prompt))
             if SFCM_MODES[mode].target_only:
-                start = world.ours.unet(latents, timestep, encode(world.ours, prompt)).sample
+                start = world.ours.unet(latents, timestep, **told(world.ours, prompt)).sample
             differences.append(noise_difference(response, start))
             probs.append(attention)
-        texts = world.ours.tokenizer([*pair.base_phrases, TARGET], padding="max_length", return_tensors="pt")
-        embeds = world.original.text_encoder(texts.input_ids).pooler_output
+        embeds = world.clip_embeds(world.original, [*pair.base_phrases, TARGET])
     difference = torch.stack(differences).mean(0)
     maps = phrase_attention_maps([torch.stack(probs).mean(0)], [resolution], weights, difference.shape[-2:])
     distances = 1 - torch.nn.functional.cosine_similarity(embeds[:-1], embeds[-1:])[None]
@@ -267,17 +266,14 @@ def denoise(world, prompt, *, guide=0.0, exponent=2.0, target_only=True, negativ
     weights = torch.tensor([phrase_mask(tokens.phrase_positions, 77)])
     is_free = torch.tensor([[phrase in free for phrase in pair.base_phrases]])
 
-    def encode(pipeline, text):
-        return pipeline.encode_prompt(text, "cpu", 1, False)[0]
-
     def predict(pipeline, text, latents, timestep):
-        return pipeline.unet(latents, timestep, encode(pipeline, text)).sample
+        return pipeline.unet(latents, timestep, **world.conditions(pipeline, text)).sample
 
     latents, total = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), 0
     ours.scheduler.set_timesteps(2)
     for i, timestep in enumerate(ours.scheduler.timesteps):
         response = predict(ours, pair.full_prompt, latents, timestep)
-        reference, probs, resolution = seen(original.unet, latents, timestep, encode(original, prompt))
+        reference, probs, resolution = seen(original.unet, latents, timestep, **world.conditions(original, prompt))
         start = predict(ours, prompt, latents, timestep) if target_only else reference
         total = total + guidance_map(noise_difference(response, start))
         sfcm = guidance_map(total / (i + 1)) ** exponent
@@ -291,22 +287,20 @@ def denoise(world, prompt, *, guide=0.0, exponent=2.0, target_only=True, negativ
     return latents
 
 
-@pytest.mark.parametrize(
-    ("expected", "arguments"),
-    [
-        ({"negative_lora": False}, {"adapter_in_unconditional": False}),
-        ({"guide": 1.0}, {"sfcm_guidance": 1.0}),
-        ({"guide": 0.5, "exponent": 1.0}, {"sfcm_guidance": 0.5, "sfcm_guidance_exponent": 1.0}),
-        ({"guide": 0.75, "target_only": False}, {"sfcm_guidance": 0.75, "sfcm_mode": "averaged"}),
-        ({"guide": 1.0, "scale": 1.0}, {"sfcm_guidance": 1}),
-        (
-            {"guide": 1.0, "negative_lora": False, "free": ["a green jacket"]},
-            {"sfcm_guidance": 1.0, "adapter_in_unconditional": False, "free_phrases": ["a green jacket"]},
-        ),
-    ],
-)
-def test_guidance_is_what_separate_calls_compute(text_world, expected, arguments):
-    world = text_world
+GUIDANCES = [
+    ({"negative_lora": False}, {"adapter_in_unconditional": False}),
+    ({"guide": 1.0}, {"sfcm_guidance": 1.0}),
+    ({"guide": 0.5, "exponent": 1.0}, {"sfcm_guidance": 0.5, "sfcm_guidance_exponent": 1.0}),
+    ({"guide": 0.75, "target_only": False}, {"sfcm_guidance": 0.75, "sfcm_mode": "averaged"}),
+    ({"guide": 1.0, "scale": 1.0}, {"sfcm_guidance": 1}),
+    (
+        {"guide": 1.0, "negative_lora": False, "free": ["a green jacket"]},
+        {"sfcm_guidance": 1.0, "adapter_in_unconditional": False, "free_phrases": ["a green jacket"]},
+    ),
+]
+
+
+def check_guidance(world, expected, arguments):
     before, scale = state(world.ours), expected.get("scale", 5.0)
     stock = {"num_inference_steps": 2, "output_type": "latent", "negative_prompt": "bad", "guidance_scale": scale}
     arguments = {"target_prompt": TARGET, **stock, **arguments}
@@ -320,6 +314,11 @@ def test_guidance_is_what_separate_calls_compute(text_world, expected, arguments
     assert_close(more.images, latents, 1e-3)
     assert_close(more.reference_images, draw(world.original, BASE, **stock).images, 1e-3)
     assert state(world.ours) == before
+
+
+@pytest.mark.parametrize(("expected", "arguments"), GUIDANCES)
+def test_guidance_is_what_separate_calls_compute(text_world, expected, arguments):
+    check_guidance(text_world, expected, arguments)
 
 
 def test_no_guidance_changes_nothing_to_the_bit(world):
