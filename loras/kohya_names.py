@@ -41,11 +41,13 @@ _KINDS = ("resnets", "attentions")
 _INPUT = re.compile(r"input_blocks_([1-9]\d*)_([01])_(\w+)")
 _OUTPUT = re.compile(r"output_blocks_(\d+)_([0-2])_(\w+)")
 _MIDDLE_BLOCK = re.compile(r"middle_block_([0-2])_(\w+)")
-# Every block of the published SDXL; the numbers of a model with others would mean other blocks.
+# Every layer of the published SDXL that a LoRA can be on; the numbers of a model with others would mean other blocks.
 _PUBLISHED = re.compile(
-    r"(?:down_blocks\.0\.(?:resnets\.[01]|downsamplers\.0)|down_blocks\.1\.downsamplers\.0|"
-    r"down_blocks\.[12]\.(?:resnets|attentions)\.[01]|mid_block\.(?:resnets\.[01]|attentions\.0)|"
-    r"up_blocks\.[01]\.(?:(?:resnets|attentions)\.[0-2]|upsamplers\.0)|up_blocks\.2\.resnets\.[0-2])\..+"
+    r"(?:down_blocks\.[0-2]\.resnets\.[01]|mid_block\.resnets\.[01]|up_blocks\.[0-2]\.resnets\.[0-2])"
+    rf"\.(?:{'|'.join(_IN_RESNET)})|"
+    r"(?:down_blocks\.[12]\.attentions\.[01]|mid_block\.attentions\.0|up_blocks\.[01]\.attentions\.[0-2])\..+|"
+    r"(?:down_blocks\.[01]\.downsamplers|up_blocks\.[01]\.upsamplers)\.0\.conv|"
+    rf"{'|'.join(map(re.escape, _OUTSIDE))}"
 )
 
 
@@ -78,7 +80,7 @@ def kohya_names(layers: Layers, family: str | None) -> dict[tuple[str, str], str
     knows; of `add_embedding` none of them is.
     """
     unet = layers.get("unet", ())
-    is_original = family == SDXL and all(layer in _OUTSIDE or _PUBLISHED.fullmatch(layer) for layer in unet)
+    is_original = family == SDXL and all(map(_PUBLISHED.fullmatch, unet))
     names = {}
     for model, group in layers.items():
         for layer in group:

@@ -11,11 +11,12 @@ from pipeline_world import make_components
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sdxl_world import MODELS, draw_sdxl, make_sdxl, save_sdxl_lora, with_copies
-from test_lora_files import save_lora_of_both_models
+from test_lora_files import PROGRAMS, save_lora_of_both_models
 from test_prompts import write_vocabulary
 from transformers import CLIPTokenizer
 
 import export_spf_portrait_lora as script
+from lora_layers import check_loadable
 from loras import LORA_WEIGHTS
 from loras.kohya_names import kohya_names, parse_kohya_key
 from loras.loading import load_lora, merge_loras
@@ -182,6 +183,14 @@ def test_what_diffusers_own_converter_writes_is_read(world, tmp_path):
     assert_same_content(path, tmp_path / "a" / LORA_WEIGHTS)
 
 
+def test_a_layer_that_the_original_unet_does_not_have_keeps_its_name(world, tmp_path):
+    odd, path = "unet.down_blocks.1.resnets.0.odd", tmp_path / LORA_WEIGHTS
+    more = {f"{odd}.lora_A.weight": torch.ones(2, 4), f"{odd}.lora_B.weight": torch.ones(4, 2)}
+    save_file({**load_file(world.lora), **more}, path)
+    save_kohya_lora(path, tmp_path / "x.safetensors")
+    assert_same_content(tmp_path / "x.safetensors", path)
+
+
 def test_a_layer_under_two_names_is_refused(world, tmp_path):
     (ours_, theirs), *_ = in_diffusers_words(world.lora).items()
     state = load_file(world.kohya)
@@ -291,18 +300,18 @@ def test_merged_loras_draw_as_active_ones(world, tmp_path):
     merged = with_copies(world.sdxl)
     merge_loras(merged, [str(world.kohya), str(second)], SCALES)
     assert not merged.get_list_adapters()
-    changed = 0
+    layers, changed = [read_lora(lora).layers for lora in (world.kohya, second)], 0
     for model in MODELS:
         before = dict(world.sdxl.components[model].named_parameters())
         for name, weight in merged.components[model].named_parameters():
             expected, layer = before[name].detach().clone(), name.removesuffix(".weight").removeprefix("text_model.")
-            for lora, scale in zip((world.kohya, second), SCALES, strict=True):
-                if found := read_lora(lora).layers.get(model, {}).get(layer):
-                    sum_ = found.up.flatten(1) @ found.down.flatten(1)
-                    expected += scale * found.alpha / found.rank * sum_.reshape(expected.shape)
+            for lora, scale in zip(layers, SCALES, strict=True):
+                if name.endswith(".weight") and (found := lora.get(model, {}).get(layer)):
+                    product = found.up.flatten(1) @ found.down.flatten(1)
+                    expected += scale * found.alpha / found.rank * product.reshape(expected.shape)
                     changed += 1
             assert (weight - expected).abs().max() < 1e-6, (model, name)
-    assert changed == sum(len(group) for lora in (world.kohya, second) for group in read_lora(lora).layers.values())
+    assert changed == sum(len(group) for lora in layers for group in lora.values())
     expected = draw_sdxl(world.sdxl, both)
     size = expected.abs().max().item()
     assert difference(draw_sdxl(merged), expected) / size < FUSED < difference(expected, world.without) / size
@@ -329,6 +338,28 @@ def test_a_lora_for_the_other_family_is_refused_by_name(world, form):
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             load()
     assert not world.sd.get_list_adapters() and not world.sdxl.get_list_adapters()
+
+
+@pytest.mark.parametrize("form", ["lora", "kohya"])
+def test_a_custom_pipeline_can_check_what_diffusers_made_of_a_file(world, form):
+    modules = {name: dict(world.sdxl.components[name].named_modules()) for name in MODELS}
+    options = {"unet_config": world.sdxl.unet.config, "return_lora_metadata": True}
+    state = StableDiffusionXLPipeline.lora_state_dict(getattr(world, form), **options)
+    check_loadable(*state, modules)
+    with pytest.raises(ValueError, match="there is no layer text_encoder_2.encoder"):
+        check_loadable(*state, {**modules, "text_encoder_2": {}})
+    others = {name: dict(world.sd.components[name].named_modules()) for name in MODELS[:2]}
+    with pytest.raises(ValueError, match=f"^{OF_SDXL}$"):
+        check_loadable(*state, others)
+
+
+@pytest.mark.parametrize("program", ["page", "merged", "evaluation", "reference", "stage1"])
+def test_every_program_refuses_it_on_a_stable_diffusion(world, tmp_path, monkeypatch, program):
+    module, before, after = PROGRAMS[program]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        module.main([str(flag) for flag in (*before, world.kohya, *after)])
+    assert stop.value.code.endswith(f" {world.kohya}: {OF_SDXL}") and "\n" not in stop.value.code
 
 
 # What a file of one layer tells of itself by a name or a width.
