@@ -17,7 +17,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--lora", action="append", required=True, help=about + "the Hub; several are given by repeating the flag.")
     about = "Strength of each --lora, in their order; 1 for all if not given."
     add("--scale", type=float, action="append", help=about)
-    about = "Stable Diffusion 1.x or 2.x to fuse with: a folder or a Hub id."
+    about = "Stable Diffusion 1.x, 2.x or XL to fuse with: a folder or a Hub id."
     add("--base_model", type=in_home, help=about)
     about = "Folder for the base model with the LoRAs fused into it."
     add("--output_merged", type=path_in_home, help=about)
@@ -48,14 +48,13 @@ if __name__ == "__main__":
     import_libraries()
 
 import torch
-from diffusers import StableDiffusionPipeline
 
 from loras import LORA_WEIGHTS
 from loras.finding import find_lora
 from loras.loading import merge_loras
 from loras.reading import read_lora
 from loras.writing import save_diffusers_lora, save_kohya_lora
-from programs.loading import InputError, cast_models, load_pipeline, naming
+from programs.loading import InputError, cast_models, find_stock_pipeline, load_pipeline, naming
 from programs.writing import whole
 
 
@@ -110,7 +109,7 @@ def _warn(message: str) -> None:
 
 def merge(args: argparse.Namespace) -> Path:
     """Write the base model with the LoRAs fused into its weights, which are summed in float32, and return where."""
-    pipeline = load_pipeline(StableDiffusionPipeline, args.base_model, torch.float32)
+    pipeline = load_pipeline(find_stock_pipeline(args.base_model), args.base_model, torch.float32)
     merge_loras(pipeline, args.lora, args.scale or [1.0] * len(args.lora))
     cast_models(pipeline, getattr(torch, args.dtype))
     with whole(args.output_merged) as folder:

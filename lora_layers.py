@@ -22,6 +22,11 @@ _SIDES = {"A": "down", "B": "up"}
 # What PEFT has numbers of its own for where metadata leaves it out.
 _NEEDED = {"r": int, "lora_alpha": (int, float), "target_modules": (str, list)}
 _ANOTHER = "is for another architecture: {}; it needs a model as it was trained on"
+# The families that a LoRA can be for.
+STABLE_DIFFUSION, SDXL = "Stable Diffusion", "SDXL"
+# What no UNet of Stable Diffusion 1.x and 2.x has: micro-conditioning, and several blocks in a transformer.
+_OF_SDXL = re.compile(r"add_embedding\b.*|.*\.transformer_blocks\.[1-9].*")
+_PROMPT_WIDTHS = {2048: SDXL, 1024: STABLE_DIFFUSION, 768: STABLE_DIFFUSION}
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,8 @@ class LoraLayer:
         return len(self.down)
 
 
-Layers = dict[str, dict[str, LoraLayer]]  # by model, "unet" and "text_encoder", and by the layer's name in it
+# By model, "unet", "text_encoder" and "text_encoder_2", and by the layer's name in it.
+Layers = dict[str, dict[str, LoraLayer]]
 
 
 def parse_key(key: str) -> tuple[str, str, str] | None:
@@ -82,6 +88,8 @@ def _alpha_of(metadata: Mapping[str, Any], model: str, layer: str) -> Any:
         raise ValueError(f"its metadata {LORA_ADAPTER_METADATA_KEY} has another form than diffusers writes")
     try:
         key = get_pattern_key(pattern, layer)
+        # A pattern may be the whole name that the layer has where it lies in a `text_model`.
+        key = key if key in pattern or model == "unet" else get_pattern_key(pattern, f"text_model.{layer}")
     except re.error as error:
         raise ValueError(f"its metadata {model}.alpha_pattern has a name that is no pattern ({error})") from error
     return pattern.get(key, metadata.get(f"{model}.lora_alpha"))
@@ -124,11 +132,30 @@ def missing_metadata(metadata: Mapping[str, Any], model: str) -> list[str]:
     return [key for key, kind in _NEEDED.items() if not isinstance(given[key], kind) or given[key] in ("", [])]
 
 
-def check_fits(lora: Layers, models: Mapping[str, Mapping[str, torch.nn.Module]]) -> None:
-    """Compare a LoRA's layers and shapes with the modules by name of "unet" and "text_encoder", which need no weights.
+def find_family(lora: Layers) -> str | None:
+    """STABLE_DIFFUSION or SDXL, as names and widths of layers tell; None where they fit both."""
+    unet = lora.get("unet", {})
+    if "text_encoder_2" in lora or any(map(_OF_SDXL.fullmatch, unet)):
+        return SDXL
+    widths = (layer.down.shape[1] for name, layer in unet.items() if name.endswith(("attn2.to_k", "attn2.to_v")))
+    return next((_PROMPT_WIDTHS[width] for width in widths if width in _PROMPT_WIDTHS), None)
+
+
+def check_fits(
+    lora: Layers, models: Mapping[str, Mapping[str, torch.nn.Module]], family: str | None = None
+) -> None:  # fmt: skip
+    """Compare a LoRA's layers and shapes with the modules by name of the UNet and of text encoders, by the names that
+    they have in a pipeline; they need no weights.
+
+    `family` is what a LoRA is known to be for; by default what `find_family` tells.
 
     Raises ValueError: it is a LoRA of another model; one line.
     """
+    family = family or find_family(lora)
+    has_sizes = any(name.startswith("add_embedding") for name in models.get("unet", {}))
+    own = SDXL if has_sizes or "text_encoder_2" in models else STABLE_DIFFUSION
+    if family not in (None, own):
+        raise ValueError(f"this is {'an' if family == SDXL else 'a'} {family} LoRA, and the base model is {own}")
     for model, group in lora.items():
         # Beside an earlier LoRA, the layer itself is a `base_layer`. Some versions of transformers have a
         # CLIPTextModel whose layers lie in a `text_model`, and others do not.

@@ -237,7 +237,7 @@ def finish(flags: Flags, inputs: Inputs, models: Models, engine: Engine, repo_id
         pictures = [validation_path(engine.global_step)] if flags.output.num_validation_images else []
         is_dora = models.unet.peft_config["default"].use_dora
         share(flags, inputs, pictures, repo_id, is_dora)
-        say_what_is_there(flags, inputs, engine.global_step, Path(__file__).with_name(inputs.family.pipeline_file))
+        say_what_is_there(flags, inputs, engine.global_step, Path(__file__).with_name(inputs.family.hub.pipeline_file))
 
 
 # -------------------------------------------------------------------------------------------------------- the program

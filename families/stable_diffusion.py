@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, CLIPTextConfig, CLIPTokenizer
 
 from attention_processors import CrossAttentionCapture, find_cross_attention_layers
+from families import hub_names
 from families.noise_process import DDPM
 from families.prompt_embeds import PromptEmbeds
 from pipeline_spf_portrait import SPFPortraitPipeline
@@ -44,7 +45,7 @@ class StableDiffusion:
     """What is particular to this family; it has no state, and is used without an instance."""
 
     pipeline_class = SPFPortraitPipeline  # draws with it
-    pipeline_file = "pipeline_spf_portrait.py"
+    hub = hub_names.STABLE_DIFFUSION
     # Names of the pipeline's components.
     denoiser = "unet"
     text_encoders = ("text_encoder",)

@@ -18,9 +18,16 @@ from programs.writing import whole
 
 
 TEMPLATE = Path(__file__).with_name("card.md")
-TAGS = (
-    "text-to-image", "stable-diffusion", "lora", "diffusers", "diffusers-training", "spf-portrait", "template:sd-lora",
-)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class HubNames:
+    """What is said of all LoRAs for one family of models."""
+
+    pipeline: str  # diffusers' class for a base model
+    pipeline_file: str  # of the custom pipeline, in this repository
+    tags: tuple[str, ...]
+    licence: str  # of the published base model, as the Hub spells it; that of a LoRA where its user names none
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class CardFacts:
     earlier_loras: tuple[ReferenceLora, ...] = ()
 
 
-def write_model_card(folder: Path, facts: CardFacts) -> Path:
+def write_model_card(folder: Path, facts: CardFacts, names: HubNames) -> Path:
     """Write README.md with the metadata that the Hub reads, over one that is there; returns the file.
 
     The Hub rejects a card whose `base_model` is no id, so a local folder is named in the text alone.
@@ -64,6 +71,7 @@ def write_model_card(folder: Path, facts: CardFacts) -> Path:
         targets=targets,
         example_target=target[0] if len(target) == 1 and isinstance(target[0], str) else target,
         # Earlier LoRAs are named by their place: side by side with this one, or merged before it is loaded.
+        hub=names,
         names=[f"earlier_{i}" for i in range(1, len(facts.earlier_loras) + 1)],
         scales=[lora.scale for lora in facts.earlier_loras],
         settings=[(_cell(f"--{name}"), _cell(value)) for name, value in facts.settings.items() if value is not None],
@@ -75,7 +83,7 @@ def write_model_card(folder: Path, facts: CardFacts) -> Path:
     )
     path = folder / CARD
     with whole(path) as file:
-        populate_model_card(card, list(TAGS)).save(file)
+        populate_model_card(card, list(names.tags)).save(file)
     return path
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from lora_layers import check_fits
@@ -22,6 +22,7 @@ from programs.loading import naming
 
 logger = logging.getLogger(__name__)
 
+LoraPipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
 # Why a DoRA is not trained on top of another LoRA.
 DORA_ON_TOP = (
     "its magnitude would be trained for the weights with the earlier LoRA in them, and where both are loaded side by "
@@ -40,7 +41,7 @@ class ReferenceLora:
     scale: float  # how strongly it is active
 
 
-def load_lora(pipeline: StableDiffusionPipeline, source: str, adapter_name: str, path: Path | None = None) -> str:
+def load_lora(pipeline: LoraPipeline, source: str, adapter_name: str, path: Path | None = None) -> str:
     """Load a LoRA whole, and make it the only active one; on an error the pipeline's LoRAs are as they were.
 
     diffusers warns and goes on where a LoRA, or a part of it, is for another model, and takes one alpha for the
@@ -60,8 +61,10 @@ def load_lora(pipeline: StableDiffusionPipeline, source: str, adapter_name: str,
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, naming(source), _quiet_libraries():
         path = path or find_lora(source)
         lora = read_lora(path)
-        models = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
-        check_fits(lora.layers, {name: dict(model.named_modules()) for name, model in models.items()})
+        parts = ("unet", "text_encoder", "text_encoder_2")
+        models = {name: pipeline.components[name] for name in parts if pipeline.components.get(name) is not None}
+        modules = {name: dict(model.named_modules()) for name, model in models.items()}
+        check_fits(lora.layers, modules, lora.family)
         if not lora.reads_as_meant:
             path = save_diffusers_lora(path, Path(folder))
         try:
@@ -86,7 +89,7 @@ def load_lora(pipeline: StableDiffusionPipeline, source: str, adapter_name: str,
     return lora.note
 
 
-def merge_loras(pipeline: StableDiffusionPipeline, loras: Sequence[str], scales: Sequence[float]) -> None:
+def merge_loras(pipeline: LoraPipeline, loras: Sequence[str], scales: Sequence[float]) -> None:
     """Merge LoRAs into the weights of a pipeline, as diffusers computes them when all are active in this order.
 
     Args:

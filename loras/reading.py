@@ -1,4 +1,4 @@
-"""LoRA files read: diffusers' format, and kohya's, in which most LoRAs for Stable Diffusion are published. [ours]"""
+"""LoRA files read: diffusers' format, and kohya's, in which most LoRAs are published. [ours]"""
 
 import json
 import re
@@ -11,20 +11,14 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lora_layers import EMBEDDING, Layers, make_layer, missing_metadata, parse_key, parse_layers
+from lora_layers import EMBEDDING, Layers, find_family, make_layer, missing_metadata, parse_key, parse_layers
+from loras.kohya_names import kohya_family, parse_kohya_key
 
 
-_KOHYA_KEY = re.compile(r"lora_(unet|te)_(\w+)\.(?:lora_(down|up)\.weight|(alpha)|(dora_scale))")
-_KOHYA_MODELS = {"unet": "unet", "te": "text_encoder"}
-# What kohya's names, which have "_" for every ".", hold of names with a "_" of their own.
-_COMPOUNDS = (
-    "down_blocks|up_blocks|mid_block|transformer_blocks|time_emb_proj|time_embedding|linear_1|linear_2|conv_shortcut|"
-    "conv_in|conv_out|proj_in|proj_out|to_q|to_k|to_v|to_out|text_model|self_attn|q_proj|k_proj|v_proj|out_proj"
-)
-_KOHYA_PART = re.compile(rf"({_COMPOUNDS}|[^_]+)(?:_|$)")
 _LAYERS = {
-    "unet": re.compile(r"(down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding)\b.*"),
+    "unet": re.compile(r"(down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding|add_embedding)\b.*"),
     "text_encoder": re.compile(r"encoder\.layers\..+"),
+    "text_encoder_2": re.compile(r"encoder\.layers\..+"),
 }
 
 
@@ -33,6 +27,7 @@ class LoraFile:
     """A LoRA as it lies in a file."""
 
     layers: Layers
+    family: str | None  # STABLE_DIFFUSION or SDXL; None where nothing in the file tells
     is_kohya: bool  # whether it has names of kohya's format
     note: str  # what to say of textual inversions that lie beside it; empty if there are none
     # Whether diffusers takes each layer's rank and alpha as they are here. Where metadata leaves one out, PEFT has a
@@ -48,7 +43,7 @@ class LoraFile:
 def read_lora(path: Path) -> LoraFile:
     """Read a `.safetensors` file of either format.
 
-    Raises ValueError: it is damaged, or no LoRA of Stable Diffusion 1.x or 2.x; one line without the path.
+    Raises ValueError: it is damaged, or no LoRA of Stable Diffusion 1.x, 2.x or XL; one line without the path.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -68,11 +63,12 @@ def read_lora(path: Path) -> LoraFile:
     for model, group in layers.items():
         for layer in group:
             if not _LAYERS[model].fullmatch(layer):
-                raise ValueError(f"{layer!r} is no layer of Stable Diffusion 1.x or 2.x ({model})")
+                raise ValueError(f"{layer!r} is no layer of Stable Diffusion 1.x, 2.x or XL ({model})")
     words = ", ".join(dict.fromkeys(key.removeprefix(EMBEDDING).split(".")[0] for key in embeddings))
     note = f"holds a textual inversion ({words}), which is left out: only the LoRA is read" if embeddings else ""
     lacks = metadata and any(missing_metadata(metadata, model) for model in layers)
-    return LoraFile(layers, is_kohya, note, not (is_kohya or embeddings or lacks))
+    family = find_family(layers) or (kohya_family(tensors) if is_kohya else None)
+    return LoraFile(layers, family, is_kohya, note, not (is_kohya or embeddings or lacks))
 
 
 def _read_metadata(file: Any) -> dict:
@@ -88,14 +84,17 @@ def _read_metadata(file: Any) -> dict:
 def _read_kohya(tensors: Mapping[str, Tensor]) -> Layers:
     found: dict[tuple[str, str], dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        match = _KOHYA_KEY.fullmatch(key)
-        if match is None:
-            raise ValueError(f"{key!r} is no weight that a LoRA of Stable Diffusion 1.x or 2.x has")
-        if match[5]:
+        place = parse_kohya_key(key)
+        if place is None:
+            raise ValueError(f"{key!r} is no weight that a LoRA of Stable Diffusion 1.x, 2.x or XL has")
+        model, layer, part = place
+        if part == "dora_scale":
             unclear = "what wrote it decides what its magnitude means, so it cannot be read"
             raise ValueError(f"a DoRA in kohya's format ({key!r}): {unclear}")
-        layer = ".".join(_KOHYA_PART.findall(match[2])).removeprefix("text_model.")
-        found.setdefault((_KOHYA_MODELS[match[1]], layer), {})[match[3] or match[4]] = tensor
+        weights = found.setdefault((model, layer), {})
+        if part in weights:
+            raise ValueError(f"layer '{model}.{layer}' is there under two names, one of them {key!r}")
+        weights[part] = tensor
     layers: Layers = {}
     for (model, layer), weights in found.items():
         layers.setdefault(model, {})[layer] = make_layer(f"{model}.{layer}", weights, weights.pop("alpha", None))

@@ -6,10 +6,8 @@ from collections.abc import Iterable
 from itertools import count
 from pathlib import Path
 
-from diffusers import StableDiffusionPipeline
-
 from loras.finding import clean_source, download_public_lora, find_lora
-from loras.loading import load_lora
+from loras.loading import LoraPipeline, load_lora
 from programs.loading import naming
 
 
@@ -24,7 +22,7 @@ class LoraSlot:
     """
 
     def __init__(
-        self, pipeline: StableDiffusionPipeline, named: Iterable[str] | None = None, max_bytes: float = math.inf
+        self, pipeline: LoraPipeline, named: Iterable[str] | None = None, max_bytes: float = math.inf
     ) -> None:
         self.pipeline, self.max_bytes = pipeline, max_bytes
         self.named = None if named is None else tuple(map(_clean, named))

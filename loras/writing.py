@@ -7,11 +7,12 @@ from statistics import mode
 
 import safetensors.torch
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionXLPipeline
 from peft import LoraConfig
 
-from lora_layers import LoraLayer
+from lora_layers import SDXL, LoraLayer
 from loras import LORA_WEIGHTS
+from loras.kohya_names import kohya_names
 from loras.reading import read_lora
 from programs.loading import naming
 from programs.writing import whole
@@ -30,12 +31,13 @@ def save_kohya_lora(lora: Path, path: Path) -> None:
     Raises ValueError: `read_lora` cannot read it; one line that begins with its path.
     """
     with naming(str(lora)):
-        layers = read_lora(lora).layers
+        content = read_lora(lora)
+    layers, names = content.layers, kohya_names(content.layers, content.family)
     alpha = mode(layer.alpha for group in layers.values() for layer in group.values())
     state, ranks, widths = {}, set(), set()
     for model, group in layers.items():
         for name, layer in group.items():
-            key = ("lora_unet_" if model == "unet" else "lora_te_text_model_") + name.replace(".", "_")
+            key = names[model, name]
             up = layer.up if layer.alpha == alpha else layer.up * (layer.alpha / alpha)
             state |= {f"{key}.lora_down.weight": layer.down, f"{key}.lora_up.weight": up}
             state[f"{key}.alpha"] = torch.tensor(alpha)
@@ -53,6 +55,8 @@ def save_kohya_lora(lora: Path, path: Path) -> None:
         # embeddings of SD 2.x have this width, and those of SD 1.x have 768.
         "ss_v2": str(1024 in widths),
     }
+    if content.family == SDXL:  # what A1111 tells SDXL by
+        metadata["ss_base_model_version"] = "sdxl_base_v1-0"
     with whole(path) as file:
         file.write_bytes(safetensors.torch.save(state, metadata))
         _sort_header(file)
@@ -67,13 +71,14 @@ def save_diffusers_lora(lora: Path, folder: Path) -> Path:
         file = read_lora(lora)
         if file.is_dora:
             raise ValueError("a DoRA is read with whole metadata alone, which names ranks, alphas and layers")
-    return write_diffusers_lora(folder, {model: _peft_state(group) for model, group in file.layers.items()})
+    return write_diffusers_lora(folder, {model: _peft_state(model, group) for model, group in file.layers.items()})
 
 
 def write_diffusers_lora(folder: Path, models: Mapping[str, tuple[dict[str, torch.Tensor], LoraConfig]]) -> Path:
     """Write a LoRA as diffusers does, the same in each process, into a folder that is made; returns the file.
 
-    `models` are those of "unet" and "text_encoder" with a LoRA: its tensors under PEFT's names, and its configuration.
+    `models` are those of "unet", "text_encoder" and "text_encoder_2" with a LoRA: its tensors under PEFT's names, and
+    its configuration.
     """
     options = {}
     for model, (state, config) in models.items():
@@ -83,12 +88,12 @@ def write_diffusers_lora(folder: Path, models: Mapping[str, tuple[dict[str, torc
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LORA_WEIGHTS
     with whole(path) as file:
-        StableDiffusionPipeline.save_lora_weights(file.parent, **options)
+        StableDiffusionXLPipeline.save_lora_weights(file.parent, **options)
         _sort_header(file)
     return path
 
 
-def _peft_state(group: Mapping[str, LoraLayer]) -> tuple[dict[str, torch.Tensor], LoraConfig]:
+def _peft_state(model: str, group: Mapping[str, LoraLayer]) -> tuple[dict[str, torch.Tensor], LoraConfig]:
     """One model's layers as PEFT has them."""
     rank, alpha = mode(layer.rank for layer in group.values()), mode(layer.alpha for layer in group.values())
     config = LoraConfig(
@@ -98,8 +103,11 @@ def _peft_state(group: Mapping[str, LoraLayer]) -> tuple[dict[str, torch.Tensor]
         alpha_pattern={name: layer.alpha for name, layer in group.items() if layer.alpha != alpha},
         target_modules=list(group),
     )
+    # transformers 5 has the layers of a CLIPTextModelWithProjection, and not of a CLIPTextModel, in a `text_model`;
+    # the names above are patterns, and fit both.
+    prefix = "text_model." if model == "text_encoder_2" else ""
     state = {
-        f"{name}.{key}.weight": tensor.contiguous()
+        f"{prefix}{name}.{key}.weight": tensor.contiguous()
         for name, layer in group.items()
         for key, tensor in (("lora_A", layer.down), ("lora_B", layer.up))
     }

@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from transformers import CLIPTokenizer
 
 
-Pipeline = TypeVar("Pipeline", bound=StableDiffusionPipeline)
+Pipeline = TypeVar("Pipeline", bound=StableDiffusionPipeline | StableDiffusionXLPipeline)
 # How a model that is one file ends, as other programs keep it.
 _SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+
+_SDXL = "text_time"  # what its UNet is told besides a prompt: sizes, and the prompt in one vector
 
 
 class InputError(ValueError):
@@ -73,6 +75,19 @@ def check_model_name(name: str, kind: str | None = "StableDiffusionPipeline") ->
         raise ValueError("no such file or folder")
 
 
+def find_stock_pipeline(
+    name: str, flag: str = "base_model"
+) -> type[StableDiffusionPipeline] | type[StableDiffusionXLPipeline]:  # fmt: skip
+    """diffusers' pipeline for the folder or id that a flag names, as the configuration of its UNet says.
+
+    Raises InputError: it has no such configuration.
+    """
+    with naming_flag(flag, name):
+        check_model_name(name)
+        config = UNet2DConditionModel.load_config(name, subfolder="unet")
+    return StableDiffusionXLPipeline if config.get("addition_embed_type") == _SDXL else StableDiffusionPipeline
+
+
 def load_pipeline(
     kind: type[Pipeline], name: str, dtype: torch.dtype, flag: str = "base_model", *, revision: str | None = None,
     cache_dir: str | None = None, **options: Any,
@@ -88,8 +103,10 @@ def load_pipeline(
     with naming_flag(flag, name):
         check_model_name(name)
         config = UNet2DConditionModel.load_config(name, subfolder="unet", **hub)
-        if config.get("addition_embed_type") is not None or config.get("in_channels", 4) != 4:
-            raise ValueError("not Stable Diffusion 1.x or 2.x for text to image, as its UNet's configuration says")
+        is_sdxl = issubclass(kind, StableDiffusionXLPipeline)
+        if config.get("addition_embed_type") != (_SDXL if is_sdxl else None) or config.get("in_channels", 4) != 4:
+            family = "SDXL" if is_sdxl else "Stable Diffusion 1.x or 2.x"
+            raise ValueError(f"not {family} for text to image, as its UNet's configuration says")
         try:
             return kind.from_pretrained(name, dtype=dtype, use_safetensors=True, **hub, **options)
         except OSError as error:
@@ -97,7 +114,7 @@ def load_pipeline(
             raise ValueError(f"{error}{pickles if '.safetensors' in str(error) else ''}") from error
 
 
-def cast_models(pipeline: StableDiffusionPipeline, dtype: torch.dtype) -> None:
+def cast_models(pipeline: DiffusionPipeline, dtype: torch.dtype) -> None:
     """Bring all models to a dtype; diffusers' own way warns of layers that stay in float32 where there are none."""
     for model in pipeline.components.values():
         if isinstance(model, torch.nn.Module):

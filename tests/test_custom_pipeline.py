@@ -12,9 +12,11 @@ import pytest
 from hub_server import HubServer
 from pipeline_world import BASE, FULL, ROOT, TARGET, assert_close, draw, lora_file
 
-from training.sharing import PIPELINE_CODE
+from families import hub_names
+from training.sharing import pipeline_code
 
 
+PIPELINE_CODE = pipeline_code(hub_names.STABLE_DIFFUSION)
 FORMS = ("file", "folder", "hub", "from_pipe", "model")
 # The file and the class of each family.
 FAMILIES = {

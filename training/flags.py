@@ -376,7 +376,7 @@ class SharingFlags(FlagGroup):
         "cannot, if not given.",
     )
     hub_private_repo: bool = flag(False, "Make the repository private.")
-    hub_license: str = flag("creativeml-openrail-m", "Licence the model card names.")
+    hub_license: str | None = flag(None, "Licence the model card names; the published base model's if not given.")
     output_kohya_format: bool | None = flag(
         None, "Write the LoRA for ComfyUI and A1111, too; if not given, on with --push_to_hub but for DoRA."
     )

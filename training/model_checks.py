@@ -65,11 +65,12 @@ def check_loras(flags: Flags, references: Sequence[ReferenceLora], facts: ModelF
     layers = {"unet": _layers(unet), "text_encoder": _layers(text_encoder)}
     for reference in references:
         with naming_flag("reference_lora", reference.name):
-            check_fits(read_lora(reference.path).layers, layers)
+            file = read_lora(reference.path)
+            check_fits(file.layers, layers, file.family)
     if stage1 is not None:
         with naming_flag("stage1_lora_path", stage1):
             file, mixed = read_lora(find_lora(stage1)), flags.method.dual_path == "single_pass"
-            check_fits(file.layers, {"unet": layers["unet"]})
+            check_fits(file.layers, {"unet": layers["unet"]}, file.family)
             advice = "which cannot be off in some rows of a batch: it needs --dual_path two_pass"
             refuse(file.is_dora and mixed, f"is a DoRA, {advice}")
             both = file.is_dora and lora.reference_lora

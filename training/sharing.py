@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loras import KOHYA_WEIGHTS, LORA_WEIGHTS
-from loras.card import CardFacts, write_model_card
+from loras.card import CardFacts, HubNames, write_model_card
 from loras.hub import create_hub_repo, push_lora
 from loras.writing import save_kohya_lora
 from programs.loading import InputError
@@ -27,11 +27,18 @@ UNPUBLISHED = frozenset(
     sfcm_dir save_alignment
     """.split()
 )
-_MAIN = Path(__file__).resolve().parents[1] / "pipeline_spf_portrait.py"
-_SIBLINGS = re.findall(r"^\s*from \.(\w+) import", _MAIN.read_text(encoding="utf-8"), re.MULTILINE)
-# The files of a custom pipeline under the names that diffusers looks for in a repository: beside the one with the
-# pipeline's class, what it names in relative imports, all of which diffusers' loader copies, and nothing else.
-PIPELINE_CODE = {"pipeline.py": _MAIN, **{f"{name}.py": _MAIN.with_name(f"{name}.py") for name in _SIBLINGS}}
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+def pipeline_code(names: HubNames) -> dict[str, Path]:
+    """The files of a family's custom pipeline under the names that diffusers looks for in a repository.
+
+    Beside the one with the pipeline's class, what it names in relative imports, all of which diffusers' loader copies,
+    and nothing else.
+    """
+    main = _ROOT / names.pipeline_file
+    siblings = re.findall(r"^\s*from \.(\w+) import", main.read_text(encoding="utf-8"), re.MULTILINE)
+    return {"pipeline.py": main, **{f"{name}.py": _ROOT / f"{name}.py" for name in siblings}}
 
 
 def make_repository(sharing: SharingFlags, output_dir: Path) -> str:
@@ -59,7 +66,7 @@ def share(flags: Flags, inputs: Inputs, pictures: Sequence[str], repo_id: str | 
     Raises InputError: the Hub did not take it; one line that says what is safe and how to push again.
     """
     output_dir, base_model = Path(flags.output.output_dir), flags.model.pretrained_model_name_or_path
-    sharing, pair = flags.sharing, inputs.validation_pair
+    sharing, pair, names = flags.sharing, inputs.validation_pair, inputs.family.hub
     if sharing.output_kohya_format:
         save_kohya_lora(output_dir / LORA_WEIGHTS, output_dir / KOHYA_WEIGHTS)
     facts = CardFacts(
@@ -67,14 +74,14 @@ def share(flags: Flags, inputs: Inputs, pictures: Sequence[str], repo_id: str | 
         targets=tuple(dict.fromkeys(own.target_text for own in inputs.pairs[: len(inputs.rows)])),
         example_prompt=pair.full_prompt, base_prompt=pair.base_prompt, example_target=pair.target_argument,
         settings={name: value for name, value in flat(flags).items() if name not in UNPUBLISHED},
-        pictures=tuple(pictures), licence=sharing.hub_license, repo_id=repo_id, has_kohya=sharing.output_kohya_format,
-        is_dora=is_dora, earlier_loras=inputs.references,
+        pictures=tuple(pictures), licence=sharing.hub_license or names.licence, repo_id=repo_id,
+        has_kohya=sharing.output_kohya_format, is_dora=is_dora, earlier_loras=inputs.references,
     )  # fmt: skip
-    write_model_card(output_dir, facts)
+    write_model_card(output_dir, facts, names)
     if repo_id is not None:
         files = [*pictures, *([KOHYA_WEIGHTS] if sharing.output_kohya_format else [])]
         try:
-            address = push_lora(output_dir, repo_id, sharing.hub_token, PIPELINE_CODE, files)
+            address = push_lora(output_dir, repo_id, sharing.hub_token, pipeline_code(names), files)
         except (OSError, ValueError) as error:
             raise InputError(str(error)) from error
         logger.info("The LoRA is on the Hub: %s", address)

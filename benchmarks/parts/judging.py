@@ -17,11 +17,12 @@ import toy_portraits.judge
 from benchmarks.parts import drawing
 from benchmarks.parts.drawing import DrawSettings, Originals, file_digest
 from benchmarks.parts.tables import ORIGINAL, Row
+from families.hub_names import STABLE_DIFFUSION
 from loras import LORA_WEIGHTS
 from pipeline_spf_portrait import SPFPortraitPipeline
 from toy_portraits.judge import PROBE_FOLDER, PortraitJudge
 from toy_portraits.world import TARGETS
-from training.sharing import PIPELINE_CODE
+from training.sharing import pipeline_code
 
 
 # What the README recommends with guidance for a LoRA that was not trained to keep out of the empty branch.
@@ -98,7 +99,7 @@ def judge_job(job: Job, settings: DrawSettings, cache_dir: Path) -> dict[str, np
     if job.guided:
         key = ["guided portraits", job.target_name, options, job.sfcm_guidance, asdict(settings)]
         # Guidance is ours alone, and what it draws changes with its code.
-        digests.append(file_digest(*PIPELINE_CODE.values()))
+        digests.append(file_digest(*pipeline_code(STABLE_DIFFUSION).values()))
     return drawing.cached_arrays(cache_dir, [*key, digests], make)
 
 

@@ -15,7 +15,7 @@ from programs.loading import InputError
 from prompts import make_prompt_pair, tokenize_prompt_pair
 from toy_portraits.recipe import BASE_MODEL
 from training.prompt_table import make_prompt_table
-from training.sharing import PIPELINE_CODE
+from training.sharing import pipeline_code
 
 
 UNET = {"_class_name": "UNet2DConditionModel"}
@@ -116,7 +116,7 @@ def test_the_names_are_those_of_the_components_and_the_shared_code(pipeline):
     assert StableDiffusion.pipeline_class is type(pipeline)
     for name in (StableDiffusion.denoiser, *StableDiffusion.text_encoders, *StableDiffusion.tokenizers):
         assert getattr(pipeline, name) is not None
-    assert PIPELINE_CODE["pipeline.py"].name == StableDiffusion.pipeline_file
+    assert pipeline_code(StableDiffusion.hub)["pipeline.py"].name == "pipeline_spf_portrait.py"
 
 
 def test_prompts_are_encoded_as_the_stock_pipeline_does(pipeline):

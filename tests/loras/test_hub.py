@@ -24,14 +24,16 @@ from pipeline_world import make_components
 from test_prompts import BASE, write_vocabulary
 from transformers import CLIPTokenizer
 
+from families.hub_names import STABLE_DIFFUSION, STABLE_DIFFUSION_XL
 from loras import KOHYA_WEIGHTS, LORA_WEIGHTS, hub
-from loras.card import TAGS, CardFacts, write_model_card
+from loras.card import CardFacts, HubNames, write_model_card
 from loras.loading import ReferenceLora
 from loras.writing import save_kohya_lora
-from training.sharing import PIPELINE_CODE as CODE
+from training.sharing import pipeline_code
 
 
 ROOT = Path(__file__).resolve().parents[2]
+CODE = pipeline_code(STABLE_DIFFUSION)
 TARGET = "red hair"
 FULL = f"{BASE}, {TARGET}"
 SECRET = "hf_SECRETofTheTester"
@@ -102,12 +104,16 @@ def make_facts(**changes) -> CardFacts:
     return replace(facts, **changes)
 
 
+def write_card(folder: Path, facts: CardFacts, names: HubNames = STABLE_DIFFUSION) -> Path:
+    return write_model_card(folder, facts, names)
+
+
 def code_blocks(card: ModelCard) -> list[str]:
     return re.findall(r"```py\n(.*?)```", card.text, re.DOTALL)
 
 
 def test_the_card_says_what_the_hub_and_the_reader_want(tmp_path):
-    path = write_model_card(tmp_path, make_facts())
+    path = write_card(tmp_path, make_facts())
     assert path == tmp_path / "README.md" and list(tmp_path.iterdir()) == [path]
     card = ModelCard.load(path)
     assert card.data.to_dict() == {
@@ -116,7 +122,7 @@ def test_the_card_says_what_the_hub_and_the_reader_want(tmp_path):
         "license": "creativeml-openrail-m",
         "inference": True,
         "instance_prompt": f"{TARGET}, a blue hat",
-        "tags": list(TAGS),
+        "tags": list(STABLE_DIFFUSION.tags),
         "widget": [{"text": FULL, "output": {"url": PICTURE}}],
     }
     for part in (
@@ -136,9 +142,21 @@ def test_the_card_says_what_the_hub_and_the_reader_want(tmp_path):
     assert "custom_pipeline='tester/x'" in custom and "trust_remote_code=True" in custom
 
 
+def test_the_card_names_class_tags_and_file_of_the_family(tmp_path):
+    for names, others in ((STABLE_DIFFUSION, STABLE_DIFFUSION_XL), (STABLE_DIFFUSION_XL, STABLE_DIFFUSION)):
+        card = ModelCard.load(write_card(tmp_path, make_facts(repo_id=None, licence=names.licence), names))
+        assert card.data.tags == list(names.tags) and card.data.license == names.licence != others.licence
+        stock, custom = code_blocks(card)
+        assert f"from diffusers import {names.pipeline}\n" in stock
+        assert f"pipe = {names.pipeline}.from_pretrained(" in stock
+        assert f"custom_pipeline='path/to/{names.pipeline_file}'" in custom
+        assert others.pipeline_file not in custom and f"pipe = {others.pipeline}." not in stock
+        ast.parse(stock)
+
+
 def test_the_card_tells_of_a_dora_and_of_no_kohya_file(tmp_path):
-    assert "DoRA" in write_model_card(tmp_path, make_facts(is_dora=True)).read_text(encoding="utf-8")
-    assert "ComfyUI" not in write_model_card(tmp_path, make_facts(has_kohya=False)).read_text(encoding="utf-8")
+    assert "DoRA" in write_card(tmp_path, make_facts(is_dora=True)).read_text(encoding="utf-8")
+    assert "ComfyUI" not in write_card(tmp_path, make_facts(has_kohya=False)).read_text(encoding="utf-8")
 
 
 def test_the_card_tells_what_the_lora_was_trained_on_top_of(tmp_path):
@@ -146,7 +164,7 @@ def test_the_card_tells_what_the_lora_was_trained_on_top_of(tmp_path):
         ReferenceLora("hair", Path("x"), ("you/hair", "kohya/hair.safetensors"), "", 0.75),
         ReferenceLora("hat", Path("y"), None, "", 1.0),
     )
-    card = ModelCard.load(write_model_card(tmp_path, make_facts(earlier_loras=earlier)))
+    card = ModelCard.load(write_card(tmp_path, make_facts(earlier_loras=earlier)))
     first = "- [you/hair](https://huggingface.co/you/hair), file `kohya/hair.safetensors`, at scale 0.75\n"
     assert first + "- an earlier LoRA that is not on the Hub, at scale 1\n" in card.text
     kohya = card.text.split("## Use with ComfyUI")[1].split("\n## ")[0]
@@ -158,12 +176,12 @@ def test_the_card_tells_what_the_lora_was_trained_on_top_of(tmp_path):
     assert "pipe.set_adapters(['earlier_1', 'earlier_2'], [0.75, 1.0])\npipe.fuse_lora()" in merged
     for code in (side_by_side, merged):
         ast.parse(code)
-    assert "Trained on top of" not in write_model_card(tmp_path, make_facts()).read_text(encoding="utf-8")
+    assert "Trained on top of" not in write_card(tmp_path, make_facts()).read_text(encoding="utf-8")
 
 
 def test_a_local_base_model_is_in_the_text_alone(tmp_path):
     for base in (str(tmp_path / "base" / "model"), "path/to/model", "./gone"):
-        card = ModelCard.load(write_model_card(tmp_path, make_facts(base_model=base)))
+        card = ModelCard.load(write_card(tmp_path, make_facts(base_model=base)))
         assert card.data.base_model is None
         assert f"local model `{base}`" in card.text and "huggingface.co" not in card.text
     assert all(repr("./gone") in block for block in code_blocks(card))
@@ -172,7 +190,7 @@ def test_a_local_base_model_is_in_the_text_alone(tmp_path):
 def test_before_a_push_the_examples_name_the_output_folder(tmp_path):
     folder = tmp_path / "my-lora"
     folder.mkdir()
-    card = ModelCard.load(write_model_card(folder, make_facts(repo_id=None, pictures=())))
+    card = ModelCard.load(write_card(folder, make_facts(repo_id=None, pictures=())))
     assert "widget" not in card.data.to_dict() and "![" not in card.text
     assert card.text.startswith("\n# my-lora\n")
     assert all("load_lora_weights('my-lora', " in block for block in code_blocks(card))
@@ -188,7 +206,7 @@ def test_prompts_with_quotes_bars_and_fences_spoil_neither_code_nor_metadata(tmp
         base_prompt=nasty,
         settings={"target_prompt": nasty},
     )
-    card = ModelCard.load(write_model_card(tmp_path, facts))
+    card = ModelCard.load(write_card(tmp_path, facts))
     assert card.data.instance_prompt == nasty
     assert card.data.widget[0]["text"] == nasty
     strings = [
@@ -243,7 +261,7 @@ def output(world, tmp_path_factory) -> Path:
         (folder / name).write_text(f"private {SECRET}", encoding="utf-8")
     (folder / PICTURE).parent.mkdir()
     Image.new("RGB", (8, 8)).save(folder / PICTURE)
-    write_model_card(folder, make_facts(base_model=str(world.model)))
+    write_card(folder, make_facts(base_model=str(world.model)))
     return folder
 
 
@@ -418,5 +436,5 @@ def test_a_link_out_of_the_folder_is_refused(push, output):
     ],
 )
 def test_the_example_adds_or_replaces_as_the_training_did(tmp_path, target, argument):
-    card = write_model_card(tmp_path, make_facts(example_target=target)).read_text(encoding="utf-8")
+    card = write_card(tmp_path, make_facts(example_target=target)).read_text(encoding="utf-8")
     assert f"target_prompt={argument}, compare=True" in card

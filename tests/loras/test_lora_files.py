@@ -486,7 +486,7 @@ def test_a_dora_magnitude_goes_into_the_file_with_one_number_an_output(world, tm
 @pytest.mark.parametrize(
     ("change", "metadata", "message"),
     [
-        (lambda state: {**state, "text_encoder_2.a.lora.up.weight": torch.ones(2, 2)}, True, "'text_encoder_2.a."),
+        (lambda state: {**state, "text_encoder_3.a.lora.up.weight": torch.ones(2, 2)}, True, "'text_encoder_3.a."),
         (lambda state: {f"unet.x.{key}": tensor for key, tensor in state.items()}, True, "'x.unet."),
         (lambda state: {k: v for k, v in state.items() if "lora.up" not in k}, True, "has no lora_up"),
         (lambda state: {k: v[0, 0].clone() for k, v in state.items()}, True, "weights that are no matrices"),
@@ -621,9 +621,8 @@ def test_older_names_of_diffusers_are_those_of_the_same_layers(world, tmp_path):
 
 
 KOHYA_OF_OTHERS = {
-    "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k": "attn2.to_k' is no layer",
     "lora_unet_double_blocks_0_img_attn_proj": "'double.blocks.0.img.attn.proj' is no layer",
-    "lora_te1_text_model_encoder_layers_0_mlp_fc1": "is no weight that a LoRA of Stable Diffusion 1.x",
+    "lora_te3_text_model_encoder_layers_0_mlp_fc1": "is no weight that a LoRA of Stable Diffusion 1.x",
 }
 
 

@@ -16,14 +16,16 @@ from hub_server import HubServer
 from safetensors import safe_open
 from test_train import ROWS, files, make_flags
 
+from families import hub_names
 from training.run_file import RUN_FILE
-from training.sharing import PIPELINE_CODE as CODE
+from training.sharing import pipeline_code
 
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "hf_SECRETofTheTester"
 CARD, LORA, KOHYA = "README.md", "pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"
 PICTURE = "validation/step_000004.png"
+CODE = pipeline_code(hub_names.STABLE_DIFFUSION)
 TARGET = ROWS[0]["target_prompt"]
 PUSH = {"push_to_hub": True, "hub_model_id": "spf", "hub_token": SECRET}
 world, fresh_accelerator = test_train.world, test_train.fresh_accelerator

@@ -510,7 +510,7 @@ def spoil(kind: str, path: Path) -> str:
         says = "has no lora_up"
     elif kind == "LoHa":
         state = {"lora_unet_mid_block_attentions_0_proj_in.hada_w1_a": torch.ones(2, 2)}
-        says = "is no weight that a LoRA of Stable Diffusion 1.x or 2.x has"
+        says = "is no weight that a LoRA of Stable Diffusion 1.x, 2.x or XL has"
     elif kind == "DoRA of kohya":
         state = {"lora_unet_mid_block_attentions_0_proj_in.dora_scale": torch.ones(2, 1)}
         says = "a DoRA in kohya's format"
@@ -520,7 +520,7 @@ def spoil(kind: str, path: Path) -> str:
     elif kind == "SDXL":
         layer = "lora_te2_text_model_encoder_layers_0_mlp_fc1"
         state = {f"{layer}.lora_down.weight": torch.ones(2, 16), f"{layer}.lora_up.weight": torch.ones(32, 2)}
-        says = "is no weight that a LoRA of Stable Diffusion 1.x or 2.x has"
+        says = "this is an SDXL LoRA, and the base model is Stable Diffusion"
     save_file(state, path)
     return says
 
