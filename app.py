@@ -1,7 +1,7 @@
 """A page in the browser that draws portraits: the original model's, the adapted one, and the map between them.
 
 `python app.py` shows the toy world with a LoRA for blonde hair; `--base_model` and `--lora` name others. As a Space of
-the Hub it runs as it is, with SPF_BASE_MODEL and SPF_LORA in place of the two flags.
+the Hub it runs as it is, with SPF_BASE_MODEL, SPF_BASE_CONFIG and SPF_LORA in place of three flags.
 Source: [ours].
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from programs.console import DTYPES, FlagFormatter, import_libraries, in_home
+from programs.console import BASE_CONFIG, DTYPES, FlagFormatter, import_libraries, in_home
 from toy_portraits.recipe import BASE_MODEL, LORA
 
 
@@ -27,8 +27,9 @@ PROMPT = ("a woman, a brown jacket, a curtain background", "blonde hair")
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=FlagFormatter)
     add, given = parser.add_argument, os.environ.get
-    about = "Stable Diffusion 1.x or 2.x: a folder or a Hub id; the toy world's if not set."
+    about = "Stable Diffusion 1.x or 2.x: a folder, a Hub id, or one .safetensors file; the toy world's if not set."
     add("--base_model", type=in_home, default=given("SPF_BASE_MODEL"), help=about)
+    add("--base_config", type=in_home, default=given("SPF_BASE_CONFIG"), help=BASE_CONFIG)
     about = (
         "LoRA at first: a file, a folder, or an id or address of the Hub; the toy world has its own, other models "
         "none. More, which every visitor may use, are given by repeating the flag."
@@ -293,7 +294,7 @@ def run_program(args: argparse.Namespace) -> None:
     try:
         device = choose_device(args.device)
         dtype = getattr(torch, args.dtype or ("float16" if device.startswith("cuda") else "float32"))
-        pipeline = load_pipeline(SPFPortraitPipeline, args.base_model, dtype).to(device)
+        pipeline = load_pipeline(SPFPortraitPipeline, args.base_model, dtype, base_config=args.base_config).to(device)
         pipeline.set_progress_bar_config(disable=True)  # the page shows it
         with naming("--lora"):
             slot = LoraSlot(pipeline, args.lora if is_open_to_others(args) else None, int(args.max_lora_mb * 1e6))

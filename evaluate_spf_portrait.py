@@ -50,7 +50,9 @@ def run(args: argparse.Namespace) -> Path:
 
     # The models: what draws, on which each LoRA is tried, and what judges.
     flag = "pretrained_model_name_or_path"
-    pipeline = load_pipeline(SPFPortraitPipeline, getattr(args, flag), getattr(torch, args.dtype), flag)
+    pipeline = load_pipeline(
+        SPFPortraitPipeline, getattr(args, flag), getattr(torch, args.dtype), flag, base_config=args.base_config
+    )
     pipeline.to(device).set_progress_bar_config(disable=True)
     pipeline.safety_checker = None
     for lora in loras:

@@ -7,7 +7,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from programs.console import DTYPES, FlagFormatter, import_libraries, in_home, path_in_home
+from programs.console import BASE_CONFIG, DTYPES, FlagFormatter, import_libraries, in_home, path_in_home
+
+
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -17,9 +20,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--lora", action="append", required=True, help=about + "the Hub; several are given by repeating the flag.")
     about = "Strength of each --lora, in their order; 1 for all if not given."
     add("--scale", type=float, action="append", help=about)
-    about = "Stable Diffusion 1.x, 2.x or XL to fuse with: a folder or a Hub id."
+    about = "Stable Diffusion 1.x, 2.x or XL to fuse with: a folder, a Hub id, or one .safetensors file."
     add("--base_model", type=in_home, help=about)
-    about = "Folder for the base model with the LoRAs fused into it."
+    add("--base_config", type=in_home, help=BASE_CONFIG)
+    about = "Base model with the LoRAs fused into it: a folder, or one .safetensors file (ComfyUI, A1111)."
     add("--output_merged", type=path_in_home, help=about)
     add("--output_kohya", type=path_in_home, help="File for the LoRA in kohya's format (ComfyUI, A1111).")
     add("--output_diffusers", type=path_in_home, help="Folder for the LoRA in diffusers' format.")
@@ -35,6 +39,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         ((kohya or diffusers) and loras > 1, "--output_kohya and --output_diffusers take one --lora"),
         (kohya and diffusers, "a LoRA has one of the two formats already: give --output_kohya or --output_diffusers"),
         (scales not in (0, loras), f"{scales} --scale for {loras} --lora"),
+        (args.base_config and not args.base_model, "--base_config is for a --base_model in one file"),
+        (merged and merged.suffix in PICKLES, f"--output_merged {merged}: the name has to end in .safetensors"),
         (kohya and kohya.suffix != ".safetensors", f"--output_kohya {kohya}: the name has to end in .safetensors"),
     ):
         if wrong:
@@ -48,6 +54,7 @@ if __name__ == "__main__":
     import_libraries()
 
 import torch
+from safetensors.torch import save_file
 
 from loras import LORA_WEIGHTS
 from loras.finding import find_lora
@@ -55,23 +62,26 @@ from loras.loading import merge_loras
 from loras.reading import read_lora
 from loras.writing import save_diffusers_lora, save_kohya_lora
 from programs.loading import InputError, cast_models, find_stock_pipeline, load_pipeline, naming
+from programs.original_layout import one_file
 from programs.writing import whole
 
 
 def check_outputs(args: argparse.Namespace) -> None:
     """End here if an output is there already."""
     kohya, merged = args.output_kohya, args.output_merged
-    if kohya and kohya.is_dir():
-        raise InputError(f"--output_kohya {kohya}: is a folder")
+    is_file = merged is not None and merged.suffix == ".safetensors"
+    for flag, file in (("output_kohya", kohya), ("output_merged", merged if is_file else None)):
+        if file and file.is_dir():
+            raise InputError(f"--{flag} {file}: is a folder")
     places = {"output_kohya": kohya}
     if args.output_diffusers:
         places["output_diffusers"] = args.output_diffusers / LORA_WEIGHTS
     if merged:
         is_checkpoint = (merged / "model_index.json").is_file()
         # --overwrite removes what is there, so that has to be a checkpoint.
-        if merged.is_file() or (merged.is_dir() and any(merged.iterdir()) and not is_checkpoint):
+        if not is_file and (merged.is_file() or (merged.is_dir() and any(merged.iterdir()) and not is_checkpoint)):
             raise InputError(f"--output_merged {merged}: is there already, and is no checkpoint to replace")
-        places["output_merged"] = merged if is_checkpoint else None
+        places["output_merged"] = merged if is_file or is_checkpoint else None
     for flag, path in places.items():
         if path and path.exists() and not args.overwrite:
             raise InputError(f"--{flag}: {path} is there already; --overwrite replaces it")
@@ -109,11 +119,15 @@ def _warn(message: str) -> None:
 
 def merge(args: argparse.Namespace) -> Path:
     """Write the base model with the LoRAs fused into its weights, which are summed in float32, and return where."""
-    pipeline = load_pipeline(find_stock_pipeline(args.base_model), args.base_model, torch.float32)
+    kind = find_stock_pipeline(args.base_model, base_config=args.base_config)
+    pipeline = load_pipeline(kind, args.base_model, torch.float32, base_config=args.base_config)
     merge_loras(pipeline, args.lora, args.scale or [1.0] * len(args.lora))
     cast_models(pipeline, getattr(torch, args.dtype))
-    with whole(args.output_merged) as folder:
-        pipeline.save_pretrained(folder)
+    with whole(args.output_merged) as place:
+        if args.output_merged.suffix == ".safetensors":
+            save_file(one_file(pipeline), place, {"format": "pt"})
+        else:
+            pipeline.save_pretrained(place)
     return args.output_merged
 
 

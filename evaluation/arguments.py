@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 
 from evaluation.measures import DEFAULT_MODELS
-from programs.console import DTYPES, FlagFormatter, in_home, path_in_home
+from programs.console import BASE_CONFIG, DTYPES, FlagFormatter, in_home, path_in_home
 from toy_portraits.recipe import BASE_MODEL
 from toy_portraits.world import TARGETS
 
@@ -25,7 +25,9 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     about = "Is my LoRA clean? What it moves besides its target, against the original model's own portraits."
     parser = argparse.ArgumentParser("evaluate_spf_portrait.py", description=about, formatter_class=FlagFormatter)
     add = parser.add_argument
-    add("--pretrained_model_name_or_path", type=in_home, help="Stable Diffusion 1.x or 2.x: a folder or a Hub id.")
+    about = "Stable Diffusion 1.x or 2.x: a folder, a Hub id, or one .safetensors file."
+    add("--pretrained_model_name_or_path", type=in_home, help=about)
+    add("--base_config", type=in_home, help=BASE_CONFIG)
     about = "A file, a folder, or a Hub id, diffusers' or kohya's; may be repeated."
     add("--lora", type=in_home, action="append", help=about)
     add("--lora_scale", type=float, default=1.0, help="Strength of every LoRA.")

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from families.stable_diffusion import MODEL, ModelFacts, StableDiffusion, read_config
 from programs.loading import check_model_name, naming_flag
+from programs.single_file import find_single_file
 
 
 def find_family(model_index: Mapping[str, Any], denoiser_config: Mapping[str, Any]) -> type[StableDiffusion]:
@@ -30,19 +31,31 @@ def find_family(model_index: Mapping[str, Any], denoiser_config: Mapping[str, An
 
 
 def check_model(
-    model: str, *, revision: str | None = None, cache_dir: str | None = None, **flags: str | None
-) -> tuple[type[StableDiffusion], ModelFacts]:
+    model: str, *, base_config: str | None = None, variant: str | None = None, revision: str | None = None,
+    cache_dir: str | None = None, vae: str | None = None, prediction_type: str | None = None, **flags: str | None,
+) -> tuple[type[StableDiffusion], ModelFacts]:  # fmt: skip
     """Find the family of a model, and what is known of it without weights; `flags` are what its `check` takes.
+
+    A model in one file has its configurations from `base_config`, or its family's published repository.
 
     Raises InputError: one line that names the flag, the value and the part of the model that does not fit.
     """
     hub = {"revision": revision, "cache_dir": cache_dir}
     with naming_flag(MODEL, model):
-        check_model_name(model)
-        model_index = read_config(DiffusionPipeline, model, **hub)
+        without = () if vae is None else ("vae",)
+        file = find_single_file(model, base_config, variant=variant, without=without, **hub)
+        if file is None:
+            check_model_name(model)
+            place = model
+        else:
+            file.warn(prediction_type)
+            place, model = file.folder, f"{model} with the configuration of {file.config}"
+            prediction_type = prediction_type or file.scheduler.get("prediction_type")
+        model_index = read_config(DiffusionPipeline, place, **hub)
     denoiser = "transformer" if "transformer" in model_index else "unet"
     with naming_flag(MODEL, f"{model}, {denoiser}"):
         # Every model of diffusers reads a configuration alike.
-        denoiser_config = read_config(UNet2DConditionModel, model, subfolder=denoiser, **hub)
+        denoiser_config = read_config(UNet2DConditionModel, place, subfolder=denoiser, **hub)
         family = find_family(model_index, denoiser_config)
-    return family, family.check(model, denoiser_config, **hub, **flags)
+    facts = family.check(model, denoiser_config, place=place, vae=vae, prediction_type=prediction_type, **hub, **flags)
+    return family, facts

@@ -53,32 +53,33 @@ class StableDiffusion:
 
     @staticmethod
     def check(
-        model: str, denoiser_config: Mapping[str, Any], *, revision: str | None = None, cache_dir: str | None = None,
-        vae: str | None = None, tiny_vae: str | None = None, prediction_type: str | None = None,
+        model: str, denoiser_config: Mapping[str, Any], *, place: str | None = None, revision: str | None = None,
+        cache_dir: str | None = None, vae: str | None = None, tiny_vae: str | None = None,
+        prediction_type: str | None = None,
     ) -> ModelFacts:  # fmt: skip
-        """Read the other configurations of a model, without weights.
+        """Read the other configurations of a model, without weights; they lie at `place` if not under its name.
 
         Raises InputError: one line that names the flag, the value and the part of the model that does not fit.
         """
-        hub = {"revision": revision, "cache_dir": cache_dir}
+        hub, place = {"revision": revision, "cache_dir": cache_dir}, model if place is None else place
         unet_config = _with_defaults(UNet2DConditionModel, denoiser_config)
         if vae is None:
             with naming_flag(MODEL, f"{model}, vae"):
-                vae_config = _with_defaults(AutoencoderKL, read_config(AutoencoderKL, model, subfolder="vae", **hub))
+                vae_config = _with_defaults(AutoencoderKL, read_config(AutoencoderKL, place, subfolder="vae", **hub))
                 _check_latents(vae_config, unet_config)
         else:
             vae_config = _check_decoder(VAE, vae, AutoencoderKL, unet_config, cache_dir)
         if tiny_vae is not None:
             _check_decoder(TINY_VAE, tiny_vae, AutoencoderTiny, unet_config, cache_dir)
         with naming_flag(MODEL, f"{model}, scheduler"):
-            config = read_config(DDPMScheduler, model, subfolder="scheduler", **hub)
+            config = read_config(DDPMScheduler, place, subfolder="scheduler", **hub)
         with naming_flag(MODEL, model):
             changed = {} if prediction_type is None else {"prediction_type": prediction_type}
             process = DDPM(config.get("_class_name", "DDPMScheduler"), {**config, **changed})
         with naming_flag(MODEL, f"{model}, tokenizer"):
-            tokenizer = load_tokenizer(model, subfolder="tokenizer", **hub)
+            tokenizer = load_tokenizer(place, subfolder="tokenizer", **hub)
         with naming_flag(MODEL, f"{model}, text_encoder"):
-            text_config = AutoConfig.from_pretrained(model, subfolder="text_encoder", **hub)
+            text_config = AutoConfig.from_pretrained(place, subfolder="text_encoder", **hub)
         return ModelFacts(
             denoiser_config=unet_config,
             text_config=text_config,

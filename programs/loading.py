@@ -12,6 +12,8 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from transformers import CLIPTokenizer
 
+from programs.single_file import SingleFile, find_single_file
+
 
 Pipeline = TypeVar("Pipeline", bound=StableDiffusionPipeline | StableDiffusionXLPipeline)
 # How a model that is one file ends, as other programs keep it.
@@ -56,7 +58,7 @@ def is_hub_id(name: str) -> bool:
     return True
 
 
-def check_model_name(name: str, kind: str | None = "StableDiffusionPipeline") -> None:
+def check_model_name(name: str, kind: str | None = None) -> None:
     """Refuse what can be neither a folder nor an id of the Hub, before a library takes it for one of them.
 
     `kind` is the class of diffusers that turns a single file of such a model into a folder, if there is one.
@@ -76,42 +78,62 @@ def check_model_name(name: str, kind: str | None = "StableDiffusionPipeline") ->
 
 
 def find_stock_pipeline(
-    name: str, flag: str = "base_model"
+    name: str, flag: str = "base_model", *, base_config: str | None = None
 ) -> type[StableDiffusionPipeline] | type[StableDiffusionXLPipeline]:  # fmt: skip
-    """diffusers' pipeline for the folder or id that a flag names, as the configuration of its UNet says.
+    """diffusers' pipeline for the folder, id or file that a flag names, as the configuration of its UNet says.
 
     Raises InputError: it has no such configuration.
     """
     with naming_flag(flag, name):
-        check_model_name(name)
-        config = UNet2DConditionModel.load_config(name, subfolder="unet")
+        file = find_single_file(name, base_config)
+        if file is None:
+            check_model_name(name)
+        config = UNet2DConditionModel.load_config(name if file is None else file.folder, subfolder="unet")
     return StableDiffusionXLPipeline if config.get("addition_embed_type") == _SDXL else StableDiffusionPipeline
 
 
 def load_pipeline(
     kind: type[Pipeline], name: str, dtype: torch.dtype, flag: str = "base_model", *, revision: str | None = None,
-    cache_dir: str | None = None, **options: Any,
+    cache_dir: str | None = None, base_config: str | None = None, variant: str | None = None, **options: Any,
 ) -> Pipeline:  # fmt: skip
-    """A pipeline of this class, on the CPU, from the folder or id that a flag names. A pickle is not read.
+    """A pipeline of this class, on the CPU, from the folder, id or file that a flag names. A pickle is not read.
 
-    `options` are further arguments of `from_pretrained`, such as other components.
+    Args:
+        base_config: where a single file has its configurations from.
+        options: further arguments of `from_pretrained` and `from_single_file`: other components, None for none.
 
-    Raises InputError: it cannot be loaded, is a single file, has weights in pickles alone, or is a model that takes
-    more than a prompt and noise.
+    Raises InputError: it cannot be loaded, has weights in pickles alone, or is a model that takes more than a prompt
+    and noise.
     """
     hub = {"revision": revision, "cache_dir": cache_dir}
     with naming_flag(flag, name):
-        check_model_name(name)
-        config = UNet2DConditionModel.load_config(name, subfolder="unet", **hub)
+        file = find_single_file(name, base_config, variant=variant, without=options, **hub)
+        if file is None:
+            check_model_name(name)
+        config = UNet2DConditionModel.load_config(name if file is None else file.folder, subfolder="unet", **hub)
         is_sdxl = issubclass(kind, StableDiffusionXLPipeline)
         if config.get("addition_embed_type") != (_SDXL if is_sdxl else None) or config.get("in_channels", 4) != 4:
             family = "SDXL" if is_sdxl else "Stable Diffusion 1.x or 2.x"
             raise ValueError(f"not {family} for text to image, as its UNet's configuration says")
+        if file is not None:
+            return _load_single_file(kind, file, dtype, options)
         try:
-            return kind.from_pretrained(name, dtype=dtype, use_safetensors=True, **hub, **options)
+            return kind.from_pretrained(name, dtype=dtype, use_safetensors=True, variant=variant, **hub, **options)
         except OSError as error:
             pickles = " (pickles, such as .bin, are not read: save the model in safetensors)"
             raise ValueError(f"{error}{pickles if '.safetensors' in str(error) else ''}") from error
+
+
+def _load_single_file(kind: type[Pipeline], file: SingleFile, dtype: torch.dtype, options: dict[str, Any]) -> Pipeline:
+    for part in file.layout.text_encoders:
+        load_tokenizer(file.folder, subfolder=part.replace("text_encoder", "tokenizer"))
+    if file.scheduler:
+        options = {"scheduler": file.load_scheduler()} | options
+    file.warn()
+    if not issubclass(kind, StableDiffusionXLPipeline):
+        # Such a file has no safety checker, whatever its configurations say; SDXL's class has no place for one.
+        options = {"safety_checker": None, "requires_safety_checker": False} | options
+    return kind.from_single_file(file.path, config=file.folder, dtype=dtype, local_files_only=True, **options)
 
 
 def cast_models(pipeline: DiffusionPipeline, dtype: torch.dtype) -> None:

@@ -170,7 +170,7 @@ def _check_method(flags: Flags) -> None:
             method.preservation != "prior" and (not aligns or alignment.alignment_source == "data"),
             "--reference_target_prompt is for drawn portraits, and these flags draw none for the alignment",
         )
-    lost = flags.model.tiny_vae_model_name_or_path is not None and not uses_enhancement(method, flags.paper)
+    lost = flags.paper.tiny_vae_model_name_or_path is not None and not uses_enhancement(method, flags.paper)
     refuse(lost, "--tiny_vae_model_name_or_path is for the enhancement loss, which these flags do not compute")
 
 

@@ -36,8 +36,8 @@ class Enhancement:
     def __init__(
         self, flags: Flags, models: Models, pairs: Sequence[PromptPair], accelerator: Accelerator
     ) -> None:
-        own, where = flags.model, {"cache_dir": flags.model.cache_dir}
-        name, tiny_vae = own.clip_model_name_or_path, own.tiny_vae_model_name_or_path
+        where = {"cache_dir": flags.model.cache_dir}
+        name, tiny_vae = flags.model.clip_model_name_or_path, flags.paper.tiny_vae_model_name_or_path
         with naming_flag("clip_model_name_or_path", name):
             self.clip = CLIPModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True, **where)
         self.clip.requires_grad_(False).to(accelerator.device).eval()

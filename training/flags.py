@@ -4,6 +4,7 @@ import math
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
+from programs.console import BASE_CONFIG
 from training.flag_rules import SFCM_MODES, FlagGroup, check_folder, check_package, flag, names_of, path, refuse
 
 
@@ -21,15 +22,15 @@ class ModelFlags(FlagGroup):
     """The models, and how they compute."""
 
     pretrained_model_name_or_path: str = path(
-        MISSING, "Stable Diffusion 1.x or 2.x: a folder or an id of the Hub, with weights in safetensors."
+        MISSING, "Stable Diffusion 1.x or 2.x in safetensors: a folder, an id of the Hub, or one file."
     )
-    revision: str | None = flag(None, "Revision of the Hub id.")
+    base_config: str | None = path(None, BASE_CONFIG)
+    revision: str | None = flag(None, "Revision of the Hub id, with one file of the configuration's.")
     variant: str | None = flag(None, "Variant of the weight files, such as fp16.")
     prediction_type: str | None = flag(
         None, "What the UNet predicts; else as the model's scheduler says.", choices=("epsilon", "v_prediction")
     )
     pretrained_vae_model_name_or_path: str | None = path(None, "Another VAE than the model's: a folder or Hub id.")
-    tiny_vae_model_name_or_path: str | None = path(None, "AutoencoderTiny that decodes for the enhancement loss.")
     clip_model_name_or_path: str = path(
         "openai/clip-vit-large-patch14", "CLIP model that judges portraits; for the enhancement loss alone."
     )
@@ -242,6 +243,7 @@ class PaperFlags(FlagGroup):
     enhancement_every: int = flag(
         1, "Compute the enhancement loss every so many steps of stage 2, with so many times its weight.", "at least 1"
     )
+    tiny_vae_model_name_or_path: str | None = path(None, "AutoencoderTiny that decodes for the enhancement loss.")
     alignment_layers: str = flag(
         "all", "Cross-attention layers to align: all, or those of the phrases' maps.", choices=("all", "phrase_map")
     )

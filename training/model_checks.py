@@ -24,9 +24,9 @@ def check_models(flags: Flags) -> tuple[type[StableDiffusion], ModelFacts]:
     """The family of the base model, and all that is known of the models without weights."""
     model, high = flags.model, flags.alignment.sfcm_timesteps[1]
     family, facts = check_model(
-        model.pretrained_model_name_or_path, revision=model.revision, cache_dir=model.cache_dir,
-        vae=model.pretrained_vae_model_name_or_path, tiny_vae=model.tiny_vae_model_name_or_path,
-        prediction_type=model.prediction_type,
+        model.pretrained_model_name_or_path, base_config=model.base_config, variant=model.variant,
+        revision=model.revision, cache_dir=model.cache_dir, vae=model.pretrained_vae_model_name_or_path,
+        tiny_vae=flags.paper.tiny_vae_model_name_or_path, prediction_type=model.prediction_type,
     )  # fmt: skip
     count = facts.num_train_timesteps
     refuse(high > count, f"--sfcm_timesteps: HIGH is {high}, above the model's {count} timesteps")

@@ -72,9 +72,9 @@ def _load(
     kind: type[StableDiffusionPipeline], model: ModelFlags, dtype: torch.dtype, **parts: Any
 ) -> StableDiffusionPipeline:
     flag = "pretrained_model_name_or_path"
-    hub = {"revision": model.revision, "cache_dir": model.cache_dir, "variant": model.variant}
     parts |= {"safety_checker": None, "requires_safety_checker": False}
-    return load_pipeline(kind, getattr(model, flag), dtype, flag, **hub, **parts)
+    parts |= {name: getattr(model, name) for name in ("revision", "cache_dir", "variant", "base_config")}
+    return load_pipeline(kind, getattr(model, flag), dtype, flag, **parts)
 
 
 @torch.no_grad()

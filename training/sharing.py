@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 # Flags that a model card is silent about: folders and files of this machine, and what concerns no one else.
 UNPUBLISHED = frozenset(
     """
-    pretrained_model_name_or_path clip_model_name_or_path pretrained_vae_model_name_or_path
+    pretrained_model_name_or_path base_config clip_model_name_or_path pretrained_vae_model_name_or_path
     tiny_vae_model_name_or_path train_data_dir dataset_name cache_dir stage1_lora_path output_dir logging_dir report_to
     resume_from_checkpoint checkpointing_steps checkpoints_total_limit dataloader_num_workers dry_run push_to_hub
     hub_model_id hub_token hub_private_repo hub_license output_kohya_format reference_lora reference_lora_scale
@@ -70,7 +70,7 @@ def share(flags: Flags, inputs: Inputs, pictures: Sequence[str], repo_id: str | 
     if sharing.output_kohya_format:
         save_kohya_lora(output_dir / LORA_WEIGHTS, output_dir / KOHYA_WEIGHTS)
     facts = CardFacts(
-        base_model=f"path/to/{Path(base_model).resolve().name}" if Path(base_model).is_dir() else base_model,
+        base_model=f"path/to/{Path(base_model).resolve().name}" if Path(base_model).exists() else base_model,
         targets=tuple(dict.fromkeys(own.target_text for own in inputs.pairs[: len(inputs.rows)])),
         example_prompt=pair.full_prompt, base_prompt=pair.base_prompt, example_target=pair.target_argument,
         settings={name: value for name, value in flat(flags).items() if name not in UNPUBLISHED},

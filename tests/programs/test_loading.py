@@ -71,11 +71,7 @@ def refusal(program, model, out):
 
 
 @pytest.mark.parametrize("program", [page, export, evaluate, train])
-def test_a_single_file_is_refused_with_the_way_to_convert_it(program, tmp_path):
-    file = tmp_path / "v1-5.safetensors"
-    shutil.copy(BASE_MODEL / "unet" / "diffusion_pytorch_model.safetensors", file)
-    way = "convert it with `StableDiffusionPipeline.from_single_file(...).save_pretrained(folder)`"
-    assert refusal(program, file, tmp_path / "out").endswith(f": a single file, and a folder is needed: {way}")
+def test_a_file_or_folder_that_is_not_there_is_named(program, tmp_path):
     for missing in ("v1-6.safetensors", tmp_path / "model.ckpt", tmp_path / "folder"):
         assert ": no such file or folder" in refusal(program, missing, tmp_path / "out")
 
@@ -84,7 +80,7 @@ def test_a_single_file_is_refused_with_the_way_to_convert_it(program, tmp_path):
     ("flag", "kind"),
     [("pretrained_vae", "AutoencoderKL"), ("tiny_vae", "AutoencoderTiny"), ("clip", None)],
 )
-def test_so_is_that_of_a_part(flag, kind, tmp_path):
+def test_the_file_of_a_part_is_refused_with_the_way_to_convert_it(flag, kind, tmp_path):
     file = tmp_path / "part.safetensors"
     file.touch()
     module, flags = train(str(BASE_MODEL), tmp_path / "out")

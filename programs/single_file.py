@@ -1,0 +1,160 @@
+"""A base model that is one file of weights: its family by its keys, its configurations from elsewhere. [ours]"""
+
+import inspect
+import json
+import logging
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, ConfigMixin, DDIMScheduler, SchedulerMixin, UNet2DConditionModel
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+
+from programs.original_layout import LAYOUTS, SD2, UNET, V_PREDICTION, ZERO_SNR, Layout, original_weights
+
+
+logger = logging.getLogger(__name__)
+
+_FIRST = UNET + "input_blocks.0.0.weight"
+_CONFIGS = ["*.json", "*.txt"]  # also those in folders: tokenizers have both
+# What stable-diffusion-webui and kohya's trainer write of the prediction, in the file's metadata.
+_METADATA = "modelspec.prediction_type"
+_PREDICTIONS = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """A base model in one file, checked without its weights."""
+
+    path: str
+    layout: Layout
+    config: str  # the folder or id of the Hub with its configurations
+    folder: str  # where they lie on this machine
+    scheduler: Mapping[str, Any]  # what the file says of its scheduler's configuration
+
+    def load_scheduler(self) -> SchedulerMixin:
+        """Its scheduler, DDIM where the configured one knows nothing of a signal that ends at zero."""
+        config = _read(DDIMScheduler, self.folder, "scheduler") | self.scheduler
+        kind = getattr(diffusers, config.get("_class_name", "DDIMScheduler"))
+        if not self.scheduler.keys() <= inspect.signature(kind).parameters.keys():
+            kind = DDIMScheduler
+        return kind.from_config(config)
+
+    def warn(self, asked: str | None = None) -> None:
+        """Say once what may be another prediction than the file's; `asked` is what a flag says of it."""
+        said = self.scheduler.get("prediction_type")
+        if said is None and asked is None and self.layout is SD2:
+            own = _read(DDIMScheduler, self.folder, "scheduler").get("prediction_type", "epsilon")
+            _warn_once(
+                f"{self.path} does not say what its UNet predicts, which Stable Diffusion 2.x has both of; it is read "
+                f"as {own}, as {self.config} says"
+            )
+        elif None not in (said, asked) and said != asked:
+            _warn_once(f"{self.path} says that its UNet predicts {said}, and --prediction_type {asked} is taken")
+
+
+def find_single_file(
+    name: str, base_config: str | None, *, revision: str | None = None, cache_dir: str | None = None,
+    variant: str | None = None, without: Collection[str] = (),
+) -> SingleFile | None:  # fmt: skip
+    """What a base model's name says if it is a file, None for a folder or an id of the Hub.
+
+    Args:
+        base_config: folder or id of the Hub with the configurations; None for the family's published repository.
+        without: components that come from elsewhere, or are not needed.
+
+    Raises ValueError, OSError: a pickle, no base model, or one that does not fit its configurations.
+    """
+    if not Path(name).is_file():
+        if base_config is not None:
+            raise ValueError(f"--base_config {base_config} is for a base model in one file")
+        return None
+    if Path(name).suffix != ".safetensors":
+        raise ValueError("a pickle, such as .ckpt, is not read: save the model in safetensors, as a file or folder")
+    if variant is not None:
+        raise ValueError(f"one file has no variants, so --variant {variant} means nothing")
+    with safe_open(name, "pt") as file:
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+        prediction = _PREDICTIONS.get((file.metadata() or {}).get(_METADATA, ""))
+    layout = _find_layout(shapes)
+    config = base_config or layout.repository
+    folder = _find_configs(layout, config, base_config, revision, cache_dir)
+    prediction = "v_prediction" if V_PREDICTION in shapes else prediction
+    scheduler = {} if prediction is None else {"prediction_type": prediction}
+    if ZERO_SNR in shapes:
+        # The last timestep is the one without signal, so it has to be among those that are drawn with.
+        scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    _check_fits(shapes, layout, folder, config, without)
+    return SingleFile(name, layout, config, folder, scheduler)
+
+
+def _find_layout(shapes: Mapping[str, tuple[int, ...]]) -> Layout:
+    known = ", ".join(layout.name for layout in reversed(LAYOUTS))
+    if _FIRST not in shapes:
+        raise ValueError(f"no base model in one file ({_FIRST} is missing); known are {known}")
+    channels = shapes[_FIRST][1]
+    if channels != 4:
+        raise ValueError(f"its UNet takes {channels} channels, as for inpainting; it is no model for text to image")
+    for layout in LAYOUTS:
+        if all(any(key.startswith(prefix) for key in shapes) for prefix in layout.text_encoders.values()):
+            return layout
+    if any(key.startswith("conditioner.embedders.0.model.") for key in shapes):
+        raise ValueError("the refiner of Stable Diffusion XL is no base model")
+    raise ValueError(f"it has no text encoder of a family that is known: {known}")
+
+
+def _find_configs(
+    layout: Layout, config: str, base_config: str | None, revision: str | None, cache_dir: str | None
+) -> str:
+    """The folder of the configurations, from the Hub or its cache unless it is one already."""
+    if Path(config).is_dir():
+        return config
+    if Path(config).exists() or config.count("/") > 1 or config.startswith((".", "/")):
+        raise ValueError(f"--base_config {config}: no such folder, and no id of the Hub such as user/name")
+    try:
+        return snapshot_download(config, revision=revision, cache_dir=cache_dir, allow_patterns=_CONFIGS)
+    except OSError as error:
+        source = f"--base_config {config}" if base_config else f"{config}, where --base_config may name another"
+        raise ValueError(f"is {layout.name}, and its configuration is that of {source}: {error}") from error
+
+
+def _check_fits(
+    shapes: Mapping[str, tuple[int, ...]], layout: Layout, folder: str, config: str, without: Collection[str]
+) -> None:
+    """Compare the file's tensors with those of the models as they are configured."""
+    index = json.loads(Path(folder, "model_index.json").read_text(encoding="utf-8"))
+    encoders = {name for name in index if name.startswith("text_encoder") and index[name][0] is not None}
+    if encoders != layout.text_encoders.keys():
+        raise ValueError(f"is {layout.name}, and {config} is the configuration of a {index.get('_class_name')}")
+    states: dict[str, Mapping[str, torch.Tensor]] = {}
+    with init_empty_weights():
+        for component, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
+            if component not in without:
+                states[component] = kind.from_config(_read(kind, folder, component)).state_dict()
+        for component in encoders - set(without):
+            kind = getattr(transformers, index[component][1])
+            own = kind.config_class.from_pretrained(folder, subfolder=component)
+            states[component] = kind(own).state_dict()
+    for name, tensor in original_weights(layout, states).items():
+        if name not in shapes:
+            raise ValueError(f"{name} is missing in it, which {config} configures")
+        # Some have the attention of the VAE as linear layers, which diffusers reads as well.
+        found = tuple(size for i, size in enumerate(shapes[name]) if i < 2 or size != 1)
+        if found != tuple(size for i, size in enumerate(tensor.shape) if i < 2 or size != 1):
+            raise ValueError(f"{name} is {shapes[name]} in it, and {tuple(tensor.shape)} as {config} configures it")
+
+
+def _read(kind: type[ConfigMixin], folder: str, part: str) -> dict[str, Any]:
+    return kind.load_config(folder, subfolder=part, local_files_only=True)
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
