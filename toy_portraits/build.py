@@ -98,7 +98,7 @@ class Training:
             print(f"{line} {spent:.0f}s, {left:.0f}s left", flush=True)
 
 
-def build_tokenizer() -> CLIPTokenizer:
+def build_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
     """A real CLIP byte-pair tokenizer; each word of the world is one token, any other word is spelled in pieces."""
     words = ["a photo of", "a portrait of", "with", "in", "wearing", "and", "jacket shirt", "hat", "hair"]
     words += ["background", "glasses"]
@@ -114,8 +114,9 @@ def build_tokenizer() -> CLIPTokenizer:
     tokens = alphabet + [letter + "</w>" for letter in alphabet] + ["".join(pair) for pair in merges]
     tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(
-        vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=MAX_TOKENS
-    )
+        vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=MAX_TOKENS,
+        pad_token=pad_token,
+    )  # fmt: skip
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
@@ -124,12 +125,16 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
     ).input_ids
 
 
-def build_clip(base: Path, seed: int, steps: int, count: int) -> None:
-    """CLIP, contrastively, on renders and random subsets of their phrases, so that single phrases embed well too."""
+def train_clip(
+    stage: str, tokenizer: CLIPTokenizer, layers: dict[str, Any], seed: int, steps: int, count: int
+) -> tuple[CLIPModel, dict[str, float]]:
+    """CLIP, contrastively, on renders and random subsets of their phrases, so that single phrases embed well too.
+
+    Returns:
+        The model, and how often it names a factor of held-out renders from single phrases.
+    """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    tokenizer = build_tokenizer()
-    layers = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
     text = {
         **layers,
         "max_position_embeddings": MAX_TOKENS,
@@ -143,10 +148,10 @@ def build_clip(base: Path, seed: int, steps: int, count: int) -> None:
     factors = sample_factors(count, rng, target_share=0.15)
     images, _ = render(factors)
     phrases = [caption_phrases(factors, i) for i in range(count)]
-    processor = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
+    processor = clip_processor()
     mean, std = torch.tensor(processor.image_mean).view(3, 1, 1), torch.tensor(processor.image_std).view(3, 1, 1)
 
-    training = Training("clip", model, steps, lr=1e-3, weight_decay=0.01)
+    training = Training(stage, model, steps, lr=1e-3, weight_decay=0.01)
     for step, index in batches(count - 512, 192, steps, rng):
         captions = []
         for i in index:
@@ -169,10 +174,22 @@ def build_clip(base: Path, seed: int, steps: int, count: int) -> None:
             guess = (image_embeds @ embeds.T).argmax(1)
             right = [choices[g] == phrases[i][name] for g, i in zip(guess, held) if name in phrases[i]]
             scores[name] = float(np.mean(right))
+    return model, scores
+
+
+def clip_processor() -> CLIPImageProcessorPil:
+    return CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
+
+
+def build_clip(base: Path, seed: int, steps: int, count: int) -> None:
+    """The CLIP whose text encoder the base model has, and which judges pictures."""
+    tokenizer = build_tokenizer()
+    layers = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
+    model, scores = train_clip("clip", tokenizer, layers, seed, steps, count)
     print("[clip] zero-shot from single phrases:", scores, flush=True)
     model.save_pretrained(base / "clip")
     tokenizer.save_pretrained(base / "clip")
-    processor.save_pretrained(base / "clip")
+    clip_processor().save_pretrained(base / "clip")
     (base / "clip" / "accuracy.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
 
 
@@ -248,8 +265,16 @@ def build_probe(base: Path, seed: int, steps: int, count: int) -> None:
     probe.save_pretrained(base.parent / "probe", scores)
 
 
-def base_world_captions(factors: dict[str, np.ndarray], rng: np.random.Generator) -> list[str]:
-    """Training captions of the base model: phrases dropped at random, targets named only rarely."""
+def base_world_captions(factors: dict[str, np.ndarray], rng: np.random.Generator,
+                        named: dict[str, float] | None = None) -> list[str]:  # fmt: skip
+    """Training captions of the base model: phrases dropped at random, targets named only rarely.
+
+    Args:
+        factors: of the portraits.
+        rng: source of all randomness.
+        named: share of a target's portraits whose caption says so, where it is not the target's own `named`.
+    """
+    named = {name: target.named for name, target in TARGETS.items()} | (named or {})
     captions = []
     for i in range(len(factors["sex"])):
         phrases = caption_phrases(factors, i)
@@ -259,7 +284,7 @@ def base_world_captions(factors: dict[str, np.ndarray], rng: np.random.Generator
         for name, target in TARGETS.items():
             factor = target.replaces or name
             if phrases.get(factor) == target.prompt:
-                keep = (keep | {factor}) if rng.random() < target.named else (keep - {factor})
+                keep = (keep | {factor}) if rng.random() < named[name] else (keep - {factor})
         captions.append(join_phrases(phrases, keep))
     return captions
 

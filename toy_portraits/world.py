@@ -129,11 +129,12 @@ def _palette(colors: dict[str, tuple[int, int, int]] | tuple, index: np.ndarray)
 
 
 class _Canvas:
-    """Paints antialiased shapes over a batch of pictures, and their labels with them."""
+    """Paints antialiased shapes and their labels over a batch of pictures whose (top, left) is `corner`."""
 
-    def __init__(self, count: int):
+    def __init__(self, count: int, corner: np.ndarray):
         grid = np.arange(SIZE, dtype=np.float32) + 0.5
-        self.x, self.y = grid[None, None, :], grid[None, :, None]
+        top, left = corner.astype(np.float32).reshape(-1, 2, 1, 1).transpose(1, 0, 2, 3)
+        self.x, self.y = grid[None, None, :] + left, grid[None, :, None] + top
         self.rgb = np.zeros((count, SIZE, SIZE, 3), dtype=np.float32)
         self.label = np.zeros((count, SIZE, SIZE), dtype=np.uint8)
 
@@ -178,9 +179,9 @@ IRIS_AND_PUPIL = ((1.5, 1.6), (0.7, 0.8))  # half axes, in sizes of the eye
 class _Painter:
     """Paints portraits from back to front, by their factors `f`."""
 
-    def __init__(self, factors: dict[str, np.ndarray]):
+    def __init__(self, factors: dict[str, np.ndarray], corner: np.ndarray):
         f = self.f = factors
-        self.canvas = _Canvas(len(f["sex"]))
+        self.canvas = _Canvas(len(f["sex"]), corner)
         self.gain = _column(1 + f["light"])
         colors = ((SKINS, "skin"), (HAIR_COLORS, "hair_color"), (CLOTHES, "clothes"))
         self.skin, self.hair, self.clothes = (_palette(table, f[name]) * self.gain for table, name in colors)
@@ -281,18 +282,19 @@ class _Painter:
         canvas.paint(brim * _on(f["hat"] == 1), np.array(HAT_COLOR) * self.gain * 0.75, "hat")
 
 
-def render(factors: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def render(factors: dict[str, np.ndarray], corner: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Draw portraits.
 
     Args:
         factors: as `sample_factors` returns them, each (B,).
+        corner: (B, 2) top and left corner of each picture in the scene, in pixels; (0, 0) unless given.
 
     Returns:
         Pictures (B, 64, 64, 3) uint8 and label masks (B, 64, 64) uint8, indices into `LABELS`.
 
     Source: [ours].
     """
-    painter = _Painter(factors)
+    painter = _Painter(factors, np.zeros((1, 2)) if corner is None else corner)
     painter.paint_body()
     painter.paint_head()
     painter.paint_on_top()
