@@ -23,7 +23,7 @@ class ModelFlags(FlagGroup):
     """The models, and how they compute."""
 
     pretrained_model_name_or_path: str = path(
-        MISSING, "Stable Diffusion 1.x or 2.x in safetensors: a folder, an id of the Hub, or one file."
+        MISSING, "Stable Diffusion 1.x, 2.x or XL in safetensors: a folder, an id of the Hub, or one file."
     )
     base_config: str | None = path(None, BASE_CONFIG)
     revision: str | None = flag(None, "Revision of the Hub id, with one file of the configuration's.")
@@ -106,8 +106,11 @@ class ColumnFlags(FlagGroup):
 class PictureFlags(FlagGroup):
     """How a picture becomes pixels of the training."""
 
-    resolution: int = flag(
-        512, "Side of the training pictures, for SD 1.5 a multiple of 64 pixels; the middle is cut out.", "at least 1"
+    resolution: int | None = flag(
+        None,
+        "Side of the training pictures, for SD 1.5 a multiple of 64 pixels, for SDXL of 32; the middle is cut out. "
+        "Else as the model draws by itself: 512 for SD 1.5, 1024 for SDXL.",
+        "at least 1",
     )
     aspect_ratio_buckets: str | None = flag(
         None, "Several sizes instead, as height,width;height,width: each portrait has the nearest in shape."
