@@ -61,6 +61,7 @@ class StableDiffusion:
 
     pipeline_class: type[DiffusionPipeline] = SPFPortraitPipeline  # draws with it
     pipeline_options: Mapping[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
+    sliced_vae = False  # whether the VAE takes one picture at a time
     hub = hub_names.STABLE_DIFFUSION
     # Names of the pipeline's components.
     denoiser = "unet"

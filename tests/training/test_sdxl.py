@@ -281,6 +281,7 @@ def test_each_model_is_on_the_device_while_it_works_alone(xl_world, monkeypatch)
 
         monkeypatch.setattr(kind, "to", to)
     models = prepared(xl_world).parts.models
+    assert models.pipeline.vae.use_slicing
     order = [name for name, place in moves if not place.startswith("torch.")]
     encoders = ["CLIPTextModel", "CLIPTextModelWithProjection"]
     assert order == [*encoders, *encoders, "AutoencoderKL", "AutoencoderKL", "UNet2DConditionModel"]
