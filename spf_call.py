@@ -254,6 +254,11 @@ class SPFCall:
         with _without_false_alarms():
             super().load_lora_weights(given, adapter_name=adapter_name, **kwargs)
 
+    @classmethod
+    def load_lora_into_text_encoder(cls, state_dict: dict[str, Tensor], *args, **kwargs) -> None:
+        """As the stock pipeline does, and a DoRA with its magnitudes."""
+        super().load_lora_into_text_encoder(lora_layers.with_whole_names(state_dict), *args, **kwargs)
+
     def _lora_options(self) -> dict[str, Any]:
         """What the stock pipeline itself tells `lora_state_dict` of its models."""
         return {}
