@@ -23,7 +23,7 @@ _SIDES = {"A": "down", "B": "up"}
 _NEEDED = {"r": int, "lora_alpha": (int, float), "target_modules": (str, list)}
 _ANOTHER = "is for another architecture: {}; it needs a model as it was trained on"
 # The families that a LoRA can be for.
-STABLE_DIFFUSION, SDXL = "Stable Diffusion", "SDXL"
+STABLE_DIFFUSION, SDXL = "Stable Diffusion 1.x or 2.x", "SDXL"
 # What no UNet of Stable Diffusion 1.x and 2.x has: micro-conditioning, and several blocks in a transformer.
 _OF_SDXL = re.compile(r"add_embedding\b.*|.*\.transformer_blocks\.[1-9].*")
 _PROMPT_WIDTHS = {2048: SDXL, 1024: STABLE_DIFFUSION, 768: STABLE_DIFFUSION}
@@ -130,6 +130,13 @@ def missing_metadata(metadata: Mapping[str, Any], model: str) -> list[str]:
     """What PEFT needs to know of a model's layers, and metadata does not tell."""
     given = {key: metadata.get(f"{model}.{key}") for key in _NEEDED}
     return [key for key, kind in _NEEDED.items() if not isinstance(given[key], kind) or given[key] in ("", [])]
+
+
+def with_whole_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A DoRA's magnitudes under PEFT's own names; its files leave out the last part, and transformers, which loads a
+    text encoder's, then leaves out the magnitudes themselves.
+    """
+    return {f"{key}.weight" if key.endswith("lora_magnitude_vector") else key: v for key, v in tensors.items()}
 
 
 def find_family(lora: Layers) -> str | None:

@@ -208,12 +208,15 @@ def _warn_once(message: str) -> None:
     logger.warning(message)
 
 
-def warn_of_words(texts: Any, pairs: Sequence[prompts.PromptPair] = ()) -> None:
-    """Say of weights and LoRAs that are written into a prompt that they are read as words, and of a phrase that it may
-    be about the same thing as a target.
-    """
-    for weights in filter(None, map(wording.find_weights, texts if isinstance(texts, list) else [])):
+def warn_of_weights(*given: Any) -> None:
+    """Say of weights and LoRAs that are written into prompts, a text or a list of them each, that they are words."""
+    rows = [[texts] if isinstance(texts, str) else texts for texts in given if isinstance(texts, (str, list))]
+    for weights in filter(None, map(wording.find_weights, itertools.chain(*rows))):
         _warn_once(f"{weights!r} in a prompt is read as words: neither weights nor <lora:...> mean anything here.")
+
+
+def warn_of_targets(pairs: Sequence[prompts.PromptPair]) -> None:
+    """Say of a phrase that it may be about the same thing as a target."""
     for phrase, target in itertools.chain(*map(prompts.suggest_replacements, pairs)):
         _warn_once(
             f"{phrase!r} in the prompt may contradict the target {target!r}, which then hardly shows: "

@@ -40,6 +40,7 @@ except ImportError:
     import spf_observer as spf_observer
 
 Embeds = tuple[Tensor, ...]  # all tensors that a family makes of a prompt, (B, ...) each
+_OTHER_PROMPTS = ("prompt_2", "negative_prompt", "negative_prompt_2")  # those of them that a family has
 
 
 @dataclass
@@ -94,8 +95,9 @@ class SPFCall:
         prompt = stock.pop("prompt")
         request.check(stock["return_dict"])
         spf_arguments.check_generator(stock["generator"])
+        spf_arguments.warn_of_weights(*(stock.get(name) for name in _OTHER_PROMPTS))
         if request.is_stock:
-            spf_arguments.warn_of_words([prompt] if isinstance(prompt, str) else prompt)
+            spf_arguments.warn_of_weights(prompt)
             return super().__call__(prompt, **stock)
         texts, targets, phrases, images = self._compose(prompt, request, stock)
         target_only = request.target_prompt is not None and sfcm.SFCM_MODES[request.sfcm_mode].target_only
@@ -167,7 +169,8 @@ class SPFCall:
             full = [pair.full_prompt for pair in pairs]
         elif request.return_sfcm:
             pairs = [prompts.without_target(text, own) for text, own in zip(base, base_phrases, strict=True)]
-        spf_arguments.warn_of_words(full, pairs)
+        spf_arguments.warn_of_weights(full)
+        spf_arguments.warn_of_targets(pairs)
         tokenizers = [own for name in self._tokenizers if (own := getattr(self, name)) is not None]
         tokens = [prompts.locate_in_all(pair, tokenizers) for pair in pairs]
         # A call without maps may come without a text encoder on the device.
@@ -253,6 +256,11 @@ class SPFCall:
             raise ValueError(f"{name}: {error}") from error
         with _without_false_alarms():
             super().load_lora_weights(given, adapter_name=adapter_name, **kwargs)
+
+    @classmethod
+    def load_lora_into_text_encoder(cls, state_dict: dict[str, Tensor], *args, **kwargs) -> None:
+        """As the stock pipeline does, and a DoRA with its magnitudes."""
+        super().load_lora_into_text_encoder(lora_layers.with_whole_names(state_dict), *args, **kwargs)
 
     def _lora_options(self) -> dict[str, Any]:
         """What the stock pipeline itself tells `lora_state_dict` of its models."""

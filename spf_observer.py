@@ -190,7 +190,12 @@ class Observer:
         return (reference + mask * (response - reference).float()).to(response.dtype)
 
     def maps(self, mode: str, has_map: bool, per_step: bool) -> dict[str, Any]:
-        """The map fields of the pipeline's output, from what was seen in a run."""
+        """The map fields of the pipeline's output, from what was seen in a run.
+
+        Raises ValueError: there was not one step.
+        """
+        if not self.differences:
+            raise ValueError("`return_sfcm` is about the steps of a call, and `denoising_end` leaves none of them.")
         phrases, difference = self.phrases, sum(self.differences) / len(self.differences)
         sums = (sum(getattr(call, path) for call in self.attention) for path in ("reference", "response"))
         means = (total / len(self.attention) for total in sums)

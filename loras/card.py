@@ -5,6 +5,7 @@ Paper: arXiv 2504.00396; what names no source is [ours].
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
@@ -14,10 +15,12 @@ from huggingface_hub import ModelCard, ModelCardData
 from loras import CARD, KOHYA_WEIGHTS, LORA_WEIGHTS
 from loras.loading import ReferenceLora
 from programs.loading import is_hub_id
+from programs.single_file import SingleFile
 from programs.writing import whole
 
 
 TEMPLATE = Path(__file__).with_name("card.md")
+SCHEDULER = "DDIMScheduler"  # it knows every prediction, and a signal that ends at zero
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,31 @@ class CardFacts:
     earlier_loras: tuple[ReferenceLora, ...] = ()
 
 
-def write_model_card(folder: Path, facts: CardFacts, names: HubNames) -> Path:
+def loading_code(
+    names: HubNames, base_model: str, file: SingleFile | None, config: str = "", options: str = ""
+) -> str:  # fmt: skip
+    """Python that loads a base model by the class of its family, with further `options` of it, such as a dtype.
+
+    Of one in a file, `config` is where its configurations are. What its file says of the prediction is in no other.
+    """
+    if file is None:
+        return f"{names.pipeline}.from_pretrained({base_model!r}{options})"
+    scheduler = ""
+    if file.scheduler:
+        said = "".join(f", {name}={value!r}" for name, value in file.scheduler.items())
+        scheduler = f", scheduler={SCHEDULER}.from_pretrained({config!r}, subfolder='scheduler'{said})"
+    return f"{names.pipeline}.from_single_file({base_model!r}, config={config!r}{scheduler}{options})"
+
+
+def write_model_card(folder: Path, facts: CardFacts, names: HubNames, file: SingleFile | None = None) -> Path:
     """Write README.md with the metadata that the Hub reads, over one that is there; returns the file.
 
-    The Hub rejects a card whose `base_model` is no id, so a local folder is named in the text alone.
+    The Hub rejects a card whose `base_model` is no id, so a local folder, or the `file` that it is, is named in the
+    text alone.
     """
+    config = "" if file is None else file.config
+    if config and Path(config).is_dir():
+        config = f"path/to/{Path(config).resolve().name}"
     targets, is_on_hub = list(dict.fromkeys(facts.targets)), is_hub_id(facts.base_model)
     data = ModelCardData(
         base_model=facts.base_model if is_on_hub else None, license=facts.licence, inference=True,
@@ -72,6 +95,9 @@ def write_model_card(folder: Path, facts: CardFacts, names: HubNames) -> Path:
         example_target=target[0] if len(target) == 1 and isinstance(target[0], str) else target,
         # Earlier LoRAs are named by their place: side by side with this one, or merged before it is loaded.
         hub=names,
+        one_file=file is not None,
+        load=partial(loading_code, names, facts.base_model, file, config),
+        classes=[names.pipeline] if file is None or not file.scheduler else [SCHEDULER, names.pipeline],
         names=[f"earlier_{i}" for i in range(1, len(facts.earlier_loras) + 1)],
         scales=[lora.scale for lora in facts.earlier_loras],
         settings=[(_cell(f"--{name}"), _cell(value)) for name, value in facts.settings.items() if value is not None],

@@ -2,7 +2,7 @@
 
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ import transformers
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from lora_layers import check_fits
+from lora_layers import Layers, check_fits
 from loras.finding import find_lora
 from loras.reading import read_lora
 from loras.writing import save_diffusers_lora
@@ -45,7 +45,8 @@ def load_lora(pipeline: LoraPipeline, source: str, adapter_name: str, path: Path
     """Load a LoRA whole, and make it the only active one; on an error the pipeline's LoRAs are as they were.
 
     diffusers warns and goes on where a LoRA, or a part of it, is for another model, and takes one alpha for the
-    attention layers of a file in kohya's format. Here the one is an error, and each layer has its own alpha.
+    attention layers of a file in kohya's format; transformers leaves the magnitudes of a DoRA out. Here the one is an
+    error, and each layer has its own alpha and magnitude.
 
     Args:
         source: as of `find_lora`, in diffusers' or kohya's format.
@@ -63,8 +64,7 @@ def load_lora(pipeline: LoraPipeline, source: str, adapter_name: str, path: Path
         lora = read_lora(path)
         parts = ("unet", "text_encoder", "text_encoder_2")
         models = {name: pipeline.components[name] for name in parts if pipeline.components.get(name) is not None}
-        modules = {name: dict(model.named_modules()) for name, model in models.items()}
-        check_fits(lora.layers, modules, lora.family)
+        check_fits(lora.layers, {name: dict(model.named_modules()) for name, model in models.items()}, lora.family)
         if not lora.reads_as_meant:
             path = save_diffusers_lora(path, Path(folder))
         try:
@@ -74,6 +74,7 @@ def load_lora(pipeline: LoraPipeline, source: str, adapter_name: str, path: Path
             expected = sum(map(len, lora.layers.values()))
             if found != expected:
                 raise ValueError(f"its metadata names {found} of its {expected} layers")
+            _put_magnitudes(lora.layers, models, adapter_name)
         except (ValueError, RuntimeError, TypeError) as error:
             if active:
                 pipeline.delete_adapters(adapter_name)
@@ -87,6 +88,17 @@ def load_lora(pipeline: LoraPipeline, source: str, adapter_name: str, path: Path
     if lora.note:
         logger.warning("%s: %s", source, lora.note)
     return lora.note
+
+
+@torch.no_grad()
+def _put_magnitudes(lora: Layers, models: Mapping[str, torch.nn.Module], adapter_name: str) -> None:
+    """What a DoRA's layers have, into the models; a stock pipeline loads it with the UNet's layers alone."""
+    for model, group in lora.items():
+        modules = {name.removeprefix("text_model."): module for name, module in models[model].named_modules()}
+        for name, layer in group.items():
+            if layer.magnitude is not None:
+                magnitude = modules[name].lora_magnitude_vector[adapter_name].weight
+                magnitude.copy_(layer.magnitude.view_as(magnitude))
 
 
 def merge_loras(pipeline: LoraPipeline, loras: Sequence[str], scales: Sequence[float]) -> None:

@@ -338,6 +338,29 @@ def test_maps_of_each_step_end_with_denoising(xl_world):
     assert draw(xl_world.ours, BASE, **arguments).sfcm_per_step.shape == (1, 2, 8, 8)
 
 
+def test_a_map_of_no_step_is_refused_in_one_line(xl_world):
+    arguments = {"num_inference_steps": 4, "denoising_end": 0.01}
+    for mode in (True, "per_step"):
+        with pytest.raises(ValueError, match="^`return_sfcm` is about the steps .* `denoising_end` leaves none of"):
+            draw(xl_world.ours, BASE, target_prompt=TARGET, return_sfcm=mode, **arguments)
+    stock = draw(xl_world.stock, BASE, **arguments).images
+    for changes in ({}, {"sfcm_guidance": 0.5}, {"compare": True}):
+        assert_close(draw(xl_world.ours, BASE, target_prompt=TARGET, **changes, **arguments).images, stock)
+
+
+@pytest.mark.parametrize("name", ["prompt_2", "negative_prompt", "negative_prompt_2"])
+@pytest.mark.parametrize("arguments", [{}, {"target_prompt": TARGET}], ids=["stock", "target"])
+def test_weights_in_any_prompt_are_said_to_be_words(xl_world, caplog, name, arguments):
+    weights = f"({name} {'with' if arguments else 'without'} target:1.2)"  # each is told once
+    given = {"negative_prompt": "bad", name: f"a man, {weights}"}
+    if name == "prompt_2" and arguments:
+        arguments = {"compare": True}
+    for _ in range(2):
+        draw(xl_world.ours, BASE, **given, **arguments)
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "spf_arguments"]
+    assert message.startswith(f"{weights!r} in a prompt is read as words: ")
+
+
 def test_textual_inversions_of_several_vectors_are_refused_for_the_map(tokenizer):
     world = XLWorld(tokenizer)
     make = type(tokenizer).from_pretrained

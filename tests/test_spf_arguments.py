@@ -82,6 +82,7 @@ def test_a_seed_is_no_generator(world, generator, arguments):
     [
         ("a man, (a coat:1.2)", {}, ["'(a coat:1.2)' in a prompt is read as words"]),
         ("a man, <lora:a:1>", {"target_prompt": TARGET}, ["'<lora:a:1>' in a prompt is read as words"]),
+        ("a man", {"negative_prompt": "[[a cap]]"}, ["'[[a cap]]' in a prompt is read as words"]),
         ("a man", {"target_prompt": "((a tie))"}, ["'((a tie))' in a prompt is read as words"]),
         ("a man, black hair", {"target_prompt": TARGET}, ["'black hair' in the prompt may contradict", repr(TARGET)]),
         ("a man, green hair", {"target_prompt": ("green hair", TARGET)}, None),

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 
 from loras import CARD, LORA_WEIGHTS
+from loras.card import loading_code
 from loras.writing import write_diffusers_lora
 from training.arguments import Flags
 from training.checkpoints import save_checkpoint, saying_what_is_safe
@@ -18,6 +19,7 @@ from training.inputs import Inputs
 from training.models import Models
 from training.objectives.objective import Objective
 from training.portraits import Portraits
+from training.sharing import base_file
 from training.validation import validation_path
 
 
@@ -86,9 +88,13 @@ def say_what_is_there(flags: Flags, inputs: Inputs, global_step: int, pipeline_f
     if inputs.references:
         logger.info("How to draw with it and the earlier LoRAs is in the model card")
         return
-    target = targets[0] if len(targets) == 1 else targets
+    target, base = targets[0] if len(targets) == 1 else targets, flags.model.pretrained_model_name_or_path
+    file, code = base_file(flags.model), f"custom_pipeline={str(pipeline_file)!r}, trust_remote_code=True"
+    if file is None:
+        pipeline = f"DiffusionPipeline.from_pretrained({base!r}, {code})"
+    else:  # diffusers loads no custom pipeline from one file
+        pipeline = f"DiffusionPipeline.from_pipe({loading_code(inputs.family.hub, base, file, file.config)}, {code})"
     logger.info(
-        "Draw: pipe = DiffusionPipeline.from_pretrained(%r, custom_pipeline=%r, trust_remote_code=True); "
-        "pipe.load_lora_weights(%r); pipe(%r, target_prompt=%r, compare=True)",
-        flags.model.pretrained_model_name_or_path, str(pipeline_file), output.output_dir, pair.base_prompt, target,
+        "Draw: pipe = %s; pipe.load_lora_weights(%r); pipe(%r, target_prompt=%r, compare=True)", pipeline,
+        output.output_dir, pair.base_prompt, target,
     )  # fmt: skip

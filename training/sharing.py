@@ -1,7 +1,7 @@
 """The LoRA for others: in kohya's format, with a model card, and on the Hub with the pipeline's code. [ours]"""
 
+import ast
 import logging
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,8 +10,9 @@ from loras.card import CardFacts, HubNames, write_model_card
 from loras.hub import create_hub_repo, push_lora
 from loras.writing import save_kohya_lora
 from programs.loading import InputError
+from programs.single_file import SingleFile, find_single_file
 from training.arguments import Flags, flat
-from training.flags import SharingFlags
+from training.flags import ModelFlags, SharingFlags
 from training.inputs import Inputs
 
 
@@ -37,8 +38,19 @@ def pipeline_code(names: HubNames) -> dict[str, Path]:
     and nothing else.
     """
     main = _ROOT / names.pipeline_file
-    siblings = re.findall(r"^\s*from \.(\w+) import", main.read_text(encoding="utf-8"), re.MULTILINE)
-    return {"pipeline.py": main, **{f"{name}.py": _ROOT / f"{name}.py" for name in siblings}}
+    nodes = ast.walk(ast.parse(main.read_text(encoding="utf-8")))
+    imports = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 1]
+    siblings = {node.module or alias.name for node in imports for alias in node.names}
+    return {"pipeline.py": main, **{f"{name}.py": _ROOT / f"{name}.py" for name in sorted(siblings)}}
+
+
+def base_file(model: ModelFlags) -> SingleFile | None:
+    """The base model, if it is one file; only its header is read."""
+    name, parts = model.pretrained_model_name_or_path, ("unet", "vae", "text_encoder", "text_encoder_2")
+    if not Path(name).is_file():  # nor is one that has gone since
+        return None
+    where = {"revision": model.revision, "cache_dir": model.cache_dir}
+    return find_single_file(name, model.base_config, without=parts, **where)
 
 
 def make_repository(sharing: SharingFlags, output_dir: Path) -> str:
@@ -77,7 +89,7 @@ def share(flags: Flags, inputs: Inputs, pictures: Sequence[str], repo_id: str | 
         pictures=tuple(pictures), licence=sharing.hub_license or names.licence, repo_id=repo_id,
         has_kohya=sharing.output_kohya_format, is_dora=is_dora, earlier_loras=inputs.references,
     )  # fmt: skip
-    write_model_card(output_dir, facts, names)
+    write_model_card(output_dir, facts, names, base_file(flags.model))
     if repo_id is not None:
         files = [*pictures, *([KOHYA_WEIGHTS] if sharing.output_kohya_format else [])]
         try:

@@ -90,8 +90,12 @@ def with_copies(pipeline) -> StableDiffusionXLPipeline:
     return other
 
 
-def save_sdxl_lora(pipeline, folder, changes=None, models=MODELS, rename=lambda state: state):
-    """A random LoRA on layers of all kinds, of diffusers' format, whose alpha is not its rank; `changes` by model."""
+def save_sdxl_lora(
+    pipeline, folder, changes=None, models=MODELS, rename=lambda state: state, change=lambda name, model: None
+):
+    """A random LoRA on layers of all kinds, of diffusers' format, whose alpha is not its rank; `changes` by model, and
+    `change` of a model that has it.
+    """
     options = {}
     for number, name in enumerate(models):
         torch.manual_seed(1 + number)
@@ -99,6 +103,7 @@ def save_sdxl_lora(pipeline, folder, changes=None, models=MODELS, rename=lambda 
         modules = list(EVERYTHING if name == "unet" else TEXT)
         config = {"r": 2, "lora_alpha": 1, "target_modules": modules, "init_lora_weights": False}
         model.add_adapter(LoraConfig(**{**config, **(changes or {}).get(name, {})}), "default")
+        change(name, model)
         options[f"{name}_lora_layers"] = rename(get_peft_model_state_dict(model, adapter_name="default"))
         options[f"{name}_lora_adapter_metadata"] = model.peft_config["default"].to_dict()
     StableDiffusionXLPipeline.save_lora_weights(folder, **options)

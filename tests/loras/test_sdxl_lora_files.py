@@ -339,8 +339,9 @@ def test_merged_loras_draw_as_active_ones(world, tmp_path):
 
 # ------------------------------------------------------------------------------------------- of the other family
 
-OF_SDXL = "this is an SDXL LoRA, and the base model is Stable Diffusion"
-OF_SD = "this is a Stable Diffusion LoRA, and the base model is SDXL"
+SD = "Stable Diffusion 1.x or 2.x"
+OF_SDXL = f"this is an SDXL LoRA, and the base model is {SD}"
+OF_SD = f"this is a {SD} LoRA, and the base model is SDXL"
 
 
 @pytest.mark.parametrize("form", ["lora", "kohya"])
@@ -387,17 +388,17 @@ TELLING = {
     "unet.add_embedding.linear_1": (34, "SDXL"),
     "unet.mid_block.attentions.0.transformer_blocks.1.attn1.to_q": (16, "SDXL"),
     "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k": (2048, "SDXL"),
-    "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_v": (768, "Stable Diffusion"),
-    "unet.up_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v": (1024, "Stable Diffusion"),
+    "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_v": (768, SD),
+    "unet.up_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v": (1024, SD),
     "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q": (16, None),
     "text_encoder.encoder.layers.0.mlp.fc1": (16, None),
     "text_encoder_2.text_model.encoder.layers.0.mlp.fc1": (16, "SDXL"),
-    "lora_te_text_model_encoder_layers_0_mlp_fc1": (16, "Stable Diffusion"),
+    "lora_te_text_model_encoder_layers_0_mlp_fc1": (16, SD),
     "lora_te1_text_model_encoder_layers_0_mlp_fc1": (16, "SDXL"),
     "lora_te2_text_model_encoder_layers_0_mlp_fc1": (16, "SDXL"),
     "lora_unet_middle_block_1_proj_in": (16, "SDXL"),
     "lora_unet_mid_block_attentions_0_proj_in": (16, None),
-    "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k": (768, "Stable Diffusion"),
+    "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k": (768, SD),
 }
 
 
@@ -408,7 +409,7 @@ def test_the_family_is_told_from_the_file(world, tmp_path, layer):
     down, up = ("lora_down", "lora_up") if is_kohya else ("lora_A", "lora_B")
     save_file({f"{layer}.{down}.weight": torch.ones(2, width), f"{layer}.{up}.weight": torch.ones(4, 2)}, path)
     assert read_lora(path).family == family
-    for pipeline, own, message in ((world.sd, "Stable Diffusion", OF_SDXL), (world.sdxl, "SDXL", OF_SD)):
+    for pipeline, own, message in ((world.sd, SD, OF_SDXL), (world.sdxl, "SDXL", OF_SD)):
         with pytest.raises(ValueError) as raised:
             load_lora(pipeline, str(path), "x")
         assert (str(raised.value) == f"{path}: {message}") == (family not in (None, own))
@@ -421,7 +422,7 @@ def test_names_of_the_layers_tell_more_than_those_of_the_text_encoder(tmp_path):
     for layer, width in ((unet, 768), ("lora_te1_text_model_encoder_layers_0_mlp_fc1", 16)):
         state |= {f"{layer}.lora_down.weight": torch.ones(2, width), f"{layer}.lora_up.weight": torch.ones(4, 2)}
     save_file(state, path)
-    assert read_lora(path).family == "Stable Diffusion"
+    assert read_lora(path).family == SD
 
 
 # ---------------------------------------------------------------------------------------------------- the program

@@ -521,7 +521,7 @@ def spoil(kind: str, path: Path) -> str:
     elif kind == "SDXL":
         layer = "lora_te2_text_model_encoder_layers_0_mlp_fc1"
         state = {f"{layer}.lora_down.weight": torch.ones(2, 16), f"{layer}.lora_up.weight": torch.ones(32, 2)}
-        says = "this is an SDXL LoRA, and the base model is Stable Diffusion"
+        says = "this is an SDXL LoRA, and the base model is Stable Diffusion 1.x or 2.x"
     save_file(state, path)
     return says
 

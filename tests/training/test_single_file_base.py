@@ -34,11 +34,15 @@ def file(world, tmp_path_factory):
 
 def test_a_training_is_that_of_the_folder(world, file, tmp_path, caplog):
     one = {"pretrained_model_name_or_path": file, "base_config": world.model}
+    caplog.set_level("INFO")
     folder, single = train(world, tmp_path / "folder"), train(world, tmp_path / "single", **one)
     before, after = load_file(folder / LORA_WEIGHTS), load_file(single / LORA_WEIGHTS)
     assert before.keys() == after.keys()
     assert max((before[name] - after[name]).abs().max().item() for name in before) == 0.0
-    assert "base_config" in UNPUBLISHED and str(file.parent) not in (single / "README.md").read_text()
+    card, load = (single / "README.md").read_text(), "StableDiffusionPipeline.from_single_file("
+    assert "base_config" in UNPUBLISHED and str(file.parent) not in card
+    assert f"{load}'path/to/{file.name}', config='path/to/{world.model.name}', dtype=torch.float16)" in card
+    assert f"DiffusionPipeline.from_pipe({load}{str(file)!r}, config={str(world.model)!r}), custom_" in caplog.text
 
 
 def test_a_dry_run_prints_what_it_does_of_the_folder(world, file, tmp_path, capsys):
