@@ -11,7 +11,7 @@ import html
 import ipaddress
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -27,7 +27,9 @@ PROMPT = ("a woman, a brown jacket, a curtain background", "blonde hair")
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=FlagFormatter)
     add, given = parser.add_argument, os.environ.get
-    about = "Stable Diffusion 1.x or 2.x: a folder, a Hub id, or one .safetensors file; the toy world's if not set."
+    about = (
+        "Stable Diffusion 1.x, 2.x or XL: a folder, a Hub id, or one .safetensors file; the toy world's if not set."
+    )
     add("--base_model", type=in_home, default=given("SPF_BASE_MODEL"), help=about)
     add("--base_config", type=in_home, default=given("SPF_BASE_CONFIG"), help=BASE_CONFIG)
     about = (
@@ -73,10 +75,11 @@ import gradio as gr
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from families.pipelines import DrawingPipeline, load_drawing_pipeline
 from loras.slot import LoraSlot
 from pictures import overlay_heat_map
-from pipeline_spf_portrait import SPFPortraitPipeline, SPFPortraitPipelineOutput
-from programs.loading import InputError, choose_device, load_pipeline, naming
+from programs.loading import InputError, choose_device, naming, without_false_alarms
+from spf_call import SPFPortraitPipelineOutput
 from wording import MAX_CHARACTERS, find_weights, split_phrases, suggest_replacement
 
 
@@ -97,19 +100,23 @@ footer { display: none !important; }
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 
 
-def check_lengths(texts: Mapping[str, str], tokenizer: PreTrainedTokenizerBase) -> None:
-    """A ValueError for a text, by its field's name, that is too long: a drawing holds up all others."""
-    limit = tokenizer.model_max_length - 2  # without its beginning and end
+def check_lengths(texts: Mapping[str, str], tokenizers: Sequence[PreTrainedTokenizerBase]) -> None:
+    """A ValueError for a text, by its field's name, that is too long: a drawing holds up all others.
+
+    The tokenizers of one model may count words differently, and all of them have to take the text.
+    """
     for name, text in texts.items():
         if len(text) > MAX_CHARACTERS:
             raise ValueError(f"{name}: {len(text)} characters are more than the text encoder takes.")
-        count = len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-        if count > limit:
-            raise ValueError(f"{name}: {count} tokens are more than the {limit} that the text encoder takes.")
+        for tokenizer in tokenizers:
+            limit = tokenizer.model_max_length - 2  # without its beginning and end
+            count = len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+            if count > limit:
+                raise ValueError(f"{name}: {count} tokens are more than the {limit} that the text encoder takes.")
 
 
 def propose_replacement(
-    prompt: str, target: str, replaces: str, proposed: str, tokenizer: PreTrainedTokenizerBase
+    prompt: str, target: str, replaces: str, proposed: str, tokenizers: Sequence[PreTrainedTokenizerBase]
 ) -> tuple[str | None, str]:
     """What goes into the field *Replaces* after the prompt or the target was changed, None if it stays as it is, and
     what is proposed now.
@@ -117,7 +124,7 @@ def propose_replacement(
     It stays if the proposal is the former one, `proposed`, and if the user wrote something else.
     """
     try:
-        check_lengths({"Prompt": prompt, "Target": target}, tokenizer)
+        check_lengths({"Prompt": prompt, "Target": target}, tokenizers)
         found = suggest_replacement(split_phrases(prompt), target)
     except ValueError:  # said when it is drawn
         found = None
@@ -126,7 +133,7 @@ def propose_replacement(
 
 
 def draw(
-    pipeline: SPFPortraitPipeline, prompt: str, target: str, replaces: str = "", free_phrases: str = "", seed: int = 0,
+    pipeline: DrawingPipeline, prompt: str, target: str, replaces: str = "", free_phrases: str = "", seed: int = 0,
     on_step: Callable[[int, int], None] | None = None, **options: Any,
 ) -> SPFPortraitPipelineOutput:  # fmt: skip
     """One call of the pipeline, with the LoRA on it or none, from what the page's fields hold.
@@ -139,7 +146,7 @@ def draw(
     if replaces and not target:
         raise ValueError(f"Nothing is to replace {replaces!r}: the target is empty.")
 
-    def step_ended(pipeline: SPFPortraitPipeline, step: int, timestep: int, tensors: dict) -> dict:
+    def step_ended(pipeline: DrawingPipeline, step: int, timestep: int, tensors: dict) -> dict:
         if on_step is not None:
             on_step(step + 1, pipeline.num_timesteps)
         return tensors
@@ -166,13 +173,15 @@ class Page:
     """What the page does with its fields; all its visitors share the pipeline."""
 
     def __init__(self, slot: LoraSlot) -> None:
-        # A tokenizer of its own and one at a time: it changes its padding with each call, and proposals come while a
+        # Tokenizers of its own and one call at a time: they change their padding with each, and proposals come while a
         # picture is drawn.
-        self.slot, self.tokenizer, self.tokenizing = slot, copy.deepcopy(slot.pipeline.tokenizer), Lock()
+        parts = slot.pipeline.components
+        self.slot, self.tokenizing = slot, Lock()
+        self.tokenizers = [copy.deepcopy(parts[name]) for name in ("tokenizer", "tokenizer_2") if name in parts]
 
     def propose(self, prompt: str, target: str, replaces: str, proposed: str) -> tuple[Any, str]:
         with self.tokenizing:
-            field, proposal = propose_replacement(prompt, target, replaces, proposed, self.tokenizer)
+            field, proposal = propose_replacement(prompt, target, replaces, proposed, self.tokenizers)
         return gr.skip() if field is None else field, proposal
 
     def draw(
@@ -195,7 +204,7 @@ class Page:
         fields = {"Prompt": prompt, "Target": target, "Replaces": replaces, "May change, too": free_phrases}
         try:
             with self.tokenizing:
-                check_lengths(fields, self.tokenizer)
+                check_lengths(fields, self.tokenizers)
             self.slot.use(lora)
             if seed is None:
                 raise ValueError("The seed is empty.")
@@ -268,7 +277,7 @@ def _add_pictures(has_lora: bool) -> list[Any]:
 def build_demo(slot: LoraSlot, prompt: str = PROMPT[0], target: str = PROMPT[1]) -> gr.Blocks:
     """The page, not launched, whose drawings wait for one another, with these prompts at first."""
     page = Page(slot)
-    proposal = propose_replacement(prompt, target, "", "", page.tokenizer)[1]
+    proposal = propose_replacement(prompt, target, "", "", page.tokenizers)[1]
     with gr.Blocks(title="SPF-Portrait", analytics_enabled=False, delete_cache=(DAY, DAY)) as demo:
         gr.Markdown(ABOUT)
         with gr.Row():
@@ -294,14 +303,15 @@ def run_program(args: argparse.Namespace) -> None:
     try:
         device = choose_device(args.device)
         dtype = getattr(torch, args.dtype or ("float16" if device.startswith("cuda") else "float32"))
-        pipeline = load_pipeline(SPFPortraitPipeline, args.base_model, dtype, base_config=args.base_config).to(device)
+        with without_false_alarms():
+            pipeline = load_drawing_pipeline(args.base_model, dtype, base_config=args.base_config).to(device)
         pipeline.set_progress_bar_config(disable=True)  # the page shows it
         with naming("--lora"):
             slot = LoraSlot(pipeline, args.lora if is_open_to_others(args) else None, int(args.max_lora_mb * 1e6))
             for lora in reversed(args.lora):  # the first one stays
                 slot.use(lora)
         demo = build_demo(slot, args.prompt, args.target)
-        with naming("--host and --port"):
+        with naming("--host and --port"), without_false_alarms():
             demo.launch(server_name=args.host, server_port=args.port, share=args.share, theme=THEME, css=CSS)
     except InputError as error:
         raise SystemExit(f"app.py: error: {error}") from error

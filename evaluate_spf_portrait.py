@@ -30,8 +30,8 @@ from evaluation.judges import Judges, load_judges
 from evaluation.measures import MEASURES, measure
 from evaluation.report import PAGE, picture_rows, prepare_folder, write_report, write_tables
 from evaluation.summary import Judged, summarise
-from pipeline_spf_portrait import SPFPortraitPipeline
-from programs.loading import choose_device, load_pipeline
+from families.pipelines import load_drawing_pipeline
+from programs.loading import choose_device, without_false_alarms
 from prompts import PromptPair
 from toy_portraits.judge import PortraitJudge
 from toy_portraits.world import TARGETS
@@ -50,11 +50,10 @@ def run(args: argparse.Namespace) -> Path:
 
     # The models: what draws, on which each LoRA is tried, and what judges.
     flag = "pretrained_model_name_or_path"
-    pipeline = load_pipeline(
-        SPFPortraitPipeline, getattr(args, flag), getattr(torch, args.dtype), flag, base_config=args.base_config
-    )
+    pipeline = load_drawing_pipeline(getattr(args, flag), getattr(torch, args.dtype), flag, args.base_config)
     pipeline.to(device).set_progress_bar_config(disable=True)
-    pipeline.safety_checker = None
+    if "safety_checker" in pipeline.components:  # SDXL has none
+        pipeline.safety_checker = None
     for lora in loras:
         with on_pipeline(pipeline, lora, args.lora_scale):
             pass
@@ -125,7 +124,8 @@ def report(
 def evaluate(args: argparse.Namespace) -> None:
     diffusers.utils.logging.disable_progress_bar()
     try:
-        print(run(args))
+        with without_false_alarms():
+            print(run(args))
     except (ValueError, OSError) as error:
         raise SystemExit(f"evaluate_spf_portrait.py: error: {' '.join(str(error).split())}") from error
 

@@ -25,7 +25,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     about = "Is my LoRA clean? What it moves besides its target, against the original model's own portraits."
     parser = argparse.ArgumentParser("evaluate_spf_portrait.py", description=about, formatter_class=FlagFormatter)
     add = parser.add_argument
-    about = "Stable Diffusion 1.x or 2.x: a folder, a Hub id, or one .safetensors file."
+    about = "Stable Diffusion 1.x, 2.x or XL: a folder, a Hub id, or one .safetensors file."
     add("--pretrained_model_name_or_path", type=in_home, help=about)
     add("--base_config", type=in_home, help=BASE_CONFIG)
     about = "A file, a folder, or a Hub id, diffusers' or kohya's; may be repeated."
@@ -88,10 +88,13 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     ):
         if wrong:
             parser.error(message)
-    for name in ("num_seeds", "num_inference_steps", "batch_size", "num_resamples", "num_pictures", "max_prompts"):
+    counts = ("num_seeds", "num_inference_steps", "batch_size", "num_resamples", "num_pictures", "max_prompts")
+    for name in (*counts, "resolution"):
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name} must be at least 1, not {value}")
+    if args.resolution is not None and args.resolution % 8:  # as every stock pipeline asks for
+        parser.error(f"--resolution must be a multiple of 8, not {args.resolution}")
     for name in ("lora_scale", "guidance_scale"):
         if not math.isfinite(getattr(args, name)):
             parser.error(f"--{name} must be a finite number, not {getattr(args, name)}")

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from evaluation.inputs import LoraSource, picture_names, read_masks
 from evaluation.measures import Compared, Portraits
+from families.pipelines import DrawingPipeline
 from loras.loading import load_lora
-from pipeline_spf_portrait import SPFPortraitPipeline
 from prompts import PromptPair
 from toy_portraits.judge import PortraitJudge, target_region
 from toy_portraits.world import TARGETS
@@ -29,7 +29,7 @@ AT_A_TIME = 4  # portraits in memory while they are measured
 
 
 @contextmanager
-def on_pipeline(pipeline: SPFPortraitPipeline, lora: LoraSource, scale: float) -> Iterator[None]:
+def on_pipeline(pipeline: DrawingPipeline, lora: LoraSource, scale: float) -> Iterator[None]:
     """Inside, the pipeline has this LoRA; before and after, none."""
     load_lora(pipeline, str(lora.path), "evaluated")
     pipeline.set_adapters("evaluated", scale)
@@ -44,7 +44,7 @@ def picture_folders(output_dir: Path, models: Sequence[LoraSource]) -> list[Path
 
 
 def draw_portraits(
-    pipeline: SPFPortraitPipeline, pairs: Sequence[PromptPair], args: argparse.Namespace, folder: Path,
+    pipeline: DrawingPipeline, pairs: Sequence[PromptPair], args: argparse.Namespace, folder: Path,
     with_map: bool, bar: tqdm,
 ) -> None:  # fmt: skip
     """Draw every prompt with every seed, with the base prompt alone and with the target, with SFCMs if `with_map`.

@@ -1,6 +1,7 @@
 """Loading what a user names: an error of one line says what it was, and tokenizers are really there. [ours]"""
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,8 +11,9 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusio
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
-from transformers import CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTokenizer
 
+from programs.console import without_warning
 from programs.single_file import SingleFile, find_single_file
 
 
@@ -82,13 +84,17 @@ def find_stock_pipeline(
 ) -> type[StableDiffusionPipeline] | type[StableDiffusionXLPipeline]:  # fmt: skip
     """diffusers' pipeline for the folder, id or file that a flag names, as the configuration of its UNet says.
 
-    Raises InputError: it has no such configuration.
+    Raises InputError: it has no UNet.
     """
     with naming_flag(flag, name):
         file = find_single_file(name, base_config)
         if file is None:
             check_model_name(name)
-        config = UNet2DConditionModel.load_config(name if file is None else file.folder, subfolder="unet")
+        place = name if file is None else file.folder
+        index = DiffusionPipeline.load_config(place)
+        if "unet" not in index:
+            raise ValueError(f"is a {index.get('_class_name')}; known are Stable Diffusion 1.x, 2.x and XL")
+        config = UNet2DConditionModel.load_config(place, subfolder="unet")
     return StableDiffusionXLPipeline if config.get("addition_embed_type") == _SDXL else StableDiffusionPipeline
 
 
@@ -115,6 +121,8 @@ def load_pipeline(
         if config.get("addition_embed_type") != (_SDXL if is_sdxl else None) or config.get("in_channels", 4) != 4:
             family = "SDXL" if is_sdxl else "Stable Diffusion 1.x or 2.x"
             raise ValueError(f"not {family} for text to image, as its UNet's configuration says")
+        if is_sdxl:
+            _check_no_refiner(config, name if file is None else file.folder, hub)
         if file is not None:
             return _load_single_file(kind, file, dtype, options)
         try:
@@ -122,6 +130,14 @@ def load_pipeline(
         except OSError as error:
             pickles = " (pickles, such as .bin, are not read: save the model in safetensors)"
             raise ValueError(f"{error}{pickles if '.safetensors' in str(error) else ''}") from error
+
+
+def _check_no_refiner(unet_config: Mapping[str, Any], place: str, hub: dict[str, str | None]) -> None:
+    """Tell the refiner by the numbers about a picture's size that its UNet takes, which are 5 and not 6."""
+    text = CLIPTextConfig.from_pretrained(place, subfolder="text_encoder_2", **hub)
+    width = unet_config["projection_class_embeddings_input_dim"] - text.projection_dim
+    if width != 6 * unet_config["addition_time_embed_dim"]:
+        raise ValueError("Stable Diffusion XL's refiner, which only goes over pictures: use the base model")
 
 
 def _load_single_file(kind: type[Pipeline], file: SingleFile, dtype: torch.dtype, options: dict[str, Any]) -> Pipeline:
@@ -134,6 +150,24 @@ def _load_single_file(kind: type[Pipeline], file: SingleFile, dtype: torch.dtype
         # Such a file has no safety checker, whatever its configurations say; SDXL's class has no place for one.
         options = {"safety_checker": None, "requires_safety_checker": False} | options
     return kind.from_single_file(file.path, config=file.folder, dtype=dtype, local_files_only=True, **options)
+
+
+@contextmanager
+def without_false_alarms() -> Iterator[None]:
+    """Inside, nothing is said of layers that stay in float32 where there are none, nor of how SDXL's stock pipeline
+    brings its VAE to float32 and back for each picture in float16.
+    """
+
+    def other(record: logging.LogRecord) -> bool:
+        return "that should be kept in float32: []" not in record.getMessage()
+
+    speaker = logging.getLogger("diffusers.models.modeling_utils")
+    speaker.addFilter(other)
+    try:
+        with without_warning("`upcast_vae` is deprecated"):
+            yield
+    finally:
+        speaker.removeFilter(other)
 
 
 def cast_models(pipeline: DiffusionPipeline, dtype: torch.dtype) -> None:

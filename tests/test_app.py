@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import gradio as gr
@@ -318,9 +319,9 @@ def test_what_the_text_encoder_cannot_take_is_refused_before_it_is_read(pipeline
 
 
 def test_as_long_as_the_text_encoder_takes_is_taken(pipeline):
-    check_lengths({"Prompt": "a " * 30}, pipeline.tokenizer)
+    check_lengths({"Prompt": "a " * 30}, [pipeline.tokenizer])
     with pytest.raises(ValueError, match="^Prompt: 31 tokens are more than the 30 that"):
-        check_lengths({"Prompt": "a " * 31}, pipeline.tokenizer)
+        check_lengths({"Prompt": "a " * 31}, [pipeline.tokenizer])
 
 
 # --------------------------------------------------------------------------------------- what is put into *Replaces*
@@ -328,7 +329,7 @@ def test_as_long_as_the_text_encoder_takes_is_taken(pipeline):
 
 def test_a_phrase_about_the_targets_noun_is_proposed_until_the_user_decides(pipeline):
     def change(prompt, target, replaces, proposed):
-        return propose_replacement(prompt, target, replaces, proposed, pipeline.tokenizer)
+        return propose_replacement(prompt, target, replaces, proposed, [pipeline.tokenizer])
 
     assert change(PROMPT, TARGET, "", "") == ("black hair", "black hair")
     assert change("a man, red hair", TARGET, "black hair", "black hair") == ("red hair", "red hair")
@@ -345,8 +346,14 @@ def test_a_phrase_about_the_targets_noun_is_proposed_until_the_user_decides(pipe
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """The address of `python app.py`, started in another folder, with nothing but the port."""
-    folder = tmp_path_factory.mktemp("server")
+    """The address of `python app.py`, with nothing but the port."""
+    with serving(tmp_path_factory.mktemp("server")) as address:
+        yield address
+
+
+@contextmanager
+def serving(folder, *flags):
+    """The address of `python app.py`, started in this other folder, whose output goes into the file `log` there."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -355,7 +362,7 @@ def server(tmp_path_factory):
     log = folder / "log"
     with log.open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / "app.py"), "--port", str(port)],
+            [sys.executable, str(ROOT / "app.py"), "--port", str(port), *map(str, flags)],
             cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT,
         )  # fmt: skip
     address = f"http://127.0.0.1:{port}"

@@ -322,6 +322,7 @@ def test_the_memory_of_measuring_does_not_grow_with_the_number_of_portraits(tmp_
 
 TOY = ("--toy", "blonde_hair")
 MODEL = ("--pretrained_model_name_or_path", BASE_MODEL)
+ASKED = ("--base_prompts", "a man", "--target_prompt", "a hat")
 
 
 @pytest.mark.parametrize(
@@ -333,6 +334,8 @@ MODEL = ("--pretrained_model_name_or_path", BASE_MODEL)
         ((*MODEL, "--lora", LORA, "--base_prompts", "a man"), "--base_prompts needs --target_prompt"),
         ((*TOY, "--lora", LORA, "--base_prompts", "a", "--prompts_file", "b"), "not both"),
         ((*TOY, "--lora", LORA, "--resolution", 128), "--toy has portraits of 64 pixels"),
+        ((*MODEL, "--lora", LORA, *ASKED, "--resolution", 100), "--resolution must be a multiple of 8, not 100"),
+        ((*MODEL, "--lora", LORA, *ASKED, "--resolution", -8), "--resolution must be at least 1, not -8"),
         ((*TOY, "--lora", LORA, "--num_seeds", 0), "--num_seeds must be at least 1, not 0"),
         ((*TOY, "--lora", LORA, "--seed", -1), "--seed must be at least 0, not -1"),
         ((*TOY, "--lora", LORA, "--lora_scale", "nan"), "--lora_scale must be a finite number, not nan"),

@@ -31,6 +31,7 @@ SDXL = {"addition_embed_type": "text_time"}
 def test_another_base_model_is_refused_before_it_is_loaded(tmp_path, kind, config, message):
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (tmp_path / "model_index.json").write_text(json.dumps({"unet": ["diffusers", "UNet2DConditionModel"]}))
     with pytest.raises(InputError, match=f"^--base_model {tmp_path}: {message} .*as its UNet's configuration says$"):
         load_pipeline(kind, str(tmp_path), torch.float32)
     found = StableDiffusionXLPipeline if "addition_embed_type" in config else StableDiffusionPipeline
