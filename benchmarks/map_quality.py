@@ -227,7 +227,7 @@ def map_pictures(inputs: Inputs, scenes: Scenes, target_name: str, adapter: str)
 
 def measure_target(target_name: str, args: argparse.Namespace) -> tuple[list[Row], list[list[Picture]]]:
     """All rows of a target, and its part of the picture."""
-    pipeline, judge = judging.tools(args.device)
+    pipeline, judge = judging.tools(args.device, args.base)
     folders = lora_folders(args, target_name)
     runs = {drawing.adapter_name(folder): run for folder, run in folders.items()}
     found: dict[tuple, list[dict[str, np.ndarray]]] = {}  # by what a row is, a training seed each
@@ -335,7 +335,7 @@ perfect map of 16x16 latent pixels, which mix inside and outside at the border, 
 maximum lies in the region; *chance*: the region's share of the picture.
 """
     text += by_band_section(found, args) + training_section(found, args) + game_section(rows)
-    model = drawing.base_model_digest()
+    model = drawing.base_model_digest(args.base)
     tables.write_results(folder, args, text, base_model=model, loras=loras, rows=entries)
 
 

@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from toy_bases import write_random_lora
 
 from adapters import Adapters
 from attention_processors import capture_cross_attention
@@ -195,9 +196,10 @@ def test_noise_belongs_to_the_portrait_and_timesteps_cover_the_band():
     assert all((steps < 1000).all() for _, steps in noise_samples(64, (800, 1000), (1,)))
 
 
-def test_both_predictions_are_those_of_the_training(write_lora, tmp_path):
-    (pipeline, _), scenes = judging.tools("cpu"), render_scenes("striped_shirt", 2, 5)
-    unet, folders = pipeline.unet, [write_lora(tmp_path / name, seed) for seed, name in enumerate(("first", "second"))]
+def test_both_predictions_are_those_of_the_training(tmp_path):
+    (pipeline, _), scenes = judging.tools("cpu", "sd"), render_scenes("striped_shirt", 2, 5)
+    folders = [write_random_lora(tmp_path / name, seed) for seed, name in enumerate(("first", "second"))]
+    unet = pipeline.unet
     first, second = map(adapter_name, folders)
     with loras_on(pipeline, folders):
         inputs, timesteps = Inputs.make(pipeline, scenes), torch.tensor([700, 300])
