@@ -55,20 +55,27 @@ class DrawSettings:
     base: str = "sd"  # of `BASES`, with its own sampler
 
 
-def make_parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
-    """A parser with the flags that the benchmarks of quality have; all of them share one folder of LoRAs."""
+def drawing_parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """A parser with the flags of what is drawn, and where it is kept."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     about = "For LoRAs, caches, tables and pictures; runs/preservation, and a base but sd has a folder of its own."
     parser.add_argument("--output_dir", type=Path, help=about)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="Toy targets.")
+    for field in fields(DrawSettings):
+        choices = list(BASES) if field.name == "base" else None
+        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default, choices=choices)
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def make_parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """A parser with the flags that the benchmarks of quality have; all of them share one folder of LoRAs."""
+    parser = drawing_parser(description)
     parser.add_argument("--seeds", nargs="+", type=int, default=[101, 102, 103], help="Training seeds.")
     parser.add_argument("--stage1_steps", type=int, default=120)
     parser.add_argument("--stage2_steps", type=int, default=120)
     parser.add_argument("--train_args", default="", help="Further flags of the training script, in one string.")
     parser.add_argument("--workers", type=int, default=2, help="Processes of one thread each.")
-    for field in fields(DrawSettings):
-        choices = list(BASES) if field.name == "base" else None
-        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default, choices=choices)
     parser.set_defaults(**defaults)
     return parser
 
@@ -80,7 +87,7 @@ def read_flags(parser: argparse.ArgumentParser, input_args: Sequence[str] | None
     """
     args = parser.parse_args(input_args)
     for name in ("num_prompts", "num_inference_steps", "stage1_steps", "stage2_steps", "workers", "batch_size"):
-        if getattr(args, name) < 1:
+        if getattr(args, name, 1) < 1:
             parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
     if args.output_dir is None:
         args.output_dir = ROOT / "runs" / ("preservation" if args.base == "sd" else f"preservation_{args.base}")
