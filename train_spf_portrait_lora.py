@@ -72,24 +72,25 @@ def prepare(flags: Flags, inputs: Inputs, accelerator: Accelerator) -> Parts:
     family, data, shown = inputs.family, flags.data, accelerator.is_local_main_process
     models = load_models(flags, inputs, accelerator)
     cache = TensorCache(None if flags.model.cache_dir is None else Path(flags.model.cache_dir) / "spf-portrait")
-    table = make_prompt_table(
-        family, models.pipeline, inputs.pairs, inputs.tokens, encoded=data.cache_text_embeddings, cache=cache,
-        shown=shown,
-    )  # fmt: skip
-    training = TrainingPortraits(flags, inputs, models, accelerator)
+    with models.at_work(*family.text_encoders):
+        table = make_prompt_table(
+            family, models.pipeline, inputs.pairs, inputs.tokens, encoded=data.cache_text_embeddings, cache=cache,
+            shown=shown,
+        )  # fmt: skip
+    training, enhancement, used = TrainingPortraits(flags, inputs, models, accelerator), None, [family.denoiser]
     if data.cache_latents:
-        training.encode(cache, shown)
-    enhancement = None
+        with models.at_work("vae"):
+            training.encode(cache, shown)
     if uses_enhancement(flags.method, flags.paper):
         enhancement = Enhancement(flags, models, inputs.pairs, accelerator)
         if data.cache_latents:
             enhancement.embed(training, shown)
-    released = []
-    if data.cache_latents and (enhancement is None or enhancement.decoder is not models.pipeline.vae):
-        released.append("vae")
-    if data.cache_text_embeddings:
-        released += family.text_encoders
-    models.release(released)
+    if not data.cache_latents or (enhancement is not None and enhancement.decoder is models.pipeline.vae):
+        used.append("vae")
+    if not data.cache_text_embeddings:
+        used += family.text_encoders
+    # The UNet comes last, so that it need not share the device with what made these.
+    models.keep(used)
     batches = BatchDrawer(
         flags.loop.seed, flags.loop.train_batch_size, accelerator.process_index, accelerator.num_processes,
         len(inputs.pairs), models.noise, accelerator.device,

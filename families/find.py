@@ -1,6 +1,6 @@
 """Which family a model belongs to, from its own configurations and never from a flag.
 
-A new family is a class beside `StableDiffusion`, and a line in `find_family` that knows it.
+A new family is a class beside these, and a line in `find_family` that knows it.
 """
 
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ from typing import Any
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from families.stable_diffusion import MODEL, ModelFacts, StableDiffusion, read_config
+from families.stable_diffusion_xl import StableDiffusionXL
 from programs.loading import check_model_name, naming_flag
 from programs.single_file import find_single_file
 
@@ -18,16 +19,17 @@ def find_family(model_index: Mapping[str, Any], denoiser_config: Mapping[str, An
 
     Raises ValueError: none that can be trained.
     """
-    kind = denoiser_config.get("_class_name", "UNet2DConditionModel")
-    if kind != "UNet2DConditionModel":
-        raise ValueError(
-            f"the {kind} of a {model_index.get('_class_name')}; there is training for Stable Diffusion 1.x and 2.x"
-        )
-    if denoiser_config.get("addition_embed_type") is not None:
-        raise ValueError(
-            f"asks for more than a prompt ({denoiser_config['addition_embed_type']!r}), as Stable Diffusion XL does"
-        )
-    return StableDiffusion
+    kind, pipeline = denoiser_config.get("_class_name", "UNet2DConditionModel"), model_index.get("_class_name")
+    told = denoiser_config.get("addition_embed_type")
+    if kind == "UNet2DConditionModel" and told is None:
+        return StableDiffusion
+    if kind == "UNet2DConditionModel" and told == "text_time":
+        first, second = ((model_index.get(name) or (None,))[0] for name in StableDiffusionXL.text_encoders)
+        if first == second == "transformers":
+            return StableDiffusionXL
+        if first is None and second == "transformers":
+            raise ValueError("the refiner of Stable Diffusion XL, which only goes over pictures: give its base model")
+    raise ValueError(f"the {kind} of a {pipeline}; there is training for Stable Diffusion 1.x, 2.x and XL")
 
 
 def check_model(

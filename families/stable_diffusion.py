@@ -6,14 +6,24 @@ Legend: B batch, C latent channels, H/W latent size, H'/W' size in pixels, T tex
 from __future__ import annotations
 
 import inspect
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, ConfigMixin, DDPMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    ConfigMixin,
+    DDPMScheduler,
+    DiffusionPipeline,
+    UNet2DConditionModel,
+)
 from torch import Tensor, nn
-from transformers import AutoConfig, CLIPTextConfig, CLIPTokenizer
+from transformers import AutoConfig, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from attention_processors import CrossAttentionCapture, find_cross_attention_layers
 from families import hub_names
@@ -21,13 +31,17 @@ from families.noise_process import DDPM
 from families.prompt_embeds import PromptEmbeds
 from pipeline_spf_portrait import SPFPortraitPipeline
 from programs.loading import check_model_name, load_tokenizer, naming_flag
-from prompts import PromptPair, PromptTokens, tokenize_prompt_pair
+from prompts import PromptPair, PromptTokens, locate_in_all
 from sfcm import clip_distances
 
+
+logger = logging.getLogger(__name__)
 
 MODEL, VAE, TINY_VAE = (
     "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "tiny_vae_model_name_or_path",
 )  # fmt: skip
+# Models that draw in a few steps say so in their names, and hardly anywhere else.
+_DISTILLED = re.compile(r"(?<![a-z])(turbo|lightning|lcm|hyper|dmd2?)(?![a-z])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -35,7 +49,7 @@ class ModelFacts:
     """What is known of a model before its weights are loaded."""
 
     denoiser_config: dict[str, Any]
-    text_config: CLIPTextConfig
+    text_configs: tuple[CLIPTextConfig, ...]
     tokenizers: tuple[CLIPTokenizer, ...]
     side_multiple: int  # of pixels that each side of a picture must be a multiple of
     num_train_timesteps: int
@@ -44,16 +58,18 @@ class ModelFacts:
 class StableDiffusion:
     """What is particular to this family; it has no state, and is used without an instance."""
 
-    pipeline_class = SPFPortraitPipeline  # draws with it
+    pipeline_class: type[DiffusionPipeline] = SPFPortraitPipeline  # draws with it
+    pipeline_options: Mapping[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
     hub = hub_names.STABLE_DIFFUSION
     # Names of the pipeline's components.
     denoiser = "unet"
-    text_encoders = ("text_encoder",)
-    tokenizers = ("tokenizer",)
+    text_encoders: tuple[str, ...] = ("text_encoder",)
+    tokenizers: tuple[str, ...] = ("tokenizer",)
+    text_models: tuple[type[nn.Module], ...] = (CLIPTextModel,)  # classes of its text encoders
 
-    @staticmethod
+    @classmethod
     def check(
-        model: str, denoiser_config: Mapping[str, Any], *, place: str | None = None, revision: str | None = None,
+        cls, model: str, denoiser_config: Mapping[str, Any], *, place: str | None = None, revision: str | None = None,
         cache_dir: str | None = None, vae: str | None = None, tiny_vae: str | None = None,
         prediction_type: str | None = None,
     ) -> ModelFacts:  # fmt: skip
@@ -76,32 +92,52 @@ class StableDiffusion:
         with naming_flag(MODEL, model):
             changed = {} if prediction_type is None else {"prediction_type": prediction_type}
             process = DDPM(config.get("_class_name", "DDPMScheduler"), {**config, **changed})
-        with naming_flag(MODEL, f"{model}, tokenizer"):
-            tokenizer = load_tokenizer(place, subfolder="tokenizer", **hub)
-        with naming_flag(MODEL, f"{model}, text_encoder"):
-            text_config = AutoConfig.from_pretrained(place, subfolder="text_encoder", **hub)
+        tokenizers, text_configs = [], []
+        for tokenizer, text_encoder in zip(cls.tokenizers, cls.text_encoders, strict=True):
+            with naming_flag(MODEL, f"{model}, {tokenizer}"):
+                tokenizers.append(load_tokenizer(place, subfolder=tokenizer, **hub))
+            with naming_flag(MODEL, f"{model}, {text_encoder}"):
+                text_configs.append(AutoConfig.from_pretrained(place, subfolder=text_encoder, **hub))
+        _warn_of_distilled(model, unet_config, config)
         return ModelFacts(
             denoiser_config=unet_config,
-            text_config=text_config,
-            tokenizers=(tokenizer,),
+            text_configs=tuple(text_configs),
+            tokenizers=tuple(tokenizers),
             # Each level of the VAE and of the UNet but the first halves the sides.
             side_multiple=2 ** (len(vae_config["block_out_channels"]) + len(unet_config["block_out_channels"]) - 2),
             num_train_timesteps=process.num_train_timesteps,
         )
 
-    @staticmethod
-    def locate(pair: PromptPair, tokenizers: Sequence[CLIPTokenizer]) -> PromptTokens:
-        """Where words and padding of both prompts lie among the tokens that the UNet attends to."""
-        return tokenize_prompt_pair(pair, tokenizers[0])
+    @classmethod
+    def vae_dtype(cls, vae: AutoencoderKL, dtype: torch.dtype) -> torch.dtype:
+        """The dtype that the VAE of a model in `dtype` can compute in."""
+        return dtype
 
     @staticmethod
-    def encode(pipeline: SPFPortraitPipeline, ids: Tensor) -> PromptEmbeds:
-        """Prompts, as tokens (B, T) of the pipeline's tokenizer, for the UNet."""
+    def locate(pair: PromptPair, tokenizers: Sequence[CLIPTokenizer]) -> PromptTokens:
+        """Where words and padding of both prompts lie among the T tokens that the UNet attends to."""
+        return locate_in_all(pair, tokenizers)
+
+    @staticmethod
+    def tokenize(tokenizers: Sequence[CLIPTokenizer], prompts: Sequence[str]) -> list[tuple[int, ...]]:
+        """What `encode` takes of each prompt: the T tokens of every tokenizer, one after another; cut where too long.
+        """
+        rows = [tokenizer(list(prompts), padding="max_length", truncation=True).input_ids for tokenizer in tokenizers]
+        return [tuple(chain.from_iterable(row)) for row in zip(*rows, strict=True)]
+
+    @classmethod
+    def encode(cls, pipeline: DiffusionPipeline, ids: Tensor) -> PromptEmbeds:
+        """Prompts, as `tokenize` gives them (B, T), for the UNet."""
         return PromptEmbeds(pipeline.text_encoder(ids)[0])
 
     @staticmethod
+    def pooled_dim(pipeline: DiffusionPipeline) -> int:
+        """The size of a prompt's pooled embedding; 0 for none."""
+        return 0
+
+    @staticmethod
     def distances(
-        pipeline: SPFPortraitPipeline, pairs: Sequence[PromptPair], tokens: Sequence[PromptTokens]
+        pipeline: DiffusionPipeline, pairs: Sequence[PromptPair], tokens: Sequence[PromptTokens]
     ) -> list[Tensor]:
         """CLIP distances (P,) of each pair's phrases to its target, as the pipeline itself has them."""
         encoder = pipeline.text_encoder
@@ -164,3 +200,15 @@ def _check_decoder(flag: str, name: str, kind: type, unet_config: dict, cache_di
 def _check_latents(config: dict[str, Any], unet_config: dict[str, Any]) -> None:
     if config["latent_channels"] != unet_config["in_channels"]:
         raise ValueError(f"has {config['latent_channels']} latent channels, the UNet {unet_config['in_channels']}")
+
+
+def _warn_of_distilled(model: str, unet_config: Mapping[str, Any], scheduler_config: Mapping[str, Any]) -> None:
+    """Say that a model which was made to draw in a few steps is learned from badly."""
+    by_name = _DISTILLED.search(model)
+    if by_name is None and unet_config["time_cond_proj_dim"] is None and "LCM" not in scheduler_config["_class_name"]:
+        return
+    logger.warning(
+        "--%s %s: seems to be distilled to a few steps%s; training undoes that, and its noise is not what it learned "
+        "from. Train on the model that it was made of, and draw with this one",
+        MODEL, model, f" ({by_name[0]!r} in its name)" if by_name else "",
+    )  # fmt: skip

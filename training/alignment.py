@@ -28,6 +28,7 @@ def prepare_alignment(flags: Flags, inputs: Inputs, parts: Parts, accelerator: A
     portraits = Portraits(
         [latents for source in sources for latents in source.latents],
         torch.cat([source.pair_index for source in sources]),
+        torch.cat([source.time_ids for source in sources]),
         tuple(bucket for source in sources for bucket in source.buckets),
     )
     if inputs.sfcm is not None:
@@ -58,7 +59,7 @@ def draw_overview(models: Models, portraits: Portraits, count: int, path: Path) 
     """Write the first portraits and the SFCM over each, so that one sees what stage 2 will protect."""
     # A grid has pictures of one size: those of the first portrait's.
     chosen, rows = [i for i, bucket in enumerate(portraits.buckets) if bucket == portraits.buckets[0]], []
-    with models.resident():
+    with models.at_work("vae"):
         for i in chosen[:count]:
             portrait = decode_portrait(models, portraits.latents[i])
             rows.append([portrait, overlay_heat_map(portrait, portraits.sfcm[i][0].cpu())])
@@ -69,7 +70,7 @@ def draw_overview(models: Models, portraits: Portraits, count: int, path: Path) 
 def save_portraits(models: Models, portraits: Portraits, folder: Path) -> None:
     """Write each portrait, and its map as --sfcm_dir reads it, if it has one."""
     (folder / "sfcm" if portraits.sfcm else folder).mkdir(parents=True, exist_ok=True)
-    with models.resident():
+    with models.at_work("vae"):
         for i, latents in enumerate(portraits.latents):
             portrait = decode_portrait(models, latents)
             portrait.save(folder / f"{i:05d}.png")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from families.noise_process import DDPM
-from training.portraits import Portraits, TrainingPortraits
+from training.portraits import Portraits, Taken, TrainingPortraits
 from training.prompt_table import BASE, EMPTY, FULL
 from training.training_set import bucketed_batch_indices, derive_seed
 
@@ -29,6 +29,7 @@ class Batch:
     noise: Tensor
     noisy_latents: Tensor
     timesteps: Tensor  # (B,)
+    time_ids: Tensor  # (B, 6) float32, size and crop
     pixels: Tensor | None = None  # (B, 3, H', W') in [-1, 1], where the batch was encoded in this step
 
 
@@ -63,8 +64,7 @@ class BatchDrawer:
 
         `noise_offset` is the standard deviation of an offset that all noise of one channel shares.
         """
-        index, latents, pixels = portraits.take(micro_step)
-        return self._noised(portraits.pair_index, index, latents, micro_step, noise_offset=noise_offset, pixels=pixels)
+        return self._noised(portraits.pair_index, portraits.take(micro_step), micro_step, noise_offset=noise_offset)
 
     def aligned(
         self, portraits: Portraits, micro_step: int, stream: int, unchanged_share: float = 0.0,
@@ -80,17 +80,16 @@ class BatchDrawer:
         members = [i for i, other in enumerate(portraits.buckets) if bucket in (None, other)]
         buckets, seed = [portraits.buckets[i] for i in members], derive_seed(self.seed, f"stream {stream}")
         index = [members[i] for i in bucketed_batch_indices(micro_step, self.size, buckets, seed)[self.own]]
-        latents = torch.stack([portraits.latents[i] for i in index])
-        return self._noised(
-            portraits.pair_index, torch.tensor(index), latents, micro_step, stream, unchanged_share, timestep_power
-        )
+        latents, index = torch.stack([portraits.latents[i] for i in index]), torch.tensor(index)
+        taken = Taken(index, latents, portraits.time_ids[send(index, self.device)])
+        return self._noised(portraits.pair_index, taken, micro_step, stream, unchanged_share, timestep_power)
 
     def _noised(
-        self, pair_index: Tensor, index: Tensor, latents: Tensor, micro_step: int, stream: int = 0,
-        unchanged_share: float = 0.0, timestep_power: float = 0.0, noise_offset: float = 0.0,
-        pixels: Tensor | None = None,
+        self, pair_index: Tensor, taken: Taken, micro_step: int, stream: int = 0, unchanged_share: float = 0.0,
+        timestep_power: float = 0.0, noise_offset: float = 0.0,
     ) -> Batch:  # fmt: skip
-        """Noise, timesteps and kinds for the portraits at `index`."""
+        """Noise, timesteps and kinds for portraits."""
+        index, latents, time_ids, pixels = taken
         size, own, generator = self.size, self.own, self.generator(micro_step, stream)
         # Stratified, so that a batch has its share of each kind however small the share is.
         place = (torch.randperm(size, generator=generator) + torch.rand(size, generator=generator)) / size
@@ -104,7 +103,8 @@ class BatchDrawer:
         pairs = pair_index[send(index % len(pair_index), self.device)]
         rows = send(kinds * self.pairs, self.device) + pairs
         noisy_latents = self.noise.add_noise(latents, noise, timesteps)
-        return Batch(index, kinds, pairs, rows, latents, noise, noisy_latents, timesteps, pixels)
+        time_ids = send(time_ids, self.device)
+        return Batch(index, kinds, pairs, rows, latents, noise, noisy_latents, timesteps, time_ids, pixels)
 
 
 def send(values: Tensor, device: torch.device) -> Tensor:

@@ -40,6 +40,7 @@ class Inputs:
 
     Attributes:
         rows: the N training portraits.
+        image_sizes: (width, height) of their pictures, upright.
         sizes: (H, W) of each bucket, one without --aspect_ratio_buckets.
         buckets: which of them each pair of prompts belongs to, N + M.
         pairs, tokens: the portraits' prompts, then those of the M portraits that will be drawn for the alignment.
@@ -52,6 +53,7 @@ class Inputs:
 
     family: type[StableDiffusion]
     rows: list[PortraitRow]
+    image_sizes: list[tuple[int, int]]
     sizes: tuple[tuple[int, int], ...]
     buckets: tuple[int, ...]
     pairs: list[PromptPair]
@@ -86,8 +88,8 @@ def check_inputs(flags: Flags) -> Inputs:
     references = find_references(flags.lora, flags.model.cache_dir)
     resume = find_resume(flags, references)
     family, facts = check_models(flags)
-    (tokenizer,), locate = facts.tokenizers, partial(family.locate, tokenizers=facts.tokenizers)
-    check_loras(flags, references, facts)
+    locate = partial(family.locate, tokenizers=facts.tokenizers)
+    check_loras(flags, references, family, facts)
     sizes = read_sizes(flags.pictures, facts.side_multiple, flags.model.pretrained_model_name_or_path)
     rows = load_rows(
         flags.data, flags.columns, cache_dir=flags.model.cache_dir, with_masks=flags.method.preservation == "mask",
@@ -95,7 +97,8 @@ def check_inputs(flags: Flags) -> Inputs:
     )  # fmt: skip
     pairs, tokens = read_pairs(rows, flags.data.free_phrases or (), locate)
     check_images(rows)
-    buckets = [nearest_bucket(upright_size(row.image, row.source), sizes) for row in rows]
+    image_sizes = [upright_size(row.image, row.source) for row in rows]
+    buckets = [nearest_bucket(size, sizes) for size in image_sizes]
     drawn, drawn_buckets = pairs_to_draw(flags, pairs, buckets, sizes)
     with naming("--reference_target_prompt"):  # with what the prompts already had, each fits
         tokens += [locate(pair) for pair in drawn]
@@ -103,10 +106,11 @@ def check_inputs(flags: Flags) -> Inputs:
     if flags.alignment.alignment_source != "generated":
         aligned += len(rows)
     inputs = Inputs(
-        family=family, rows=rows, sizes=sizes, buckets=(*buckets, *drawn_buckets), pairs=pairs + drawn, tokens=tokens,
-        validation_pair=validation_pair(flags, pairs[0], locate), resume=resume, references=references,
+        family=family, rows=rows, image_sizes=image_sizes, sizes=sizes, buckets=(*buckets, *drawn_buckets),
+        pairs=pairs + drawn, tokens=tokens, validation_pair=validation_pair(flags, pairs[0], locate), resume=resume,
+        references=references,
         sfcm=None if maps is None else read_maps(Path(maps), aligned),
-        unrelated_ids=tokenize_unrelated(flags.method.unrelated_prompts or [""], tokenizer),
+        unrelated_ids=tokenize_unrelated(family, facts.tokenizers, flags.method.unrelated_prompts or [""]),
     )  # fmt: skip
     # Asked in any case: it is that of the masks as they are now.
     data = inputs.data_fingerprint
@@ -146,12 +150,15 @@ def read_pairs(
     return pairs, tokens
 
 
-def tokenize_unrelated(prompts: Sequence[str], tokenizer: CLIPTokenizer) -> torch.Tensor:
+def tokenize_unrelated(
+    family: type[StableDiffusion], tokenizers: Sequence[CLIPTokenizer], prompts: Sequence[str]
+) -> torch.Tensor:
     """Tokens (U, T) of prompts that have nothing to do with the target; a ValueError if one does not fit."""
     for prompt in prompts:
-        count, most = len(tokenizer(prompt).input_ids), tokenizer.model_max_length
-        refuse(count > most, f"--unrelated_prompts: {prompt!r} has {count} tokens, more than {most}")
-    return torch.tensor(tokenizer(list(prompts), padding="max_length").input_ids)
+        for tokenizer in tokenizers:
+            count, most = len(tokenizer(prompt).input_ids), tokenizer.model_max_length
+            refuse(count > most, f"--unrelated_prompts: {prompt!r} has {count} tokens, more than {most}")
+    return torch.tensor(family.tokenize(tokenizers, prompts))
 
 
 def read_maps(folder: Path, count: int) -> list[torch.Tensor]:

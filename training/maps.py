@@ -52,7 +52,8 @@ class MapMaker:
         models, flags, rows = self._models, self._flags, portraits.pair_index[list(members)]
         latents = torch.stack([portraits.latents[i] for i in members])
         (low, high), count = flags.sfcm_timesteps, flags.sfcm_noise_samples
-        reference_embeds, response_embeds = self._table.reference(rows), self._table.response(rows)
+        asked = rows, portraits.time_ids[list(members)]
+        reference_embeds, response_embeds = self._table.reference(*asked), self._table.response(*asked)
         # Each portrait has its own generator, so that the size of a batch does not change its map.
         generators = [torch.Generator().manual_seed(derive_seed(self._seed, f"map {i}")) for i in members]
         difference, probs, resolutions = 0, [], []

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
-from transformers import AutoConfig, CLIPConfig, CLIPImageProcessorPil, CLIPTextModel
+from transformers import AutoConfig, CLIPConfig, CLIPImageProcessorPil
 
 from families.find import check_model
 from families.stable_diffusion import ModelFacts, StableDiffusion
@@ -55,14 +55,18 @@ def find_references(lora: LoraFlags, cache_dir: str | None) -> tuple[ReferenceLo
     return tuple(references.values())
 
 
-def check_loras(flags: Flags, references: Sequence[ReferenceLora], facts: ModelFacts) -> None:
+def check_loras(
+    flags: Flags, references: Sequence[ReferenceLora], family: type[StableDiffusion], facts: ModelFacts
+) -> None:
     """A ValueError for an earlier LoRA, or stage 1's, that does not fit, or a layer of the new one that is none."""
     lora, stage1 = flags.lora, flags.lora.stage1_lora_path
     if not (references or stage1 or lora.lora_layers):
         return
     with init_empty_weights():
-        unet, text_encoder = UNet2DConditionModel.from_config(facts.denoiser_config), CLIPTextModel(facts.text_config)
-    layers = {"unet": _layers(unet), "text_encoder": _layers(text_encoder)}
+        models = {family.denoiser: UNet2DConditionModel.from_config(facts.denoiser_config)}
+        for name, kind, config in zip(family.text_encoders, family.text_models, facts.text_configs, strict=True):
+            models[name] = kind(config)
+    layers = {name: _layers(model) for name, model in models.items()}
     for reference in references:
         with naming_flag("reference_lora", reference.name):
             file = read_lora(reference.path)

@@ -5,13 +5,13 @@ Source: [ours].
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from accelerate import Accelerator, cpu_offload_with_hook
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import XFormersAttnProcessor
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
@@ -35,9 +35,9 @@ STAGE1_ADAPTER = "stage1"
 
 
 def load_base_model(
-    pipeline_class: type[StableDiffusionPipeline], args: ModelFlags, weight_dtype: torch.dtype,
+    family: type[StableDiffusion], args: ModelFlags, weight_dtype: torch.dtype,
     references: Sequence[ReferenceLora] = (),
-) -> StableDiffusionPipeline:  # fmt: skip
+) -> DiffusionPipeline:  # fmt: skip
     """The base model, with the VAE and the prediction type of the flags, and earlier LoRAs merged into its weights."""
     # Merged in half precision, small changes would be rounded away, and the sum be another than side by side.
     dtype = torch.float32 if references else weight_dtype
@@ -47,11 +47,13 @@ def load_base_model(
             parts["vae"] = AutoencoderKL.from_pretrained(
                 vae, dtype=dtype, cache_dir=args.cache_dir, use_safetensors=True
             )
-    pipeline = _load(pipeline_class, args, dtype, **parts)
+    pipeline = _load(family, args, dtype, **parts)
     if references:
         with naming_flag("reference_lora", " ".join(reference.name for reference in references)):
             merge_loras(pipeline, [str(lora.path) for lora in references], [lora.scale for lora in references])
         cast_models(pipeline, weight_dtype)
+    # diffusers' own way warns of layers that stay in float32 where there are none.
+    torch.nn.Module.to(pipeline.vae, family.vae_dtype(pipeline.vae, weight_dtype))
     if args.prediction_type is not None:
         config = pipeline.scheduler.config
         pipeline.scheduler = type(pipeline.scheduler).from_config(config, prediction_type=args.prediction_type)
@@ -61,24 +63,22 @@ def load_base_model(
 
 def load_text_part(
     family: type[StableDiffusion], model: ModelFlags, references: Sequence[ReferenceLora]
-) -> StableDiffusionPipeline:
+) -> DiffusionPipeline:
     """The base model as far as it reads prompts; whole where earlier LoRAs, which may change that, are merged."""
     if references:
-        return load_base_model(family.pipeline_class, model, torch.float32, references)
-    return _load(family.pipeline_class, model, torch.float32, **{"vae": None, family.denoiser: None})
+        return load_base_model(family, model, torch.float32, references)
+    return _load(family, model, torch.float32, **{"vae": None, family.denoiser: None})
 
 
-def _load(
-    kind: type[StableDiffusionPipeline], model: ModelFlags, dtype: torch.dtype, **parts: Any
-) -> StableDiffusionPipeline:
+def _load(family: type[StableDiffusion], model: ModelFlags, dtype: torch.dtype, **parts: Any) -> DiffusionPipeline:
     flag = "pretrained_model_name_or_path"
-    parts |= {"safety_checker": None, "requires_safety_checker": False}
+    parts |= family.pipeline_options
     parts |= {name: getattr(model, name) for name in ("revision", "cache_dir", "variant", "base_config")}
-    return load_pipeline(kind, getattr(model, flag), dtype, flag, **parts)
+    return load_pipeline(family.pipeline_class, getattr(model, flag), dtype, flag, **parts)
 
 
 @torch.no_grad()
-def load_adapter(pipeline: StableDiffusionPipeline, path: str | Path) -> None:
+def load_adapter(pipeline: DiffusionPipeline, path: str | Path) -> None:
     """Load the LoRA in a file or folder as the one in training, with the rank, alpha, layers and numbers it has."""
     load_lora(pipeline, str(path), "default")
     train_in_float32(pipeline.unet, "default")
@@ -114,6 +114,8 @@ def lora_config(family: type[StableDiffusion], args: LoraFlags, unet: UNet2DCond
 class Models:
     """The base model with the LoRA in training, the teacher once there is one, and what of them lies on the device.
 
+    All lie on the CPU until `keep` says what is used in each step; `at_work` and `drawing` lend the device to others.
+
     Attributes:
         pipeline: draws with the models as they are.
         unet, response_unet: its UNet, with the adapter "default", which is trained, and its distributed wrapper, if
@@ -123,33 +125,54 @@ class Models:
     """
 
     def __init__(
-        self, family: type[StableDiffusion], pipeline: StableDiffusionPipeline, device: torch.device
+        self, family: type[StableDiffusion], pipeline: DiffusionPipeline, device: torch.device
     ) -> None:
         self.family, self.pipeline, self.device = family, pipeline, device
         self.unet = self.response_unet = getattr(pipeline, family.denoiser)
         self.noise = DDPM(type(pipeline.scheduler).__name__, pipeline.scheduler.config)
         self.adapters, self.capture = Adapters(self.unet), family.capture(self.unet)
-        self._released: tuple[str, ...] = ()
+        self._kept: frozenset[str] = frozenset()
 
-    def release(self, names: Sequence[str]) -> None:
-        """Take models that no step uses off the device; for pictures they come back, see `resident`."""
-        self._released = tuple(names)
-        self._move(torch.device("cpu"))
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+    def keep(self, names: Sequence[str]) -> None:
+        """Bring the models that steps use onto the device, where they stay."""
+        self._kept = frozenset(names)
+        for name in names:
+            getattr(self.pipeline, name).to(self.device)
 
     @contextmanager
-    def resident(self) -> Iterator[None]:
-        """Inside, all of the pipeline's models lie on the device."""
+    def at_work(self, *names: str) -> Iterator[None]:
+        """Inside, these of the pipeline's models lie on the device."""
+        lent = [getattr(self.pipeline, name) for name in names if name not in self._kept]
         try:
-            self._move(self.device)
+            for model in lent:
+                model.to(self.device)
             yield
         finally:
-            self._move(torch.device("cpu"))
+            for model in lent:
+                model.to("cpu")
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
-    def _move(self, device: torch.device) -> None:
-        for name in self._released:
-            getattr(self.pipeline, name).to(device)
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Inside, the pipeline draws: each of its models that no step uses comes onto the device when it is called,
+        and leaves it before the next of them comes.
+        """
+        vae, hooks = self.pipeline.vae, []
+        # In the order of their calls.
+        for name in (*self.family.text_encoders, "vae"):
+            if name not in self._kept:
+                model, last = getattr(self.pipeline, name), hooks[-1] if hooks else None
+                hooks.append(cpu_offload_with_hook(model, self.device, prev_module_hook=last)[1])
+        try:
+            with nullcontext() if vae.dtype == self.unet.dtype else decoded_without_autocast(vae):
+                yield
+        finally:
+            for hook in hooks:
+                hook.offload()
+                hook.remove()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
         """What the UNet predicts, (B, C, H, W), with the adapters that are active."""
@@ -189,15 +212,30 @@ class Models:
                 magnitude.copy_(norms.view_as(magnitude))  # that of a convolution has sides of 1 beside its outputs
 
 
+@contextmanager
+def decoded_without_autocast(vae: AutoencoderKL) -> Iterator[None]:
+    """Inside, a VAE decodes in its own dtype, though autocast is on: it may have another since half is too little."""
+    decode = vae.decode
+
+    def own(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(latents.device.type, enabled=False):
+            return decode(latents.to(vae.dtype), *args, **kwargs)
+
+    vae.decode = own
+    try:
+        yield
+    finally:
+        del vae.decode
+
+
 def load_models(flags: Flags, inputs: Inputs, accelerator: Accelerator) -> Models:
-    """The base model on the device, frozen, with a new LoRA on its UNet, or an earlier one that goes on.
+    """The base model on the CPU, frozen, with a new LoRA on its UNet, or an earlier one that goes on.
 
     Raises InputError: weights are missing, damaged or a pickle.
     """
     family, model = inputs.family, flags.model
     earlier = flags.lora.stage1_lora_path if inputs.resume is None else inputs.resume.folder
-    pipeline = load_base_model(family.pipeline_class, model, weight_dtype(accelerator), inputs.references)
-    pipeline.to(accelerator.device)
+    pipeline = load_base_model(family, model, weight_dtype(accelerator), inputs.references)
     unet = getattr(pipeline, family.denoiser)
     for name in (family.denoiser, "vae", *family.text_encoders):
         getattr(pipeline, name).requires_grad_(False)

@@ -44,6 +44,30 @@ def preprocess_mask(
     return pixels[:1] / 2 + 0.5
 
 
+def micro_conditioning(
+    image_size: tuple[int, int], size: tuple[int, int], *, flip: bool = False,
+    centering: tuple[float, float] = (0.5, 0.5),
+) -> tuple[float, ...]:  # fmt: skip
+    """What Stable Diffusion XL is told of the part of an image that `preprocess_image` takes.
+
+    Args:
+        image_size: (width, height) of the image, upright.
+
+    Returns: height and width of the image, top and left of the part in pixels of the image as it is resized and, where
+        that is asked for, mirrored, and H, W.
+    Source: Podell et al., arXiv 2307.01952, section 2.2.
+    """
+    (image_width, image_height), (height, width), (x, y) = image_size, size, centering
+    scale = max(width / image_width, height / image_height)
+    top, left = (image_height * scale - height) * y, (image_width * scale - width) * (1 - x if flip else x)
+    return tuple(map(float, (image_height, image_width, round(top), round(left), height, width)))
+
+
+def whole_picture(size: tuple[int, int]) -> tuple[float, ...]:
+    """`micro_conditioning` of a picture that is drawn, and so is as large as it is and whole."""
+    return micro_conditioning(size[::-1], size)
+
+
 def parse_aspect_ratio_buckets(text: str, multiple: int) -> tuple[tuple[int, int], ...]:
     """The (H, W) of --aspect_ratio_buckets such as "512,512;640,448", whose sides must be multiples of `multiple`.
 

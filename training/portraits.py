@@ -6,7 +6,7 @@ Legend: B batch, C channels, H/W latent size, N training portraits, M alignment 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -19,6 +19,7 @@ from training.arguments import Flags
 from training.caches import TensorCache, fingerprint, module_fingerprint
 from training.inputs import Inputs
 from training.models import Models
+from training.pixels import whole_picture
 from training.training_set import Sample, TrainingSet, derive_seed
 
 
@@ -28,8 +29,18 @@ class Portraits:
 
     latents: Sequence[torch.Tensor]  # (C, H, W) float32 on the device, scaled as the UNet expects them
     pair_index: torch.Tensor  # (M,) which pair of prompts belongs to each
+    time_ids: torch.Tensor  # (M, 6) float32, size and crop, on the device
     buckets: tuple[int, ...]  # which size each has
     sfcm: Sequence[torch.Tensor] | None = None  # (1, H, W) float32 in [0, 1], once the bank is filled
+
+
+class Taken(NamedTuple):
+    """A batch of training portraits, before it is noised."""
+
+    index: torch.Tensor  # (B,) places in `TrainingPortraits.samples`
+    latents: torch.Tensor  # (B, C, H, W)
+    time_ids: torch.Tensor  # (B, 6) on the CPU
+    pixels: torch.Tensor | None = None  # where they are read now
 
 
 class TrainingPortraits:
@@ -42,10 +53,11 @@ class TrainingPortraits:
         count, size = len(inputs.rows), flags.loop.train_batch_size
         first = accelerator.process_index * size
         self.training_set = TrainingSet(
-            rows=inputs.rows, keys=inputs.keys, sizes=inputs.sizes, buckets=inputs.buckets[:count],
-            batch_size=size * accelerator.num_processes, share=slice(first, first + size), seed=flags.loop.seed,
-            repeats=flags.data.repeats, random_flip=flags.pictures.random_flip,
-            center_crop=flags.pictures.center_crop, interpolation=flags.pictures.image_interpolation_mode,
+            rows=inputs.rows, keys=inputs.keys, image_sizes=inputs.image_sizes, sizes=inputs.sizes,
+            buckets=inputs.buckets[:count], batch_size=size * accelerator.num_processes,
+            share=slice(first, first + size), seed=flags.loop.seed, repeats=flags.data.repeats,
+            random_flip=flags.pictures.random_flip, center_crop=flags.pictures.center_crop,
+            interpolation=flags.pictures.image_interpolation_mode,
         )  # fmt: skip
         self.pair_index, self.latents = torch.arange(count, device=models.device), None
         self._models, self._workers, self._pixels = models, flags.data.dataloader_num_workers, None
@@ -81,28 +93,36 @@ class TrainingPortraits:
                     bar.update()
 
         self.latents = [latents.to(self._models.device) for latents in cache.get_or_compute(keys, compute)]
+        for sample, latents in zip(samples, self.latents, strict=True):
+            if not latents.isfinite().all():
+                raise FloatingPointError(
+                    f"{own.rows[sample.index].source}: the VAE makes numbers of it that are not finite, as many do in "
+                    "fp16: give --mixed_precision bf16, or another --pretrained_vae_model_name_or_path"
+                )
 
     def start_reading(self, micro_steps: range) -> None:
         """Have the pictures of these batches read ahead, where latents are not cached."""
         if self.latents is None:
             self._pixels = iter(self.read(micro_steps, self.training_set.batch_pixels))
 
-    def take(self, micro_step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """A batch's places (B,) in `samples`, its latents (B, C, H, W), and its pixels where they are read now."""
+    def take(self, micro_step: int) -> Taken:
+        """A batch."""
         samples = self.training_set.samples(micro_step)
-        index = [sample.index + len(self.training_set.rows) * sample.flip for sample in samples]
+        places = [sample.index + len(self.training_set.rows) * sample.flip for sample in samples]
+        index, time_ids = torch.tensor(places), self.training_set.time_ids(samples)
         if self.latents is not None:
-            return torch.tensor(index), torch.stack([self.latents[i] for i in index]), None
+            return Taken(index, torch.stack([self.latents[i] for i in places]), time_ids)
         pixels = next(self._pixels).to(self._models.device)
-        return torch.tensor(index), self._models.to_latents(pixels), pixels
+        return Taken(index, self._models.to_latents(pixels), time_ids, pixels)
 
     def as_alignment(self) -> Portraits:
         """The training portraits to be aligned on: as they are, never mirrored, for each has one map."""
-        own, count = self.training_set, len(self.training_set.rows)
+        own, samples = self.training_set, [*map(Sample, range(len(self.training_set.rows)))]
         latents = self.latents or [
-            self._models.to_latents(pixels[None])[0] for pixels in self.read([*map(Sample, range(count))], own.pixels)
+            self._models.to_latents(pixels[None])[0] for pixels in self.read(samples, own.pixels)
         ]
-        return Portraits(latents[:count], self.pair_index, own.buckets)
+        time_ids = own.time_ids(samples).to(self._models.device)
+        return Portraits(latents[: len(samples)], self.pair_index, time_ids, own.buckets)
 
 
 def draw_latents(
@@ -146,7 +166,7 @@ def draw_portraits(flags: Flags, inputs: Inputs, models: Models, accelerator: Ac
     with (
         phase_bar("alignment portraits", sum(shares), "portrait", accelerator.is_local_main_process) as bar,
         models.adapters.only(None),
-        models.resident(),
+        models.drawing(),
     ):
         for group, share in zip(groups, shares, strict=True):
             start = accelerator.process_index * share
@@ -160,7 +180,8 @@ def draw_portraits(flags: Flags, inputs: Inputs, models: Models, accelerator: Ac
                 batch_size=2 * flags.loop.train_batch_size, advance=bar.update,
             )  # fmt: skip
             latents += accelerator.gather(drawn.to(models.device))[: len(group)]
-    return Portraits(latents, torch.arange(first, len(inputs.pairs), device=models.device), buckets)
+    time_ids = torch.tensor([whole_picture(inputs.sizes[bucket]) for bucket in buckets], device=models.device)
+    return Portraits(latents, torch.arange(first, len(inputs.pairs), device=models.device), time_ids, buckets)
 
 
 def portraits_of(state: Mapping[str, Any], device: torch.device) -> Portraits | None:
@@ -171,4 +192,4 @@ def portraits_of(state: Mapping[str, Any], device: torch.device) -> Portraits | 
     for name in ("latents", "sfcm"):
         if own[name] is not None:
             own[name] = [tensor.to(device) for tensor in own[name]]
-    return Portraits(**own | {"pair_index": own["pair_index"].to(device)})
+    return Portraits(**own | {name: own[name].to(device) for name in ("pair_index", "time_ids")})

@@ -48,7 +48,7 @@ class PromptTable:
     """
 
     encode: Callable[[torch.Tensor], PromptEmbeds]  # of tokens (B, T) on the device
-    prompt_ids: torch.Tensor  # (U, T) tokens of the U different prompts
+    prompt_ids: torch.Tensor  # (U, T) tokens of the U different prompts, of each tokenizer one after another
     prompt_embeds: PromptEmbeds | None  # of all U, or None where each step encodes its own
     reference_rows: torch.Tensor  # (R,) rows of the two above
     response_rows: torch.Tensor  # (R,)
@@ -58,13 +58,13 @@ class PromptTable:
     distances: torch.Tensor  # (N, P) CLIP distances
     positions: TokenPositions
 
-    def reference(self, rows: torch.Tensor) -> PromptEmbeds:
-        """The reference prompts of rows (B,)."""
-        return self._embeds(self.reference_rows[rows])
+    def reference(self, rows: torch.Tensor, time_ids: torch.Tensor) -> PromptEmbeds:
+        """The reference prompts of rows (B,), for portraits with `time_ids` (B, 6)."""
+        return self._embeds(self.reference_rows[rows]).of(time_ids)
 
-    def response(self, rows: torch.Tensor) -> PromptEmbeds:
-        """The response prompts of rows (B,)."""
-        return self._embeds(self.response_rows[rows])
+    def response(self, rows: torch.Tensor, time_ids: torch.Tensor) -> PromptEmbeds:
+        """The response prompts of rows (B,), for portraits with `time_ids` (B, 6)."""
+        return self._embeds(self.response_rows[rows]).of(time_ids)
 
     @torch.no_grad()
     def _embeds(self, prompts: torch.Tensor) -> PromptEmbeds:
@@ -89,10 +89,10 @@ def make_prompt_table(
     Source: [paper] phrases, PAD and distances; [ours] the rows that ask for no change, and phrases that may change.
     """
     device, count = getattr(pipeline, family.text_encoders[0]).device, len(pairs)
-    empty_ids = getattr(pipeline, family.tokenizers[0])("", padding="max_length", truncation=True).input_ids
-    length, empty = len(empty_ids), [tuple(empty_ids)] * count
-    base = [tuple(tokens.base_input_ids) for tokens in pair_tokens]
-    reference, response = base + base + empty, [tuple(tokens.full_input_ids) for tokens in pair_tokens] + base + empty
+    tokenizers = [getattr(pipeline, name) for name in family.tokenizers]
+    length, tokenize = tokenizers[0].model_max_length, partial(family.tokenize, tokenizers)
+    base, empty = tokenize([pair.base_prompt for pair in pairs]), tokenize([""]) * count
+    reference, response = base + base + empty, tokenize([pair.full_prompt for pair in pairs]) + base + empty
     unique = {ids: row for row, ids in enumerate(dict.fromkeys(reference + response))}
     all_ids = torch.tensor(list(unique), device=device)
 
@@ -117,7 +117,7 @@ def make_prompt_table(
     return PromptTable(
         encode=partial(family.encode, pipeline),
         prompt_ids=all_ids,
-        prompt_embeds=_encode_once(family, pipeline, all_ids, cache, shown) if encoded else None,
+        prompt_embeds=_encode_once(family, pipeline, all_ids, length, cache, shown) if encoded else None,
         reference_rows=torch.tensor([unique[ids] for ids in reference], device=device),
         response_rows=torch.tensor([unique[ids] for ids in response], device=device),
         phrase_weights=weights.to(device),
@@ -130,21 +130,25 @@ def make_prompt_table(
 
 
 def _encode_once(
-    family: type[StableDiffusion], pipeline: DiffusionPipeline, ids: torch.Tensor, cache: TensorCache, shown: bool
-) -> PromptEmbeds:
-    """Text embeddings of the U prompts `ids` (U, T), from the cache as far as it has them."""
+    family: type[StableDiffusion], pipeline: DiffusionPipeline, ids: torch.Tensor, length: int, cache: TensorCache,
+    shown: bool,
+) -> PromptEmbeds:  # fmt: skip
+    """Text embeddings of the U prompts `ids`, on their device, from the cache as far as it has them."""
 
     def compute(missing: Sequence[int]) -> Iterator[torch.Tensor]:
         with phase_bar("prompts", len(missing), "prompt", shown) as bar:
             for chunk in ids[list(missing)].split(32):
-                yield from family.encode(pipeline, chunk).states
+                yield from family.encode(pipeline, chunk).packed()
                 bar.update(len(chunk))
 
     # Only a file outlives the models that made it.
     names = () if cache.folder is None else family.text_encoders
     models = [module_fingerprint(getattr(pipeline, name)) for name in names]
+    if (zeros := pipeline.config.get("force_zeros_for_empty_prompt")) is not None:
+        models.append(zeros)
     keys = [fingerprint("text embedding", *models, tuple(row)) for row in ids.tolist()]
-    return PromptEmbeds(torch.stack(cache.get_or_compute(keys, compute)).to(ids.device))
+    packed = torch.stack(cache.get_or_compute(keys, compute)).to(ids.device)
+    return PromptEmbeds.unpacked(packed, length, family.pooled_dim(pipeline))
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:

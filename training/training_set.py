@@ -14,7 +14,7 @@ import torch
 
 from programs.picture_files import load_picture
 from training.data import PortraitRow, load_mask
-from training.pixels import preprocess_image, preprocess_mask
+from training.pixels import micro_conditioning, preprocess_image, preprocess_mask
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,14 @@ class TrainingSet:
 
     Attributes:
         keys: of the rows' pictures' content.
+        image_sizes: (width, height) of the rows' pictures.
         sizes, buckets: (H, W) of each bucket, and which of them each portrait belongs to.
         batch_size, share: portraits a batch over all processes, and this process's part of it.
     """
 
     rows: Sequence[PortraitRow]
     keys: Sequence[str]
+    image_sizes: Sequence[tuple[int, int]]
     sizes: Sequence[tuple[int, int]]
     buckets: tuple[int, ...]
     batch_size: int
@@ -63,6 +65,17 @@ class TrainingSet:
         row, size = self.rows[sample.index], self.sizes[self.buckets[sample.index]]
         place = {"flip": sample.flip, "centering": sample.centering}
         return preprocess_image(load_picture(row.image, row.source), size, interpolation=self.interpolation, **place)
+
+    def time_ids(self, samples: Sequence[Sample]) -> torch.Tensor:
+        """(R, 6) float32: size and crop of these portraits, as `pixels.micro_conditioning` has them."""
+        own = [
+            micro_conditioning(
+                self.image_sizes[one.index], self.sizes[self.buckets[one.index]], flip=one.flip,
+                centering=one.centering,
+            )
+            for one in samples
+        ]  # fmt: skip
+        return torch.tensor(own)
 
     def mask(self, sample: Sample) -> torch.Tensor:
         """(1, H, W) in [0, 1]: where the target is in these pixels."""

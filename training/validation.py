@@ -28,7 +28,7 @@ def draw_validation(flags: Flags, inputs: Inputs, models: Models, engine: Engine
     rows = []
     # accelerate's UNet answers in float32; autocast brings that to the dtype of the other models.
     with (
-        phase_bar("validation pictures", output.num_validation_images, "row") as bar, models.resident(),
+        phase_bar("validation pictures", output.num_validation_images, "row") as bar, models.drawing(),
         models.adapters.only("default"), accelerator.autocast(),
     ):  # fmt: skip
         for seed in range(flags.loop.seed, flags.loop.seed + output.num_validation_images):

@@ -10,6 +10,7 @@ from tiny_unet import inputs, make_unet, predict
 from families.find import check_model, find_family
 from families.prompt_embeds import PromptEmbeds
 from families.stable_diffusion import StableDiffusion
+from families.stable_diffusion_xl import StableDiffusionXL
 from pipeline_spf_portrait import SPFPortraitPipeline
 from programs.loading import InputError
 from prompts import make_prompt_pair, tokenize_prompt_pair
@@ -19,6 +20,7 @@ from training.sharing import pipeline_code
 
 
 UNET = {"_class_name": "UNet2DConditionModel"}
+XL = UNET | {"addition_embed_type": "text_time"}
 
 
 @pytest.fixture(scope="module")
@@ -48,31 +50,39 @@ def test_the_denoiser_says_the_family_and_not_the_pipelines_name(name):
 @pytest.mark.parametrize(
     ("index", "config", "message"),
     [
-        ("StableDiffusionXLPipeline", UNET | {"addition_embed_type": "text_time"}, "'text_time'.*Stable Diffusion XL"),
-        ("FluxPipeline", {"_class_name": "FluxTransformer2DModel"}, "FluxTransformer2DModel of a FluxPipeline"),
+        ({"_class_name": "KolorsPipeline", "text_encoder": ["kolors", "ChatGLMModel"]}, XL, "of a KolorsPipeline;"),
+        ({"text_encoder": [None, None], "text_encoder_2": ["transformers", "CLIPTextModel"]}, XL, "refiner"),
+        ({"_class_name": "UnCLIPPipeline"}, UNET | {"addition_embed_type": "image"}, "UNet2DConditionModel of a UnC"),
+        ({"_class_name": "FluxPipeline"}, {"_class_name": "FluxTransformer2DModel"}, "FluxTransformer2DModel of a F"),
     ],
 )
 def test_other_families_are_refused(index, config, message):
     with pytest.raises(ValueError, match=message):
-        find_family({"_class_name": index}, config)
+        find_family(index, config)
+
+
+def test_sdxl_is_a_family_whatever_its_pipeline_is_called():
+    encoders = {name: ["transformers", "CLIPTextModel"] for name in ("text_encoder", "text_encoder_2")}
+    for name in ("StableDiffusionXLPipeline", "SPFPortraitXLPipeline", None):
+        assert find_family({"_class_name": name, **encoders}, XL) is StableDiffusionXL
 
 
 def test_what_is_known_without_weights(tmp_path):
     family, facts = check_model(str(configs_only(tmp_path)))
     assert family is StableDiffusion
     assert facts.denoiser_config["in_channels"] == 4 and facts.denoiser_config["addition_embed_type"] is None
-    assert facts.num_train_timesteps == 1000 and facts.text_config.model_type == "clip_text_model"
+    assert facts.num_train_timesteps == 1000 and facts.text_configs[0].model_type == "clip_text_model"
     config = json.loads((BASE_MODEL / "vae" / "config.json").read_text())
     levels = len(config["block_out_channels"]) + len(facts.denoiser_config["block_out_channels"])
     assert facts.side_multiple == 2 ** (levels - 2)
     (tokenizer,) = facts.tokenizers
-    assert tokenizer.model_max_length == facts.text_config.max_position_embeddings
+    assert tokenizer.model_max_length == facts.text_configs[0].max_position_embeddings
 
 
 @pytest.mark.parametrize(
     ("changes", "flags", "message"),
     [
-        ({"unet/config": {"addition_embed_type": "text_time"}}, {}, ", unet: asks for more than a prompt"),
+        ({"unet/config": {"addition_embed_type": "image"}}, {}, ", unet: the UNet2DConditionModel of a Stable"),
         ({"unet/config": {"in_channels": 9}}, {}, ", vae: has 4 latent channels, the UNet 9"),
         ({"vae/config": {"latent_channels": 16}}, {}, ", vae: has 16 latent channels, the UNet 4"),
         (

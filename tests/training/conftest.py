@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 from accelerate.state import AcceleratorState
-from test_train import fresh_accelerator, refusal, train, trained, watch, world  # noqa: F401 (fixtures)
+from test_train import fresh_accelerator, refusal, train, trained, watch, world, xl_world  # noqa: F401 (fixtures)
 
 import train_spf_portrait_lora as script
 

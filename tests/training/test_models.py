@@ -26,34 +26,61 @@ def test_another_vae(world, tmp_path):
     assert all(torch.equal(used[name], value) for name, value in vae.state_dict().items())
 
 
-def test_models_that_no_step_uses_leave_the_device_and_come_back(world, monkeypatch):
-    """Seen in their `to`: on a machine without a GPU both places are one."""
-    parts, moves = prepared(world).parts, []
-    models = parts.models
-    assert models._released == ("vae", "text_encoder") and parts.enhancement is None
+def places(models, monkeypatch):
+    """Seen in their `to`: on a machine without a GPU all places are one."""
+    moves = []
     for name in ("vae", "text_encoder", "unet"):
-        monkeypatch.setattr(
-            getattr(models.pipeline, name), "to", lambda place, name=name: moves.append((name, str(place)))
-        )
+        kind = type(getattr(models.pipeline, name))
+
+        def to(self, place, name=name, own=kind.to):
+            moves.append((name, str(place)))
+            return own(self, "cpu")
+
+        monkeypatch.setattr(kind, "to", to)
     models.device = torch.device("cuda:0")
-    with models.resident():
-        assert moves == [("vae", "cuda:0"), ("text_encoder", "cuda:0")]
-    assert moves[2:] == [("vae", "cpu"), ("text_encoder", "cpu")]
+    return moves
+
+
+def test_models_that_no_step_uses_come_onto_the_device_to_work(world, monkeypatch):
+    parts = prepared(world).parts
+    assert parts.models._kept == {"unet"} and parts.enhancement is None
+    moves = places(parts.models, monkeypatch)
+    with parts.models.at_work("vae", "unet"):
+        assert moves == [("vae", "cuda:0")]
+    assert moves[1:] == [("vae", "cpu")]
+
+
+def test_models_come_onto_the_device_one_after_another_to_draw(world, monkeypatch):
+    models = prepared(world).parts.models
+    moves = places(models, monkeypatch)
+    with models.drawing():
+        assert set(moves) == {("vae", "cpu"), ("text_encoder", "cpu")}
+        # Until a model is called nothing of its own lies there, but the pipeline knows where it will.
+        assert models.pipeline._execution_device == torch.device("cuda:0")
+        moves.clear()
+        models.device = torch.device("cpu")
+        for name in ("text_encoder", "vae"):
+            getattr(models.pipeline, name)._hf_hook.execution_device = torch.device("cpu", 0)
+        options = {"num_inference_steps": 1, "output_type": "np", "height": 16, "width": 16}
+        models.pipeline("a woman, a hat", **options)
+        assert [*dict.fromkeys(moves)] == [("text_encoder", "cpu:0"), ("vae", "cpu:0")]
+        moves.clear()
+    assert {*moves} == {("text_encoder", "cpu"), ("vae", "cpu")} and not hasattr(models.pipeline.vae, "_hf_hook")
 
 
 @pytest.mark.parametrize(
-    "flags, released",
+    "flags, kept",
     [
-        ({"stage2_objective": "paper"}, ("text_encoder",)),
-        ({"stage2_objective": "paper", "enhancement_loss": "none"}, ("vae", "text_encoder")),
-        ({"no-cache_text_embeddings": True}, ("vae",)),
-        ({"no-cache_latents": True}, ("text_encoder",)),
+        ({"stage2_objective": "paper"}, {"unet", "vae"}),
+        ({"stage2_objective": "paper", "enhancement_loss": "none"}, {"unet"}),
+        ({"no-cache_text_embeddings": True}, {"unet", "text_encoder"}),
+        ({"no-cache_latents": True}, {"unet", "vae"}),
     ],
     ids=["enhancement", "no enhancement", "prompts each step", "pictures each step"],
 )
-def test_what_a_step_uses_stays(world, flags, released):
+def test_what_a_step_uses_stays(world, flags, kept):
     parts = prepared(world, **flags).parts
-    assert parts.models._released == released
+    assert parts.models._kept == kept
     assert (parts.enhancement is None) == ("enhancement_loss" in flags or "stage2_objective" not in flags)
 
 

@@ -19,11 +19,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
-from pipeline_world import make_components
+from pipeline_world import make_components, make_xl_components
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_prompts import write_vocabulary
@@ -70,11 +70,15 @@ def write_data(folder: Path, rows: list[dict] = ROWS) -> Path:
 
 
 @cache
-def make_world(folder: Path) -> SimpleNamespace:
-    """Folders of a base model, a CLIP model and data, all tiny."""
+def make_world(folder: Path, family: str = "sd") -> SimpleNamespace:
+    """Folders of a base model, of Stable Diffusion or "sdxl", a CLIP model and data, all tiny."""
     tokenizer = CLIPTokenizer.from_pretrained(write_vocabulary(folder / "vocabulary"), model_max_length=77)
-    components = make_components(tokenizer)
-    StableDiffusionPipeline(**components).save_pretrained(folder / "model")
+    if family == "sdxl":
+        components = make_xl_components(tokenizer)
+        StableDiffusionXLPipeline(**components).save_pretrained(folder / "model")
+    else:
+        components = make_components(tokenizer)
+        StableDiffusionPipeline(**components).save_pretrained(folder / "model")
     text = CLIPTextConfig(**components["text_encoder"].config.to_diff_dict())
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
@@ -94,6 +98,12 @@ def make_world(folder: Path) -> SimpleNamespace:
 def world(tmp_path_factory) -> SimpleNamespace:
     """The tiny world of a session. No test may change it."""
     return make_world(tmp_path_factory.getbasetemp() / "world")
+
+
+@pytest.fixture(scope="session")
+def xl_world(tmp_path_factory) -> SimpleNamespace:
+    """The same of Stable Diffusion XL."""
+    return make_world(tmp_path_factory.getbasetemp() / "xl_world", "sdxl")
 
 
 @pytest.fixture(autouse=True)

@@ -52,7 +52,7 @@ class Composed(Objective):
             self.alignment, number, stream=2, unchanged_share=self.method.base_prompt_share,
             timestep_power=self.flags.composed_timestep_power,
         )  # fmt: skip
-        response_embeds = self.table.response(batch.rows)
+        response_embeds = self.table.response(batch.rows, batch.time_ids)
         target = self.target(batch, number, response_embeds)
         response_pred = self.models.respond(batch.noisy_latents, batch.timesteps, response_embeds)
         losses = diffusion_loss(response_pred, target) * noise.epsilon_scale(batch.timesteps) ** 2
@@ -91,7 +91,8 @@ class Composed(Objective):
         The teacher sees FULL rows alone, and with the base prompt only where that has a weight; elsewhere its
         predictions are the reference's, which the composition keeps.
         """
-        models, count, reference_embeds = self.models, len(batch.kinds), self.table.reference(batch.rows)
+        models, count = self.models, len(batch.kinds)
+        reference_embeds = self.table.reference(batch.rows, batch.time_ids)
         full = send((batch.kinds == FULL).nonzero().flatten(), models.device)
         asked = [response_embeds, reference_embeds] if self.flags.teacher_base_weight > 0 else [response_embeds]
         rows, embeds = full.repeat(len(asked)), PromptEmbeds.cat([embeds[full] for embeds in asked])

@@ -27,7 +27,8 @@ class Diffusion(Objective):
     @contextmanager
     def losses(self, micro_step: int) -> Iterator[dict[str, torch.Tensor]]:
         batch = self.batches.training(self.training, micro_step, self.method.noise_offset)
-        model_pred = self.models.respond(batch.noisy_latents, batch.timesteps, self.table.response(batch.rows))
+        embeds = self.table.response(batch.rows, batch.time_ids)
+        model_pred = self.models.respond(batch.noisy_latents, batch.timesteps, embeds)
         yield self.of_prediction(batch, model_pred, micro_step)
 
     def of_prediction(self, batch: Batch, model_pred: torch.Tensor, micro_step: int) -> dict[str, torch.Tensor]:

@@ -45,7 +45,7 @@ class KeepingRows(Diffusion):
     def prepare(self, state: Mapping[str, torch.Tensor] | None = None) -> None:
         models = self.models
         if self.method.preservation == "cat":
-            with models.resident():
+            with models.at_work(*models.family.text_encoders):
                 self.unrelated_embeds = models.family.encode(models.pipeline, self.unrelated_ids.to(models.device))
 
     @contextmanager
@@ -55,7 +55,7 @@ class KeepingRows(Diffusion):
         preds = self.models.respond(
             torch.cat([batch.noisy_latents, kept.noisy_latents]),
             torch.cat([batch.timesteps, kept.timesteps]),
-            PromptEmbeds.cat([self.table.response(batch.rows), kept.embeds]),
+            PromptEmbeds.cat([self.table.response(batch.rows, batch.time_ids), kept.embeds]),
         )
         preserved = {"preservation": diffusion_loss(preds[count:], kept.target).mean()}
         yield self.of_prediction(batch, preds[:count], micro_step) | preserved
@@ -69,11 +69,12 @@ class KeepingRows(Diffusion):
             bucket = own[int(batch.index[0]) % len(own)]
             drawn = self.batches.aligned(self.alignment, micro_step, stream=1, bucket=bucket)
             target = models.noise.target(drawn.latents, drawn.noise, drawn.timesteps)
-            return KeptRows(drawn.noisy_latents, drawn.timesteps, self.table.reference(drawn.rows), target)
+            embeds = self.table.reference(drawn.rows, drawn.time_ids)
+            return KeptRows(drawn.noisy_latents, drawn.timesteps, embeds, target)
         if self.method.preservation == "dop":
-            embeds = self.table.reference(batch.rows)
+            embeds = self.table.reference(batch.rows, batch.time_ids)
         else:
-            embeds = self.unrelated_embeds[self.unrelated_choice(micro_step)]
+            embeds = self.unrelated_embeds[self.unrelated_choice(micro_step)].of(batch.time_ids)
         with torch.no_grad(), models.adapters.only(None):
             target = models.predict(batch.noisy_latents, batch.timesteps, embeds)
         return KeptRows(batch.noisy_latents, batch.timesteps, embeds, target)

@@ -35,7 +35,7 @@ class Paper(Objective):
             models.capture.store() as store,
             dual_path(
                 models.adapters, models.predict, batch.noisy_latents, batch.timesteps,
-                table.reference(batch.rows), table.response(batch.rows),
+                table.reference(batch.rows, batch.time_ids), table.response(batch.rows, batch.time_ids),
                 mode=method.dual_path, store=store, respond=models.respond,
             ) as paths,
         ):  # fmt: skip
