@@ -65,8 +65,11 @@ def measure(judge: PortraitJudge, originals: Originals) -> dict[str, np.ndarray]
 
 
 def table(summaries: dict[str, Summary]) -> str:
-    """A row a target, and one of all their prompts."""
-    lines = [[tables.title_of(name), *(cell(own, heading) for heading in HEADINGS)] for name, own in summaries.items()]
+    """A row a target, and one of all their prompts; none has what no prompt names, as where hair is the target."""
+    lines = []
+    for name, own in summaries.items():
+        said = {heading: values for heading, values in own.items() if values["prompts"]}
+        lines.append([tables.title_of(name), *(cell(said, heading) for heading in HEADINGS)])
     return tables.markdown_table(["", *HEADINGS.values()], lines)
 
 

@@ -50,6 +50,7 @@ def test_both_bases_are_measured(base, toy_xl, tmp_path, capsys):
     base_model.main([*flags, "--output_dir", str(tmp_path)])
     text = (tmp_path / "base_model" / "table.md").read_text(encoding="utf-8")
     assert text + "\n" == capsys.readouterr().out and text.startswith(f"{BASES[base].title}, 4 base prompts a target")
+    assert "nan" not in text and '| "blonde hair" | ' in text
     assert re.findall(r"^\| (.+?) \| [\d.]", text, re.MULTILINE) == ['"a red hat"', '"blonde hair"', "all prompts"]
     document = json.loads((tmp_path / "base_model" / "results.json").read_text(encoding="utf-8"))
     assert document["targets"]["all prompts"]["sex"]["prompts"] == 8
