@@ -5,8 +5,9 @@ import torch
 from PIL import Image
 from toy_bases import write_random_lora
 
+from families.find import check_model
 from toy_portraits import demo
-from toy_portraits.pipelines import HUB_NAMES, PIPELINES, load_base
+from toy_portraits.pipelines import FAMILIES, load_base
 from toy_portraits.recipe import BASE_MODEL, BASES, CLIP, training_flags
 
 
@@ -39,6 +40,6 @@ def test_the_recipe_differs_in_the_base_alone(toy_xl):
 @pytest.mark.parametrize("base", BASES)
 def test_a_base_is_what_its_entry_says(base, toy_xl):
     pipeline = load_base(base)
-    assert type(pipeline) is PIPELINES[base] and pipeline.dtype == torch.float32
+    family, _ = check_model(str(BASES[base].folder))
+    assert family is FAMILIES[base] and type(pipeline) is family.pipeline_class and pipeline.dtype == torch.float32
     assert type(pipeline.scheduler).__name__.startswith(BASES[base].sampler)
-    assert HUB_NAMES[base].pipeline == PIPELINES[base].__mro__[2].__name__
