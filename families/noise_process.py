@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import diffusers
+import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
@@ -38,6 +39,12 @@ class DDPM:
         self.add_noise = self._scheduler.add_noise  # to latents (B, C, H, W)
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(f"no training for prediction_type {self.prediction_type!r}")
+
+    def scaled(self, timestep: int, factor: float) -> int:
+        """The timestep with `factor` times the noise over signal of another, of deviations; the end if none has it."""
+        signal = (1 - self._scheduler.betas).cumprod(0)
+        ratios = ((1 - signal) / signal).sqrt()
+        return min(int(torch.searchsorted(ratios, ratios[timestep] * factor)), self.num_train_timesteps)
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the denoiser should predict of the noised latents, (B, C, H, W)."""

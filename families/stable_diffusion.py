@@ -51,6 +51,7 @@ class ModelFacts:
     denoiser_config: dict[str, Any]
     text_configs: tuple[CLIPTextConfig, ...]
     tokenizers: tuple[CLIPTokenizer, ...]
+    side: int | None  # in pixels, of the pictures that it draws by itself, if its configuration says so
     side_multiple: int  # of pixels that each side of a picture must be a multiple of
     num_train_timesteps: int
 
@@ -60,6 +61,7 @@ class StableDiffusion:
 
     pipeline_class: type[DiffusionPipeline] = SPFPortraitPipeline  # draws with it
     pipeline_options: Mapping[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
+    sliced_vae = False  # whether the VAE takes one picture at a time
     hub = hub_names.STABLE_DIFFUSION
     # Names of the pipeline's components.
     denoiser = "unet"
@@ -99,12 +101,13 @@ class StableDiffusion:
             with naming_flag(MODEL, f"{model}, {text_encoder}"):
                 text_configs.append(AutoConfig.from_pretrained(place, subfolder=text_encoder, **hub))
         _warn_of_distilled(model, unet_config, config)
+        scale = 2 ** (len(vae_config["block_out_channels"]) - 1)  # each level but the first halves the sides
         return ModelFacts(
             denoiser_config=unet_config,
             text_configs=tuple(text_configs),
             tokenizers=tuple(tokenizers),
-            # Each level of the VAE and of the UNet but the first halves the sides.
-            side_multiple=2 ** (len(vae_config["block_out_channels"]) + len(unet_config["block_out_channels"]) - 2),
+            side=side * scale if isinstance(side := unet_config["sample_size"], int) else None,
+            side_multiple=scale * 2 ** (len(unet_config["block_out_channels"]) - 1),
             num_train_timesteps=process.num_train_timesteps,
         )
 

@@ -31,6 +31,7 @@ class StableDiffusionXL(StableDiffusion):
 
     pipeline_class = SPFPortraitXLPipeline
     pipeline_options = {"add_watermarker": False}  # else it changes the pixels that are compared
+    sliced_vae = True  # two of 1024 x 1024 would take more memory than a step
     hub = hub_names.STABLE_DIFFUSION_XL
     text_encoders = ("text_encoder", "text_encoder_2")
     tokenizers = ("tokenizer", "tokenizer_2")

@@ -114,7 +114,8 @@ def parse_args(input_args: Sequence[str] | None = None) -> Flags:
     """Read and check the flags; a value that cannot work ends the program with a line that names it."""
     parser = FlagParser()
     values = parser.parse(sys.argv[1:] if input_args is None else input_args)
-    values["sfcm_timesteps"] = tuple(values["sfcm_timesteps"])
+    if values["sfcm_timesteps"] is not None:
+        values["sfcm_timesteps"] = tuple(values["sfcm_timesteps"])
     try:
         given = (kind(**{one.name: values[one.name] for one in fields(kind)}) for kind in GROUPS.values())
         flags = _derive(Flags(*given, asked=values))

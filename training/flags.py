@@ -13,6 +13,7 @@ INTERPOLATION_MODES = ("lanczos", "bicubic", "bilinear", "box", "hamming", "near
 ENHANCEMENT_LOSSES = ("difference", "direct")
 SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 TRACKERS = tuple("all aim tensorboard wandb comet_ml mlflow clearml dvclive swanlab trackio".split())
+SFCM_TIMESTEPS = (600, 950)  # at latents of 64 x 64
 # Ways to keep the portrait that add a row that keeps a prediction to each training portrait's.
 WITH_KEPT_ROWS = ("prior", "dop", "cat")
 
@@ -22,7 +23,7 @@ class ModelFlags(FlagGroup):
     """The models, and how they compute."""
 
     pretrained_model_name_or_path: str = path(
-        MISSING, "Stable Diffusion 1.x or 2.x in safetensors: a folder, an id of the Hub, or one file."
+        MISSING, "Stable Diffusion 1.x, 2.x or XL in safetensors: a folder, an id of the Hub, or one file."
     )
     base_config: str | None = path(None, BASE_CONFIG)
     revision: str | None = flag(None, "Revision of the Hub id, with one file of the configuration's.")
@@ -105,8 +106,11 @@ class ColumnFlags(FlagGroup):
 class PictureFlags(FlagGroup):
     """How a picture becomes pixels of the training."""
 
-    resolution: int = flag(
-        512, "Side of the training pictures, for SD 1.5 a multiple of 64 pixels; the middle is cut out.", "at least 1"
+    resolution: int | None = flag(
+        None,
+        "Side of the training pictures, for SD 1.5 a multiple of 64 pixels, for SDXL of 32; the middle is cut out. "
+        "Else as the model draws by itself: 512 for SD 1.5, 1024 for SDXL.",
+        "at least 1",
     )
     aspect_ratio_buckets: str | None = flag(
         None, "Several sizes instead, as height,width;height,width: each portrait has the nearest in shape."
@@ -274,8 +278,10 @@ class AlignmentFlags(FlagGroup):
         choices=SFCM_MODES,
     )
     sfcm_noise_samples: int = flag(4, "Noise samples a portrait's map is averaged over.", "at least 1")
-    sfcm_timesteps: tuple[int, int] = flag(
-        (600, 950), "Lowest and highest timestep of those samples.", metavar=("LOW", "HIGH")
+    sfcm_timesteps: tuple[int, int] | None = flag(
+        None,
+        "Lowest and highest timestep of those samples; else 600 and 950, or what hides as much above 64x64 latents.",
+        metavar=("LOW", "HIGH"),
     )
     sfcm_refresh_steps: int = flag(
         0, "Make the averaged maps anew every so many steps of stage 2; 0 is never.", "0 or more"
@@ -288,7 +294,7 @@ class AlignmentFlags(FlagGroup):
     )
 
     def check(self) -> None:
-        low, high = self.sfcm_timesteps
+        low, high = self.sfcm_timesteps or SFCM_TIMESTEPS
         refuse(not 0 <= low < high, f"--sfcm_timesteps must be two rising timesteps, got {[low, high]}")
         both = self.sfcm_dir is not None and self.sfcm_refresh_steps
         refuse(both, "--sfcm_refresh_steps would replace the maps of --sfcm_dir")

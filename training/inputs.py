@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import CLIPTokenizer
 
-from families.stable_diffusion import StableDiffusion
+from families.stable_diffusion import ModelFacts, StableDiffusion
 from loras.loading import ReferenceLora
 from programs.loading import naming, naming_flag
 from programs.picture_files import content_key, load_picture, upright_size
@@ -90,7 +90,7 @@ def check_inputs(flags: Flags) -> Inputs:
     family, facts = check_models(flags)
     locate = partial(family.locate, tokenizers=facts.tokenizers)
     check_loras(flags, references, family, facts)
-    sizes = read_sizes(flags.pictures, facts.side_multiple, flags.model.pretrained_model_name_or_path)
+    sizes = read_sizes(flags.pictures, facts, flags.model.pretrained_model_name_or_path)
     rows = load_rows(
         flags.data, flags.columns, cache_dir=flags.model.cache_dir, with_masks=flags.method.preservation == "mask",
         seed=flags.loop.seed,
@@ -121,11 +121,12 @@ def check_inputs(flags: Flags) -> Inputs:
     return inputs
 
 
-def read_sizes(pictures: PictureFlags, multiple: int, model: str) -> tuple[tuple[int, int], ...]:
+def read_sizes(pictures: PictureFlags, facts: ModelFacts, model: str) -> tuple[tuple[int, int], ...]:
     """The (H, W) of --resolution or --aspect_ratio_buckets, whose sides must be multiples of the model's."""
+    multiple, side = facts.side_multiple, facts.side if pictures.resolution is None else pictures.resolution
     if pictures.aspect_ratio_buckets is not None:
         return parse_aspect_ratio_buckets(pictures.aspect_ratio_buckets, multiple)
-    side = pictures.resolution
+    refuse(side is None, f"--resolution is needed: the configuration of {model!r} names no size")
     refuse(side % multiple, f"--resolution must be a multiple of {multiple} for {model!r}, got {side}")
     return ((side, side),)
 

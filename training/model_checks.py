@@ -17,12 +17,12 @@ from loras.reading import read_lora
 from programs.loading import check_model_name, load_tokenizer, naming_flag
 from training.arguments import Flags, uses_enhancement
 from training.flag_rules import refuse
-from training.flags import LoraFlags
+from training.flags import SFCM_TIMESTEPS, LoraFlags
 
 
 def check_models(flags: Flags) -> tuple[type[StableDiffusion], ModelFacts]:
     """The family of the base model, and all that is known of the models without weights."""
-    model, high = flags.model, flags.alignment.sfcm_timesteps[1]
+    model, high = flags.model, max(flags.alignment.sfcm_timesteps or SFCM_TIMESTEPS)
     family, facts = check_model(
         model.pretrained_model_name_or_path, base_config=model.base_config, variant=model.variant,
         revision=model.revision, cache_dir=model.cache_dir, vae=model.pretrained_vae_model_name_or_path,

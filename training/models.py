@@ -244,6 +244,8 @@ def load_models(flags: Flags, inputs: Inputs, accelerator: Accelerator) -> Model
         train_in_float32(unet, "default")
     else:
         load_adapter(pipeline, earlier)
+    if family.sliced_vae:
+        pipeline.vae.enable_slicing()
     if model.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if model.enable_xformers_memory_efficient_attention:

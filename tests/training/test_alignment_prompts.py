@@ -36,7 +36,8 @@ def test_thinned_out_prompts_are_those_the_losses_ask_about(world):
     pairs, models, table = run.inputs.pairs, run.parts.models, run.parts.table
     assert len(pairs) == 6 + 3 and any(len(pair.base_phrases) == 1 for pair in pairs[6:])
     rows = torch.arange(6, 9)
-    embeds = table.reference(rows), table.response(rows)
+    sizes = torch.zeros(len(rows), 6)
+    embeds = table.reference(rows, sizes), table.response(rows, sizes)
     for i, pair in enumerate(pairs[6:]):
         for found, prompt in zip(embeds, (pair.base_prompt, pair.full_prompt)):
             with torch.no_grad():

@@ -23,7 +23,8 @@ def drawer(process_index: int = 0, num_processes: int = 1, batch_size: int = 8, 
 def portraits():
     generator = torch.Generator().manual_seed(0)
     pair_index = torch.tensor([0, 1, 2, 3, 4, 0, 1])
-    return Portraits(torch.randn(7, 4, 4, 4, generator=generator), pair_index, (0,) * 7)
+    latents, time_ids = (torch.randn(7, *shape, generator=generator) for shape in ((4, 4, 4), (6,)))
+    return Portraits(latents, pair_index, time_ids, (0,) * 7)
 
 
 def tensors(batch: Batch) -> dict[str, torch.Tensor]:

@@ -53,6 +53,15 @@ def test_data_of_every_kind(world, tmp_path, rows, flags, full_prompt, phrases):
     assert phrases is None or pair.base_phrases == phrases
 
 
+def test_without_a_resolution_it_is_the_models_own_size(world, tmp_path):
+    """8 x 8 latents of 2 x 2 pixels; a configuration without a size asks for the flag."""
+    flags = {"resolution": None}
+    assert check_inputs(parse_args(make_flags(world, tmp_path / "output", **flags))).sizes == ((16, 16),)
+    model = copy_model(world, tmp_path, {"unet/config.json": {"sample_size": None}})
+    with pytest.raises(ValueError, match="^--resolution is needed: the configuration of .* names no size$"):
+        check_inputs(parse_args(make_flags(world, tmp_path / "output", **flags, pretrained_model_name_or_path=model)))
+
+
 @pytest.mark.parametrize(
     "rows",
     [

@@ -2,11 +2,16 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
 from test_train import CARD, RUN_FILE, WEIGHTS, difference, files, train, watch
 
 from sfcm import SFCM_MODES
+from toy_portraits.recipe import BASE_MODEL
+from toy_portraits.world import TARGETS, render, sample_factors
 from training import maps
 from training.maps import MapMaker
 
@@ -50,3 +55,43 @@ def test_no_picture_of_the_maps_where_each_step_makes_its_own(world, tmp_path):
     flags = {"sfcm_mode": "paper", "stage1_steps": 1, "stage2_steps": 1}
     output = train(world, tmp_path / "output", num_validation_images=1, **flags)
     assert "validation/alignment.png" not in files(output)
+
+
+# ---------------------------------------------------------------------------------------------------------- timesteps
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((64, 64), (600, 950)), ((16, 16), (600, 950)), ((48, 80), (600, 950)), ((128, 128), (776, 1000))],
+)
+def test_larger_latents_are_seen_through_more_noise(run, size, expected):
+    noise = run.parts.models.noise
+    config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    assert maps.timesteps_at(size, type(noise)("DDIMScheduler", config)) == expected
+
+
+def test_a_range_of_the_flag_is_the_one_that_counts(run, monkeypatch):
+    seen = []
+    monkeypatch.setattr(maps, "timesteps_at", lambda *args: pytest.fail("the rule was asked"))
+    noise = run.parts.models.noise
+    monkeypatch.setattr(noise, "add_noise", lambda latents, noise, steps: seen.append(steps) or latents)
+    flags = replace(run.flags.alignment, sfcm_timesteps=(100, 200))
+    MapMaker(run.parts.models, run.parts.table, flags, 0).fill_bank(run.alignment, 3, False)
+    assert all(100 <= step < 200 for steps in seen for step in steps.tolist()) and seen
+
+
+@torch.no_grad()
+def test_a_change_at_twice_the_side_is_seen_through_twice_the_noise():
+    """The reason of the rule, on the toy world's VAE and all of its targets."""
+    vae, factors = AutoencoderKL.from_pretrained(BASE_MODEL / "vae"), sample_factors(12, np.random.default_rng(0))
+    ratios = []
+    for target in TARGETS.values():
+        changed = factors | {target.factor: np.full_like(factors[target.factor], target.value)}
+        pictures = [torch.from_numpy(render(own)[0]).permute(0, 3, 1, 2) / 127.5 - 1 for own in (factors, changed)]
+        energy = []
+        for side in (64, 128):
+            sized = [F.interpolate(own, (side, side), mode="bicubic").clamp(-1, 1) for own in pictures]
+            before, after = (vae.encode(own).latent_dist.mean for own in sized)
+            energy.append((after - before).square().sum())
+        ratios.append((energy[1] / energy[0]).sqrt().item())
+    assert 1.6 < min(ratios) and max(ratios) < 2.4 and 1.8 < sum(ratios) / 3 < 2.1

@@ -104,7 +104,7 @@ def test_prior_keeps_the_noise_of_the_original_models_portraits(world, tmp_path,
     assert (training.kinds == FULL).all() and len(alignment.latents) == 3
     assert torch.equal(kept[0].target, drawn.noise) and not torch.equal(training.noise, drawn.noise)
     assert all(any(torch.equal(own, latents) for latents in alignment.latents) for own in drawn.latents)
-    base = parts.table.response(BASE * parts.batches.pairs + drawn.pairs)
+    base = parts.table.response(BASE * parts.batches.pairs + drawn.pairs, drawn.time_ids)
     assert torch.equal(kept[0].embeds.states, base.states)
 
 

@@ -78,3 +78,11 @@ def test_two_processes_keep_what_one_keeps(world, forks, tmp_path, way):  # noqa
     prompts = ("a dog", "a street", "a red car") if way == "cat" else None
     flags = {"preservation": way, "unrelated_prompts": prompts, "stage1_steps": 20, "stage2_steps": 0}
     assert_equal_losses(world, forks, tmp_path, flags, 20, ({"diffusion", "preservation"}, set()))
+
+
+@pytest.mark.slow
+def test_two_processes_train_sdxl_as_one(xl_world, forks, tmp_path):  # noqa: F811
+    """Pictures of several sizes and crops: each process tells the UNet those of its own rows."""
+    flags = {"resolution": None, "aspect_ratio_buckets": "16,16;16,24", "random_flip": True, "no-center_crop": True}
+    flags |= {"no-cache_latents": True, "stage2_objective": "both", "stage1_steps": 10, "stage2_steps": 10}
+    assert_equal_losses(xl_world, forks, tmp_path, flags, 10, ({"diffusion"}, LOSSES["both"]))

@@ -20,6 +20,7 @@ from test_resume import STEPS, assert_same_ending, one_thread  # noqa: F401  (fi
 from test_train import LAYERS, ROOT, ROWS, WEIGHTS, difference, files, prepared, train, watch, watch_runs
 
 import train_spf_portrait_lora as script
+from families.stable_diffusion import StableDiffusion
 from loras.loading import ReferenceLora, merge_loras
 from pipeline_spf_portrait import SPFPortraitPipeline
 from programs.loading import InputError
@@ -221,7 +222,7 @@ def test_each_layer_of_a_kohya_file_has_its_own_alpha(world, earlier, tmp_path):
         state[name.replace(".alpha", ".lora_up.weight")] /= 4
     save_file(state, path)
     flags = parse_args([f"--pretrained_model_name_or_path={world.model}", f"--reference_lora={path}"])
-    pipeline = load_base_model(SPFPortraitPipeline, flags.model, torch.float32, find_references(flags.lora, None))
+    pipeline = load_base_model(StableDiffusion, flags.model, torch.float32, find_references(flags.lora, None))
     assert largest(predict(pipeline), predict(activate(stock(world), [earlier["hair"]], [1.0]))) < CLOSE
 
 

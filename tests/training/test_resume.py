@@ -438,7 +438,7 @@ def wrong_resume(world, whole_run, tmp_path, monkeypatch):  # noqa: F811
         ("stage2_objective", "paper", "composed"),
         ("seed", 1, "0"),
         ("lora_dropout", 0.1, "0.0"),
-        ("sfcm_timesteps", (500, 900), "[600, 950]"),
+        ("sfcm_timesteps", (500, 900), "None"),
         ("gradient_accumulation_steps", 2, "1"),
         ("optimizer", "prodigy", "adamw"),
         ("max_grad_norm", 2.0, "1.0"),

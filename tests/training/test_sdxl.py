@@ -12,7 +12,9 @@ from diffusers import StableDiffusionXLPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from sdxl_world import make_sdxl, save_sdxl_lora
 from test_train import (
     CARD,
     LOSSES,
@@ -30,7 +32,9 @@ from test_train import (
 import train_spf_portrait_lora as script
 from adapters import original_rows
 from families.stable_diffusion_xl import StableDiffusionXL
+from loras.writing import save_kohya_lora
 from pipeline_spf_portrait_xl import SPFPortraitXLPipeline
+from programs.original_layout import one_file
 from training.engine import Engine
 from training.models import decoded_without_autocast
 from training.objectives import make_objectives
@@ -281,6 +285,7 @@ def test_each_model_is_on_the_device_while_it_works_alone(xl_world, monkeypatch)
 
         monkeypatch.setattr(kind, "to", to)
     models = prepared(xl_world).parts.models
+    assert models.pipeline.vae.use_slicing
     order = [name for name, place in moves if not place.startswith("torch.")]
     encoders = ["CLIPTextModel", "CLIPTextModelWithProjection"]
     assert order == [*encoders, *encoders, "AutoencoderKL", "AutoencoderKL", "UNet2DConditionModel"]
@@ -335,3 +340,31 @@ def test_a_lora_for_the_other_family_is_refused_by_name(world, xl_world, tmp_pat
     earlier = save_lora_of_all_models(xl_world, tmp_path / "earlier")
     with pytest.raises(SystemExit, match="--reference_lora .*SDXL"):
         train(world, tmp_path / "output", reference_lora=earlier, reference_lora_scale=1.0)
+
+
+# --------------------------------------------------------------------------------- files as other programs write them
+
+
+@pytest.fixture(scope="module")
+def published(xl_world, tmp_path_factory):
+    """A tiny SDXL in the published blocks, as a folder and one file, and a LoRA for all its models in two formats."""
+    folder = tmp_path_factory.mktemp("published")
+    pipeline = make_sdxl(xl_world.tokenizer)
+    pipeline.save_pretrained(folder / "model")
+    save_file(one_file(pipeline), folder / "model.safetensors")
+    lora = save_sdxl_lora(pipeline, folder / "lora")
+    save_kohya_lora(lora, folder / "kohya.safetensors")
+    return folder
+
+
+def test_one_file_and_a_lora_of_kohya_train_as_folder_and_diffusers_lora(xl_world, published, tmp_path):
+    with safe_open(published / "kohya.safetensors", "pt") as file:
+        keys = set(file.keys())
+    assert any(key.startswith("lora_unet_input_blocks") for key in keys)
+    assert all(any(key.startswith(name) for key in keys) for name in ("lora_te1_text_model", "lora_te2_text_model"))
+    results = []
+    for name, base, lora in (("folder", "model", "lora"), ("file", "model.safetensors", "kohya.safetensors")):
+        flags = {"pretrained_model_name_or_path": published / base, "reference_lora": published / lora}
+        flags |= {"base_config": published / "model"} if name == "file" else {}
+        results.append(train(xl_world, tmp_path / name, reference_lora_scale=0.5, **flags))
+    assert difference(*results) == 0.0
