@@ -83,13 +83,13 @@ def train_on_top(args: argparse.Namespace, seed: int) -> None:
     """Train the LoRAs of the later steps, each on top of the earlier ones."""
     folders = lora_folders(args, "continual", seed)
     for step in range(1, len(STEPS)):
-        command = [*training_flags(STEPS[step]), "--seed", str(seed), *UNWATCHED]
+        command = [*training_flags(STEPS[step], args.base), "--seed", str(seed), *UNWATCHED]
         command += ["--stage1_steps", str(args.stage1_steps), "--stage2_steps", str(args.stage2_steps)]
         command += ["--stage2_objective", "composed", "--reference_lora", *map(str, folders[:step])]
         for name in STEPS[:step]:
             command += ["--reference_target_prompt", TARGETS[name].prompt]
         earlier = [file_digest(folder / LORA_WEIGHTS) for folder in folders[:step]]
-        train_into(folders[step], command + shlex.split(args.train_args), earlier=earlier)
+        train_into(folders[step], command + shlex.split(args.train_args), args.base, earlier=earlier)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -102,7 +102,7 @@ def draw_steps(
     args: argparse.Namespace, folders: Sequence[Path], prompts: list[list[str]]
 ) -> list[dict[str, np.ndarray]]:
     """The portraits after each step, "full" and "base" (B, 64, 64, 3) uint8, with the LoRAs so far, or none."""
-    pipeline, _ = judging.tools(args.device)
+    pipeline, _ = judging.tools(args.device, args.base)
     settings, found = drawing.draw_settings(args), []
     for step in range(1, len(STEPS) + 1):
 
@@ -111,7 +111,7 @@ def draw_steps(
                 places = {"full": step, "base": 0}
                 return {name: drawing.draw(pipeline, prompts[i], settings) for name, i in places.items()}
 
-        digests = [drawing.base_model_digest(), *(file_digest(own / LORA_WEIGHTS) for own in folders[:step])]
+        digests = [drawing.base_model_digest(args.base), *(file_digest(own / LORA_WEIGHTS) for own in folders[:step])]
         key = ["continual", STEPS[:step], asdict(settings), digests]
         found.append(drawing.cached_arrays(args.output_dir / "cache", key, make))
     return found
@@ -185,7 +185,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     train(args)
-    folder, (_, judge) = args.output_dir / "continual", judging.tools(args.device)
+    folder, (_, judge) = args.output_dir / "continual", judging.tools(args.device, args.base)
     prompts = step_prompts(args.num_prompts, args.prompt_seed)
     untuned = draw_steps(args, (), prompts)
     original = untuned[0]["base"]

@@ -1,14 +1,18 @@
 """How much GPU memory trainings ask for, estimated on a machine without one: `python benchmarks/estimate_memory.py`.
 
-It prints the presets of docs/training.md, or a training of the flags that it is given, with Stable Diffusion 1.5's
-own configuration at 512x512 and all caches. A training's parts are run on tensors that have shapes and dtypes but no
-content (torch's `FakeTensorMode`), while the bytes of all storages alive at once are counted. The most of all parts is
-what it prints:
+It prints the presets of docs/training.md, or a training of the flags that it is given (of SDXL with `--model sdxl`),
+with the configuration of Stable Diffusion 1.5 at 512x512 or of SDXL at 1024x1024, and all caches. The phases of a
+training are run on tensors that have shapes and dtypes but no content (torch's `FakeTensorMode`), while the bytes of
+all storages alive at once are counted. The most of all phases is what it prints:
 
-- preparing: all models lie on the device, and a portrait is encoded;
-- drawing: alignment portraits with guidance, and two validation pictures decoded at once;
+- prompts: the text encoders alone, and a chunk of prompts;
+- portraits: the VAE alone encodes a portrait;
+- drawing: the UNet predicts alignment portraits with guidance; each text encoder comes and goes before it;
+- decoding: two validation pictures by the VAE, beside the UNet;
 - mapping: both paths of the UNet, captured, for the SFCMs;
 - a step: forward and backward of each term of the loss, with every row of the batch asking for the target.
+
+`PHASES` has a function for each, which says first which models lie on the device.
 
 Counted are the frozen models, the LoRA (and stage 1's, where it is the teacher), its gradients and AdamW's state, all
 activations, and temporary tensors as long as Python or autograd holds them. Matrix products are in bfloat16, norms and
@@ -30,13 +34,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import convert_outputs_to_fp32
-from diffusers import UNet2DConditionModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -48,9 +52,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from adapters import Adapters
 from benchmarks.parts.tables import markdown_table
-from benchmarks.random_stable_diffusion import make_clip, make_pipeline, make_unet
+from benchmarks.random_stable_diffusion import make_clip, make_pipeline, make_unet, make_xl_pipeline, make_xl_unet
 from families.prompt_embeds import PromptEmbeds
 from families.stable_diffusion import StableDiffusion
+from families.stable_diffusion_xl import StableDiffusionXL
 from training.arguments import parse_args, uses_enhancement
 from training.dual_path import DualPathOutput, dual_path
 from training.losses import compose_prediction, diffusion_loss, fine_grained_loss, text_consistent_loss
@@ -60,8 +65,8 @@ from training.prompt_table import embed_pixels
 
 HALF = torch.bfloat16
 GIB, MIB = 2**30, 2**20
-SIDE = 64  # of the latents of 512x512
 TOKENS = 77
+PROMPTS = 32  # that the trainer encodes at once
 MATCHED_TOKENS = 24  # of the base prompt; they hardly count
 # What CUDA's autocast computes in float32, and a CPU's does not.
 UPCAST = ((F, "group_norm"), (F, "layer_norm"), (F, "softmax"), (Tensor, "softmax"))
@@ -71,6 +76,28 @@ PRESETS = {
     12: "--train_batch_size 4",
     16: "--stage2_objective both --train_batch_size 4 --gradient_checkpointing",
     24: "--stage2_objective both --train_batch_size 4",
+}
+PRESETS_XL = {
+    12: "--train_batch_size 1 --gradient_accumulation_steps 4 --gradient_checkpointing",
+    16: "--train_batch_size 4 --gradient_checkpointing",
+    24: "--train_batch_size 1 --gradient_accumulation_steps 4",
+}
+
+
+class Model(NamedTuple):
+    """A base model that is counted, at a size of its latents."""
+
+    title: str
+    family: type[StableDiffusion]
+    make_unet: Callable[[], UNet2DConditionModel]
+    make_pipeline: Callable[[UNet2DConditionModel], DiffusionPipeline]
+    side: int
+    presets: dict[int, str]
+
+
+MODELS = {
+    "sd": Model("Stable Diffusion 1.5, 512x512", StableDiffusion, make_unet, make_pipeline, 64, PRESETS),
+    "sdxl": Model("SDXL, 1024x1024", StableDiffusionXL, make_xl_unet, make_xl_pipeline, 128, PRESETS_XL),
 }
 REQUIRED = ("--pretrained_model_name_or_path", "model", "--train_data_dir", "portraits")
 # The flags whose memory is counted; accumulation needs none.
@@ -156,10 +183,21 @@ class Training:
     rows: int
     side: int
 
+    @property
+    def kept(self) -> list[nn.Module]:
+        """What stays on the device from the first step on."""
+        return [self.models.unet, *self.judges]
+
+    @property
+    def text_encoders(self) -> list[nn.Module]:
+        return [getattr(self.models.pipeline, name) for name in self.models.family.text_encoders]
+
     def inputs(self, rows: int) -> tuple[Tensor, Tensor, PromptEmbeds]:
         """Noisy latents (B, 4, H, W), timesteps (B,) and prompts."""
-        config = self.models.unet.config
-        prompts = PromptEmbeds(torch.empty(rows, TOKENS, config.cross_attention_dim, dtype=HALF))
+        config, pooled = self.models.unet.config, self.models.family.pooled_dim(self.models.pipeline)
+        states = torch.empty(rows, TOKENS, config.cross_attention_dim, dtype=HALF)
+        prompts = PromptEmbeds(states, torch.empty(rows, pooled, dtype=HALF) if pooled else None)
+        prompts = prompts.of(torch.empty(rows, 6))
         latents = torch.empty(rows, config.in_channels, self.side, self.side)
         return latents, torch.zeros(rows, dtype=torch.long), prompts
 
@@ -177,15 +215,15 @@ class Training:
 
     @contextmanager
     def counting(self, *modules: nn.Module) -> Iterator[LiveBytes]:
-        """Count what happens inside, on top of these modules and of the UNet, which accelerate puts under autocast."""
+        """Count what happens inside, on top of these modules; accelerate puts the UNet under autocast."""
         unet = self.models.unet
         forward = convert_outputs_to_fp32(torch.autocast("cpu", HALF)(unet.forward))
-        with like_cuda(), patch.object(unet, "forward", forward), LiveBytes(unet, *modules) as counter:
+        with like_cuda(), patch.object(unet, "forward", forward), LiveBytes(*modules) as counter:
             yield counter
 
 
 @contextmanager
-def training(flags: str, make: Callable[[], UNet2DConditionModel] = make_unet, side: int = SIDE) -> Iterator[Training]:
+def training(flags: str, model: Model = MODELS["sd"]) -> Iterator[Training]:
     """A run's models as the trainer makes them, with tensors that have no content.
 
     Modules of fake tensors can be neither cast nor given a LoRA. So they are made on the meta device, which autocast
@@ -193,17 +231,18 @@ def training(flags: str, make: Callable[[], UNet2DConditionModel] = make_unet, s
     """
     given = parse_args([*REQUIRED, "--mixed_precision", "bf16", *shlex.split(flags)])
     with torch.device("meta"):
-        pipeline, clip = make_pipeline(make()), make_clip()
+        pipeline, clip = model.make_pipeline(model.make_unet()), make_clip()
         del clip.text_model, clip.text_projection
         unet = pipeline.unet
-        halves = [module.bfloat16() for module in (unet, pipeline.vae, pipeline.text_encoder)]
+        encoders = [getattr(pipeline, name) for name in model.family.text_encoders]
+        halves = [module.bfloat16() for module in (unet, pipeline.vae, *encoders)]
         for module in (*halves, clip):
             module.requires_grad_(False).eval()
-        unet.add_adapter(lora_config(StableDiffusion, given.lora, unet))
+        unet.add_adapter(lora_config(model.family, given.lora, unet))
         train_in_float32(unet, "default")
         if given.model.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
-        models = Models(StableDiffusion, pipeline, torch.device("cpu"))
+        models = Models(model.family, pipeline, torch.device("cpu"))
         if given.method.stage2_objective != "paper":
             models.add_teacher(models.lora())
     with FakeTensorMode():
@@ -214,28 +253,59 @@ def training(flags: str, make: Callable[[], UNet2DConditionModel] = make_unet, s
         models.adapters = Adapters(unet)
         judges = [pipeline.vae, clip] if uses_enhancement(given.method, given.paper) else []
         objective, rows = given.method.stage2_objective, given.loop.train_batch_size
-        yield Training(objective, models, clip, judges, rows, side)
+        yield Training(objective, models, clip, judges, rows, model.side)
 
 
-# ------------------------------------------------------------------------------------------------- parts of a training
+# ------------------------------------------------------------------------------------------------ phases of a training
 
 
 @torch.no_grad()
-def pictures_peaks(run: Training) -> dict[str, int]:
-    """What comes before the steps: one portrait encoded beside all models; two batches' alignment portraits, for which
-    guidance doubles the rows, and two validation pictures; the paths that the SFCMs of two batches come from.
-    """
-    vae, side, others = run.models.pipeline.vae, run.side, (run.models.pipeline.vae, run.models.pipeline.text_encoder)
-    with run.counting(*others, *run.judges) as preparing:
-        vae.encode(torch.empty(1, 3, 8 * side, 8 * side, dtype=HALF)).latent_dist.mode()
-    with run.counting(*others, *run.judges) as drawing:
-        with run.models.adapters.only(None):
-            run.predict(4 * run.rows)
-        with torch.autocast("cpu", HALF):
-            vae.decode(torch.empty(2, 4, side, side, dtype=HALF), return_dict=False)
-    with run.counting(*run.judges) as mapping, run.both_paths(2 * run.rows):
+def prompts_peak(run: Training) -> int:
+    """A chunk of prompts, encoded by all text encoders."""
+    with run.counting(*run.text_encoders) as counter:
+        for encoder in run.text_encoders:
+            encoder(torch.zeros(PROMPTS, TOKENS, dtype=torch.long), output_hidden_states=True)
+    return counter.peak
+
+
+@torch.no_grad()
+def portraits_peak(run: Training) -> int:
+    """One portrait, encoded by the VAE."""
+    vae, side = run.models.pipeline.vae, 8 * run.side
+    with run.counting(vae) as counter:
+        vae.encode(torch.empty(1, 3, side, side, dtype=HALF)).latent_dist.mode()
+    return counter.peak
+
+
+@torch.no_grad()
+def drawing_peak(run: Training) -> int:
+    """Two batches' alignment portraits, for which guidance doubles the rows; one text encoder at a time beside the
+    UNet."""
+    peaks = []
+    for encoder in run.text_encoders:
+        with run.counting(*run.kept, encoder) as counter:
+            encoder(torch.zeros(2 * run.rows, TOKENS, dtype=torch.long), output_hidden_states=True)
+        peaks.append(counter.peak)
+    with run.counting(*run.kept) as counter, run.models.adapters.only(None):
+        run.predict(4 * run.rows)
+    return max(*peaks, counter.peak)
+
+
+@torch.no_grad()
+def decoding_peak(run: Training) -> int:
+    """Two validation pictures, decoded at once."""
+    vae = run.models.pipeline.vae
+    with run.counting(*run.kept, vae) as counter, torch.autocast("cpu", HALF):
+        vae.decode(torch.empty(2, 4, run.side, run.side, dtype=HALF), return_dict=False)
+    return counter.peak
+
+
+@torch.no_grad()
+def mapping_peak(run: Training) -> int:
+    """The paths that the SFCMs of two batches come from."""
+    with run.counting(*run.kept) as counter, run.both_paths(2 * run.rows):
         pass
-    return {"preparing": preparing.peak, "drawing": drawing.peak, "mapping": mapping.peak}
+    return counter.peak
 
 
 def diffusion_backward(run: Training, enhance: bool = False) -> None:
@@ -288,7 +358,7 @@ def step_peak(run: Training, terms: Sequence[Callable[[Training], None]] | None 
         terms += [] if run.objective == "paper" else [composed_backward]
         terms += [partial(diffusion_backward, enhance=bool(run.judges))]
     trained = run.models.adapters.parameters("default")
-    with run.counting(*run.judges) as counter:
+    with run.counting(*run.kept) as counter:
         state = [torch.zeros_like(parameter) for parameter in trained for _ in range(2)]
         for term in terms:
             term(run)
@@ -296,6 +366,16 @@ def step_peak(run: Training, terms: Sequence[Callable[[Training], None]] | None 
             parameter.grad = None
         del state
     return counter.peak
+
+
+PHASES: dict[str, Callable[[Training], int]] = {
+    "prompts": prompts_peak,
+    "portraits": portraits_peak,
+    "drawing": drawing_peak,
+    "decoding": decoding_peak,
+    "mapping": mapping_peak,
+    "a step": step_peak,
+}
 
 
 # -------------------------------------------------------------------------------------------------------------- report
@@ -306,26 +386,40 @@ def parameter_bytes(module: nn.Module) -> int:
     return sum(parameter.nbytes for name, parameter in module.named_parameters() if ".lora_" not in name)
 
 
+def count(model: Model, flags: str) -> tuple[int, str]:
+    """The most bytes of a training with these flags, and GiB of each of its phases and models."""
+    with training(flags, model) as run:
+        sizes = {name: peak(run) for name, peak in PHASES.items()}
+        most = max(sizes.values())
+        sizes["a step of a plain LoRA"] = step_peak(run, [diffusion_backward])
+        frozen = ("unet", "vae", *run.models.family.text_encoders)
+        sizes |= {name: parameter_bytes(getattr(run.models.pipeline, name)) for name in frozen}
+        sizes["clip"] = parameter_bytes(run.clip)
+        trained = sum(map(torch.numel, run.models.adapters.parameters("default")))
+    described = ", ".join(f"{label} {size / GIB:.2f}" for label, size in sizes.items())
+    return most, f"{described}; LoRA with gradient and AdamW's state {16 * trained / MIB:.0f} MiB"
+
+
 def main(input_args: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Its flags are a training's.")
-    asked = shlex.join(parser.parse_known_args(input_args)[1])
+    epilog = "Its other flags are a training's."
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=epilog, allow_abbrev=False)
+    titles = ", ".join(f"{name}: {model.title}" for name, model in MODELS.items())
+    parser.add_argument("--model", choices=MODELS, help=f"{titles}; both without training flags, else sd.")
+    options, others = parser.parse_known_args(input_args)
+    asked = shlex.join(others)
     own, default = (parse_args([*REQUIRED, *shlex.split(flags)]).asked for flags in (asked, ""))
-    others = [f"--{name}" for name in default.keys() - COUNTED if own[name] != default[name]]
-    if others:
-        parser.error(f"{' '.join(sorted(others))} is not counted; these are: {' '.join(sorted(COUNTED))}")
-    lines, details = [], []
-    for name, flags in {"given": asked}.items() if asked else PRESETS.items():
-        with training(flags) as run:
-            sizes = {**pictures_peaks(run), "a step": step_peak(run)}
-            lines.append([name, f"`{flags}`", f"{max(sizes.values()) / GIB:.1f} GiB"])
-            sizes["a step of a plain LoRA"] = step_peak(run, [diffusion_backward])
-            frozen = {part: getattr(run.models.pipeline, part) for part in ("unet", "vae", "text_encoder")}
-            sizes |= {part: parameter_bytes(module) for part, module in {**frozen, "clip": run.clip}.items()}
-            count = sum(map(torch.numel, run.models.adapters.parameters("default")))
-        described = ", ".join(f"{label} {size / GIB:.2f}" for label, size in sizes.items())
-        details.append(f"{described}; LoRA with gradient and AdamW's state {16 * count / MIB:.0f} MiB")
-    print(markdown_table(["GPU", "flags, besides `--mixed_precision`", "counted"], lines))
-    print("GiB of each part:", *details, sep="\n- ")
+    uncounted = [f"--{name}" for name in default.keys() - COUNTED if own[name] != default[name]]
+    if uncounted:
+        parser.error(f"{' '.join(sorted(uncounted))} is not counted; these are: {' '.join(sorted(COUNTED))}")
+    for name in [options.model] if options.model else ["sd"] if asked else MODELS:
+        model, lines, details = MODELS[name], [], []
+        for card, flags in {"given": asked}.items() if asked else model.presets.items():
+            most, described = count(model, flags)
+            lines.append([str(card), f"`{flags}`", f"{most / GIB:.1f} GiB"])
+            details.append(described)
+        print(f"{model.title}:\n")
+        print(markdown_table(["GPU", "flags, besides `--mixed_precision`", "counted"], lines))
+        print("GiB of each part:", *details, sep="\n- ", end="\n\n")
 
 
 if __name__ == "__main__":

@@ -12,11 +12,14 @@ import re
 import shlex
 import shutil
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
 from safetensors.torch import load_file
 
 from adapters import active_adapters
@@ -26,7 +29,7 @@ from benchmarks.gpu import MODELS, ROOT, STEPS, Bench, Result
 from benchmarks.parts import trainer
 from benchmarks.random_stable_diffusion import write_model
 from loras import LORA_WEIGHTS
-from pipeline_spf_portrait import SPFPortraitPipeline
+from toy_portraits.pipelines import FAMILIES, load_base
 from toy_portraits.recipe import BASE_MODEL, LORA, training_flags
 
 
@@ -50,16 +53,23 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float1
 # ---------------------------------------------------------------------------------------------------- training the toy
 
 
-def run_toy(bench: Bench, name: str, precision: str, flags: str) -> Path:
-    """Train the toy with these flags, unless a run of this name is there; its folder, with losses in `losses.json`."""
-    output = bench.folder / "runs" / name
+def toy_flags(bench: Bench, precision: str, base: str) -> list[str]:
+    """Of every training of a toy base, without its steps."""
+    flags = f"{QUIET} {SMALL} {COUNTS[bench.device]} {FLAGS[precision]}"
+    return [*training_flags(TARGET, base), *shlex.split(flags)]
+
+
+def run_toy(bench: Bench, name: str, precision: str, flags: str, base: str = "sd") -> Path:
+    """Train a toy base with these flags, unless a run of it of this name is there; its folder, with losses in
+    `losses.json`."""
+    output = bench.folder / "runs" / base / name
     if (output / "losses.json").is_file():
         return output
     shutil.rmtree(output, ignore_errors=True)  # of a run that was ended
     steps = f"--stage1_steps {bench.steps} --stage2_steps {bench.steps}"
-    flags = shlex.split(f"{QUIET} {SMALL} {COUNTS[bench.device]} {FLAGS[precision]} {steps} {flags}")
+    own = [*toy_flags(bench, precision, base), *shlex.split(f"{steps} {flags}"), "--output_dir", str(output)]
     with trainer.precision_of(bench.device, precision):
-        losses = trainer.train_watched([*training_flags(TARGET), *flags, "--output_dir", str(output)])
+        losses = trainer.train_watched(own)
     (output / "losses.json").write_text(json.dumps(losses), encoding="utf-8")
     return output
 
@@ -96,11 +106,36 @@ def compare_updates(output: Path, other: Path, objective: str, tolerance: float,
 TOLERANCES = {"float32": (0.0, 1 - 1e-9), "tf32": (0.05, 0.98), "bf16": (0.1, 0.8), "fp16": (0.05, 0.98)}
 
 
-def training(bench: Bench, objective: str, precision: str) -> Result:
+def training(bench: Bench, objective: str, precision: str, base: str = "sd") -> Result:
     """Stage 2's update in a precision against float32's."""
     flags = f"--stage2_objective {objective}"
-    reference, own = (run_toy(bench, f"{objective}-{name}", name, flags) for name in ("float32", precision))
+    reference, own = (run_toy(bench, f"{objective}-{name}", name, flags, base) for name in ("float32", precision))
     return compare_updates(own, reference, objective, *TOLERANCES[precision])
+
+
+def vae(bench: Bench, precision: str) -> Result:
+    """The dtype of the VAE of SDXL, which overflows in fp16, its latents, and what it decodes while pictures are
+    drawn."""
+    output = bench.folder / "runs" / "sdxl" / f"vae-{precision}"
+    flags = [*toy_flags(bench, precision, "sdxl"), "--stage1_steps", "1", "--output_dir", str(output)]
+    with trainer.precision_of(bench.device, precision):
+        run = trainer.prepare([*flags, "--stage2_steps", "1"], 1)
+    models, own = run.parts.models, run.parts.models.pipeline.vae
+    latents = torch.stack(run.parts.training.latents[:2])
+    scaled = latents / own.config.scaling_factor
+    with torch.no_grad(), models.drawing(), run.engine.accelerator.autocast():
+        drawn = own.decode(scaled.to(own.dtype), return_dict=False)[0]
+    with torch.no_grad(), models.at_work("vae"):
+        alone = own.decode(scaled.to(own.dtype), return_dict=False)[0]
+    wanted, largest = DTYPES["float32" if precision == "fp16" else precision], float((drawn - alone).abs().max())
+    sound = {
+        f"the VAE is in {own.dtype}": own.dtype == wanted,
+        "a latent is not finite": bool(latents.isfinite().all()),
+        "what it decodes is not finite": bool(drawn.isfinite().all()),
+        "it decodes otherwise than alone": largest <= (0 if precision == "fp16" else PIXELS[precision] * 10),
+    }
+    cells = {"VAE": str(own.dtype).removeprefix("torch."), "decoded": f"{largest:.1e}"}
+    return Result(cells, [fault for fault, is_well in sound.items() if not is_well])
 
 
 # Flags that need a package, those beside them, and tolerances; bitsandbytes keeps AdamW's state of small matrices as
@@ -123,16 +158,17 @@ def option(bench: Bench, package: str) -> Result:
     return compare_updates(own, whole, "composed", *tolerances)
 
 
-def resume(bench: Bench, precision: str) -> Result:
+def resume(bench: Bench, precision: str, base: str = "sd") -> Result:
     """A run that goes on from inside of stage 1, and from inside of stage 2, against one that nothing stopped."""
     half = bench.steps // 2
     flags = f"--stage2_objective both --checkpointing_steps {half}"
     torch.use_deterministic_algorithms(True, warn_only=True)
-    whole, again = (run_toy(bench, f"resume-{precision}-{name}", precision, flags) for name in ("whole", "again"))
+    run = partial(run_toy, bench, precision=precision, base=base)
+    whole, again = (run(f"resume-{precision}-{name}", flags=flags) for name in ("whole", "again"))
     cells, faults = {"two undisturbed": largest_difference(whole, again)}, []
     for name, step in (("from stage 1", half), ("from stage 2", bench.steps + half)):
         checkpoint = shlex.join(["--resume_from_checkpoint", str(whole / f"checkpoint-{step}")])
-        resumed = run_toy(bench, f"resume-{precision}-{step}", precision, f"{flags} {checkpoint}")
+        resumed = run(f"resume-{precision}-{step}", flags=f"{flags} {checkpoint}")
         cells[name] = largest_difference(whole, resumed)
         if not cells[name] <= cells["two undisturbed"]:
             faults.append(f"{name} it is another than undisturbed")
@@ -155,7 +191,7 @@ PROMPT, WANTED = "a woman, a green jacket, a purple background", "blonde hair"
 PIXELS = {"float32": 0.001, "bf16": 0.01, "fp16": 0.002}
 
 
-def draw(pipeline: SPFPortraitPipeline, **options: Any) -> Any:
+def draw(pipeline: DiffusionPipeline, **options: Any) -> Any:
     """Two portraits of fixed noise, which some versions of torch draw in another way in half precision."""
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
     config, side = pipeline.unet.config, pipeline.unet.config.sample_size
@@ -165,7 +201,7 @@ def draw(pipeline: SPFPortraitPipeline, **options: Any) -> Any:
     return pipeline(PROMPT, generator=generators, latents=noise, output_type="np", **options)
 
 
-def draw_all(pipeline: SPFPortraitPipeline, few: bool = False) -> dict[str, np.ndarray]:
+def draw_all(pipeline: DiffusionPipeline, few: bool = False) -> dict[str, np.ndarray]:
     """Pictures (2, H, W, 3) and maps in [0, 1]: what `compare` makes, and the same by calls alone."""
     both = draw(pipeline, target_prompt=WANTED, compare=True, return_sfcm=not few)
     found = {"portrait": both.images, "original": both.reference_images}
@@ -178,11 +214,16 @@ def draw_all(pipeline: SPFPortraitPipeline, few: bool = False) -> dict[str, np.n
     return found
 
 
-def load_toy(dtype: torch.dtype, device: str = "cpu", way: str = "") -> SPFPortraitPipeline:
-    """The toy base model with the LoRA beside it on the device, in one of the ways that diffusers knows."""
-    pipeline = SPFPortraitPipeline.from_pretrained(BASE_MODEL, safety_checker=None, dtype=dtype)
-    pipeline.load_lora_weights(LORA)
-    pipeline.set_progress_bar_config(disable=True)
+def load_toy(base: str, dtype: torch.dtype, device: str = "cpu", way: str = "") -> DiffusionPipeline:
+    """A toy base with a LoRA on the device, in one of the ways that diffusers knows; the LoRA is the one beside it, or
+    a random one where there is none."""
+    pipeline = load_base(base, dtype)
+    if base == "sd":
+        pipeline.load_lora_weights(LORA)
+    else:
+        torch.manual_seed(0)
+        layers = FAMILIES[base].lora_targets(pipeline.unet, "cross")
+        pipeline.unet.add_adapter(LoraConfig(r=4, lora_alpha=2, init_lora_weights=False, target_modules=layers))
     if way == "offload":
         pipeline.enable_model_cpu_offload()
     elif way == "sequential":
@@ -194,13 +235,13 @@ def load_toy(dtype: torch.dtype, device: str = "cpu", way: str = "") -> SPFPortr
     return pipeline
 
 
-def pipeline(bench: Bench, precision: str, way: str = "") -> Result:
+def pipeline(bench: Bench, precision: str, way: str = "", base: str = "sd") -> Result:
     """Pictures and maps against float32's on the CPU, and the halves of `compare` against two calls."""
-    if "pictures" not in bench.kept:
-        bench.kept["pictures"] = draw_all(load_toy(torch.float32))
-    expected = bench.kept["pictures"]
+    if ("pictures", base) not in bench.kept:
+        bench.kept["pictures", base] = draw_all(load_toy(base, torch.float32))
+    expected = bench.kept["pictures", base]
     # Each kind of call is compiled anew, which takes long.
-    found = draw_all(load_toy(DTYPES[precision], bench.device, way), few=way == "compile")
+    found = draw_all(load_toy(base, DTYPES[precision], bench.device, way), few=way == "compile")
     cells, faults, limit = {}, [], PIXELS[precision]
     for name, values in found.items():
         if not np.isfinite(values).all():

@@ -15,6 +15,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,19 +29,21 @@ from adapters import active_adapters
 from attention_processors import CrossAttentionFeatures, capture_cross_attention, phrase_map_resolution
 from benchmarks import sfcm_modes
 from benchmarks.parts import drawing, judging, regions, tables
-from benchmarks.parts.drawing import Picture, prompt_pairs
+from benchmarks.parts.drawing import Picture, Pipeline, prompt_pairs
 from benchmarks.parts.regions import KINDS, Scenes, map_separation, phrase_games
 from benchmarks.parts.runs import RUNS, run_folder, train_all
 from benchmarks.parts.tables import Summary, cell, markdown_table, number
+from families.noise_process import DDPM
 from families.prompt_embeds import PromptEmbeds
 from families.stable_diffusion import StableDiffusion
 from loras import LORA_WEIGHTS
-from pipeline_spf_portrait import SPFPortraitPipeline
-from prompts import phrase_mask, tokenize_prompt_pair
+from prompts import phrase_mask
 from sfcm import SFCM_MODES, noise_difference, phrase_attention_maps
 from toy_portraits.build import to_tensor
 from toy_portraits.judge import PortraitJudge, base_prompts
+from toy_portraits.pipelines import FAMILIES
 from toy_portraits.world import SIZE, TARGETS
+from training.pixels import whole_picture
 from training.prompt_table import PromptTable, make_prompt_table
 
 
@@ -68,12 +71,13 @@ LABELS_OF_RUNS |= {name: RUNS[name].label for name in ("plain", "stage1", "compo
 
 @torch.no_grad()
 def predict(
-    unet: torch.nn.Module, adapter: str, latents: torch.Tensor, timesteps: torch.Tensor, embeds: PromptEmbeds
-) -> tuple[torch.Tensor, CrossAttentionFeatures]:
+    family: type[StableDiffusion], unet: torch.nn.Module, adapter: str, latents: torch.Tensor, timesteps: torch.Tensor,
+    embeds: PromptEmbeds,
+) -> tuple[torch.Tensor, CrossAttentionFeatures]:  # fmt: skip
     """The UNet's prediction and cross-attention with one adapter on, or with none ("original")."""
     names = None if adapter == ORIGINAL else adapter
     with active_adapters(unet, names), capture_cross_attention(unet) as store, store.record():
-        model_pred = StableDiffusion.predict(unet, latents, timesteps, embeds)
+        model_pred = family.predict(unet, latents, timesteps, embeds)
         return model_pred, store.pop()
 
 
@@ -98,21 +102,22 @@ class Inputs:
     """What maps are made of: latents (B, C, h, w) of portraits, what the training knows of their prompts, and weights
     (B, 1, T) that average over each target's tokens."""
 
-    pipeline: SPFPortraitPipeline
+    family: type[StableDiffusion]
+    pipeline: Pipeline
     latents: torch.Tensor
     table: PromptTable
     target_weights: torch.Tensor
 
     @classmethod
     @torch.no_grad()
-    def make(cls, pipeline: SPFPortraitPipeline, scenes: Scenes) -> Inputs:
-        vae, tokenizer, device = pipeline.vae, pipeline.tokenizer, pipeline.device
-        latents = vae.encode(to_tensor(scenes.images).to(device)).latent_dist.mode() * vae.config.scaling_factor
-        pairs = prompt_pairs(scenes.prompts)
-        tokens, length = [tokenize_prompt_pair(pair, tokenizer) for pair in pairs], tokenizer.model_max_length
-        table = make_prompt_table(StableDiffusion, pipeline, pairs, tokens)
-        weights = torch.tensor([phrase_mask([row.target_positions], length) for row in tokens], device=device)
-        return cls(pipeline, latents, table, weights)
+    def make(cls, base: str, pipeline: Pipeline, scenes: Scenes) -> Inputs:
+        family, pairs = FAMILIES[base], prompt_pairs(scenes.prompts)
+        latents = family.to_latents(pipeline.vae, to_tensor(scenes.images))
+        tokenizers = [getattr(pipeline, name) for name in family.tokenizers]
+        tokens = [family.locate(pair, tokenizers) for pair in pairs]
+        table, length = make_prompt_table(family, pipeline, pairs, tokens), tokenizers[0].model_max_length
+        weights = torch.tensor([phrase_mask([row.target_positions], length) for row in tokens], device=pipeline.device)
+        return cls(family, pipeline, latents, table, weights)
 
     def maps(self, band: Band, adapters: Sequence[str], batch_size: int) -> tuple[Maps, PhraseMaps]:
         """All maps of a band, so many portraits at a time."""
@@ -126,21 +131,24 @@ class Inputs:
         )
 
     def _chunk(self, rows: slice, samples: Samples, adapters: Sequence[str]) -> tuple[Maps, PhraseMaps]:
-        unet, table, latents = self.pipeline.unet, self.table, self.latents[rows]
-        reference, response = (own[: len(self.latents)][rows] for own in (table.reference_rows, table.response_rows))
-        base, full = table.prompt_embeds[reference], table.prompt_embeds[response]
+        scheduler, table, latents = self.pipeline.scheduler, self.table, self.latents[rows]
+        sizes = torch.tensor([whole_picture((SIZE, SIZE))] * len(latents), device=latents.device)
+        asked = torch.arange(len(self.latents), device=latents.device)[rows], sizes
+        base, full = table.reference(*asked), table.response(*asked)
+        process = DDPM(type(scheduler).__name__, scheduler.config)
+        predicted = partial(predict, self.family, self.pipeline.unet)
         references, responses = [], {name: [] for name in adapters}
         # By adapter, and whether it is on in both predictions.
         differences = {(name, own): [] for name in adapters for own in (False, True)}
         for noise, timesteps in samples:
             steps = timesteps[rows].to(latents.device)
-            noisy = self.pipeline.scheduler.add_noise(latents, noise[rows].to(latents.device), steps)
-            reference_pred, features = predict(unet, ORIGINAL, noisy, steps, base)
+            noisy = process.add_noise(latents, noise[rows].to(latents.device), steps)
+            reference_pred, features = predicted(ORIGINAL, noisy, steps, base)
             references.append(features)
             for name in adapters:
-                response_pred, features = predict(unet, name, noisy, steps, full)
+                response_pred, features = predicted(name, noisy, steps, full)
                 responses[name].append(features)
-                start_pred = reference_pred if name == ORIGINAL else predict(unet, name, noisy, steps, base)[0]
+                start_pred = reference_pred if name == ORIGINAL else predicted(name, noisy, steps, base)[0]
                 differences[name, False].append(noise_difference(response_pred, reference_pred))
                 differences[name, True].append(noise_difference(response_pred, start_pred))
 
@@ -170,7 +178,7 @@ class Inputs:
 
 
 def draw_scenes(
-    pipeline: SPFPortraitPipeline, judge: PortraitJudge, target_name: str, args: argparse.Namespace
+    pipeline: Pipeline, judge: PortraitJudge, target_name: str, args: argparse.Namespace
 ) -> tuple[Scenes, np.ndarray]:
     """Draw portraits with the LoRA that is on; the regions are the probe's, of these and the original's portraits.
 
@@ -227,7 +235,7 @@ def map_pictures(inputs: Inputs, scenes: Scenes, target_name: str, adapter: str)
 
 def measure_target(target_name: str, args: argparse.Namespace) -> tuple[list[Row], list[list[Picture]]]:
     """All rows of a target, and its part of the picture."""
-    pipeline, judge = judging.tools(args.device)
+    pipeline, judge = judging.tools(args.device, args.base)
     folders = lora_folders(args, target_name)
     runs = {drawing.adapter_name(folder): run for folder, run in folders.items()}
     found: dict[tuple, list[dict[str, np.ndarray]]] = {}  # by what a row is, a training seed each
@@ -235,7 +243,7 @@ def measure_target(target_name: str, args: argparse.Namespace) -> tuple[list[Row
     phrases = [pair.base_phrases for pair in prompt_pairs(scenes.prompts)]
     with drawing.loras_on(pipeline, list(folders)):
         pipeline.unet.requires_grad_(False)
-        inputs = Inputs.make(pipeline, scenes)
+        inputs = Inputs.make(args.base, pipeline, scenes)
         for band in BANDS:
             maps, phrase_maps = inputs.maps(band, [ORIGINAL, *runs], args.batch_size)
             for (adapter, name, detail), own in maps.items():
@@ -251,7 +259,7 @@ def measure_target(target_name: str, args: argparse.Namespace) -> tuple[list[Row
             found.setdefault((GENERATED, run, "averaged", ""), []).append(map_separation(maps[None], drawn))
             print(f"{target_name}, {adapter}: measured", flush=True)
         few = regions.render_scenes(target_name, PICTURED, PORTRAIT_SEED)
-        pictures = map_pictures(Inputs.make(pipeline, few), few, target_name, next(iter(runs)))
+        pictures = map_pictures(Inputs.make(args.base, pipeline, few), few, target_name, next(iter(runs)))
     rows = [
         Row(target_name, *key, {name: np.stack([one[name] for one in own]) for name in own[0]})
         for key, own in found.items()
@@ -335,7 +343,7 @@ perfect map of 16x16 latent pixels, which mix inside and outside at the border, 
 maximum lies in the region; *chance*: the region's share of the picture.
 """
     text += by_band_section(found, args) + training_section(found, args) + game_section(rows)
-    model = drawing.base_model_digest()
+    model = drawing.base_model_digest(args.base)
     tables.write_results(folder, args, text, base_model=model, loras=loras, rows=entries)
 
 

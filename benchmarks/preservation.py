@@ -245,7 +245,8 @@ def write_tables(args: argparse.Namespace, by_target: dict[str, list[Row]]) -> N
             entries.append(entry | {"plane": place, "measures": tables.summarise(row.measures)})
         results[name] = {"rows": entries}
         sections.append(section(tables.title_of(name), rows))
-    document = {"training_flags": " ".join(FLAGS), "base_model": drawing.base_model_digest(), "targets": results}
+    model, flags = drawing.base_model_digest(args.base), " ".join(FLAGS)
+    document = {"training_flags": flags, "base_model": model, "targets": results}
     tables.write_results(args.output_dir, args, "".join(sections), **document)
 
 

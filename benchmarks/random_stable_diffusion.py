@@ -1,8 +1,9 @@
-"""Write Stable Diffusion 1.5 with random weights: `python benchmarks/random_stable_diffusion.py --output_dir FOLDER`.
+"""Write a published model with random weights: `python benchmarks/random_stable_diffusion.py --output_dir FOLDER`.
 
-Every module has the configuration of the published model, so that time and memory of the training script are those of
-the real thing and nothing in it can be particular to the toy world. A CLIP ViT-L/14 with random weights lies in the
-folder's `clip`. The tokenizer is the toy world's, with 77 tokens. Nothing it draws means anything.
+Stable Diffusion 1.5, or SDXL with `--family sdxl`. Every module has the configuration of the published model, so that
+time and memory of the training script are those of the real thing and nothing in it can be particular to the toy
+world. A CLIP ViT-L/14 with random weights lies in the folder's `clip`. The tokenizers are the toy world's, with 77
+tokens. Nothing it draws means anything.
 
 Source: [ours].
 """
@@ -11,11 +12,29 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    ModelMixin,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -25,8 +44,25 @@ from toy_portraits.recipe import BASE_MODEL
 
 TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "projection_dim": 768}
 TEXT["eos_token_id"] = 2  # as published: the end is then found as the highest id
+# OpenCLIP's ViT-bigG/14, SDXL's second text encoder.
+TEXT_2 = {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20, "num_hidden_layers": 32}
+TEXT_2 |= {"projection_dim": 1280, "hidden_act": "gelu", "eos_token_id": 2}
 VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 VISION |= {"patch_size": 14, "projection_dim": 768}
+UNET_XL = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),  # the number of heads
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,  # 1280 of the pooled prompt, and six numbers
+}
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
 
 def make_unet() -> UNet2DConditionModel:
@@ -34,18 +70,39 @@ def make_unet() -> UNet2DConditionModel:
     return UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
 
 
-def make_pipeline(unet: UNet2DConditionModel, tokenizer: CLIPTokenizer | None = None) -> StableDiffusionPipeline:
-    """The UNet with a VAE of 84M parameters and 8 pixels a latent, and a text encoder of 123M."""
-    vae = AutoencoderKL(
+def make_vae(**others: int | float) -> AutoencoderKL:
+    """84M parameters, and 8 pixels a latent."""
+    return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512,
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, **others,
     )  # fmt: skip
-    scheduler = PNDMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
-    )
+
+
+def make_pipeline(unet: UNet2DConditionModel, tokenizer: CLIPTokenizer | None = None) -> StableDiffusionPipeline:
+    """The UNet with its VAE, and a text encoder of 123M parameters."""
     return StableDiffusionPipeline(
-        vae=vae, text_encoder=CLIPTextModel(CLIPTextConfig(**TEXT)), tokenizer=tokenizer, unet=unet,
-        scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        vae=make_vae(sample_size=512), text_encoder=CLIPTextModel(CLIPTextConfig(**TEXT)), tokenizer=tokenizer,
+        unet=unet, scheduler=PNDMScheduler(skip_prk_steps=True, **BETAS), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def make_xl_unet() -> UNet2DConditionModel:
+    """2567M parameters."""
+    return UNet2DConditionModel(**UNET_XL)
+
+
+def make_xl_pipeline(
+    unet: UNet2DConditionModel, tokenizer: CLIPTokenizer | None = None, tokenizer_2: CLIPTokenizer | None = None
+) -> StableDiffusionXLPipeline:
+    """The UNet with its VAE, and text encoders of 123M and 695M parameters."""
+    with torch.device("cpu"):  # it moves its sigmas there, which has no meaning on the meta device
+        scheduler = EulerDiscreteScheduler(timestep_spacing="leading", **BETAS)
+    return StableDiffusionXLPipeline(
+        vae=make_vae(sample_size=1024, scaling_factor=0.13025), text_encoder=CLIPTextModel(CLIPTextConfig(**TEXT)),
+        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**TEXT_2)), tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2, unet=unet, scheduler=scheduler, force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
     )  # fmt: skip
 
 
@@ -53,16 +110,55 @@ def make_clip() -> CLIPModel:
     return CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=768))
 
 
-def write_model(folder: Path) -> None:
-    """Write the pipeline's folder in half precision, and CLIP beside it."""
-    torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(BASE_MODEL / "tokenizer", model_max_length=77)
-    make_pipeline(make_unet(), tokenizer).to(dtype=torch.float16).save_pretrained(folder)
-    for part in (make_clip().half(), tokenizer, CLIPImageProcessorPil()):
+def load_tokenizer(**others: str) -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(BASE_MODEL / "tokenizer", model_max_length=77, **others)
+
+
+@contextmanager
+def in_half() -> Iterator[None]:
+    """Inside, modules are made in float16, so that none is ever there in float32."""
+    torch.set_default_dtype(torch.float16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def write_clip(folder: Path, clip: CLIPModel) -> None:
+    for part in (clip, load_tokenizer(), CLIPImageProcessorPil()):
         part.save_pretrained(folder / "clip")
+
+
+def write_model(folder: Path) -> None:
+    """Write the folder of a Stable Diffusion 1.5 in half precision, and CLIP beside it."""
+    torch.manual_seed(0)
+    make_pipeline(make_unet(), load_tokenizer()).to(dtype=torch.float16).save_pretrained(folder)
+    write_clip(folder, make_clip().half())
+
+
+def write_xl_model(folder: Path) -> None:
+    """Write the folder of an SDXL likewise, made module by module: the largest is all that has to fit into memory."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        pipeline = make_xl_pipeline(make_xl_unet(), load_tokenizer(), load_tokenizer(pad_token="!"))
+    pipeline.save_config(folder)
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module):
+            kind, config = type(part), part.config
+            with in_half():
+                part = kind.from_config(config) if isinstance(part, ModelMixin) else kind(config)
+        if part is not None:
+            part.save_pretrained(folder / name)
+    with in_half():
+        write_clip(folder, make_clip())
+
+
+WRITERS = {"sd": write_model, "sdxl": write_xl_model}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output_dir", type=Path, required=True, help="Folder to write; about 3 GB.")
-    write_model(parser.parse_args().output_dir)
+    parser.add_argument("--family", choices=WRITERS, default="sd", help="Stable Diffusion 1.5, or SDXL.")
+    parser.add_argument("--output_dir", type=Path, required=True, help="Folder to write; about 3 GB, of SDXL 8 GB.")
+    options = parser.parse_args()
+    WRITERS[options.family](options.output_dir)

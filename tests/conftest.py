@@ -78,3 +78,19 @@ def bare_xl_world(tokenizer):
     from pipeline_world import XLWorld
 
     return XLWorld(tokenizer, lora=False)
+
+
+@pytest.fixture(scope="session")
+def toy_xl_folder(tmp_path_factory):
+    from toy_bases import write_toy_xl
+
+    return write_toy_xl(tmp_path_factory.mktemp("toy_xl"))
+
+
+@pytest.fixture
+def toy_xl(toy_xl_folder, monkeypatch):
+    """The base `sdxl` is a random one, see `toy_bases.py`; its folder."""
+    from toy_portraits.recipe import BASES
+
+    monkeypatch.setitem(BASES, "sdxl", BASES["sdxl"]._replace(folder=toy_xl_folder))
+    return toy_xl_folder

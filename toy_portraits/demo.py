@@ -26,8 +26,8 @@ from PIL import Image
 
 from loras import LORA_WEIGHTS
 from pictures import overlay_heat_map, picture_grid
-from pipeline_spf_portrait import SPFPortraitPipeline
-from toy_portraits.recipe import BASE_MODEL, HERE, training_flags
+from toy_portraits.pipelines import load_base
+from toy_portraits.recipe import BASES, HERE, training_flags
 from toy_portraits.world import TARGETS
 
 
@@ -38,26 +38,27 @@ BASE_PROMPTS = {
 }
 
 
-def train(target: str, output_dir: Path, stage1_steps: int, stage2_steps: int, seed: int) -> None:
-    """Launch the training script as a user does; its own errors end this program too."""
+def train(target: str, base: str, output_dir: Path, steps: tuple[int, int], seed: int) -> None:
+    """Launch the training script as a user does, so many steps a stage; its own errors end this program too."""
     # Run again the demo starts anew, over what it left itself; the training script writes over no LoRA.
     (output_dir / LORA_WEIGHTS).unlink(missing_ok=True)
     shutil.rmtree(output_dir / "logs", ignore_errors=True)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(HERE.parent / "train_spf_portrait_lora.py")]
-    command += training_flags(target) + ["--output_dir", str(output_dir), "--seed", str(seed)]
+    command += training_flags(target, base) + ["--output_dir", str(output_dir), "--seed", str(seed)]
     # Nothing is left to go on from, for the same reason.
-    command += ["--stage1_steps", str(stage1_steps), "--stage2_steps", str(stage2_steps), "--checkpointing_steps", "0"]
+    command += ["--stage1_steps", str(steps[0]), "--stage2_steps", str(steps[1]), "--checkpointing_steps", "0"]
     subprocess.run(command, check=True)
 
 
-def draw_rows(plain: Path, spf: Path, target: str, seeds: range) -> tuple[list[list[Image.Image]], Image.Image]:
+def draw_rows(
+    plain: Path, spf: Path, target: str, base: str, seeds: range
+) -> tuple[list[list[Image.Image]], Image.Image]:
     """Per seed the original model's portrait, the same with each LoRA asked for the target, and the SFCM.
 
     The second result shows the first seed's map and all phrases.
     """
-    pipeline = SPFPortraitPipeline.from_pretrained(BASE_MODEL, safety_checker=None)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = load_base(base)
     pipeline.load_lora_weights(plain, adapter_name="plain")
     pipeline.load_lora_weights(spf, adapter_name="spf")
     toy, prompt = TARGETS[target], BASE_PROMPTS[target]
@@ -81,6 +82,8 @@ def draw_rows(plain: Path, spf: Path, target: str, seeds: range) -> tuple[list[l
 def main(input_args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", choices=list(TARGETS), default="blonde_hair", help="Which attribute to teach.")
+    about = "Which base model: " + ", ".join(f"{name}, a {base.title}" for name, base in BASES.items()) + "."
+    parser.add_argument("--base", choices=list(BASES), default="sd", help=about)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="Where LoRAs and picture go.")
     parser.add_argument("--stage1_steps", type=int, default=120)
     parser.add_argument("--stage2_steps", type=int, default=120)
@@ -90,11 +93,11 @@ def main(input_args: list[str] | None = None) -> None:
 
     start, plain, spf = time.time(), args.output_dir / "plain_lora", args.output_dir / "spf_lora"
     print(f"1/3 plain LoRA, {args.stage1_steps + args.stage2_steps} steps", flush=True)
-    train(args.target, plain, args.stage1_steps + args.stage2_steps, 0, args.seed)
+    train(args.target, args.base, plain, (args.stage1_steps + args.stage2_steps, 0), args.seed)
     print(f"2/3 SPF, {args.stage1_steps} + {args.stage2_steps} steps", flush=True)
-    train(args.target, spf, args.stage1_steps, args.stage2_steps, args.seed)
+    train(args.target, args.base, spf, (args.stage1_steps, args.stage2_steps), args.seed)
     print("3/3 the pictures", flush=True)
-    rows, maps = draw_rows(plain, spf, args.target, range(args.seed, args.seed + args.num_images))
+    rows, maps = draw_rows(plain, spf, args.target, args.base, range(args.seed, args.seed + args.num_images))
     headers = ("original model", f"plain LoRA, {TARGETS[args.target].prompt}", "SPF, same steps", "SFCM")
     path = args.output_dir / f"{args.target}.png"
     picture_grid(rows, headers).save(path)

@@ -1,4 +1,4 @@
-"""Portraits of the toy base model, with LoRAs or without, drawn from noise that belongs to the prompt, and kept.
+"""Portraits of a toy base model, with LoRAs or without, drawn from noise that belongs to the prompt, and kept.
 
 Source: [ours].
 """
@@ -27,13 +27,16 @@ from PIL import Image
 from loras import LORA_WEIGHTS
 from pictures import overlay_heat_map
 from pipeline_spf_portrait import SPFPortraitPipeline
+from pipeline_spf_portrait_xl import SPFPortraitXLPipeline
 from prompts import PromptPair, make_prompt_pair
 from toy_portraits.judge import ToyPrompt, base_prompts
-from toy_portraits.recipe import BASE_MODEL
+from toy_portraits.pipelines import load_base
+from toy_portraits.recipe import BASES, CLIP
 from toy_portraits.world import SIZE, TARGETS
 
 
 ROOT = Path(__file__).resolve().parents[2]
+Pipeline = SPFPortraitPipeline | SPFPortraitXLPipeline
 
 
 # ------------------------------------------------------------------------------------------------------------ settings
@@ -49,21 +52,30 @@ class DrawSettings:
     guidance_scale: float = 4.0
     device: str = "cpu"
     batch_size: int = 16
+    base: str = "sd"  # of `BASES`, with its own sampler
+
+
+def drawing_parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """A parser with the flags of what is drawn, and where it is kept."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    about = "For LoRAs, caches, tables and pictures; runs/preservation, and a base but sd has a folder of its own."
+    parser.add_argument("--output_dir", type=Path, help=about)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="Toy targets.")
+    for field in fields(DrawSettings):
+        choices = list(BASES) if field.name == "base" else None
+        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default, choices=choices)
+    parser.set_defaults(**defaults)
+    return parser
 
 
 def make_parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
     """A parser with the flags that the benchmarks of quality have; all of them share one folder of LoRAs."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    folder = ROOT / "runs" / "preservation"
-    parser.add_argument("--output_dir", type=Path, default=folder, help="For LoRAs, caches, tables and pictures.")
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="Toy targets.")
+    parser = drawing_parser(description)
     parser.add_argument("--seeds", nargs="+", type=int, default=[101, 102, 103], help="Training seeds.")
     parser.add_argument("--stage1_steps", type=int, default=120)
     parser.add_argument("--stage2_steps", type=int, default=120)
     parser.add_argument("--train_args", default="", help="Further flags of the training script, in one string.")
     parser.add_argument("--workers", type=int, default=2, help="Processes of one thread each.")
-    for field in fields(DrawSettings):
-        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
     parser.set_defaults(**defaults)
     return parser
 
@@ -75,8 +87,10 @@ def read_flags(parser: argparse.ArgumentParser, input_args: Sequence[str] | None
     """
     args = parser.parse_args(input_args)
     for name in ("num_prompts", "num_inference_steps", "stage1_steps", "stage2_steps", "workers", "batch_size"):
-        if getattr(args, name) < 1:
+        if getattr(args, name, 1) < 1:
             parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if args.output_dir is None:
+        args.output_dir = ROOT / "runs" / ("preservation" if args.base == "sd" else f"preservation_{args.base}")
     args.output_dir = args.output_dir.resolve()
     torch.set_num_threads(1)
     return args
@@ -96,12 +110,10 @@ def worker_processes(count: int) -> Executor:
 # ------------------------------------------------------------------------------------------------------------- drawing
 
 
-def load_pipeline(device: str) -> SPFPortraitPipeline:
-    """The toy base model with its DDIM sampler, silent; without a target it draws as diffusers' own pipeline does."""
+def load_pipeline(device: str, base: str = "sd") -> Pipeline:
+    """A toy base model with its own sampler, silent; without a target it draws as diffusers' own pipeline does."""
     diffusers_logging.disable_progress_bar()
-    pipeline = SPFPortraitPipeline.from_pretrained(BASE_MODEL, dtype=torch.float32).to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return load_base(base).to(device)
 
 
 def adapter_name(folder: Path) -> str:
@@ -110,7 +122,7 @@ def adapter_name(folder: Path) -> str:
 
 
 @contextmanager
-def loras_on(pipeline: SPFPortraitPipeline, folders: Sequence[Path], strength: float = 1.0) -> Iterator[None]:
+def loras_on(pipeline: Pipeline, folders: Sequence[Path], strength: float = 1.0) -> Iterator[None]:
     """Inside, these LoRAs, stacked, are on the UNet; none of them is left afterwards."""
     names = [adapter_name(folder) for folder in folders]
     try:
@@ -150,7 +162,7 @@ def _call(pipeline: Any, prompts: list[str], noise: torch.Tensor, settings: Draw
     )
 
 
-def draw(pipeline: SPFPortraitPipeline, prompts: Sequence[str], settings: DrawSettings) -> np.ndarray:
+def draw(pipeline: Pipeline, prompts: Sequence[str], settings: DrawSettings) -> np.ndarray:
     """One portrait a prompt, (B, 64, 64, 3) uint8; a LoRA that is on is active in both branches of the guidance."""
     noise, size = noise_of_prompts(settings), settings.batch_size
     chunks = [slice(start, start + size) for start in range(0, len(prompts), size)]
@@ -158,7 +170,7 @@ def draw(pipeline: SPFPortraitPipeline, prompts: Sequence[str], settings: DrawSe
 
 
 def draw_both(
-    pipeline: SPFPortraitPipeline, prompts: Sequence[ToyPrompt], settings: DrawSettings
+    pipeline: Pipeline, prompts: Sequence[ToyPrompt], settings: DrawSettings
 ) -> dict[str, np.ndarray]:
     """"full_images" and "base_images", the portraits of the full and of the base prompts."""
     texts = {kind: [getattr(prompt, f"{kind}_prompt") for prompt in prompts] for kind in ("full", "base")}
@@ -166,7 +178,7 @@ def draw_both(
 
 
 def draw_with_target(
-    pipeline: SPFPortraitPipeline, prompts: Sequence[ToyPrompt], settings: DrawSettings, **options: Any
+    pipeline: Pipeline, prompts: Sequence[ToyPrompt], settings: DrawSettings, **options: Any
 ) -> Iterator[tuple[list[int], Any]]:
     """Draw each of `settings.num_prompts` prompts with its target, those with one target together.
 
@@ -184,7 +196,7 @@ def draw_with_target(
 
 
 def draw_guided(
-    pipeline: SPFPortraitPipeline, prompts: Sequence[ToyPrompt], settings: DrawSettings, **options: Any
+    pipeline: Pipeline, prompts: Sequence[ToyPrompt], settings: DrawSettings, **options: Any
 ) -> dict[str, np.ndarray]:
     """Draw each full prompt once under SFCM guidance: "full_images" (B, 64, 64, 3), and "maps" (B, 16, 16)."""
     images = np.empty((len(prompts), SIZE, SIZE, 3), dtype=np.uint8)
@@ -205,8 +217,13 @@ def file_digest(*paths: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def base_model_digest() -> str:
-    return file_digest(*sorted(BASE_MODEL.glob("*/*.safetensors")), *sorted(BASE_MODEL.glob("*/*config.json")))
+def base_model_digest(base: str) -> str:
+    """Of a base model and of CLIP, which judges its trainings too."""
+    folders = {CLIP, *BASES[base].folder.glob("*/")}
+    weights, configs = (
+        sorted(path for folder in folders for path in folder.glob(kind)) for kind in ("*.safetensors", "*config.json")
+    )
+    return file_digest(*weights, *configs)
 
 
 def cached_arrays(folder: Path, key: object, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -233,11 +250,11 @@ class Originals:
 
 
 def load_originals(
-    pipeline: SPFPortraitPipeline, target_name: str, settings: DrawSettings, cache_dir: Path
+    pipeline: Pipeline, target_name: str, settings: DrawSettings, cache_dir: Path
 ) -> Originals:
     """The original model's portraits, drawn once and kept in `cache_dir`."""
     prompts = base_prompts(TARGETS[target_name], settings.num_prompts, settings.prompt_seed)
-    key = ["original", target_name, asdict(settings), base_model_digest()]
+    key = ["original", target_name, asdict(settings), base_model_digest(settings.base)]
     images = cached_arrays(cache_dir, key, lambda: draw_both(pipeline, prompts, settings))
     return Originals(target_name, prompts, **images)
 

@@ -15,12 +15,11 @@ import numpy as np
 
 import toy_portraits.judge
 from benchmarks.parts import drawing
-from benchmarks.parts.drawing import DrawSettings, Originals, file_digest
+from benchmarks.parts.drawing import DrawSettings, Originals, Pipeline, file_digest
 from benchmarks.parts.tables import ORIGINAL, Row
-from families.hub_names import STABLE_DIFFUSION
 from loras import LORA_WEIGHTS
-from pipeline_spf_portrait import SPFPortraitPipeline
 from toy_portraits.judge import PROBE_FOLDER, PortraitJudge
+from toy_portraits.pipelines import FAMILIES
 from toy_portraits.world import TARGETS
 from training.sharing import pipeline_code
 
@@ -52,8 +51,8 @@ class Job:
 
 
 @lru_cache(maxsize=1)
-def tools(device: str) -> tuple[SPFPortraitPipeline, PortraitJudge]:
-    return drawing.load_pipeline(device), PortraitJudge.from_pretrained()
+def tools(device: str, base: str) -> tuple[Pipeline, PortraitJudge]:
+    return drawing.load_pipeline(device, base), PortraitJudge.from_pretrained()
 
 
 def judge_images(
@@ -80,7 +79,7 @@ def judge_job(job: Job, settings: DrawSettings, cache_dir: Path) -> dict[str, np
     the measures of `judge_images`, and what was drawn, as many of `PORTRAITS` as there are.
     """
     weights = file_digest(job.lora_path / LORA_WEIGHTS)
-    pipeline, judge = tools(settings.device)
+    pipeline, judge = tools(settings.device, settings.base)
     originals = drawing.load_originals(pipeline, job.target_name, settings, cache_dir)
     options = QUIET if job.quiet else {}
 
@@ -95,11 +94,11 @@ def judge_job(job: Job, settings: DrawSettings, cache_dir: Path) -> dict[str, np
 
     probe = file_digest(Path(toy_portraits.judge.__file__), PROBE_FOLDER / "probe.safetensors")
     key = ["portraits", job.target_name, job.strength, asdict(settings)]
-    digests = [drawing.base_model_digest(), weights, probe]
+    digests = [drawing.base_model_digest(settings.base), weights, probe]
     if job.guided:
         key = ["guided portraits", job.target_name, options, job.sfcm_guidance, asdict(settings)]
         # Guidance is ours alone, and what it draws changes with its code.
-        digests.append(file_digest(*pipeline_code(STABLE_DIFFUSION).values()))
+        digests.append(file_digest(*pipeline_code(FAMILIES[settings.base].hub).values()))
     return drawing.cached_arrays(cache_dir, [*key, digests], make)
 
 
@@ -114,7 +113,7 @@ def judge_all(
     """Draw and judge every job in processes of one thread: the originals by target, and the measures by job."""
     kept = {"settings": drawing.draw_settings(args), "cache_dir": args.output_dir / "cache"}
     # Before the pool starts, so that its processes find the original model's portraits drawn.
-    pipeline, _ = tools(args.device)
+    pipeline, _ = tools(args.device, args.base)
     names = dict.fromkeys(job.target_name for job in jobs)
     originals, results = {name: drawing.load_originals(pipeline, name, **kept) for name in names}, {}
     with drawing.worker_processes(args.workers) as pool:
@@ -154,7 +153,7 @@ def judged_tables(
 ) -> dict[str, list[Row]]:
     """By target the rows of what all jobs draw. The original model's say what naming the target moves by itself."""
     originals, results = judge_all(args, jobs)
-    _, judge = tools(args.device)
+    _, judge = tools(args.device, args.base)
     return {
         name: make_rows(name, judge_images(judge, own, own.full_images, own.base_images), results, label_of)
         for name, own in originals.items()

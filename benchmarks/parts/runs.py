@@ -177,7 +177,7 @@ def training_command(args: argparse.Namespace, target_name: str, run_name: str, 
     What has one stage gets as many steps as both together. What has a second stage starts it from stage 1's LoRA of
     the same target and seed, so that stage 1 is trained once.
     """
-    run, command = RUNS[run_name], [*training_flags(target_name), "--seed", str(seed), *UNWATCHED]
+    run, command = RUNS[run_name], [*training_flags(target_name, args.base), "--seed", str(seed), *UNWATCHED]
     if run.continues:
         stage1 = run_folder(args.output_dir, target_name, "stage1", seed)
         command += ["--stage1_steps", "0", "--stage1_lora_path", str(stage1), "--stage2_steps", str(args.stage2_steps)]
@@ -189,8 +189,8 @@ def training_command(args: argparse.Namespace, target_name: str, run_name: str, 
     return command + shlex.split(run.flags) + shlex.split(args.train_args)
 
 
-def train_into(folder: Path, command: list[str], **depends_on: object) -> None:
-    """Train with the flags of a command into a folder, unless the LoRA of this very recipe is there already.
+def train_into(folder: Path, command: list[str], base: str, **depends_on: object) -> None:
+    """Train a base with the flags of a command into a folder, unless the LoRA of this very recipe is there already.
 
     The flags and what else it depends on are compared with those of a LoRA that is there; the script's code is not.
 
@@ -198,7 +198,7 @@ def train_into(folder: Path, command: list[str], **depends_on: object) -> None:
         ValueError: the folder holds a LoRA of other flags, or from other files.
         RuntimeError: the training script failed.
     """
-    note, recipe = folder / NOTE, {"command": command, "base_model": base_model_digest(), **depends_on}
+    note, recipe = folder / NOTE, {"command": command, "base_model": base_model_digest(base), **depends_on}
     if (folder / LORA_WEIGHTS).is_file() and note.is_file():
         found = json.loads(note.read_text(encoding="utf-8"))
         if {name: found[name] for name in recipe} != recipe:
@@ -232,7 +232,7 @@ def train(args: argparse.Namespace, target_name: str, run_name: str, seed: int) 
         depends_on["stage1"] = file_digest(run_folder(args.output_dir, target_name, "stage1", seed) / LORA_WEIGHTS)
     if run_name == "composed_mask":
         depends_on["masks"] = file_digest(*sorted(write_masks(args, target_name, seed).glob("*.png")))
-    train_into(folder, training_command(args, target_name, run_name, seed), **depends_on)
+    train_into(folder, training_command(args, target_name, run_name, seed), args.base, **depends_on)
 
 
 def trainings(wanted: Iterable[Training]) -> list[list[Training]]:

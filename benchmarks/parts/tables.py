@@ -16,6 +16,7 @@ import numpy as np
 
 from evaluation.measures import Estimate, estimate_mean, resample_prompts
 from evaluation.report import without_nan
+from toy_portraits.recipe import BASES
 from toy_portraits.world import TARGETS
 
 
@@ -175,11 +176,12 @@ def title_of(target_name: str) -> str:
 
 
 def settings_text(args: argparse.Namespace) -> str:
-    """How everything was drawn, for the head of a page."""
-    seeds = ", ".join(map(str, args.seeds))
+    """What was trained, and how everything was drawn, for the head of a page."""
+    seeds, base = ", ".join(map(str, args.seeds)), BASES[args.base]
     return (
-        f"{args.num_prompts} prompts (seed {args.prompt_seed}), training seed(s) {seeds}, {args.num_inference_steps} "
-        f"DDIM steps, guidance scale {args.guidance_scale:g}; {args.stage1_steps} + {args.stage2_steps} training steps"
+        f"{base.title}, {args.num_prompts} prompts (seed {args.prompt_seed}), training seed(s) {seeds}, "
+        f"{args.num_inference_steps} {base.sampler} steps, guidance scale {args.guidance_scale:g}; "
+        f"{args.stage1_steps} + {args.stage2_steps} training steps"
     )
 
 

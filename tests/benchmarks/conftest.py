@@ -3,18 +3,14 @@
 from pathlib import Path
 
 import pytest
-import torch
-from diffusers import UNet2DConditionModel
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
+from toy_bases import write_random_lora
 
 from benchmarks import sfcm_modes
 from benchmarks.parts import runs
 from loras import LORA_WEIGHTS
-from pipeline_spf_portrait import SPFPortraitPipeline
 from sfcm import SFCM_MODES
 from toy_portraits.judge import PortraitJudge
-from toy_portraits.recipe import BASE_MODEL
+from toy_portraits.recipe import BASES
 from training import flag_rules
 
 
@@ -23,36 +19,16 @@ def judge():
     return PortraitJudge.from_pretrained()
 
 
-@pytest.fixture(scope="session")
-def write_lora():
-    """A function that writes a random LoRA on the embedded model, strong enough to be seen."""
-    unet = UNet2DConditionModel.from_pretrained(BASE_MODEL / "unet")
-
-    def write(folder: Path, seed: int = 0) -> Path:
-        torch.manual_seed(seed)
-        modules = ["attn2.to_v", "attn2.to_out.0"]
-        unet.add_adapter(LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, target_modules=modules))
-        SPFPortraitPipeline.save_lora_weights(
-            folder,
-            unet_lora_layers=get_peft_model_state_dict(unet),
-            unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
-        )
-        unet.unload_lora()
-        return folder
-
-    return write
-
-
 @pytest.fixture
 def started(monkeypatch):
     """The command lines of trainings, by target and run; nothing is trained but each leaves weights of its own."""
-    return _replace_training(monkeypatch, lambda folder, _: (folder / LORA_WEIGHTS).write_bytes(str(folder).encode()))
+    return _replace_training(monkeypatch, lambda folder, *_: (folder / LORA_WEIGHTS).write_bytes(str(folder).encode()))
 
 
 @pytest.fixture
-def trained(monkeypatch, write_lora):
-    """As `started`, with random LoRAs."""
-    return _replace_training(monkeypatch, write_lora)
+def trained(monkeypatch):
+    """As `started`, with random LoRAs on the base that the command names."""
+    return _replace_training(monkeypatch, write_random_lora)
 
 
 def _replace_training(monkeypatch, write):
@@ -61,7 +37,8 @@ def _replace_training(monkeypatch, write):
     def train(command, **options):
         folder = Path(command[command.index("--output_dir") + 1])
         commands[f"{folder.parent.name}/{folder.name}"] = command
-        write(folder, len(commands))
+        base = next(name for name, own in BASES.items() if str(own.folder) in command)
+        write(folder, len(commands), base)
         return type("Done", (), {"returncode": 0})()
 
     monkeypatch.setattr(runs.subprocess, "run", train)

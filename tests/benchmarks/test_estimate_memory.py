@@ -11,6 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import estimate_memory
 from benchmarks.estimate_memory import (
+    MODELS,
+    PHASES,
     PRESETS,
     UPCAST,
     LiveBytes,
@@ -29,8 +31,9 @@ def tensor(kib: int, **options) -> torch.Tensor:
     return torch.empty(kib * KIB // 4, **options)
 
 
-def tiny_unet() -> UNet2DConditionModel:
+def tiny_unet(**others) -> UNet2DConditionModel:
     return UNet2DConditionModel(
+        **others,
         block_out_channels=(32,),
         down_block_types=("CrossAttnDownBlock2D",),
         up_block_types=("CrossAttnUpBlock2D",),
@@ -115,7 +118,7 @@ def test_a_step_of_a_tiny_unet_which_stays_as_it_was(checkpointing):
     peaks = {}
     for objective in ("composed", "both"):
         flags = f"--train_batch_size 2 --stage2_objective {objective} --enhancement_loss none {checkpointing}"
-        with training(flags, tiny_unet, side=16) as run:
+        with training(flags, MODELS["sd"]._replace(make_unet=tiny_unet, side=16)) as run:
             unet, loras = run.models.unet, run.models.adapters.names
             processors = {name: type(processor) for name, processor in unet.attn_processors.items()}
             peaks[objective], plain = step_peak(run), step_peak(run, [diffusion_backward])
@@ -126,6 +129,27 @@ def test_a_step_of_a_tiny_unet_which_stays_as_it_was(checkpointing):
     assert peaks["both"] > 1.1 * plain
 
 
+def tiny_xl_unet() -> UNet2DConditionModel:
+    added = {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 1280 + 6 * 8}
+    return tiny_unet(addition_embed_type="text_time", **added)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_a_phase_counts_the_models_that_lie_on_the_device_in_it(name):
+    unet = {"sd": tiny_unet, "sdxl": tiny_xl_unet}[name]
+    with training("--train_batch_size 1", MODELS[name]._replace(make_unet=unet, side=8)) as run:
+        peaks = {phase: peak(run) for phase, peak in PHASES.items()}
+        texts = [parameter_bytes(encoder) for encoder in run.text_encoders]
+        vae, denoiser = (parameter_bytes(getattr(run.models.pipeline, part)) for part in ("vae", "unet"))
+    assert len(texts) == {"sd": 1, "sdxl": 2}[name]
+    assert sum(texts) < peaks["prompts"] < 1.3 * sum(texts)
+    # One text encoder at a time, and none of them where there is a picture.
+    assert denoiser + max(texts) < peaks["drawing"] < denoiser + 1.1 * max(texts)
+    assert vae < peaks["portraits"] < denoiser + vae + min(texts) and denoiser + vae < peaks["decoding"]
+    assert denoiser < peaks["mapping"] < vae > peaks["a step"] > denoiser
+
+
 @pytest.mark.slow
 def test_checkpointing_counts_less_and_all_parts_are_printed(capsys):
     printed = []
@@ -133,7 +157,7 @@ def test_checkpointing_counts_less_and_all_parts_are_printed(capsys):
         estimate_memory.main(["--train_batch_size", "2", *flag])
         printed.append(dict(re.findall(r"([\w' ]+) ([\d.]+)", capsys.readouterr().out.split("\n- ")[1])))
     whole, small = ({name.strip(): float(value) for name, value in own.items()} for own in printed)
-    assert whole.keys() >= {"preparing", "drawing", "mapping", "a step", "unet", "clip"}
+    assert whole.keys() >= {*PHASES, "unet", "text_encoder", "clip"}
     assert small["unet"] < small["a step"] < whole["a step"] <= 1.1 * whole["a step of a plain LoRA"]
 
 
@@ -142,6 +166,19 @@ def test_the_documented_presets_are_the_ones_estimated():
     rows = re.findall(r"^\| (\d+) GB \| `(.*?)` \|(?: [\d.]+ GiB \|){3}$", page, re.MULTILINE)
     assert {int(card): flags for card, flags in rows} == PRESETS
     assert "`python benchmarks/estimate_memory.py`" in page
+
+
+def test_what_is_counted_is_chosen_by_name(capsys, monkeypatch):
+    monkeypatch.setattr(estimate_memory, "count", lambda model, flags: (2**30 * len(model.presets), flags))
+    estimate_memory.main([])
+    both = capsys.readouterr().out
+    assert both.count("counted") == 2 and "| 12 | `" in both and "SDXL, 1024x1024:" in both
+    assert f"`{PRESETS[16]}`" in both and all(f"`{flags}`" in both for flags in MODELS["sdxl"].presets.values())
+    estimate_memory.main(["--model", "sdxl", "--rank", "8"])
+    given = capsys.readouterr().out
+    assert "| given | `--rank 8` | 3.0 GiB |" in given and "Stable Diffusion 1.5" not in given
+    estimate_memory.main(["--rank", "8"])
+    assert capsys.readouterr().out.startswith("Stable Diffusion 1.5, 512x512:")
 
 
 def test_flags_whose_memory_is_not_counted_are_named(capsys):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks import gpu, gpu_rows
 from benchmarks.estimate_memory import PRESETS
 from benchmarks.gpu import FAILED, NOT_HERE, OK, Bench, Result, Row
+from families.stable_diffusion_xl import StableDiffusionXL
 from loras import LORA_WEIGHTS
 
 
@@ -146,9 +147,9 @@ def test_every_row_has_a_section_a_process_and_a_function():
 
 
 def test_rows_are_chosen_by_the_parts_of_their_names():
-    assert [row.name for row in gpu.chosen_rows(["pipeline/fp16", "resume/bf16"])] == [
-        "resume/bf16", "pipeline/fp16", "pipeline/fp16/model offload", "pipeline/fp16/sequential offload",
-        "pipeline/fp16/torch.compile",
+    assert [row.name for row in gpu.chosen_rows(["pipeline/fp16", "resume/bf16", "resume/SDXL"])] == [
+        "resume/bf16", "resume/SDXL/bf16", "resume/SDXL/fp16", "pipeline/fp16", "pipeline/fp16/model offload",
+        "pipeline/fp16/sequential offload", "pipeline/fp16/torch.compile",
     ]  # fmt: skip
     assert gpu.chosen_rows(None) == gpu.ROWS
 
@@ -232,12 +233,37 @@ def test_a_run_that_goes_on_is_the_same(bench):
     assert result.verdict == OK
     assert result.cells == dict.fromkeys(("two undisturbed", "from stage 1", "from stage 2"), "0, to the bit")
     # With another LoRA at the end of the resumed run it is not.
-    run = bench.folder / "runs" / "resume-float32-3" / LORA_WEIGHTS
+    run = bench.folder / "runs" / "sd" / "resume-float32-3" / LORA_WEIGHTS
     save_file({name: value + 1e-3 for name, value in load_file(run).items()}, run)
     result = gpu_rows.resume(bench, "float32")
     assert (
         result.faults == ["from stage 2 it is another than undisturbed"] and result.cells["from stage 2"] == "1.0e-03"
     )
+
+
+@pytest.mark.slow
+def test_rows_of_sdxl_train_resume_and_draw_it(bench, toy_xl, monkeypatch):
+    """A random one."""
+    monkeypatch.setattr(gpu_rows, "PICTURE_STEPS", 2)
+    for objective in ("composed", "paper"):
+        result = gpu_rows.training(bench, objective, "float32", "sdxl")
+        assert result.verdict == OK and result.cells["norm"] == "1.0000"
+    lora = load_file(bench.folder / "runs" / "sdxl" / "composed-float32" / LORA_WEIGHTS)
+    assert {value.shape[1] for name, value in lora.items() if "attn2.to_k.lora_A" in name} == {160}
+    assert gpu_rows.resume(bench, "float32", "sdxl").verdict == OK
+    result = gpu_rows.pipeline(bench, "float32", "", "sdxl")
+    assert result.verdict == OK and set(result.cells) == {"map", "portrait", "original", "guided", "halves"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", "bfloat16"), ("fp16", "float32")])
+def test_the_vae_of_sdxl_is_not_in_float16(bench, toy_xl, precision, dtype, monkeypatch):
+    result = gpu_rows.vae(bench, precision)
+    assert result.verdict == OK and result.cells["VAE"] == dtype
+    if precision == "fp16":
+        assert result.cells["decoded"] == "0.0e+00"
+        monkeypatch.setattr(StableDiffusionXL, "vae_dtype", lambda vae, dtype: dtype)
+        assert "the VAE is in torch.float16" in gpu_rows.vae(bench, precision).faults
 
 
 @pytest.mark.slow

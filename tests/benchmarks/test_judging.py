@@ -5,11 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+from toy_bases import write_random_lora
 
 from benchmarks.parts import drawing, judging
 from benchmarks.parts.drawing import DrawSettings, draw, draw_guided, load_originals
 from benchmarks.parts.judging import Job, judge_images, judge_job
 from loras import LORA_WEIGHTS
+from pipeline_spf_portrait_xl import SPFPortraitXLPipeline
 from toy_portraits.judge import base_prompts
 from toy_portraits.world import SIZE, TARGETS
 
@@ -23,14 +26,14 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-def test_a_lora_is_judged_and_leaves_the_pipeline_as_it_was(write_lora, tmp_path, cache):
-    pipeline, judge = judging.tools("cpu")
+def test_a_lora_is_judged_and_leaves_the_pipeline_as_it_was(tmp_path, cache):
+    pipeline, judge = judging.tools("cpu", "sd")
     originals = load_originals(pipeline, "striped_shirt", SETTINGS, cache)
     assert originals.base_images.shape == originals.full_images.shape == (2, SIZE, SIZE, 3)
     original = judge_images(judge, originals, originals.full_images, originals.base_images)
     assert original["base_change"].max() == 0 and original["change"].max() > 0
 
-    on = Job("striped_shirt", "plain", 0, 1.0, write_lora(tmp_path / "lora"))
+    on = Job("striped_shirt", "plain", 0, 1.0, write_random_lora(tmp_path / "lora"))
     off = judge_job(replace(on, strength=0.0), SETTINGS, cache)
     on = judge_job(on, SETTINGS, cache)
     assert off["base_change"].max() < 0.05 and on["base_change"].min() > 0.5
@@ -44,12 +47,12 @@ def test_a_lora_is_judged_and_leaves_the_pipeline_as_it_was(write_lora, tmp_path
     assert np.array_equal(again.full_images, originals.full_images)
 
 
-def test_portraits_are_cached_by_everything_they_depend_on(write_lora, tmp_path, monkeypatch):
+def test_portraits_are_cached_by_everything_they_depend_on(tmp_path, monkeypatch):
     """What is drawn is not looked at here."""
     drawn = []
     blank = np.zeros((2, SIZE, SIZE, 3), dtype=np.uint8)
     monkeypatch.setattr(drawing, "draw", lambda *given: drawn.append(1) or blank)
-    job = Job("red_hat", "plain", 0, 1.0, write_lora(tmp_path / "lora"))
+    job = Job("red_hat", "plain", 0, 1.0, write_random_lora(tmp_path / "lora"))
 
     def draws(job, settings=SETTINGS):
         drawn.clear()
@@ -60,13 +63,13 @@ def test_portraits_are_cached_by_everything_they_depend_on(write_lora, tmp_path,
     assert draws(job) == 4 and draws(job) == 0  # the original model's portraits are two of them
     assert draws(replace(job, strength=0.5)) == 2
     assert draws(job, replace(SETTINGS, guidance_scale=2.0)) == 4
-    write_lora(tmp_path / "lora", seed=1)
+    write_random_lora(tmp_path / "lora", seed=1)
     assert draws(job) == 2
 
 
-def test_a_guided_lora_is_judged_with_its_map_and_kept(write_lora, tmp_path, cache, monkeypatch):
-    pipeline, _ = judging.tools("cpu")
-    job = Job("red_hat", "plain", 0, 1.0, write_lora(tmp_path / "lora"), sfcm_guidance=1.0, quiet=True)
+def test_a_guided_lora_is_judged_with_its_map_and_kept(tmp_path, cache, monkeypatch):
+    pipeline, _ = judging.tools("cpu", "sd")
+    job = Job("red_hat", "plain", 0, 1.0, write_random_lora(tmp_path / "lora"), sfcm_guidance=1.0, quiet=True)
     guided = judge_job(job, SETTINGS, cache)
     unguided = judge_job(replace(job, sfcm_guidance=0.0), SETTINGS, cache)
     assert guided["maps"].shape == (2, SIZE // 4, SIZE // 4) and 0 <= guided["maps"].min() < guided["maps"].max() <= 1
@@ -80,7 +83,8 @@ def test_a_guided_lora_is_judged_with_its_map_and_kept(write_lora, tmp_path, cac
 
 
 def test_without_guidance_the_full_prompts_are_drawn_each_from_its_noise():
-    pipeline, settings = judging.tools("cpu")[0], replace(SETTINGS, num_prompts=5, num_inference_steps=1, batch_size=2)
+    pipeline, _ = judging.tools("cpu", "sd")
+    settings = replace(SETTINGS, num_prompts=5, num_inference_steps=1, batch_size=2)
     prompts = base_prompts(TARGETS["striped_shirt"], settings.num_prompts, settings.prompt_seed)
     assert len({prompt.replaced_phrase for prompt in prompts}) > 1  # several calls, out of order
     images = draw_guided(pipeline, prompts, settings, sfcm_guidance=0.0)["full_images"]
@@ -89,6 +93,25 @@ def test_without_guidance_the_full_prompts_are_drawn_each_from_its_noise():
     guided = draw_guided(pipeline, prompts, settings, sfcm_guidance=1.0)["full_images"]
     base = draw(pipeline, [prompt.base_prompt for prompt in prompts], settings)
     assert np.abs(guided.astype(int) - base).mean() < 0.75 * np.abs(images.astype(int) - base).mean()
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_the_other_base_is_drawn_by_its_own_class_and_sampler(toy_xl, guided, tmp_path):
+    settings = replace(SETTINGS, base="sdxl")
+    pipeline, _ = judging.tools("cpu", "sdxl")
+    assert isinstance(pipeline, SPFPortraitXLPipeline) and type(pipeline.scheduler) is EulerDiscreteScheduler
+    originals = load_originals(pipeline, "red_hat", settings, tmp_path)
+    assert originals.base_images.shape == (2, SIZE, SIZE, 3)
+    stock = StableDiffusionXLPipeline.from_pretrained(toy_xl)
+    options = {"latents": drawing.noise_of_prompts(settings), "num_inference_steps": 2, "guidance_scale": 4.0}
+    prompts = [prompt.base_prompt for prompt in originals.prompts]
+    assert np.array_equal(drawing.to_bytes(stock(prompts, output_type="np", **options).images), originals.base_images)
+
+    job = Job("red_hat", "plain", 0, 1.0, write_random_lora(tmp_path / "lora", base="sdxl"))
+    job = replace(job, sfcm_guidance=1.0, quiet=True) if guided else job
+    found = judge_job(job, settings, tmp_path)
+    assert found["change_outside"].max() > 0 and ("maps" in found) == guided
+    assert not getattr(pipeline.unet, "peft_config", None)
 
 
 def test_a_prompts_noise_does_not_depend_on_how_many_are_drawn():

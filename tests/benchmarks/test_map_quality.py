@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from toy_bases import write_random_lora
 
 from adapters import Adapters
 from attention_processors import capture_cross_attention
@@ -38,7 +39,8 @@ from benchmarks.parts.regions import (
     render_scenes,
     separation,
 )
-from families.stable_diffusion import StableDiffusion
+from toy_portraits.pipelines import FAMILIES
+from toy_portraits.recipe import BASES
 from toy_portraits.world import LABELS, SIZE, TARGETS, render, sample_factors
 
 
@@ -195,18 +197,21 @@ def test_noise_belongs_to_the_portrait_and_timesteps_cover_the_band():
     assert all((steps < 1000).all() for _, steps in noise_samples(64, (800, 1000), (1,)))
 
 
-def test_both_predictions_are_those_of_the_training(write_lora, tmp_path):
-    (pipeline, _), scenes = judging.tools("cpu"), render_scenes("striped_shirt", 2, 5)
-    unet, folders = pipeline.unet, [write_lora(tmp_path / name, seed) for seed, name in enumerate(("first", "second"))]
+@pytest.mark.parametrize("base", BASES)
+def test_both_predictions_are_those_of_the_training(base, toy_xl, tmp_path):
+    (pipeline, _), scenes, family = judging.tools("cpu", base), render_scenes("striped_shirt", 2, 5), FAMILIES[base]
+    folders = [write_random_lora(tmp_path / name, seed, base) for seed, name in enumerate(("first", "second"))]
+    unet = pipeline.unet
     first, second = map(adapter_name, folders)
     with loras_on(pipeline, folders):
-        inputs, timesteps = Inputs.make(pipeline, scenes), torch.tensor([700, 300])
+        inputs, timesteps = Inputs.make(base, pipeline, scenes), torch.tensor([700, 300])
         table, latents = inputs.table, inputs.latents
-        base, full = (table.prompt_embeds[rows[:2]] for rows in (table.reference_rows, table.response_rows))
-        reference, features = predict(unet, ORIGINAL, latents, timesteps, base)
-        response, _ = predict(unet, second, latents, timesteps, full)
-        assert not torch.allclose(predict(unet, first, latents, timesteps, full)[0], response)
-        adapters, asked = Adapters(unet), partial(StableDiffusion.predict, unet, latents, timesteps)
+        sizes = torch.tensor([[SIZE, SIZE, 0.0, 0.0, SIZE, SIZE]] * 2)
+        base, full = (of(torch.arange(2), sizes) for of in (table.reference, table.response))
+        reference, features = predict(family, unet, ORIGINAL, latents, timesteps, base)
+        response, _ = predict(family, unet, second, latents, timesteps, full)
+        assert not torch.allclose(predict(family, unet, first, latents, timesteps, full)[0], response)
+        adapters, asked = Adapters(unet), partial(family.predict, unet, latents, timesteps)
         with torch.no_grad(), capture_cross_attention(unet) as store, store.record():
             with adapters.only(None):
                 assert torch.equal(asked(base), reference)
@@ -234,10 +239,11 @@ def test_a_picture_has_its_captions_and_is_written(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_writes_tables_numbers_and_a_picture(trained, tmp_path):
+@pytest.mark.parametrize("base", BASES)
+def test_a_run_writes_tables_numbers_and_a_picture(base, toy_xl, trained, tmp_path):
     few = ["--num_prompts", "3", "--num_inference_steps", "2", "--batch_size", "2", "--workers", "1"]
     few += ["--targets", "striped_shirt", "--runs", "composed", "stage1"]
-    main(parse_args([*few, "--output_dir", str(tmp_path)]))
+    main(parse_args([*few, "--base", base, "--output_dir", str(tmp_path)]))
     folder = tmp_path / "map_quality"
     document = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     rows = document["rows"]

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.parts import runs
+from benchmarks.parts.drawing import ROOT, base_model_digest
 from benchmarks.parts.judging import Job, make_rows
 from benchmarks.parts.runs import (
     ABLATIONS,
@@ -28,8 +29,10 @@ from benchmarks.preservation import (
     ablation_differences,
     below_plain_curve,
     chosen,
+    explanation,
     jobs_of,
     label_of,
+    main,
     oracle_differences,
     parse_args,
     places,
@@ -39,7 +42,7 @@ from benchmarks.preservation import (
 )
 from loras import LORA_WEIGHTS
 from toy_portraits.judge import MARGIN
-from toy_portraits.recipe import LORA
+from toy_portraits.recipe import BASE_MODEL, BASES, LORA
 from toy_portraits.world import LABELS, SIZE, TARGETS, render, sample_factors
 from training.arguments import parse_args as parse_training_args
 
@@ -218,6 +221,33 @@ def test_every_run_starts_the_training_script_with_the_right_stages(tmp_path):
             assert "--stage1_steps 12 --stage2_steps 0" in command
     assert f"--sfcm_dir {tmp_path}/runs/red_hat/composed_mask-seed4-masks" in commands["composed_mask"]
     assert "--save_alignment" in commands["composed"] and "--train_batch_size 4" in commands["dop"]
+
+
+def test_a_base_has_a_folder_of_its_own_and_its_name_in_the_tables(toy_xl):
+    args, other = parse_args([]), parse_args(["--base", "sdxl"])
+    assert (args.output_dir, other.output_dir) == (ROOT / "runs/preservation", ROOT / "runs/preservation_sdxl")
+    command = training_command(other, "red_hat", "plain", 1)
+    assert command[:2] == ["--pretrained_model_name_or_path", str(toy_xl)]
+    assert command[2:4] == ["--clip_model_name_or_path", str(BASE_MODEL / "clip")]
+    assert command[4:] == training_command(args, "red_hat", "plain", 1)[4:]
+    assert "toy Stable Diffusion, 96 prompts" in explanation(args) and "15 DDIM steps" in explanation(args)
+    assert "toy Stable Diffusion XL, 96 prompts" in explanation(other) and "15 Euler steps" in explanation(other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["sd", "sdxl"])
+def test_a_short_run_trains_judges_and_keeps_to_its_base(tmp_path, trained, toy_xl, base):
+    flags = ["--output_dir", str(tmp_path), "--targets", "blonde_hair", "--seeds", "5", "--workers", "1"]
+    flags += ["--num_prompts", "3", "--num_inference_steps", "2", "--runs", "plain", "stage1", "composed", "paper"]
+    main(parse_args([*flags, "--base", base]))
+    document = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    rows = [(row["run"], row["strength"], row["guided"]) for row in document["targets"]["blonde_hair"]["rows"]]
+    assert len(rows) == len(set(rows)) == 1 + 4 + 3 + 4 and ("composed", 1.0, True) in rows
+    assert document["settings"]["base"] == base and document["base_model"] == base_model_digest(base)
+    assert BASES[base].title in (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert len(trained) == 4 and all(str(BASES[base].folder) in command for command in trained.values())
+    with pytest.raises(ValueError, match="was trained with other flags or from another model"):
+        main(parse_args([*flags, "--base", "sd" if base == "sdxl" else "sdxl"]))
 
 
 def test_what_is_needed_is_trained_first():
