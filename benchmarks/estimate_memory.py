@@ -8,7 +8,7 @@ all storages alive at once are counted. The most of all phases is what it prints
 - prompts: the text encoders alone, and a chunk of prompts;
 - portraits: the VAE alone encodes a portrait;
 - drawing: the UNet predicts alignment portraits with guidance; each text encoder comes and goes before it;
-- decoding: two validation pictures by the VAE, beside the UNet;
+- decoding: two validation pictures by the VAE, beside the UNet, at once unless it is SDXL's;
 - mapping: both paths of the UNet, captured, for the SFCMs;
 - a step: forward and backward of each term of the loss, with every row of the batch asking for the target.
 
@@ -240,6 +240,8 @@ def training(flags: str, model: Model = MODELS["sd"]) -> Iterator[Training]:
             module.requires_grad_(False).eval()
         unet.add_adapter(lora_config(model.family, given.lora, unet))
         train_in_float32(unet, "default")
+        if model.family.sliced_vae:
+            pipeline.vae.enable_slicing()
         if given.model.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         models = Models(model.family, pipeline, torch.device("cpu"))
@@ -293,7 +295,7 @@ def drawing_peak(run: Training) -> int:
 
 @torch.no_grad()
 def decoding_peak(run: Training) -> int:
-    """Two validation pictures, decoded at once."""
+    """Two validation pictures, decoded at once unless the family's VAE takes one at a time."""
     vae = run.models.pipeline.vae
     with run.counting(*run.kept, vae) as counter, torch.autocast("cpu", HALF):
         vae.decode(torch.empty(2, 4, run.side, run.side, dtype=HALF), return_dict=False)
