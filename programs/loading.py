@@ -100,12 +100,14 @@ def find_stock_pipeline(
 
 def load_pipeline(
     kind: type[Pipeline], name: str, dtype: torch.dtype, flag: str = "base_model", *, revision: str | None = None,
-    cache_dir: str | None = None, base_config: str | None = None, variant: str | None = None, **options: Any,
+    cache_dir: str | None = None, base_config: str | None = None, variant: str | None = None,
+    prediction_type: str | None = None, **options: Any,
 ) -> Pipeline:  # fmt: skip
     """A pipeline of this class, on the CPU, from the folder, id or file that a flag names. A pickle is not read.
 
     Args:
         base_config: where a single file has its configurations from.
+        prediction_type: what a flag says of it, which spares the warning of a file that does not say so itself.
         options: further arguments of `from_pretrained` and `from_single_file`: other components, None for none.
 
     Raises InputError: it cannot be loaded, has weights in pickles alone, or is a model that takes more than a prompt
@@ -124,6 +126,7 @@ def load_pipeline(
         if is_sdxl:
             _check_no_refiner(config, name if file is None else file.folder, hub)
         if file is not None:
+            file.warn(prediction_type)
             return _load_single_file(kind, file, dtype, options)
         try:
             return kind.from_pretrained(name, dtype=dtype, use_safetensors=True, variant=variant, **hub, **options)
@@ -145,7 +148,6 @@ def _load_single_file(kind: type[Pipeline], file: SingleFile, dtype: torch.dtype
         load_tokenizer(file.folder, subfolder=part.replace("text_encoder", "tokenizer"))
     if file.scheduler:
         options = {"scheduler": file.load_scheduler()} | options
-    file.warn()
     if not issubclass(kind, StableDiffusionXLPipeline):
         # Such a file has no safety checker, whatever its configurations say; SDXL's class has no place for one.
         options = {"safety_checker": None, "requires_safety_checker": False} | options

@@ -73,7 +73,8 @@ def load_text_part(
 def _load(family: type[StableDiffusion], model: ModelFlags, dtype: torch.dtype, **parts: Any) -> DiffusionPipeline:
     flag = "pretrained_model_name_or_path"
     parts |= family.pipeline_options
-    parts |= {name: getattr(model, name) for name in ("revision", "cache_dir", "variant", "base_config")}
+    names = ("revision", "cache_dir", "variant", "base_config", "prediction_type")
+    parts |= {name: getattr(model, name) for name in names}
     return load_pipeline(family.pipeline_class, getattr(model, flag), dtype, flag, **parts)
 
 

@@ -245,6 +245,16 @@ def test_stable_diffusion_2_that_does_not_say_is_warned_of(tmp_path, caplog):
     assert caplog.text.count("does not say what its UNet predicts") == 1
 
 
+def test_stable_diffusion_2_of_which_a_flag_says_it_is_not_warned_of(tmp_path, caplog):
+    pipeline, file = make_pipeline(SD2), tmp_path / "x.safetensors"
+    pipeline.save_pretrained(tmp_path / "model")
+    save_file(one_file(pipeline), file)
+    with caplog.at_level(logging.WARNING):
+        load(file, tmp_path / "model", prediction_type="v_prediction")
+        check_model(str(file), base_config=str(tmp_path / "model"), prediction_type="v_prediction")
+    assert "does not say" not in caplog.text
+
+
 def test_a_kept_prediction_comes_back(tmp_path):
     pipeline, file = make_pipeline(SD1), tmp_path / "x.safetensors"
     pipeline.scheduler = DDIMScheduler(clip_sample=False, prediction_type="v_prediction")
