@@ -143,7 +143,7 @@ def test_a_phase_counts_the_models_that_lie_on_the_device_in_it(name):
         texts = [parameter_bytes(encoder) for encoder in run.text_encoders]
         vae, denoiser = (parameter_bytes(getattr(run.models.pipeline, part)) for part in ("vae", "unet"))
     assert len(texts) == {"sd": 1, "sdxl": 2}[name]
-    assert sum(texts) < peaks["prompts"] < 1.3 * sum(texts)
+    assert sum(texts) < peaks["prompts"] < 1.5 * sum(texts)
     # One text encoder at a time, and none of them where there is a picture.
     assert denoiser + max(texts) < peaks["drawing"] < denoiser + 1.1 * max(texts)
     assert vae < peaks["portraits"] < denoiser + vae + min(texts) and denoiser + vae < peaks["decoding"]
