@@ -39,8 +39,8 @@ from families.stable_diffusion import StableDiffusion
 from loras import LORA_WEIGHTS
 from prompts import phrase_mask
 from sfcm import SFCM_MODES, noise_difference, phrase_attention_maps
-from toy_portraits.build import to_tensor
 from toy_portraits.judge import PortraitJudge, base_prompts
+from toy_portraits.learning import to_tensor
 from toy_portraits.pipelines import FAMILIES
 from toy_portraits.world import SIZE, TARGETS
 from training.pixels import whole_picture

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from .build import Training, base_world_captions, batches, build_tokenizer, to_tensor, tokenize, train_clip
+from .build import base_world_captions
+from .learning import Training, batches, build_tokenizer, to_tensor, tokenize, train_clip
 from .world import SIZE, render, sample_factors
 
 
