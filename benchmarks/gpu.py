@@ -100,6 +100,11 @@ ROWS = [
     ),
     *(Row(f"training/SDXL/VAE/{precision}", own("vae"), (precision,)) for precision in HALVES),
     *(
+        Row(f"training/SDXL/pictures, {kind}/{precision}", own("validation"), (precision, flags), device="cuda")
+        for kind, flags in {"models lent": "", "models kept": "--no-cache_latents --no-cache_text_embeddings"}.items()
+        for precision in HALVES
+    ),
+    *(
         Row(f"resume/{name}{precision}", own("resume"), (precision, base), limit=90)
         for name, base in TOYS.items()
         for precision in HALVES

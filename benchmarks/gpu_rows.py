@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
+from PIL import Image
 from safetensors.torch import load_file
 
 from adapters import active_adapters
@@ -136,6 +137,21 @@ def vae(bench: Bench, precision: str) -> Result:
     }
     cells = {"VAE": str(own.dtype).removeprefix("torch."), "decoded": f"{largest:.1e}"}
     return Result(cells, [fault for fault, is_well in sound.items() if not is_well])
+
+
+def validation(bench: Bench, precision: str, flags: str) -> Result:
+    """The pictures that a training of SDXL draws of itself, with its other models lent to the device or kept there."""
+    name = f"pictures-{precision}-{'kept' if flags else 'lent'}"
+    pictures = "--num_validation_images 1 --validation_inference_steps 4"
+    output = run_toy(bench, name, precision, f"{pictures} {flags}", "sdxl") / "validation"
+    spread = {path.name: float(np.asarray(Image.open(path)).std()) for path in sorted(output.glob("*.png"))}
+    # One that is not finite is black.
+    faults = [f"{name} is one colour" for name, value in spread.items() if value < 20]
+    return Result({"spread": ", ".join(f"{value:.0f}" for value in spread.values())}, faults or _missing(spread, 3))
+
+
+def _missing(found: dict[str, float], count: int) -> list[str]:
+    return [] if len(found) == count else [f"{len(found)} pictures instead of {count}"]
 
 
 # Flags that need a package, those beside them, and tolerances; bitsandbytes keeps AdamW's state of small matrices as

@@ -3,15 +3,29 @@
 A new family is a class beside these, and a line in `find_family` that knows it.
 """
 
+import logging
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 
 from families.stable_diffusion import MODEL, ModelFacts, StableDiffusion, read_config
 from families.stable_diffusion_xl import StableDiffusionXL
 from programs.loading import check_model_name, naming_flag
 from programs.single_file import find_single_file
+
+
+logger = logging.getLogger(__name__)
+
+
+
+# Models that draw in a few steps say so in their names, and hardly anywhere else: in words of their own, or with a
+# capital inside of a longer one.
+_DISTILLED = re.compile(
+    r"(?<![A-Za-z])(turbo|lightning|lcm|hyper|dmd2?)(?![a-z])|(Turbo|Lightning|LCM|Hyper|DMD2?)(?![a-z])"
+)
 
 
 def find_family(model_index: Mapping[str, Any], denoiser_config: Mapping[str, Any]) -> type[StableDiffusion]:
@@ -42,7 +56,7 @@ def check_model(
 
     Raises InputError: one line that names the flag, the value and the part of the model that does not fit.
     """
-    hub = {"revision": revision, "cache_dir": cache_dir}
+    hub, name = {"revision": revision, "cache_dir": cache_dir}, model
     with naming_flag(MODEL, model):
         without = () if vae is None else ("vae",)
         file = find_single_file(model, base_config, variant=variant, without=without, **hub)
@@ -60,4 +74,18 @@ def check_model(
         denoiser_config = read_config(UNet2DConditionModel, place, subfolder=denoiser, **hub)
         family = find_family(model_index, denoiser_config)
     facts = family.check(model, denoiser_config, place=place, vae=vae, prediction_type=prediction_type, **hub, **flags)
+    scheduler = read_config(DDPMScheduler, place, subfolder="scheduler", **hub).get("_class_name", "")
+    _warn_of_distilled(name, facts.denoiser_config, scheduler)
     return family, facts
+
+
+def _warn_of_distilled(name: str, unet_config: Mapping[str, Any], scheduler: str) -> None:
+    """Say that a model which was made to draw in a few steps is learned from badly."""
+    by_name = _DISTILLED.search(Path(name).name)
+    if by_name is None and unet_config["time_cond_proj_dim"] is None and "LCM" not in scheduler:
+        return
+    logger.warning(
+        "--%s %s: seems to be distilled to a few steps%s; training undoes that, and its noise is not what it learned "
+        "from. Train on the model that it was made of, and draw with this one",
+        MODEL, name, f" ({by_name[0]!r} in its name)" if by_name else "",
+    )  # fmt: skip

@@ -44,7 +44,8 @@ class DDPM:
         """The timestep with `factor` times the noise over signal of another, of deviations; the end if none has it."""
         signal = (1 - self._scheduler.betas).cumprod(0)
         ratios = ((1 - signal) / signal).sqrt()
-        return min(int(torch.searchsorted(ratios, ratios[timestep] * factor)), self.num_train_timesteps)
+        ratio = ratios[min(timestep, len(ratios) - 1)] * factor
+        return min(int(torch.searchsorted(ratios, ratio)), len(ratios))
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the denoiser should predict of the noised latents, (B, C, H, W)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,17 +25,11 @@ class PromptEmbeds:
         return len(self.states)
 
     def __getitem__(self, rows: Tensor | slice) -> PromptEmbeds:
-        return self._map(lambda values: values[rows])
+        return PromptEmbeds(*(None if values is None else values[rows] for values in self._values()))
 
     def of(self, time_ids: Tensor) -> PromptEmbeds:
         """The same prompts for pictures of these sizes and crops (B, 6)."""
         return replace(self, time_ids=time_ids)
-
-    def to(self, device: torch.device) -> PromptEmbeds:
-        return self._map(lambda values: values.to(device))
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> PromptEmbeds:
-        return PromptEmbeds(*(None if values is None else function(values) for values in self._values()))
 
     def _values(self) -> tuple[Tensor | None, ...]:
         return self.states, self.pooled, self.time_ids

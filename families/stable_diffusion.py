@@ -6,8 +6,6 @@ Legend: B batch, C latent channels, H/W latent size, H'/W' size in pixels, T tex
 from __future__ import annotations
 
 import inspect
-import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -35,13 +33,9 @@ from prompts import PromptPair, PromptTokens, locate_in_all
 from sfcm import clip_distances
 
 
-logger = logging.getLogger(__name__)
-
 MODEL, VAE, TINY_VAE = (
     "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "tiny_vae_model_name_or_path",
 )  # fmt: skip
-# Models that draw in a few steps say so in their names, and hardly anywhere else.
-_DISTILLED = re.compile(r"(?<![a-z])(turbo|lightning|lcm|hyper|dmd2?)(?![a-z])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -100,7 +94,6 @@ class StableDiffusion:
                 tokenizers.append(load_tokenizer(place, subfolder=tokenizer, **hub))
             with naming_flag(MODEL, f"{model}, {text_encoder}"):
                 text_configs.append(AutoConfig.from_pretrained(place, subfolder=text_encoder, **hub))
-        _warn_of_distilled(model, unet_config, config)
         scale = 2 ** (len(vae_config["block_out_channels"]) - 1)  # each level but the first halves the sides
         return ModelFacts(
             denoiser_config=unet_config,
@@ -203,15 +196,3 @@ def _check_decoder(flag: str, name: str, kind: type, unet_config: dict, cache_di
 def _check_latents(config: dict[str, Any], unet_config: dict[str, Any]) -> None:
     if config["latent_channels"] != unet_config["in_channels"]:
         raise ValueError(f"has {config['latent_channels']} latent channels, the UNet {unet_config['in_channels']}")
-
-
-def _warn_of_distilled(model: str, unet_config: Mapping[str, Any], scheduler_config: Mapping[str, Any]) -> None:
-    """Say that a model which was made to draw in a few steps is learned from badly."""
-    by_name = _DISTILLED.search(model)
-    if by_name is None and unet_config["time_cond_proj_dim"] is None and "LCM" not in scheduler_config["_class_name"]:
-        return
-    logger.warning(
-        "--%s %s: seems to be distilled to a few steps%s; training undoes that, and its noise is not what it learned "
-        "from. Train on the model that it was made of, and draw with this one",
-        MODEL, model, f" ({by_name[0]!r} in its name)" if by_name else "",
-    )  # fmt: skip

@@ -280,7 +280,7 @@ class AlignmentFlags(FlagGroup):
     sfcm_noise_samples: int = flag(4, "Noise samples a portrait's map is averaged over.", "at least 1")
     sfcm_timesteps: tuple[int, int] | None = flag(
         None,
-        "Lowest and highest timestep of those samples; else 600 and 950, or what hides as much above 64x64 latents.",
+        "Lowest and highest timestep of those samples; else 600 to 950, and higher above 64x64 latents.",
         metavar=("LOW", "HIGH"),
     )
     sfcm_refresh_steps: int = flag(

@@ -157,7 +157,7 @@ class Models:
     @contextmanager
     def drawing(self) -> Iterator[None]:
         """Inside, the pipeline draws: each of its models that no step uses comes onto the device when it is called,
-        and leaves it before the next of them comes.
+        and leaves it before the next one or the UNet is.
         """
         vae, hooks = self.pipeline.vae, []
         # In the order of their calls.
@@ -165,10 +165,19 @@ class Models:
             if name not in self._kept:
                 model, last = getattr(self.pipeline, name), hooks[-1] if hooks else None
                 hooks.append(cpu_offload_with_hook(model, self.device, prev_module_hook=last)[1])
+
+        def make_room(unet: torch.nn.Module, args: tuple) -> None:
+            """A model leaves when the next of them is called, and the UNet, which stays, is none of them."""
+            for hook in hooks:
+                if next(hook.model.parameters()).device.type != "cpu":
+                    hook.offload()
+
+        alone = self.unet.register_forward_pre_hook(make_room)
         try:
             with nullcontext() if vae.dtype == self.unet.dtype else decoded_without_autocast(vae):
                 yield
         finally:
+            alone.remove()
             for hook in hooks:
                 hook.offload()
                 hook.remove()

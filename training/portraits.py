@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from programs.console import phase_bar
 from programs.interruption import leave_stop_signals
+from programs.loading import InputError
 from training.arguments import Flags
 from training.caches import TensorCache, fingerprint, module_fingerprint
 from training.inputs import Inputs
@@ -35,11 +36,11 @@ class Portraits:
 
 
 class Taken(NamedTuple):
-    """A batch of training portraits, before it is noised."""
+    """A batch of portraits, before it is noised."""
 
-    index: torch.Tensor  # (B,) places in `TrainingPortraits.samples`
+    index: torch.Tensor  # (B,) places among their latents
     latents: torch.Tensor  # (B, C, H, W)
-    time_ids: torch.Tensor  # (B, 6) on the CPU
+    time_ids: torch.Tensor  # (B, 6)
     pixels: torch.Tensor | None = None  # where they are read now
 
 
@@ -189,6 +190,8 @@ def portraits_of(state: Mapping[str, Any], device: torch.device) -> Portraits | 
     if state["alignment"] is None:
         return None
     own = dict(state["alignment"])
+    if "time_ids" not in own:
+        raise InputError("--resume_from_checkpoint: an earlier version wrote it, which this one cannot go on from")
     for name in ("latents", "sfcm"):
         if own[name] is not None:
             own[name] = [tensor.to(device) for tensor in own[name]]

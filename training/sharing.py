@@ -4,6 +4,7 @@ import ast
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from loras import KOHYA_WEIGHTS, LORA_WEIGHTS
 from loras.card import CardFacts, HubNames, write_model_card
@@ -53,6 +54,14 @@ def base_file(model: ModelFlags) -> SingleFile | None:
     return find_single_file(name, model.base_config, without=parts, **where)
 
 
+def published_settings(flags: Flags, inputs: Inputs) -> dict[str, Any]:
+    """The flags that a model card has, the size of the pictures with them where it is the model's own."""
+    settings = {name: value for name, value in flat(flags).items() if name not in UNPUBLISHED}
+    if flags.pictures.aspect_ratio_buckets is None:
+        settings["resolution"] = inputs.sizes[0][0]
+    return settings
+
+
 def make_repository(sharing: SharingFlags, output_dir: Path) -> str:
     """The repository on the Hub, made before the training so that a wrong name or token is known now."""
     if sharing.hub_token is not None:
@@ -85,7 +94,7 @@ def share(flags: Flags, inputs: Inputs, pictures: Sequence[str], repo_id: str | 
         base_model=f"path/to/{Path(base_model).resolve().name}" if Path(base_model).exists() else base_model,
         targets=tuple(dict.fromkeys(own.target_text for own in inputs.pairs[: len(inputs.rows)])),
         example_prompt=pair.full_prompt, base_prompt=pair.base_prompt, example_target=pair.target_argument,
-        settings={name: value for name, value in flat(flags).items() if name not in UNPUBLISHED},
+        settings=published_settings(flags, inputs),
         pictures=tuple(pictures), licence=sharing.hub_license or names.licence, repo_id=repo_id,
         has_kohya=sharing.output_kohya_format, is_dora=is_dora, earlier_loras=inputs.references,
     )  # fmt: skip

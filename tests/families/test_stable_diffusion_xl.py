@@ -86,6 +86,9 @@ def test_a_part_that_is_missing_is_named(folder, tmp_path, part):
     [
         ("sdxl-turbo", {}, True),
         ("RealVis_Lightning", {}, True),
+        ("dreamshaperXL_v21TurboDPMSDE", {}, True),
+        ("realvisxlV50_v50LightningBakedvae", {}, True),
+        ("juggernautXL_lightningByRD", {}, True),
         ("hypernova", {}, False),
         ("dream", {"scheduler/scheduler_config": {"_class_name": "LCMScheduler"}}, True),
         ("dream", {"unet/config": {"time_cond_proj_dim": 256}}, True),
@@ -93,7 +96,9 @@ def test_a_part_that_is_missing_is_named(folder, tmp_path, part):
     ],
 )
 def test_a_distilled_model_is_warned_of(folder, tmp_path, caplog, name, changes, warned):
-    model = shutil.move(changed(folder, tmp_path, **changes), tmp_path / name)
+    # The name of a folder above says nothing.
+    (tmp_path / "lcm").mkdir()
+    model = shutil.move(changed(folder, tmp_path, **changes), tmp_path / "lcm" / name)
     with caplog.at_level(logging.WARNING):
         check_model(str(model))
     assert ("seems to be distilled" in caplog.text) == warned

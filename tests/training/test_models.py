@@ -64,7 +64,17 @@ def test_models_come_onto_the_device_one_after_another_to_draw(world, monkeypatc
         options = {"num_inference_steps": 1, "output_type": "np", "height": 16, "width": 16}
         models.pipeline("a woman, a hat", **options)
         assert [*dict.fromkeys(moves)] == [("text_encoder", "cpu:0"), ("vae", "cpu:0")]
+        # None but the UNet lies there while it predicts: seen as if the encoder's weights were on another device.
+        encoder, away = models.pipeline.text_encoder, []
+        monkeypatch.setattr(type(encoder), "parameters", lambda self: iter([torch.empty(0, device="meta")]))
         moves.clear()
+        models.unet.register_forward_hook(lambda unet, args, output: away.extend(moves))
+        embeds = torch.zeros(1, 77, models.unet.config.cross_attention_dim)
+        models.unet(torch.zeros(1, 4, 8, 8), 1, embeds)
+        assert ("text_encoder", "cpu") in away and ("vae", "cpu") not in away
+        monkeypatch.undo()
+        moves = places(models, monkeypatch)
+        models.device = torch.device("cpu")
     assert {*moves} == {("text_encoder", "cpu"), ("vae", "cpu")} and not hasattr(models.pipeline.vae, "_hf_hook")
 
 

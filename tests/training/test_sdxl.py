@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
@@ -35,6 +35,7 @@ from families.stable_diffusion_xl import StableDiffusionXL
 from loras.writing import save_kohya_lora
 from pipeline_spf_portrait_xl import SPFPortraitXLPipeline
 from programs.original_layout import one_file
+from training.batches import BatchDrawer
 from training.engine import Engine
 from training.models import decoded_without_autocast
 from training.objectives import make_objectives
@@ -110,6 +111,79 @@ def test_each_row_is_told_its_own_picture(xl_world):
     )
     parts.maps.fill_bank(portraits, 2, False)
     assert told and all(row == list(whole_picture((16, 16))) for call in told for row in call)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"stage2_objective": "both"},
+        {"stage2_objective": "both", "dual_path": "single_pass"},
+        {"preservation": "prior", "alignment_source": "generated"},
+        {"preservation": "dop", "alignment_source": "generated"},
+        {"preservation": "cat", "alignment_source": "generated", "unrelated_prompts": ("a dog", "a street")},
+    ],
+    ids=lambda flags: " ".join(flags.values() if isinstance(flags, str) else map(str, flags.values())),
+)
+def test_no_call_mixes_up_its_rows(xl_world, tmp_path, monkeypatch, flags):
+    """A row's noise tells which portrait it is, its states which prompt: size, crop and pooled must be theirs."""
+    sizes, runs, seen = {}, watch_runs(monkeypatch), []
+    inputs = watch(monkeypatch, script, "check_inputs")
+
+    def remember(name, expected):
+        draw = getattr(BatchDrawer, name)
+
+        def drawn(self, portraits, micro_step, *args, **kwargs):
+            batch = draw(self, portraits, micro_step, *args, **kwargs)
+            rows = expected(portraits, micro_step, batch.index.tolist())
+            sizes.update((noisy.numpy().tobytes(), list(row)) for noisy, row in zip(batch.noisy_latents, rows))
+            return batch
+
+        monkeypatch.setattr(BatchDrawer, name, drawn)
+
+    def of_training(portraits, micro_step, index):
+        own = portraits.training_set
+        return [
+            micro_conditioning(own.image_sizes[one.index], own.sizes[own.buckets[one.index]], flip=one.flip)
+            for one in own.samples(micro_step)
+        ]
+
+    def of_alignment(portraits, micro_step, index):
+        drawn, given = 4, inputs[0]
+        whole = [whole_picture(given.sizes[portraits.buckets[i]]) for i in range(drawn)]
+        data = [micro_conditioning(own, given.sizes[b]) for own, b in zip(given.image_sizes, given.buckets)]
+        return [(whole + data)[i] for i in index]
+
+    remember("training", of_training)
+    remember("aligned", of_alignment)
+    monkeypatch.setattr(UNet2DConditionModel, "forward", seeing(UNet2DConditionModel.forward, seen))
+    train(
+        xl_world, tmp_path / "output", **{
+            "train_batch_size": 3, "random_flip": True, "resolution": None, "aspect_ratio_buckets": "16,16;16,24",
+            "num_alignment_images": 4, "alignment_source": "both", "base_prompt_share": 0.5, "stage1_steps": 3,
+            "stage2_steps": 0 if "preservation" in flags else 3, **flags,
+        }
+    )  # fmt: skip
+    embeds = runs[0].table.prompt_embeds
+    pooled = {states.numpy().tobytes(): own for states, own in zip(embeds.states, embeds.pooled)}
+    known = [(noisy, states, added) for noisy, states, added in seen if noisy.numpy().tobytes() in sizes]
+    assert len(known) > 15 and len({tuple(row) for row in sizes.values()}) > 3
+    for noisy, states, (text, ids) in known:
+        assert ids.tolist() == sizes[noisy.numpy().tobytes()]
+        if states.numpy().tobytes() in pooled:  # unrelated prompts are in no table
+            assert torch.equal(text, pooled[states.numpy().tobytes()])
+
+
+def seeing(forward, seen):
+    """A UNet's forward that notes each row of what it is given."""
+
+    def noted(self, sample, timestep, encoder_hidden_states, *args, added_cond_kwargs=None, **kwargs):
+        added = zip(added_cond_kwargs["text_embeds"], added_cond_kwargs["time_ids"], strict=True)
+        seen.extend(zip(sample.detach(), encoder_hidden_states.detach(), added, strict=True))
+        return forward(
+            self, sample, timestep, encoder_hidden_states, *args, added_cond_kwargs=added_cond_kwargs, **kwargs
+        )
+
+    return noted
 
 
 def test_pictures_of_several_sizes_are_told_their_bucket(xl_world):
@@ -233,6 +307,7 @@ def test_prompts_encoded_in_each_step_are_those_encoded_once(xl_world, tmp_path)
 
 def test_a_run_goes_on_exactly(xl_world, tmp_path):
     options = {"stage1_steps": 3, "stage2_steps": 3, "checkpointing_steps": 2, "random_flip": True}
+    options |= {"alignment_source": "both"}
     whole = train(xl_world, tmp_path / "whole", **options)
     for step in (2, 4):
         own = tmp_path / f"from_{step}"
