@@ -17,7 +17,7 @@ from threading import Lock
 from typing import Any
 
 from programs.console import BASE_CONFIG, DTYPES, FlagFormatter, import_libraries, in_home
-from toy_portraits.recipe import BASE_MODEL, LORA
+from toy_portraits.recipe import BASE_MODEL, BASES, LORA
 
 
 TOY_PROMPT = ("a woman, a green jacket, a purple background", "blonde hair")
@@ -49,10 +49,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     if not args.max_lora_mb > 0:
         parser.error(f"--max_lora_mb must be positive, not {args.max_lora_mb:g}")
     args.base_model = args.base_model or str(BASE_MODEL)
-    is_toy = Path(args.base_model).resolve() == BASE_MODEL
-    args.prompt, args.target = TOY_PROMPT if is_toy else PROMPT
+    place = Path(args.base_model).resolve()
+    args.prompt, args.target = TOY_PROMPT if place in [base.folder for base in BASES.values()] else PROMPT
     near = LORA.is_relative_to(Path.cwd())
-    at_first = given("SPF_LORA", str(LORA.relative_to(Path.cwd()) if near else LORA) if is_toy else "")
+    own = str(LORA.relative_to(Path.cwd()) if near else LORA) if place == BASE_MODEL else ""
+    at_first = given("SPF_LORA", own)
     args.lora = [lora for lora in args.lora or [at_first] if lora]
     return args
 

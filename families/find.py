@@ -73,7 +73,9 @@ def check_model(
         # Every model of diffusers reads a configuration alike.
         denoiser_config = read_config(UNet2DConditionModel, place, subfolder=denoiser, **hub)
         family = find_family(model_index, denoiser_config)
-    facts = family.check(model, denoiser_config, place=place, vae=vae, prediction_type=prediction_type, **hub, **flags)
+    facts = family.check(
+        model, denoiser_config, place=place, file=file, vae=vae, prediction_type=prediction_type, **hub, **flags
+    )
     scheduler = read_config(DDPMScheduler, place, subfolder="scheduler", **hub).get("_class_name", "")
     _warn_of_distilled(name, facts.denoiser_config, scheduler)
     return family, facts

@@ -29,6 +29,7 @@ from families.noise_process import DDPM
 from families.prompt_embeds import PromptEmbeds
 from pipeline_spf_portrait import SPFPortraitPipeline
 from programs.loading import check_model_name, load_tokenizer, naming_flag
+from programs.single_file import SingleFile
 from prompts import PromptPair, PromptTokens, locate_in_all
 from sfcm import clip_distances
 
@@ -45,6 +46,7 @@ class ModelFacts:
     denoiser_config: dict[str, Any]
     text_configs: tuple[CLIPTextConfig, ...]
     tokenizers: tuple[CLIPTokenizer, ...]
+    file: SingleFile | None  # that it is, if it is one
     side: int | None  # in pixels, of the pictures that it draws by itself, if its configuration says so
     side_multiple: int  # of pixels that each side of a picture must be a multiple of
     num_train_timesteps: int
@@ -67,7 +69,7 @@ class StableDiffusion:
     def check(
         cls, model: str, denoiser_config: Mapping[str, Any], *, place: str | None = None, revision: str | None = None,
         cache_dir: str | None = None, vae: str | None = None, tiny_vae: str | None = None,
-        prediction_type: str | None = None,
+        prediction_type: str | None = None, file: SingleFile | None = None,
     ) -> ModelFacts:  # fmt: skip
         """Read the other configurations of a model, without weights; they lie at `place` if not under its name.
 
@@ -98,6 +100,7 @@ class StableDiffusion:
         return ModelFacts(
             denoiser_config=unet_config,
             text_configs=tuple(text_configs),
+            file=file,
             tokenizers=tuple(tokenizers),
             side=side * scale if isinstance(side := unet_config["sample_size"], int) else None,
             side_multiple=scale * 2 ** (len(unet_config["block_out_channels"]) - 1),

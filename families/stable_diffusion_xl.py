@@ -38,7 +38,7 @@ class StableDiffusionXL(StableDiffusion):
     text_models = (CLIPTextModel, CLIPTextModelWithProjection)
 
     @classmethod
-    def check(cls, model: str, denoiser_config: Mapping[str, Any], **options: str | None) -> ModelFacts:
+    def check(cls, model: str, denoiser_config: Mapping[str, Any], **options: Any) -> ModelFacts:
         """As of Stable Diffusion, and what the UNet is told besides the prompt is SDXL's."""
         facts = super().check(model, denoiser_config, **options)
         unet, pooled = facts.denoiser_config, facts.text_configs[1].projection_dim

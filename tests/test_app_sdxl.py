@@ -48,7 +48,7 @@ def test_a_lora_of_the_other_family_ends_the_program_with_one_line(world, tmp_pa
     path = wrong_lora(tmp_path)
     with pytest.raises(SystemExit) as stop:
         app.main(["--base_model", str(world.model), "--lora", str(path), "--device", "cpu"])
-    message = f"--lora: {path}: this is a Stable Diffusion LoRA, and the base model is SDXL"
+    message = f"--lora: {path}: this is a Stable Diffusion 1.x or 2.x LoRA, and the base model is SDXL"
     assert stop.value.code == f"app.py: error: {message}"
     with pytest.raises(SystemExit, match="this is an SDXL LoRA, and the base model is Stable Diffusion"):
         app.main(["--lora", str(world.kohya), "--device", "cpu"])
@@ -76,7 +76,7 @@ def test_the_page_draws_what_the_pipeline_draws(world, pipeline, browser, form, 
         path = wrong_lora(tmp_path)
         page.fill("LoRA", str(path))
         page.button.click()
-        assert page.error() == f"{path}: this is a Stable Diffusion LoRA, and the base model is SDXL"
+        assert page.error() == f"{path}: this is a Stable Diffusion 1.x or 2.x LoRA, and the base model is SDXL"
         page.fill("LoRA", str(world.kohya))
         page.set_number("LoRA strength", 0.5)
         weaker = page.draw(2)["adapted"]

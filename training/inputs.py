@@ -18,6 +18,7 @@ from families.stable_diffusion import ModelFacts, StableDiffusion
 from loras.loading import ReferenceLora
 from programs.loading import naming, naming_flag
 from programs.picture_files import content_key, load_picture, upright_size
+from programs.single_file import SingleFile
 from prompts import PromptPair, PromptTokens, make_prompt_pair, said_targets, suggest_replacements
 from training.alignment_prompts import pairs_to_draw
 from training.arguments import Flags
@@ -39,8 +40,8 @@ class Inputs:
     """What is known before a model is loaded, all checked.
 
     Attributes:
+        base_file: the base model, if it is one file.
         rows: the N training portraits.
-        image_sizes: (width, height) of their pictures, upright.
         sizes: (H, W) of each bucket, one without --aspect_ratio_buckets.
         buckets: which of them each pair of prompts belongs to, N + M.
         pairs, tokens: the portraits' prompts, then those of the M portraits that will be drawn for the alignment.
@@ -52,8 +53,8 @@ class Inputs:
     """
 
     family: type[StableDiffusion]
+    base_file: SingleFile | None
     rows: list[PortraitRow]
-    image_sizes: list[tuple[int, int]]
     sizes: tuple[tuple[int, int], ...]
     buckets: tuple[int, ...]
     pairs: list[PromptPair]
@@ -97,8 +98,7 @@ def check_inputs(flags: Flags) -> Inputs:
     )  # fmt: skip
     pairs, tokens = read_pairs(rows, flags.data.free_phrases or (), locate)
     check_images(rows)
-    image_sizes = [upright_size(row.image, row.source) for row in rows]
-    buckets = [nearest_bucket(size, sizes) for size in image_sizes]
+    buckets = [nearest_bucket(upright_size(row.image, row.source), sizes) for row in rows]
     drawn, drawn_buckets = pairs_to_draw(flags, pairs, buckets, sizes)
     with naming("--reference_target_prompt"):  # with what the prompts already had, each fits
         tokens += [locate(pair) for pair in drawn]
@@ -106,7 +106,7 @@ def check_inputs(flags: Flags) -> Inputs:
     if flags.alignment.alignment_source != "generated":
         aligned += len(rows)
     inputs = Inputs(
-        family=family, rows=rows, image_sizes=image_sizes, sizes=sizes, buckets=(*buckets, *drawn_buckets),
+        family=family, base_file=facts.file, rows=rows, sizes=sizes, buckets=(*buckets, *drawn_buckets),
         pairs=pairs + drawn, tokens=tokens, validation_pair=validation_pair(flags, pairs[0], locate), resume=resume,
         references=references,
         sfcm=None if maps is None else read_maps(Path(maps), aligned),

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from programs.console import phase_bar
 from programs.interruption import leave_stop_signals
 from programs.loading import InputError
+from programs.picture_files import upright_size
 from training.arguments import Flags
 from training.caches import TensorCache, fingerprint, module_fingerprint
 from training.inputs import Inputs
@@ -54,10 +55,10 @@ class TrainingPortraits:
         count, size = len(inputs.rows), flags.loop.train_batch_size
         first = accelerator.process_index * size
         self.training_set = TrainingSet(
-            rows=inputs.rows, keys=inputs.keys, image_sizes=inputs.image_sizes, sizes=inputs.sizes,
-            buckets=inputs.buckets[:count], batch_size=size * accelerator.num_processes,
-            share=slice(first, first + size), seed=flags.loop.seed, repeats=flags.data.repeats,
-            random_flip=flags.pictures.random_flip, center_crop=flags.pictures.center_crop,
+            rows=inputs.rows, keys=inputs.keys, sizes=inputs.sizes, buckets=inputs.buckets[:count],
+            image_sizes=[upright_size(row.image, row.source) for row in inputs.rows],
+            batch_size=size * accelerator.num_processes, share=slice(first, first + size),
+            seed=flags.loop.seed, repeats=flags.data.repeats, random_flip=flags.pictures.random_flip, center_crop=flags.pictures.center_crop,
             interpolation=flags.pictures.image_interpolation_mode,
         )  # fmt: skip
         self.pair_index, self.latents = torch.arange(count, device=models.device), None

@@ -19,7 +19,6 @@ from training.inputs import Inputs
 from training.models import Models
 from training.objectives.objective import Objective
 from training.portraits import Portraits
-from training.sharing import base_file
 from training.validation import validation_path
 
 
@@ -89,7 +88,7 @@ def say_what_is_there(flags: Flags, inputs: Inputs, global_step: int, pipeline_f
         logger.info("How to draw with it and the earlier LoRAs is in the model card")
         return
     target, base = targets[0] if len(targets) == 1 else targets, flags.model.pretrained_model_name_or_path
-    file, code = base_file(flags.model), f"custom_pipeline={str(pipeline_file)!r}, trust_remote_code=True"
+    file, code = inputs.base_file, f"custom_pipeline={str(pipeline_file)!r}, trust_remote_code=True"
     if file is None:
         pipeline = f"DiffusionPipeline.from_pretrained({base!r}, {code})"
     else:  # diffusers loads no custom pipeline from one file

@@ -11,9 +11,8 @@ from loras.card import CardFacts, HubNames, write_model_card
 from loras.hub import create_hub_repo, push_lora
 from loras.writing import save_kohya_lora
 from programs.loading import InputError
-from programs.single_file import SingleFile, find_single_file
 from training.arguments import Flags, flat
-from training.flags import ModelFlags, SharingFlags
+from training.flags import SharingFlags
 from training.inputs import Inputs
 
 
@@ -43,15 +42,6 @@ def pipeline_code(names: HubNames) -> dict[str, Path]:
     imports = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 1]
     siblings = {node.module or alias.name for node in imports for alias in node.names}
     return {"pipeline.py": main, **{f"{name}.py": _ROOT / f"{name}.py" for name in sorted(siblings)}}
-
-
-def base_file(model: ModelFlags) -> SingleFile | None:
-    """The base model, if it is one file; only its header is read."""
-    name, parts = model.pretrained_model_name_or_path, ("unet", "vae", "text_encoder", "text_encoder_2")
-    if not Path(name).is_file():  # nor is one that has gone since
-        return None
-    where = {"revision": model.revision, "cache_dir": model.cache_dir}
-    return find_single_file(name, model.base_config, without=parts, **where)
 
 
 def published_settings(flags: Flags, inputs: Inputs) -> dict[str, Any]:
@@ -98,7 +88,7 @@ def share(flags: Flags, inputs: Inputs, pictures: Sequence[str], repo_id: str | 
         pictures=tuple(pictures), licence=sharing.hub_license or names.licence, repo_id=repo_id,
         has_kohya=sharing.output_kohya_format, is_dora=is_dora, earlier_loras=inputs.references,
     )  # fmt: skip
-    write_model_card(output_dir, facts, names, base_file(flags.model))
+    write_model_card(output_dir, facts, names, inputs.base_file)
     if repo_id is not None:
         files = [*pictures, *([KOHYA_WEIGHTS] if sharing.output_kohya_format else [])]
         try:

@@ -130,7 +130,8 @@ def test_a_lora_of_the_other_family_is_refused_by_name(world, base, is_kohya, tm
     wrong, kohya = tmp_path / "sd.safetensors", tmp_path / "sd_kohya.safetensors"
     save_file({layer.format("A"): torch.ones(2, 768), layer.format("B"): torch.ones(320, 2)}, wrong)
     save_kohya_lora(wrong, kohya)
-    wrong, message = (kohya if is_kohya else wrong), "this is a Stable Diffusion LoRA, and the base model is SDXL"
+    wrong = kohya if is_kohya else wrong
+    message = "this is a Stable Diffusion 1.x or 2.x LoRA, and the base model is SDXL"
     flags = flags_of(world.forms["folder"])
     if base != "SDXL":
         wrong, flags = world.kohya if is_kohya else world.lora, flags_of((BASE_MODEL, None))

@@ -100,7 +100,7 @@ def test_each_row_is_told_its_own_picture(xl_world):
     run = prepared(xl_world)
     parts, told = run.parts, []
     batch = parts.batches.training(parts.training, 0)
-    sizes = [run.inputs.image_sizes[i] for i in batch.index.tolist()]
+    sizes = [parts.training.training_set.image_sizes[i] for i in batch.index.tolist()]
     assert batch.time_ids.dtype == torch.float32
     assert batch.time_ids.tolist() == [list(micro_conditioning(size, (16, 16))) for size in sizes]
 
@@ -150,7 +150,8 @@ def test_no_call_mixes_up_its_rows(xl_world, tmp_path, monkeypatch, flags):
     def of_alignment(portraits, micro_step, index):
         drawn, given = 4, inputs[0]
         whole = [whole_picture(given.sizes[portraits.buckets[i]]) for i in range(drawn)]
-        data = [micro_conditioning(own, given.sizes[b]) for own, b in zip(given.image_sizes, given.buckets)]
+        images = runs[0].training.training_set.image_sizes
+        data = [micro_conditioning(own, given.sizes[b]) for own, b in zip(images, given.buckets)]
         return [(whole + data)[i] for i in index]
 
     remember("training", of_training)
