@@ -58,8 +58,8 @@ class TrainingPortraits:
             rows=inputs.rows, keys=inputs.keys, sizes=inputs.sizes, buckets=inputs.buckets[:count],
             image_sizes=[upright_size(row.image, row.source) for row in inputs.rows],
             batch_size=size * accelerator.num_processes, share=slice(first, first + size),
-            seed=flags.loop.seed, repeats=flags.data.repeats, random_flip=flags.pictures.random_flip, center_crop=flags.pictures.center_crop,
-            interpolation=flags.pictures.image_interpolation_mode,
+            seed=flags.loop.seed, repeats=flags.data.repeats, random_flip=flags.pictures.random_flip,
+            center_crop=flags.pictures.center_crop, interpolation=flags.pictures.image_interpolation_mode,
         )  # fmt: skip
         self.pair_index, self.latents = torch.arange(count, device=models.device), None
         self._models, self._workers, self._pixels = models, flags.data.dataloader_num_workers, None
