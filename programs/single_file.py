@@ -70,13 +70,16 @@ def find_single_file(
         base_config: folder or id of the Hub with the configurations; None for the family's published repository.
         without: components that come from elsewhere, or are not needed.
 
-    Raises ValueError, OSError: a pickle, no base model, or one that does not fit its configurations.
+    Raises ValueError, OSError: no such file, a pickle, no base model, or one that does not fit its configurations.
     """
-    if not Path(name).is_file():
+    path = Path(name)
+    if not path.is_file():
         if base_config is not None:
+            if not path.is_dir() and (path.suffix in (".safetensors", ".ckpt") or _is_path(name)):
+                raise ValueError("no such file")
             raise ValueError(f"--base_config {base_config} is for a base model in one file")
         return None
-    if Path(name).suffix != ".safetensors":
+    if path.suffix != ".safetensors":
         raise ValueError("a pickle, such as .ckpt, is not read: save the model in safetensors, as a file or folder")
     if variant is not None:
         raise ValueError(f"one file has no variants, so --variant {variant} means nothing")
@@ -116,13 +119,18 @@ def _find_configs(
     """The folder of the configurations, from the Hub or its cache unless it is one already."""
     if Path(config).is_dir():
         return config
-    if Path(config).exists() or config.count("/") > 1 or config.startswith((".", "/")):
+    if Path(config).exists() or _is_path(config):
         raise ValueError(f"--base_config {config}: no such folder, and no id of the Hub such as user/name")
     try:
         return snapshot_download(config, revision=revision, cache_dir=cache_dir, allow_patterns=_CONFIGS)
     except OSError as error:
         source = f"--base_config {config}" if base_config else f"{config}, where --base_config may name another"
         raise ValueError(f"is {layout.name}, and its configuration is that of {source}: {error}") from error
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name can be no id of the Hub."""
+    return name.count("/") > 1 or name.startswith((".", "/"))
 
 
 def _check_fits(

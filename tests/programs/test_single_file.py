@@ -127,6 +127,11 @@ def test_the_flag_is_for_one_file_and_names_a_configuration(program, world, tmp_
     assert said.endswith(f"--base_config {world.config} is for a base model in one file")
     said = refusal(with_config(tmp_path / "none"), world.file, tmp_path / "out")
     assert f"--base_config {tmp_path}/none: no such folder" in said
+    for name in (tmp_path / "mistyped.safetensors", "mistyped.ckpt", "./mistyped"):
+        said = refusal(with_config(world.config), name, tmp_path / "out")
+        assert said.endswith(f"{name}: no such file") and "--base_config" not in said
+    said = refusal(with_config(world.config), "user/name", tmp_path / "out")
+    assert said.endswith(f"--base_config {world.config} is for a base model in one file")
 
 
 # --------------------------------------------------------------------------------------------------------- bad input
