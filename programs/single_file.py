@@ -118,6 +118,8 @@ def _find_configs(
 ) -> str:
     """The folder of the configurations, from the Hub or its cache unless it is one already."""
     if Path(config).is_dir():
+        if not Path(config, "model_index.json").is_file():
+            raise ValueError(f"--base_config {config}: there is no model_index.json in it")
         return config
     if Path(config).exists() or _is_path(config):
         raise ValueError(f"--base_config {config}: no such folder, and no id of the Hub such as user/name")

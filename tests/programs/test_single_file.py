@@ -132,6 +132,9 @@ def test_the_flag_is_for_one_file_and_names_a_configuration(program, world, tmp_
         assert said.endswith(f"{name}: no such file") and "--base_config" not in said
     said = refusal(with_config(world.config), "user/name", tmp_path / "out")
     assert said.endswith(f"--base_config {world.config} is for a base model in one file")
+    (tmp_path / "empty").mkdir()
+    said = refusal(with_config(tmp_path / "empty"), world.file, tmp_path / "out")
+    assert said.endswith(f"--base_config {tmp_path}/empty: there is no model_index.json in it")
 
 
 # --------------------------------------------------------------------------------------------------------- bad input
