@@ -102,6 +102,9 @@ def _find_layout(shapes: Mapping[str, tuple[int, ...]]) -> Layout:
     known = ", ".join(layout.name for layout in reversed(LAYOUTS))
     if _FIRST not in shapes:
         raise ValueError(f"no base model in one file ({_FIRST} is missing); known are {known}")
+    # Playground v2.5 has SDXL's names for everything else.
+    if edm := next((key for key in ("edm_mean", "edm_std") if key in shapes), None):
+        raise ValueError(f"{edm} in it says that it was trained on another noise (EDM), which is not supported")
     channels = shapes[_FIRST][1]
     if channels != 4:
         raise ValueError(f"its UNet takes {channels} channels, as for inpainting; it is no model for text to image")

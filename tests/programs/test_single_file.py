@@ -158,6 +158,8 @@ def test_the_flag_is_for_one_file_and_names_a_configuration(program, world, tmp_
             {"remove": ["cond_stage_model."], "conditioner.embedders.0.model.ln_final.bias": torch.zeros(7)},
             "the refiner of Stable Diffusion XL is no base model",
         ),
+        ({"edm_mean": torch.zeros(1, 4, 1, 1)}, "edm_mean in it says that it was trained on another noise"),
+        ({"edm_std": torch.zeros(1, 4, 1, 1)}, "edm_std in it says that it was trained on another noise"),
     ],
 )
 def test_what_does_not_fit_is_named_before_weights_are_read(world, tmp_path, change, message):
