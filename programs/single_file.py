@@ -17,15 +17,13 @@ from diffusers import AutoencoderKL, ConfigMixin, DDIMScheduler, SchedulerMixin,
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
-from programs.original_layout import LAYOUTS, SD2, UNET, V_PREDICTION, ZERO_SNR, Layout, original_weights
+from programs.original_layout import LAYOUTS, PREDICTION, SD2, UNET, V_PREDICTION, ZERO_SNR, Layout, original_weights
 
 
 logger = logging.getLogger(__name__)
 
 _FIRST = UNET + "input_blocks.0.0.weight"
 _CONFIGS = ["*.json", "*.txt"]  # also those in folders: tokenizers have both
-# What stable-diffusion-webui and kohya's trainer write of the prediction, in the file's metadata.
-_METADATA = "modelspec.prediction_type"
 _PREDICTIONS = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
 
 
@@ -85,7 +83,7 @@ def find_single_file(
         raise ValueError(f"one file has no variants, so --variant {variant} means nothing")
     with safe_open(name, "pt") as file:
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
-        prediction = _PREDICTIONS.get((file.metadata() or {}).get(_METADATA, ""))
+        prediction = _PREDICTIONS.get((file.metadata() or {}).get(PREDICTION, ""))
     layout = _find_layout(shapes)
     config = base_config or layout.repository
     folder = _find_configs(layout, config, base_config, revision, cache_dir)

@@ -255,6 +255,29 @@ def test_stable_diffusion_2_that_does_not_say_is_warned_of(tmp_path, caplog):
     assert caplog.text.count("does not say what its UNet predicts") == 1
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_an_exported_stable_diffusion_2_says_what_it_predicts(prediction, tmp_path, caplog):
+    folder, file, lora = map(tmp_path.joinpath, ("model", "x.safetensors", LORA_WEIGHTS))
+    pipeline = make_pipeline(SD2)
+    pipeline.scheduler = DDIMScheduler(prediction_type=prediction)
+    pipeline.save_pretrained(folder)
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    save_file({f"{layer}.lora_A.weight": torch.ones(2, 16), f"{layer}.lora_B.weight": torch.ones(16, 2)}, lora)
+    flags = ["--base_model", folder, "--lora", lora, "--output_merged", file]
+    export_spf_portrait_lora.main([str(flag) for flag in flags])
+    said = {"format": "pt", "modelspec.prediction_type": "v" if prediction == "v_prediction" else "epsilon"}
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata() == said
+    # The order is not one of chance.
+    assert json.dumps(said, separators=(",", ":")).encode() in file.read_bytes()
+    path = folder / "scheduler" / "scheduler_config.json"
+    other = "epsilon" if prediction == "v_prediction" else "v_prediction"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": other}))
+    with caplog.at_level(logging.WARNING):
+        assert load(file, folder).scheduler.config.prediction_type == prediction
+    assert "does not say" not in caplog.text
+
+
 def test_stable_diffusion_2_of_which_a_flag_says_it_is_not_warned_of(tmp_path, caplog):
     pipeline, file = make_pipeline(SD2), tmp_path / "x.safetensors"
     pipeline.save_pretrained(tmp_path / "model")
