@@ -18,7 +18,7 @@ from loras.kohya_names import kohya_family, parse_kohya_key
 _LAYERS = {
     "unet": re.compile(r"(down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding|add_embedding)\b.*"),
     "text_encoder": re.compile(r"encoder\.layers\..+"),
-    "text_encoder_2": re.compile(r"encoder\.layers\..+"),
+    "text_encoder_2": re.compile(r"encoder\.layers\..+|text_projection"),
 }
 
 

@@ -11,7 +11,7 @@ from peft import LoraConfig
 
 from lora_layers import SDXL, LoraLayer
 from loras import LORA_WEIGHTS
-from loras.kohya_names import kohya_names
+from loras.kohya_names import in_text_model, kohya_names
 from loras.reading import read_lora
 from programs.loading import naming
 from programs.writing import sort_header, whole
@@ -104,9 +104,8 @@ def _peft_state(model: str, group: Mapping[str, LoraLayer]) -> tuple[dict[str, t
     )
     # transformers 5 has the layers of a CLIPTextModelWithProjection, and not of a CLIPTextModel, in a `text_model`;
     # the names above are patterns, and fit both.
-    prefix = "text_model." if model == "text_encoder_2" else ""
     state = {
-        f"{prefix}{name}.{key}.weight": tensor.contiguous()
+        f"{in_text_model(name) if model == 'text_encoder_2' else name}.{key}.weight": tensor.contiguous()
         for name, layer in group.items()
         for key, tensor in (("lora_A", layer.down), ("lora_B", layer.up))
     }

@@ -138,6 +138,9 @@ def test_names_are_the_published_ones(world):
     for prefix in ("lora_te1_text_model_", "lora_te2_text_model_"):
         assert f"{prefix}encoder_layers_1_self_attn_q_proj.lora_up.weight" in names
         assert f"{prefix}encoder_layers_0_mlp_fc1.alpha" in names
+    assert "lora_te2_text_projection.lora_down.weight" in names
+    assert "text_encoder_2.text_projection.lora_A.weight" in load_file(world.lora)
+    assert "text_projection" in read_lora(world.kohya).layers["text_encoder_2"]
     with safe_open(world.kohya, "pt") as file:
         assert file.metadata() == {
             "ss_base_model_version": "sdxl_base_v1-0", "ss_network_alpha": "1.0", "ss_network_dim": "2",
@@ -396,7 +399,10 @@ TELLING = {
     "lora_te_text_model_encoder_layers_0_mlp_fc1": (16, SD),
     "lora_te1_text_model_encoder_layers_0_mlp_fc1": (16, "SDXL"),
     "lora_te2_text_model_encoder_layers_0_mlp_fc1": (16, "SDXL"),
+    "lora_te2_text_projection": (16, "SDXL"),
     "lora_unet_middle_block_1_proj_in": (16, "SDXL"),
+    "lora_unet_input_blocks_1_1_transformer_blocks_0_attn2_to_k": (768, SD),
+    "lora_unet_output_blocks_11_1_transformer_blocks_0_attn2_to_k": (1024, SD),
     "lora_unet_mid_block_attentions_0_proj_in": (16, None),
     "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k": (768, SD),
 }
