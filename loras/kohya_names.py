@@ -4,9 +4,8 @@ Those are numbered through, and SDXL has two layers in each of diffusers' down b
 """
 
 import re
-from collections.abc import Iterable
 
-from lora_layers import SDXL, STABLE_DIFFUSION, Layers
+from lora_layers import SDXL, Layers
 
 
 _MODELS = {"unet": "unet", "te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2"}
@@ -61,16 +60,6 @@ def parse_kohya_key(key: str) -> tuple[str, str, str] | None:
     if layer is None:
         layer = _with_dots(name).removeprefix("text_model.")
     return _MODELS[prefix], layer, side or other
-
-
-def kohya_family(keys: Iterable[str]) -> str | None:
-    """STABLE_DIFFUSION or SDXL, as names in kohya's format tell; None where both have the same."""
-    for key in keys:
-        if re.match("lora_te[12]_|lora_unet_(input_blocks|middle_block|output_blocks|label_emb)_", key):
-            return SDXL
-        if key.startswith("lora_te_"):
-            return STABLE_DIFFUSION
-    return None
 
 
 def kohya_names(layers: Layers, family: str | None) -> dict[tuple[str, str], str]:

@@ -1,5 +1,6 @@
 """LoRA files of SDXL: both formats and both spellings of its layers, loaded, converted, merged, or refused by name."""
 
+import copy
 import re
 from types import SimpleNamespace
 
@@ -429,6 +430,35 @@ def test_names_of_the_layers_tell_more_than_those_of_the_text_encoder(tmp_path):
         state |= {f"{layer}.lora_down.weight": torch.ones(2, width), f"{layer}.lora_up.weight": torch.ones(4, 2)}
     save_file(state, path)
     assert read_lora(path).family == SD
+
+
+@pytest.mark.parametrize("prefix", ["lora_te1_", "lora_unet_"])
+def test_the_pipeline_tells_the_family_from_the_names_before_diffusers_changes_them(world, tmp_path, prefix):
+    """A LoRA whose layers would all fit: the first text encoder alone, or no text encoder at all."""
+    layer = "text_model_encoder_layers_0_mlp_fc1" if prefix == "lora_te1_" else "mid_block_attentions_0_proj_in"
+    model, name = parse_kohya_key(f"{prefix}{layer}.alpha")[:2]
+    module = dict(world.sd.components[model].named_modules())
+    shape = next(m for key, m in module.items() if key.removeprefix("text_model.") == name).weight.shape
+    state = {
+        f"{prefix}{layer}.lora_down.weight": torch.ones(2, *shape[1:]),
+        f"{prefix}{layer}.lora_up.weight": torch.ones(shape[0], 2, *[1] * (len(shape) - 2)),
+        f"{prefix}{layer}.alpha": torch.tensor(1.0),
+    }
+    path = tmp_path / "x.safetensors"
+    save_file(state, path)
+    copies = {part: copy.deepcopy(world.sd.components[part]) for part in ("unet", "text_encoder")}
+    custom = SPFPortraitPipeline(**{**world.sd.components, **copies, "requires_safety_checker": False})
+    for given, options, called in (
+        (path, {}, path), (tmp_path, {"weight_name": path.name}, path), (dict(state), {}, ""),
+    ):  # fmt: skip
+        if prefix == "lora_te1_":
+            message = f"^The LoRA{' ' * bool(called)}{re.escape(str(called))}: {OF_SDXL}$"
+            with pytest.raises(ValueError, match=message):
+                custom.load_lora_weights(given, **options)
+            assert not custom.get_list_adapters()
+        else:
+            custom.load_lora_weights(given, **options)
+            custom.unload_lora_weights()
 
 
 # ---------------------------------------------------------------------------------------------------- the program
