@@ -155,12 +155,11 @@ def kohya_family(keys: Iterable[str]) -> str | None:
     They tell more than what diffusers makes of them, which calls SDXL's first text encoder as the one of Stable
     Diffusion.
     """
-    for key in keys:
-        if _KOHYA_SDXL.match(key):
-            return SDXL
-        if key.startswith("lora_te_"):
-            return STABLE_DIFFUSION
-    return None
+    keys = list(keys)
+    # Some trainers give Stable Diffusion's blocks their original names, too.
+    if any(key.startswith("lora_te_") for key in keys):
+        return STABLE_DIFFUSION
+    return SDXL if any(map(_KOHYA_SDXL.match, keys)) else None
 
 
 def check_fits(

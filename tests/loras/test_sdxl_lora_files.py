@@ -422,6 +422,14 @@ def test_the_family_is_told_from_the_file(world, tmp_path, layer):
         assert (str(raised.value) == f"{path}: {message}") == (family not in (None, own))
 
 
+def test_the_only_text_encoder_tells_more_than_the_published_names_of_blocks(tmp_path):
+    path, state = tmp_path / "x.safetensors", {}
+    for layer in ("lora_unet_middle_block_1_proj_in", "lora_te_text_model_encoder_layers_0_mlp_fc1"):
+        state |= {f"{layer}.lora_down.weight": torch.ones(2, 16), f"{layer}.lora_up.weight": torch.ones(4, 2)}
+    save_file(state, path)
+    assert read_lora(path).family == SD
+
+
 def test_names_of_the_layers_tell_more_than_those_of_the_text_encoder(tmp_path):
     """Some trainers of diffusers call the one text encoder of Stable Diffusion the first."""
     path, unet = tmp_path / "x.safetensors", "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
