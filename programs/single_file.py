@@ -40,7 +40,8 @@ class SingleFile:
     def load_scheduler(self) -> SchedulerMixin:
         """Its scheduler, DDIM where the configured one knows nothing of a signal that ends at zero."""
         config = _read(DDIMScheduler, self.folder, "scheduler") | self.scheduler
-        kind = getattr(diffusers, config.get("_class_name", "DDIMScheduler"))
+        # The class that diffusers takes where the file says nothing.
+        kind = getattr(diffusers, _read_index(self.folder)["scheduler"][1])
         if not self.scheduler.keys() <= inspect.signature(kind).parameters.keys():
             kind = DDIMScheduler
         return kind.from_config(config)
@@ -140,7 +141,7 @@ def _check_fits(
     shapes: Mapping[str, tuple[int, ...]], layout: Layout, folder: str, config: str, without: Collection[str]
 ) -> None:
     """Compare the file's tensors with those of the models as they are configured."""
-    index = json.loads(Path(folder, "model_index.json").read_text(encoding="utf-8"))
+    index = _read_index(folder)
     encoders = {name for name in index if name.startswith("text_encoder") and index[name][0] is not None}
     if encoders != layout.text_encoders.keys():
         raise ValueError(f"is {layout.name}, and {config} is the configuration of a {index.get('_class_name')}")
@@ -164,6 +165,10 @@ def _check_fits(
 
 def _read(kind: type[ConfigMixin], folder: str, part: str) -> dict[str, Any]:
     return kind.load_config(folder, subfolder=part, local_files_only=True)
+
+
+def _read_index(folder: str) -> dict[str, Any]:
+    return json.loads(Path(folder, "model_index.json").read_text(encoding="utf-8"))
 
 
 @cache

@@ -240,6 +240,9 @@ def test_a_scheduler_without_zero_snr_gives_way(world, tmp_path):
     path = config / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": "PNDMScheduler"}))
     assert type(load(world.file, config).scheduler).__name__ == "DDIMScheduler"  # as model_index.json says
+    index = config / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"scheduler": ["diffusers", "PNDMScheduler"]}))
+    assert type(load(world.file, config).scheduler).__name__ == "PNDMScheduler"
     file = changed(world, tmp_path / "x.safetensors", v_pred=torch.empty(0), ztsnr=torch.empty(0))
     scheduler = load(file, config).scheduler
     assert isinstance(scheduler, DDIMScheduler) and scheduler.alphas_cumprod[-1] == 0
