@@ -62,8 +62,8 @@ from loras.loading import merge_loras
 from loras.reading import read_lora
 from loras.writing import save_diffusers_lora, save_kohya_lora
 from programs.loading import InputError, cast_models, find_stock_pipeline, load_pipeline, naming
-from programs.original_layout import one_file
-from programs.writing import whole
+from programs.original_layout import file_metadata, one_file
+from programs.writing import sort_header, whole
 
 
 def check_outputs(args: argparse.Namespace) -> None:
@@ -125,7 +125,8 @@ def merge(args: argparse.Namespace) -> Path:
     cast_models(pipeline, getattr(torch, args.dtype))
     with whole(args.output_merged) as place:
         if args.output_merged.suffix == ".safetensors":
-            save_file(one_file(pipeline), place, {"format": "pt"})
+            save_file(one_file(pipeline), place, file_metadata(pipeline))
+            sort_header(place)
         else:
             pipeline.save_pretrained(place)
     return args.output_merged

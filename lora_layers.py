@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ _ANOTHER = "is for another architecture: {}; it needs a model as it was trained 
 STABLE_DIFFUSION, SDXL = "Stable Diffusion 1.x or 2.x", "SDXL"
 # What no UNet of Stable Diffusion 1.x and 2.x has: micro-conditioning, and several blocks in a transformer.
 _OF_SDXL = re.compile(r"add_embedding\b.*|.*\.transformer_blocks\.[1-9].*")
+_KOHYA_SDXL = re.compile("lora_te[12]_|lora_unet_(input_blocks|middle_block|output_blocks|label_emb)_")
 _PROMPT_WIDTHS = {2048: SDXL, 1024: STABLE_DIFFUSION, 768: STABLE_DIFFUSION}
 
 
@@ -148,6 +149,19 @@ def find_family(lora: Layers) -> str | None:
     return next((_PROMPT_WIDTHS[width] for width in widths if width in _PROMPT_WIDTHS), None)
 
 
+def kohya_family(keys: Iterable[str]) -> str | None:
+    """STABLE_DIFFUSION or SDXL, as names in kohya's format tell; None where both have the same, and for other names.
+
+    They tell more than what diffusers makes of them, which calls SDXL's first text encoder as the one of Stable
+    Diffusion.
+    """
+    keys = list(keys)
+    # Some trainers give Stable Diffusion's blocks their original names, too.
+    if any(key.startswith("lora_te_") for key in keys):
+        return STABLE_DIFFUSION
+    return SDXL if any(map(_KOHYA_SDXL.match, keys)) else None
+
+
 def check_fits(
     lora: Layers, models: Mapping[str, Mapping[str, torch.nn.Module]], family: str | None = None
 ) -> None:  # fmt: skip
@@ -183,9 +197,11 @@ def check_fits(
 
 def check_loadable(
     tensors: Mapping[str, Tensor], alphas: Mapping[str, Any] | None, metadata: Mapping[str, Any] | None,
-    models: Mapping[str, Mapping[str, torch.nn.Module]],
+    models: Mapping[str, Mapping[str, torch.nn.Module]], family: str | None = None,
 ) -> None:  # fmt: skip
     """Whether diffusers loads a LoRA, as of its `lora_state_dict`, into models, as of `check_fits`, as it is meant.
+
+    `family` is what the file's own names tell, where those of diffusers do not.
 
     Raises ValueError: it is for other models, damaged, or what diffusers takes for something else; one line.
     """
@@ -202,7 +218,7 @@ def check_loadable(
     for model in lora if metadata else ():
         if missing := missing_metadata(metadata, model):
             raise ValueError(f"its metadata tells no {' and no '.join(missing)} of the {model}'s layers")
-    check_fits(lora, models)
+    check_fits(lora, models, find_family(lora) or family)
 
 
 def _weight_shape(layer: torch.nn.Module | None) -> tuple[int, ...] | None:

@@ -21,6 +21,7 @@ import PIL.Image
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders.lora_base import _fetch_state_dict
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -243,15 +244,16 @@ class SPFCall:
             `ValueError`: it is for another architecture, damaged, or has numbers that are none; nothing was loaded.
         """
         given = pretrained_model_name_or_path_or_dict
-        weights = dict(given) if isinstance(given, dict) else given
-        state = self.lora_state_dict(weights, return_lora_metadata=True, **self._lora_options(), **kwargs)
+        weights, metadata = _read_lora(given, **kwargs)
+        family = lora_layers.kohya_family(weights)
+        state, alphas = self.lora_state_dict(weights, **self._lora_options(), **kwargs)
         name = "The LoRA" if isinstance(given, dict) else f"The LoRA {given}"
         if kwargs.get("weight_name") is not None:
             name += f"/{kwargs['weight_name']}"
         models = {key: getattr(self, key) for key in self._lora_loadable_modules}
         modules = {key: dict(uncompiled(model).named_modules()) for key, model in models.items() if model is not None}
         try:
-            lora_layers.check_loadable(*state, modules)
+            lora_layers.check_loadable(state, alphas, metadata, modules, family)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         with _without_false_alarms():
@@ -347,6 +349,23 @@ class SPFCall:
         with self._original_text_encoders():
             clip = (getattr(self, name) for name in self._clip)
             return sfcm.clip_distances(*clip, pairs, tokens, self._execution_device)
+
+
+def _read_lora(
+    given: str | os.PathLike | dict[str, Tensor], *, use_safetensors: bool | None = None, **kwargs
+) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """A LoRA's tensors under the names that its file has, and its metadata, as `lora_state_dict` finds them."""
+    if isinstance(given, dict):
+        return dict(given), None
+    names = ("weight_name", "local_files_only", "cache_dir", "proxies", "token", "revision", "subfolder")
+    return _fetch_state_dict(
+        given,
+        use_safetensors=use_safetensors in (None, True),
+        allow_pickle=use_safetensors is None,
+        force_download=kwargs.get("force_download", False),
+        user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
+        **{name: kwargs.get(name) for name in names},
+    )
 
 
 def is_xl(unet: torch.nn.Module | None) -> bool:

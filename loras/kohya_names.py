@@ -4,19 +4,18 @@ Those are numbered through, and SDXL has two layers in each of diffusers' down b
 """
 
 import re
-from collections.abc import Iterable
 
-from lora_layers import SDXL, STABLE_DIFFUSION, Layers
+from lora_layers import SDXL, Layers
 
 
 _MODELS = {"unet": "unet", "te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2"}
-_TEXT_PREFIXES = {"text_encoder": "lora_te1_text_model_", "text_encoder_2": "lora_te2_text_model_"}
+_TEXT_PREFIXES = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
 _KEY = re.compile(r"lora_(unet|te[12]?)_(\w+)\.(?:lora_(down|up)\.weight|(alpha|dora_scale))")
 # What names that have "_" for every "." hold of names with a "_" of their own.
 _COMPOUNDS = (
     "down_blocks|up_blocks|mid_block|transformer_blocks|time_emb_proj|time_embedding|add_embedding|linear_1|linear_2|"
     "conv_shortcut|conv_in|conv_out|proj_in|proj_out|to_q|to_k|to_v|to_out|text_model|self_attn|q_proj|k_proj|v_proj|"
-    "out_proj"
+    "out_proj|text_projection"
 )
 _PART = re.compile(rf"({_COMPOUNDS}|[^_]+)(?:_|$)")
 
@@ -63,16 +62,6 @@ def parse_kohya_key(key: str) -> tuple[str, str, str] | None:
     return _MODELS[prefix], layer, side or other
 
 
-def kohya_family(keys: Iterable[str]) -> str | None:
-    """STABLE_DIFFUSION or SDXL, as names in kohya's format tell; None where both have the same."""
-    for key in keys:
-        if re.match("lora_te[12]_|lora_unet_(input_blocks|middle_block|output_blocks|label_emb)_", key):
-            return SDXL
-        if key.startswith("lora_te_"):
-            return STABLE_DIFFUSION
-    return None
-
-
 def kohya_names(layers: Layers, family: str | None) -> dict[tuple[str, str], str]:
     """What each layer is called before ".lora_down.weight", by model and layer.
 
@@ -89,9 +78,14 @@ def kohya_names(layers: Layers, family: str | None) -> dict[tuple[str, str], str
                 own = _to_original(layer) if original else layer.replace(".", "_")
                 names[model, layer] = f"lora_unet_{own}"
             else:
-                prefix = _TEXT_PREFIXES[model] if family == SDXL else "lora_te_text_model_"
-                names[model, layer] = prefix + layer.replace(".", "_")
+                prefix = _TEXT_PREFIXES[model] if family == SDXL else "lora_te_"
+                names[model, layer] = prefix + in_text_model(layer).replace(".", "_")
     return names
+
+
+def in_text_model(layer: str) -> str:
+    """A text encoder's layer with the part before its name that all have but SDXL's projection."""
+    return layer if layer == "text_projection" else f"text_model.{layer}"
 
 
 def _to_original(layer: str) -> str:

@@ -11,14 +11,23 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lora_layers import EMBEDDING, Layers, find_family, make_layer, missing_metadata, parse_key, parse_layers
-from loras.kohya_names import kohya_family, parse_kohya_key
+from lora_layers import (
+    EMBEDDING,
+    Layers,
+    find_family,
+    kohya_family,
+    make_layer,
+    missing_metadata,
+    parse_key,
+    parse_layers,
+)
+from loras.kohya_names import parse_kohya_key
 
 
 _LAYERS = {
     "unet": re.compile(r"(down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding|add_embedding)\b.*"),
     "text_encoder": re.compile(r"encoder\.layers\..+"),
-    "text_encoder_2": re.compile(r"encoder\.layers\..+"),
+    "text_encoder_2": re.compile(r"encoder\.layers\..+|text_projection"),
 }
 
 
@@ -67,7 +76,7 @@ def read_lora(path: Path) -> LoraFile:
     words = ", ".join(dict.fromkeys(key.removeprefix(EMBEDDING).split(".")[0] for key in embeddings))
     note = f"holds a textual inversion ({words}), which is left out: only the LoRA is read" if embeddings else ""
     lacks = metadata and any(missing_metadata(metadata, model) for model in layers)
-    family = find_family(layers) or (kohya_family(tensors) if is_kohya else None)
+    family = find_family(layers) or kohya_family(tensors)
     return LoraFile(layers, family, is_kohya, note, not (is_kohya or embeddings or lacks))
 
 

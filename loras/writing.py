@@ -1,6 +1,5 @@
 """LoRA files written, each whole or not at all: kohya's format (ComfyUI, A1111), and diffusers'. [ours]"""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import mode
@@ -12,10 +11,10 @@ from peft import LoraConfig
 
 from lora_layers import SDXL, LoraLayer
 from loras import LORA_WEIGHTS
-from loras.kohya_names import kohya_names
+from loras.kohya_names import in_text_model, kohya_names
 from loras.reading import read_lora
 from programs.loading import naming
-from programs.writing import whole
+from programs.writing import sort_header, whole
 
 
 def save_kohya_lora(lora: Path, path: Path) -> None:
@@ -59,7 +58,7 @@ def save_kohya_lora(lora: Path, path: Path) -> None:
         metadata["ss_base_model_version"] = "sdxl_base_v1-0"
     with whole(path) as file:
         file.write_bytes(safetensors.torch.save(state, metadata))
-        _sort_header(file)
+        sort_header(file)
 
 
 def save_diffusers_lora(lora: Path, folder: Path) -> Path:
@@ -89,7 +88,7 @@ def write_diffusers_lora(folder: Path, models: Mapping[str, tuple[dict[str, torc
     path = folder / LORA_WEIGHTS
     with whole(path) as file:
         StableDiffusionXLPipeline.save_lora_weights(file.parent, **options)
-        _sort_header(file)
+        sort_header(file)
     return path
 
 
@@ -105,24 +104,9 @@ def _peft_state(model: str, group: Mapping[str, LoraLayer]) -> tuple[dict[str, t
     )
     # transformers 5 has the layers of a CLIPTextModelWithProjection, and not of a CLIPTextModel, in a `text_model`;
     # the names above are patterns, and fit both.
-    prefix = "text_model." if model == "text_encoder_2" else ""
     state = {
-        f"{prefix}{name}.{key}.weight": tensor.contiguous()
+        f"{in_text_model(name) if model == 'text_encoder_2' else name}.{key}.weight": tensor.contiguous()
         for name, layer in group.items()
         for key, tensor in (("lora_A", layer.down), ("lora_B", layer.up))
     }
     return state, config
-
-
-def _sort_header(path: Path) -> None:
-    """Put the metadata in order, which safetensors writes in an order of chance: equal runs have equal files then.
-
-    Source: safetensors' documentation: the header's length in 8 bytes, the header, the tensors.
-    """
-    content = path.read_bytes()
-    end = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:end])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # the tensors stay aligned
-    path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])

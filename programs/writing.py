@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all, and a run's checkpoints, which do. Source: [ours]."""
 
+import json
 import logging
 import os
 import re
@@ -38,6 +39,21 @@ def whole(path: Path) -> Iterator[Path]:
             raise
     if os.path.exists(temporary):
         logger.warning("%s could not be deleted", temporary)
+
+
+def sort_header(path: Path) -> None:
+    """Put a safetensors file's metadata in order, which the library writes in an order of chance: equal runs have
+    equal files then.
+
+    Source: safetensors' documentation: the header's length in 8 bytes, the header, the tensors.
+    """
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(size))  # as long as it was: the tensors stay where they are
 
 
 def find_checkpoints(output_dir: Path) -> list[Path]:

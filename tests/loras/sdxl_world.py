@@ -21,7 +21,7 @@ EVERYTHING = (
     "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2",
     "time_emb_proj", "conv_shortcut", "conv", "conv_in", "conv_out", "linear_1", "linear_2",
 )  # fmt: skip
-TEXT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+TEXT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "text_projection")  # the last of the second alone
 
 
 def make_sdxl(tokenizer, **unet_arguments) -> StableDiffusionXLPipeline:

@@ -20,6 +20,7 @@ import export_spf_portrait_lora as script
 from evaluation.drawing import on_pipeline
 from evaluation.inputs import LoraSource
 from loras import LORA_WEIGHTS
+from loras.kohya_names import in_text_model
 from loras.loading import load_lora, merge_loras
 from loras.reading import read_lora
 from loras.slot import LoraSlot
@@ -183,7 +184,7 @@ def test_a_dora_is_merged_and_goes_into_no_other_format_unwarned(world, dora, tm
     before, checked = weights(world.sdxl), 0
     for model, group in read_lora(dora.path).layers.items():
         for name, layer in group.items():
-            place = model, f"{'text_model.' if model == 'text_encoder_2' else ''}{name}.weight"
+            place = model, f"{in_text_model(name) if model == 'text_encoder_2' else name}.weight"
             product = layer.up.flatten(1) @ layer.down.flatten(1)
             sums = before[place].flatten(1) + layer.alpha / layer.rank * product
             expected = layer.magnitude.reshape(-1, 1) / sums.norm(dim=1, keepdim=True) * sums

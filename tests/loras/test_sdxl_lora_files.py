@@ -1,5 +1,6 @@
 """LoRA files of SDXL: both formats and both spellings of its layers, loaded, converted, merged, or refused by name."""
 
+import copy
 import re
 from types import SimpleNamespace
 
@@ -138,6 +139,9 @@ def test_names_are_the_published_ones(world):
     for prefix in ("lora_te1_text_model_", "lora_te2_text_model_"):
         assert f"{prefix}encoder_layers_1_self_attn_q_proj.lora_up.weight" in names
         assert f"{prefix}encoder_layers_0_mlp_fc1.alpha" in names
+    assert "lora_te2_text_projection.lora_down.weight" in names
+    assert "text_encoder_2.text_projection.lora_A.weight" in load_file(world.lora)
+    assert "text_projection" in read_lora(world.kohya).layers["text_encoder_2"]
     with safe_open(world.kohya, "pt") as file:
         assert file.metadata() == {
             "ss_base_model_version": "sdxl_base_v1-0", "ss_network_alpha": "1.0", "ss_network_dim": "2",
@@ -396,7 +400,10 @@ TELLING = {
     "lora_te_text_model_encoder_layers_0_mlp_fc1": (16, SD),
     "lora_te1_text_model_encoder_layers_0_mlp_fc1": (16, "SDXL"),
     "lora_te2_text_model_encoder_layers_0_mlp_fc1": (16, "SDXL"),
+    "lora_te2_text_projection": (16, "SDXL"),
     "lora_unet_middle_block_1_proj_in": (16, "SDXL"),
+    "lora_unet_input_blocks_1_1_transformer_blocks_0_attn2_to_k": (768, SD),
+    "lora_unet_output_blocks_11_1_transformer_blocks_0_attn2_to_k": (1024, SD),
     "lora_unet_mid_block_attentions_0_proj_in": (16, None),
     "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k": (768, SD),
 }
@@ -415,6 +422,14 @@ def test_the_family_is_told_from_the_file(world, tmp_path, layer):
         assert (str(raised.value) == f"{path}: {message}") == (family not in (None, own))
 
 
+def test_the_only_text_encoder_tells_more_than_the_published_names_of_blocks(tmp_path):
+    path, state = tmp_path / "x.safetensors", {}
+    for layer in ("lora_unet_middle_block_1_proj_in", "lora_te_text_model_encoder_layers_0_mlp_fc1"):
+        state |= {f"{layer}.lora_down.weight": torch.ones(2, 16), f"{layer}.lora_up.weight": torch.ones(4, 2)}
+    save_file(state, path)
+    assert read_lora(path).family == SD
+
+
 def test_names_of_the_layers_tell_more_than_those_of_the_text_encoder(tmp_path):
     """Some trainers of diffusers call the one text encoder of Stable Diffusion the first."""
     path, unet = tmp_path / "x.safetensors", "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
@@ -423,6 +438,35 @@ def test_names_of_the_layers_tell_more_than_those_of_the_text_encoder(tmp_path):
         state |= {f"{layer}.lora_down.weight": torch.ones(2, width), f"{layer}.lora_up.weight": torch.ones(4, 2)}
     save_file(state, path)
     assert read_lora(path).family == SD
+
+
+@pytest.mark.parametrize("prefix", ["lora_te1_", "lora_unet_"])
+def test_the_pipeline_tells_the_family_from_the_names_before_diffusers_changes_them(world, tmp_path, prefix):
+    """A LoRA whose layers would all fit: the first text encoder alone, or no text encoder at all."""
+    layer = "text_model_encoder_layers_0_mlp_fc1" if prefix == "lora_te1_" else "mid_block_attentions_0_proj_in"
+    model, name = parse_kohya_key(f"{prefix}{layer}.alpha")[:2]
+    module = dict(world.sd.components[model].named_modules())
+    shape = next(m for key, m in module.items() if key.removeprefix("text_model.") == name).weight.shape
+    state = {
+        f"{prefix}{layer}.lora_down.weight": torch.ones(2, *shape[1:]),
+        f"{prefix}{layer}.lora_up.weight": torch.ones(shape[0], 2, *[1] * (len(shape) - 2)),
+        f"{prefix}{layer}.alpha": torch.tensor(1.0),
+    }
+    path = tmp_path / "x.safetensors"
+    save_file(state, path)
+    copies = {part: copy.deepcopy(world.sd.components[part]) for part in ("unet", "text_encoder")}
+    custom = SPFPortraitPipeline(**{**world.sd.components, **copies, "requires_safety_checker": False})
+    for given, options, called in (
+        (path, {}, path), (tmp_path, {"weight_name": path.name}, path), (dict(state), {}, ""),
+    ):  # fmt: skip
+        if prefix == "lora_te1_":
+            message = f"^The LoRA{' ' * bool(called)}{re.escape(str(called))}: {OF_SDXL}$"
+            with pytest.raises(ValueError, match=message):
+                custom.load_lora_weights(given, **options)
+            assert not custom.get_list_adapters()
+        else:
+            custom.load_lora_weights(given, **options)
+            custom.unload_lora_weights()
 
 
 # ---------------------------------------------------------------------------------------------------- the program

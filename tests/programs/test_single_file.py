@@ -17,6 +17,7 @@ from test_original_layout import difference, make_pipeline
 
 import export_spf_portrait_lora
 from families.find import check_model
+from families.stable_diffusion_xl import StableDiffusionXL
 from loras import LORA_WEIGHTS
 from pipeline_spf_portrait import SPFPortraitPipeline
 from programs.loading import InputError, load_pipeline
@@ -127,6 +128,14 @@ def test_the_flag_is_for_one_file_and_names_a_configuration(program, world, tmp_
     assert said.endswith(f"--base_config {world.config} is for a base model in one file")
     said = refusal(with_config(tmp_path / "none"), world.file, tmp_path / "out")
     assert f"--base_config {tmp_path}/none: no such folder" in said
+    for name in (tmp_path / "mistyped.safetensors", "mistyped.ckpt", "./mistyped"):
+        said = refusal(with_config(world.config), name, tmp_path / "out")
+        assert said.endswith(f"{name}: no such file") and "--base_config" not in said
+    said = refusal(with_config(world.config), "user/name", tmp_path / "out")
+    assert said.endswith(f"--base_config {world.config} is for a base model in one file")
+    (tmp_path / "empty").mkdir()
+    said = refusal(with_config(tmp_path / "empty"), world.file, tmp_path / "out")
+    assert said.endswith(f"--base_config {tmp_path}/empty: there is no model_index.json in it")
 
 
 # --------------------------------------------------------------------------------------------------------- bad input
@@ -150,6 +159,8 @@ def test_the_flag_is_for_one_file_and_names_a_configuration(program, world, tmp_
             {"remove": ["cond_stage_model."], "conditioner.embedders.0.model.ln_final.bias": torch.zeros(7)},
             "the refiner of Stable Diffusion XL is no base model",
         ),
+        ({"edm_mean": torch.zeros(1, 4, 1, 1)}, "edm_mean in it says that it was trained on another noise"),
+        ({"edm_std": torch.zeros(1, 4, 1, 1)}, "edm_std in it says that it was trained on another noise"),
     ],
 )
 def test_what_does_not_fit_is_named_before_weights_are_read(world, tmp_path, change, message):
@@ -172,8 +183,8 @@ def test_another_family_than_the_configurations(layout, world, tmp_path):
     if layout is XL:
         with pytest.raises(InputError, match="not Stable Diffusion 1.x or 2.x"):
             load(file, tmp_path / "model")
-        with pytest.raises(InputError, match="as Stable Diffusion XL does"):
-            check_model(str(file), base_config=str(tmp_path / "model"))
+        family, _ = check_model(str(file), base_config=str(tmp_path / "model"))
+        assert family is StableDiffusionXL
     else:
         assert difference(pipeline, load(file, tmp_path / "model")) == 0.0
 
@@ -230,6 +241,9 @@ def test_a_scheduler_without_zero_snr_gives_way(world, tmp_path):
     path = config / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": "PNDMScheduler"}))
     assert type(load(world.file, config).scheduler).__name__ == "DDIMScheduler"  # as model_index.json says
+    index = config / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"scheduler": ["diffusers", "PNDMScheduler"]}))
+    assert type(load(world.file, config).scheduler).__name__ == "PNDMScheduler"
     file = changed(world, tmp_path / "x.safetensors", v_pred=torch.empty(0), ztsnr=torch.empty(0))
     scheduler = load(file, config).scheduler
     assert isinstance(scheduler, DDIMScheduler) and scheduler.alphas_cumprod[-1] == 0
@@ -243,6 +257,29 @@ def test_stable_diffusion_2_that_does_not_say_is_warned_of(tmp_path, caplog):
         load(file, tmp_path / "model")
         check_model(str(file), base_config=str(tmp_path / "model"))
     assert caplog.text.count("does not say what its UNet predicts") == 1
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_an_exported_stable_diffusion_2_says_what_it_predicts(prediction, tmp_path, caplog):
+    folder, file, lora = map(tmp_path.joinpath, ("model", "x.safetensors", LORA_WEIGHTS))
+    pipeline = make_pipeline(SD2)
+    pipeline.scheduler = DDIMScheduler(prediction_type=prediction)
+    pipeline.save_pretrained(folder)
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    save_file({f"{layer}.lora_A.weight": torch.ones(2, 16), f"{layer}.lora_B.weight": torch.ones(16, 2)}, lora)
+    flags = ["--base_model", folder, "--lora", lora, "--output_merged", file]
+    export_spf_portrait_lora.main([str(flag) for flag in flags])
+    said = {"format": "pt", "modelspec.prediction_type": "v" if prediction == "v_prediction" else "epsilon"}
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata() == said
+    # The order is not one of chance.
+    assert json.dumps(said, separators=(",", ":")).encode() in file.read_bytes()
+    path = folder / "scheduler" / "scheduler_config.json"
+    other = "epsilon" if prediction == "v_prediction" else "v_prediction"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": other}))
+    with caplog.at_level(logging.WARNING):
+        assert load(file, folder).scheduler.config.prediction_type == prediction
+    assert "does not say" not in caplog.text
 
 
 def test_stable_diffusion_2_of_which_a_flag_says_it_is_not_warned_of(tmp_path, caplog):
