@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from pipeline_world import make_xl_components
-from test_prompts import write_vocabulary
+from test_prompts import two_tokenizers, write_vocabulary  # noqa: F401 (fixture)
 from transformers import CLIPTokenizer
 
 from families.find import check_model
@@ -130,10 +130,9 @@ def test_nothing_asked_is_what_the_models_own_guidance_has(pipeline, zeros):
     assert (embeds.states[1].abs().max() == 0) == zeros and embeds.states[0].abs().max() > 0
 
 
-def test_a_word_that_one_tokenizer_counts_twice_is_located_in_both(pipeline):
-    pair = make_prompt_pair("a woman!!, a green hat", "red hair")
-    located = StableDiffusionXL.locate(pair, [pipeline.tokenizer, pipeline.tokenizer_2])
-    alone = StableDiffusionXL.locate(pair, [pipeline.tokenizer])
+def test_a_word_that_one_tokenizer_counts_twice_is_located_in_both(two_tokenizers):  # noqa: F811
+    pair = make_prompt_pair("a woman!! a green jacket", "red hair")
+    located, alone = (StableDiffusionXL.locate(pair, own) for own in (two_tokenizers, two_tokenizers[:1]))
     assert len(located.target_positions) > len(alone.target_positions)
 
 

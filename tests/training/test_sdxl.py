@@ -148,7 +148,7 @@ def test_no_call_mixes_up_its_rows(xl_world, tmp_path, monkeypatch, flags):
         ]
 
     def of_alignment(portraits, micro_step, index):
-        drawn, given = 4, inputs[0]
+        drawn, given = 8, inputs[0]
         whole = [whole_picture(given.sizes[portraits.buckets[i]]) for i in range(drawn)]
         images = runs[0].training.training_set.image_sizes
         data = [micro_conditioning(own, given.sizes[b]) for own, b in zip(images, given.buckets)]
@@ -160,7 +160,7 @@ def test_no_call_mixes_up_its_rows(xl_world, tmp_path, monkeypatch, flags):
     train(
         xl_world, tmp_path / "output", **{
             "train_batch_size": 3, "random_flip": True, "resolution": None, "aspect_ratio_buckets": "16,16;16,24",
-            "num_alignment_images": 4, "alignment_source": "both", "base_prompt_share": 0.5, "stage1_steps": 3,
+            "num_alignment_images": 8, "alignment_source": "both", "base_prompt_share": 0.5, "stage1_steps": 3,
             "stage2_steps": 0 if "preservation" in flags else 3, **flags,
         }
     )  # fmt: skip
