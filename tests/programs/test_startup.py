@@ -42,7 +42,7 @@ def test_help_and_a_wrong_flag_import_nothing(program):
 
 def test_help_shows_defaults_and_none_where_there_is_none():
     words = " ".join(run(PROGRAMS[0], "--help").stdout.split())
-    assert "Rank of the LoRA. (default: 16)" in words and "timestep of those samples. (default: 600 950)" in words
+    assert "Rank of the LoRA. (default: 16)" in words and "is averaged over. (default: 4)" in words
     assert "anew every so many steps of stage 2; 0 is never. (default: 0)" in words
     assert "the rank if not given. --lora_target" in words and "Less memory, more time. --allow_tf32" in words
 

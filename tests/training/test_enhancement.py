@@ -33,7 +33,7 @@ def test_a_tiny_vae_decodes_for_the_enhancement_alone(world, tmp_path, tiny_vae,
     models, enhancement = runs[0].models, runs[0].enhancement
     assert isinstance(enhancement.decoder, AutoencoderTiny) and isinstance(models.pipeline.vae, AutoencoderKL)
     assert len(decoded) == 2 and decoded[0].shape[-2:] == (16, 16)
-    assert "enhancement" in losses[-1] and models._released == ("vae", "text_encoder")
+    assert "enhancement" in losses[-1] and models._kept == {"unet"}
     latents = torch.randn(1, *runs[0].training.latents[0].shape)
     torch.testing.assert_close(enhancement.decode(latents), enhancement.decoder.decode(latents).sample)
 

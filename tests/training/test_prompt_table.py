@@ -97,7 +97,7 @@ def table(tokens, tokenizer, text_encoder):
 
 
 def make_table(pairs, tokens, tokenizer, text_encoder):
-    pipeline = SimpleNamespace(tokenizer=tokenizer, text_encoder=text_encoder)
+    pipeline = SimpleNamespace(tokenizer=tokenizer, text_encoder=text_encoder, config={})
     return make_prompt_table(StableDiffusion, pipeline, pairs, tokens)
 
 
