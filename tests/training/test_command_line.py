@@ -331,10 +331,10 @@ def test_a_model_with_a_part_missing(forked_refusal, world, tmp_path, part):
     [
         ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, ["'sample'"]),
         ("unet/config.json", {"in_channels": 9}, ["4 latent channels, the UNet 9"]),
-        ("unet/config.json", {"addition_embed_type": "text_time"}, ["Stable Diffusion XL"]),
+        ("unet/config.json", {"addition_embed_type": "text_time"}, ["Stable Diffusion 1.x, 2.x and XL"]),
         ("vae/config.json", {"latent_channels": 16}, ["16 latent channels, the UNet 4"]),
     ],
-    ids=["prediction type", "inpainting", "SDXL", "latents"],
+    ids=["prediction type", "inpainting", "SDXL's UNet alone", "latents"],
 )
 def test_a_model_of_another_kind(forked_refusal, world, tmp_path, file, values, parts):
     model = copy_model(world, tmp_path, {file: values})
