@@ -437,6 +437,7 @@ class Page:
         self.page.get_by_label("Seed").fill(str(seed))
         if steps is not None:  # else as the page has them at first
             self.set_number("Steps", steps)
+        self.settle()
         # Not by the mouse: a button that moves while fields above it change their height may miss a click.
         with self.page.expect_request("**/queue/join*", timeout=60_000):
             self.button.press("Enter")
@@ -453,10 +454,14 @@ class Page:
         text = toast.inner_text()
         self.page.get_by_test_id("toast-close").click()
         toast.wait_for(state="detached")
-        # The server drops what is asked for while it takes leave of a stream.
+        self.settle()
+        return text
+
+    def settle(self):
+        """Wait for streams of earlier events to end: the server drops what is asked for while it takes leave of one."""
+        self.page.wait_for_timeout(100)  # an event of the last field may be on its way
         while self.streams:
             self.page.wait_for_timeout(20)
-        return text
 
 
 @pytest.fixture
