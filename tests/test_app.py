@@ -458,7 +458,7 @@ class Page:
         return text
 
     def settle(self):
-        """Wait for streams of earlier events to end: the server drops what is asked for while it takes leave of one."""
+        """Wait until streams of earlier events end: the server drops what comes while it takes leave of one."""
         self.page.wait_for_timeout(100)  # an event of the last field may be on its way
         while self.streams:
             self.page.wait_for_timeout(20)
