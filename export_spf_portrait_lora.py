@@ -56,12 +56,13 @@ if __name__ == "__main__":
 import torch
 from safetensors.torch import save_file
 
+from families.find import find_base
 from loras import LORA_WEIGHTS
 from loras.finding import find_lora
 from loras.loading import merge_loras
 from loras.reading import read_lora
 from loras.writing import save_diffusers_lora, save_kohya_lora
-from programs.loading import InputError, cast_models, find_stock_pipeline, load_pipeline, naming
+from programs.loading import InputError, cast_models, load_pipeline, naming
 from programs.original_layout import file_metadata, one_file
 from programs.writing import sort_header, whole
 
@@ -119,8 +120,8 @@ def _warn(message: str) -> None:
 
 def merge(args: argparse.Namespace) -> Path:
     """Write the base model with the LoRAs fused into its weights, which are summed in float32, and return where."""
-    kind = find_stock_pipeline(args.base_model, base_config=args.base_config)
-    pipeline = load_pipeline(kind, args.base_model, torch.float32, base_config=args.base_config)
+    base = find_base(args.base_model, "base_model", base_config=args.base_config)
+    pipeline = load_pipeline(base.family.stock_class, args.base_model, torch.float32, file=base.file)
     merge_loras(pipeline, args.lora, args.scale or [1.0] * len(args.lora))
     cast_models(pipeline, getattr(torch, args.dtype))
     with whole(args.output_merged) as place:

@@ -252,7 +252,7 @@ def train(flags: Flags, inputs: Inputs) -> None:
     if flags.model.allow_tf32:
         torch.set_float32_matmul_precision("high")
     if flags.output.dry_run:
-        text_part = load_text_part(inputs.family, flags.model, inputs.references)
+        text_part = load_text_part(inputs, flags.model)
         print_dry_run(inputs, inputs.family.distances(text_part, inputs.pairs, inputs.tokens))
         return
     batch_size = flags.loop.train_batch_size * accelerator.num_processes

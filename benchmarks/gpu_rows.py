@@ -30,7 +30,7 @@ from benchmarks.gpu import MODELS, ROOT, STEPS, Bench, Result
 from benchmarks.parts import trainer
 from benchmarks.random_stable_diffusion import write_model
 from loras import LORA_WEIGHTS
-from toy_portraits.pipelines import FAMILIES, load_base
+from toy_portraits.pipelines import family_of, load_base
 from toy_portraits.recipe import BASE_MODEL, LORA, training_flags
 
 
@@ -238,7 +238,7 @@ def load_toy(base: str, dtype: torch.dtype, device: str = "cpu", way: str = "") 
         pipeline.load_lora_weights(LORA)
     else:
         torch.manual_seed(0)
-        layers = FAMILIES[base].lora_targets(pipeline.unet, "cross")
+        layers = family_of(base).lora_targets(pipeline.unet, "cross")
         pipeline.unet.add_adapter(LoraConfig(r=4, lora_alpha=2, init_lora_weights=False, target_modules=layers))
     if way == "offload":
         pipeline.enable_model_cpu_offload()

@@ -41,7 +41,7 @@ from prompts import phrase_mask
 from sfcm import SFCM_MODES, noise_difference, phrase_attention_maps
 from toy_portraits.judge import PortraitJudge, base_prompts
 from toy_portraits.learning import to_tensor
-from toy_portraits.pipelines import FAMILIES
+from toy_portraits.pipelines import family_of
 from toy_portraits.world import SIZE, TARGETS
 from training.pixels import whole_picture
 from training.prompt_table import PromptTable, make_prompt_table
@@ -111,7 +111,7 @@ class Inputs:
     @classmethod
     @torch.no_grad()
     def make(cls, base: str, pipeline: Pipeline, scenes: Scenes) -> Inputs:
-        family, pairs = FAMILIES[base], prompt_pairs(scenes.prompts)
+        family, pairs = family_of(base), prompt_pairs(scenes.prompts)
         latents = family.to_latents(pipeline.vae, to_tensor(scenes.images))
         tokenizers = [getattr(pipeline, name) for name in family.tokenizers]
         tokens = [family.locate(pair, tokenizers) for pair in pairs]

@@ -5,21 +5,21 @@ A new family is a class beside these, and a line in `find_family` that knows it.
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 
 from families.stable_diffusion import MODEL, ModelFacts, StableDiffusion, read_config
 from families.stable_diffusion_xl import StableDiffusionXL
 from programs.loading import check_model_name, naming_flag
-from programs.single_file import find_single_file
+from programs.single_file import SingleFile, find_single_file
 
 
 logger = logging.getLogger(__name__)
 
-
+_KNOWN = "known are Stable Diffusion 1.x, 2.x and XL"
 
 # Models that draw in a few steps say so in their names, and hardly anywhere else: in words of their own, or with a
 # capital inside of a longer one.
@@ -28,57 +28,93 @@ _DISTILLED = re.compile(
 )
 
 
+class BaseModel(NamedTuple):
+    """What the configurations of a base model say of it."""
+
+    family: type[StableDiffusion]
+    file: SingleFile | None  # that it is, if it is one
+    place: str  # the folder or id of the Hub with its configurations
+    title: str  # its name, and where its configurations are from if they are not its own
+    denoiser_config: dict[str, Any]
+
+
 def find_family(model_index: Mapping[str, Any], denoiser_config: Mapping[str, Any]) -> type[StableDiffusion]:
     """The family of a model, from its `model_index.json` and the configuration of its UNet or transformer.
 
-    Raises ValueError: none that can be trained.
+    Raises ValueError: none that is known, or a model that takes more than a prompt and noise.
     """
     kind, pipeline = denoiser_config.get("_class_name", "UNet2DConditionModel"), model_index.get("_class_name")
     told = denoiser_config.get("addition_embed_type")
-    if kind == "UNet2DConditionModel" and told is None:
+    if kind != "UNet2DConditionModel" or told not in (None, "text_time"):
+        raise ValueError(f"the {kind} of a {pipeline}; {_KNOWN}")
+    channels = denoiser_config.get("in_channels", 4)
+    if channels != 4:
+        raise ValueError(f"it takes {channels} channels, as for inpainting; this is no model for text to image")
+    if told is None:
         return StableDiffusion
-    if kind == "UNet2DConditionModel" and told == "text_time":
-        first, second = ((model_index.get(name) or (None,))[0] for name in StableDiffusionXL.text_encoders)
-        if first == second == "transformers":
-            return StableDiffusionXL
-        if first is None and second == "transformers":
-            raise ValueError("the refiner of Stable Diffusion XL, which only goes over pictures: give its base model")
-    raise ValueError(f"the {kind} of a {pipeline}; there is training for Stable Diffusion 1.x, 2.x and XL")
+    first, second = ((model_index.get(name) or (None,))[0] for name in StableDiffusionXL.text_encoders)
+    if first == second == "transformers":
+        return StableDiffusionXL
+    if first is None and second == "transformers":
+        raise ValueError("the refiner of Stable Diffusion XL, which only goes over pictures: use its base model")
+    raise ValueError(f"the {kind} of a {pipeline}, with other text encoders than Stable Diffusion XL's; {_KNOWN}")
 
 
-def check_model(
-    model: str, *, base_config: str | None = None, variant: str | None = None, revision: str | None = None,
-    cache_dir: str | None = None, vae: str | None = None, prediction_type: str | None = None, **flags: str | None,
-) -> tuple[type[StableDiffusion], ModelFacts]:  # fmt: skip
-    """Find the family of a model, and what is known of it without weights; `flags` are what its `check` takes.
+def find_base(
+    name: str, flag: str, *, base_config: str | None = None, variant: str | None = None, revision: str | None = None,
+    cache_dir: str | None = None, without: Collection[str] = (), prediction_type: str | None = None,
+) -> BaseModel:  # fmt: skip
+    """Look at the folder, id or file that a flag names, without its weights.
 
-    A model in one file has its configurations from `base_config`, or its family's published repository.
+    Args:
+        base_config: where one file has its configurations from; by default its family's published repository.
+        without: components of one file that come from elsewhere.
+        prediction_type: what a flag says of it, which spares the warning of a file that does not say so itself.
 
     Raises InputError: one line that names the flag, the value and the part of the model that does not fit.
     """
-    hub, name = {"revision": revision, "cache_dir": cache_dir}, model
-    with naming_flag(MODEL, model):
-        without = () if vae is None else ("vae",)
-        file = find_single_file(model, base_config, variant=variant, without=without, **hub)
+    hub = {"revision": revision, "cache_dir": cache_dir}
+    with naming_flag(flag, name):
+        file = find_single_file(name, base_config, variant=variant, without=without, **hub)
         if file is None:
-            check_model_name(model)
-            place = model
+            check_model_name(name)
+            place = title = name
         else:
             file.warn(prediction_type)
-            place, model = file.folder, f"{model} with the configuration of {file.config}"
-            prediction_type = prediction_type or file.scheduler.get("prediction_type")
+            place, title = file.folder, f"{name} with the configuration of {file.config}"
         model_index = read_config(DiffusionPipeline, place, **hub)
-    denoiser = "transformer" if "transformer" in model_index else "unet"
-    with naming_flag(MODEL, f"{model}, {denoiser}"):
+        denoiser = next((part for part in ("unet", "transformer") if part in model_index), None)
+        if denoiser is None:
+            raise ValueError(f"is a {model_index.get('_class_name')}; {_KNOWN}")
+    with naming_flag(flag, f"{title}, {denoiser}"):
         # Every model of diffusers reads a configuration alike.
         denoiser_config = read_config(UNet2DConditionModel, place, subfolder=denoiser, **hub)
-        family = find_family(model_index, denoiser_config)
-    facts = family.check(
-        model, denoiser_config, place=place, file=file, vae=vae, prediction_type=prediction_type, **hub, **flags
-    )
-    scheduler = read_config(DDPMScheduler, place, subfolder="scheduler", **hub).get("_class_name", "")
+        return BaseModel(find_family(model_index, denoiser_config), file, place, title, denoiser_config)
+
+
+def check_model(
+    name: str, *, base_config: str | None = None, variant: str | None = None, revision: str | None = None,
+    cache_dir: str | None = None, vae: str | None = None, prediction_type: str | None = None, **flags: str | None,
+) -> tuple[type[StableDiffusion], ModelFacts]:  # fmt: skip
+    """Find the family of a model that is to be trained, and what is known of it without weights; `flags` are what its
+    `check` takes.
+
+    Raises InputError: as of `find_base`.
+    """
+    hub = {"revision": revision, "cache_dir": cache_dir}
+    base = find_base(
+        name, MODEL, base_config=base_config, variant=variant, without=() if vae is None else ("vae",),
+        prediction_type=prediction_type, **hub,
+    )  # fmt: skip
+    if base.file is not None:
+        prediction_type = prediction_type or base.file.scheduler.get("prediction_type")
+    facts = base.family.check(
+        base.title, base.denoiser_config, place=base.place, file=base.file, vae=vae, prediction_type=prediction_type,
+        **hub, **flags,
+    )  # fmt: skip
+    scheduler = read_config(DDPMScheduler, base.place, subfolder="scheduler", **hub).get("_class_name", "")
     _warn_of_distilled(name, facts.denoiser_config, scheduler)
-    return family, facts
+    return base.family, facts
 
 
 def _warn_of_distilled(name: str, unet_config: Mapping[str, Any], scheduler: str) -> None:

@@ -18,6 +18,7 @@ from diffusers import (
     ConfigMixin,
     DDPMScheduler,
     DiffusionPipeline,
+    StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 from torch import Tensor, nn
@@ -56,7 +57,10 @@ class StableDiffusion:
     """What is particular to this family; it has no state, and is used without an instance."""
 
     pipeline_class: type[DiffusionPipeline] = SPFPortraitPipeline  # draws with it
-    pipeline_options: Mapping[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
+    stock_class: type[DiffusionPipeline] = StableDiffusionPipeline  # diffusers' own
+    # Arguments of both when they are loaded for a training, and for pictures that are looked at.
+    training_options: Mapping[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
+    drawing_options: Mapping[str, Any] = {}
     sliced_vae = False  # whether the VAE takes one picture at a time
     hub = hub_names.STABLE_DIFFUSION
     # Names of the pipeline's components.

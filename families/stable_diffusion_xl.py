@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -23,14 +23,15 @@ from prompts import PromptPair, PromptTokens
 from sfcm import clip_distances
 
 
-_TIME_IDS = 6  # numbers of a picture's size and crop; the refiner has a score in the place of two of them
+_TIME_IDS = 6  # numbers of a picture's size and crop
 
 
 class StableDiffusionXL(StableDiffusion):
     """What it has of its own; it has no state, and is used without an instance."""
 
     pipeline_class = SPFPortraitXLPipeline
-    pipeline_options = {"add_watermarker": False}  # else it changes the pixels that are compared
+    stock_class = StableDiffusionXLPipeline
+    training_options = drawing_options = {"add_watermarker": False}  # else it changes the pixels that are compared
     sliced_vae = True  # two of 1024 x 1024 would take more memory than a step
     hub = hub_names.STABLE_DIFFUSION_XL
     text_encoders = ("text_encoder", "text_encoder_2")
@@ -47,7 +48,7 @@ class StableDiffusionXL(StableDiffusion):
             if None in (size, width) or width != pooled + _TIME_IDS * size:
                 raise ValueError(
                     f"is told {width} numbers besides the prompt, and not {pooled} of text_encoder_2 with {_TIME_IDS} "
-                    f"of size and crop, {size} each: the refiner, or another model, which there is no training for"
+                    f"of size and crop, {size} each: a model that there is no training for"
                 )
         return facts
 

@@ -1,28 +1,25 @@
 """Loading what a user names: an error of one line says what it was, and tokenizers are really there. [ours]"""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
-from transformers import CLIPTextConfig, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from programs.console import without_warning
-from programs.single_file import SingleFile, find_single_file
+from programs.single_file import SingleFile
 
 
 Pipeline = TypeVar("Pipeline", bound=StableDiffusionPipeline | StableDiffusionXLPipeline)
 # How a model that is one file ends, as other programs keep it.
 _SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
-
-_SDXL = "text_time"  # what its UNet is told besides a prompt: sizes, and the prompt in one vector
-
 
 class InputError(ValueError):
     """A mistake in what the run was given; its message is one line that names the flag and the value."""
@@ -79,68 +76,26 @@ def check_model_name(name: str, kind: str | None = None) -> None:
         raise ValueError("no such file or folder")
 
 
-def find_stock_pipeline(
-    name: str, flag: str = "base_model", *, base_config: str | None = None
-) -> type[StableDiffusionPipeline] | type[StableDiffusionXLPipeline]:  # fmt: skip
-    """diffusers' pipeline for the folder, id or file that a flag names, as the configuration of its UNet says.
-
-    Raises InputError: it has no UNet.
-    """
-    with naming_flag(flag, name):
-        file = find_single_file(name, base_config)
-        if file is None:
-            check_model_name(name)
-        place = name if file is None else file.folder
-        index = DiffusionPipeline.load_config(place)
-        if "unet" not in index:
-            raise ValueError(f"is a {index.get('_class_name')}; known are Stable Diffusion 1.x, 2.x and XL")
-        config = UNet2DConditionModel.load_config(place, subfolder="unet")
-    return StableDiffusionXLPipeline if config.get("addition_embed_type") == _SDXL else StableDiffusionPipeline
-
-
 def load_pipeline(
-    kind: type[Pipeline], name: str, dtype: torch.dtype, flag: str = "base_model", *, revision: str | None = None,
-    cache_dir: str | None = None, base_config: str | None = None, variant: str | None = None,
-    prediction_type: str | None = None, **options: Any,
+    kind: type[Pipeline], name: str, dtype: torch.dtype, flag: str = "base_model", *, file: SingleFile | None = None,
+    **options: Any,
 ) -> Pipeline:  # fmt: skip
     """A pipeline of this class, on the CPU, from the folder, id or file that a flag names. A pickle is not read.
 
     Args:
-        base_config: where a single file has its configurations from.
-        prediction_type: what a flag says of it, which spares the warning of a file that does not say so itself.
-        options: further arguments of `from_pretrained` and `from_single_file`: other components, None for none.
+        file: what was found of it, if it is one file.
+        options: further arguments of `from_pretrained` or `from_single_file`: other components, None for none.
 
-    Raises InputError: it cannot be loaded, has weights in pickles alone, or is a model that takes more than a prompt
-    and noise.
+    Raises InputError: it cannot be loaded, or has weights in pickles alone.
     """
-    hub = {"revision": revision, "cache_dir": cache_dir}
     with naming_flag(flag, name):
-        file = find_single_file(name, base_config, variant=variant, without=options, **hub)
-        if file is None:
-            check_model_name(name)
-        config = UNet2DConditionModel.load_config(name if file is None else file.folder, subfolder="unet", **hub)
-        is_sdxl = issubclass(kind, StableDiffusionXLPipeline)
-        if config.get("addition_embed_type") != (_SDXL if is_sdxl else None) or config.get("in_channels", 4) != 4:
-            family = "SDXL" if is_sdxl else "Stable Diffusion 1.x or 2.x"
-            raise ValueError(f"not {family} for text to image, as its UNet's configuration says")
-        if is_sdxl:
-            _check_no_refiner(config, name if file is None else file.folder, hub)
         if file is not None:
-            file.warn(prediction_type)
             return _load_single_file(kind, file, dtype, options)
         try:
-            return kind.from_pretrained(name, dtype=dtype, use_safetensors=True, variant=variant, **hub, **options)
+            return kind.from_pretrained(name, dtype=dtype, use_safetensors=True, **options)
         except OSError as error:
             pickles = " (pickles, such as .bin, are not read: save the model in safetensors)"
             raise ValueError(f"{error}{pickles if '.safetensors' in str(error) else ''}") from error
-
-
-def _check_no_refiner(unet_config: Mapping[str, Any], place: str, hub: dict[str, str | None]) -> None:
-    """Tell the refiner by the numbers about a picture's size that its UNet takes, which are 5 and not 6."""
-    text = CLIPTextConfig.from_pretrained(place, subfolder="text_encoder_2", **hub)
-    width = unet_config["projection_class_embeddings_input_dim"] - text.projection_dim
-    if width != 6 * unet_config["addition_time_embed_dim"]:
-        raise ValueError("Stable Diffusion XL's refiner, which only goes over pictures: use the base model")
 
 
 def _load_single_file(kind: type[Pipeline], file: SingleFile, dtype: torch.dtype, options: dict[str, Any]) -> Pipeline:

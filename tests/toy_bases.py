@@ -8,7 +8,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from toy_portraits.pipelines import FAMILIES
+from toy_portraits.pipelines import family_of
 from toy_portraits.recipe import BASE_MODEL, BASES
 
 
@@ -47,7 +47,7 @@ def write_random_lora(folder: Path, seed: int = 0, base: str = "sd") -> Path:
     torch.manual_seed(seed)
     modules = ["attn2.to_v", "attn2.to_out.0"]
     unet.add_adapter(LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, target_modules=modules))
-    FAMILIES[base].pipeline_class.save_lora_weights(
+    family_of(base).pipeline_class.save_lora_weights(
         folder,
         unet_lora_layers=get_peft_model_state_dict(unet),
         unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),

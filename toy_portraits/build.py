@@ -125,20 +125,21 @@ def build_probe(base: Path, seed: int, steps: int, count: int) -> None:
 
 
 def base_world_captions(factors: dict[str, np.ndarray], rng: np.random.Generator,
-                        named: dict[str, float] | None = None) -> list[str]:  # fmt: skip
+                        named: dict[str, float] | None = None, clothes: float = 0.85) -> list[str]:  # fmt: skip
     """Training captions of the base model: phrases dropped at random, targets named only rarely.
 
     Args:
         factors: of the portraits.
         rng: source of all randomness.
         named: share of a target's portraits whose caption says so, where it is not the target's own `named`.
+        clothes: share of the portraits whose clothes are named.
     """
     named = {name: target.named for name, target in TARGETS.items()} | (named or {})
     captions = []
     for i in range(len(factors["sex"])):
         phrases = caption_phrases(factors, i)
         keep = {"sex", "glasses"} | {
-            n for n, share in (("hair_color", 0.5), ("clothes", 0.85), ("background", 0.9)) if rng.random() < share
+            n for n, share in (("hair_color", 0.5), ("clothes", clothes), ("background", 0.9)) if rng.random() < share
         }
         for name, target in TARGETS.items():
             factor = target.replaces or name

@@ -6,23 +6,23 @@ Source: [ours].
 from __future__ import annotations
 
 import torch
-from diffusers import DiffusionPipeline
 
+from families.find import find_base
+from families.pipelines import DrawingPipeline, load_drawing_pipeline
 from families.stable_diffusion import StableDiffusion
-from families.stable_diffusion_xl import StableDiffusionXL
-from programs.loading import load_pipeline
 from toy_portraits.recipe import BASES
 
 
-FAMILIES: dict[str, type[StableDiffusion]] = {"sd": StableDiffusion, "sdxl": StableDiffusionXL}
+def family_of(base: str) -> type[StableDiffusion]:
+    """The family of one of `recipe.BASES`, as its own files tell."""
+    return find_base(str(BASES[base].folder), "base_model").family
 
 
-def load_base(base: str, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+def load_base(base: str, dtype: torch.dtype = torch.float32) -> DrawingPipeline:
     """One of `recipe.BASES`, with the sampler beside it, silent; without a target it draws as diffusers' own does.
 
-    Raises InputError: it is not there, or of another family.
+    Raises InputError: it is not there.
     """
-    family = FAMILIES[base]
-    pipeline = load_pipeline(family.pipeline_class, str(BASES[base].folder), dtype, **family.pipeline_options)
+    pipeline = load_drawing_pipeline(str(BASES[base].folder), dtype)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -4,7 +4,7 @@ Legend: B batch, C channels, H/W latent size, H'/W' size in pixels.
 Source: [ours].
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from families.noise_process import DDPM
 from families.prompt_embeds import PromptEmbeds
 from families.stable_diffusion import StableDiffusion
 from loras.finding import find_lora
-from loras.loading import ReferenceLora, load_lora, merge_loras
+from loras.loading import load_lora, merge_loras
 from loras.reading import read_lora
 from programs.console import without_warning
 from programs.loading import cast_models, load_pipeline, naming_flag
@@ -34,12 +34,10 @@ from training.inputs import Inputs
 STAGE1_ADAPTER = "stage1"
 
 
-def load_base_model(
-    family: type[StableDiffusion], args: ModelFlags, weight_dtype: torch.dtype,
-    references: Sequence[ReferenceLora] = (),
-) -> DiffusionPipeline:  # fmt: skip
+def load_base_model(inputs: Inputs, args: ModelFlags, weight_dtype: torch.dtype) -> DiffusionPipeline:
     """The base model, with the VAE and the prediction type of the flags, and earlier LoRAs merged into its weights."""
     # Merged in half precision, small changes would be rounded away, and the sum be another than side by side.
+    references = inputs.references
     dtype = torch.float32 if references else weight_dtype
     parts, vae = {}, args.pretrained_vae_model_name_or_path
     if vae is not None:
@@ -47,13 +45,13 @@ def load_base_model(
             parts["vae"] = AutoencoderKL.from_pretrained(
                 vae, dtype=dtype, cache_dir=args.cache_dir, use_safetensors=True
             )
-    pipeline = _load(family, args, dtype, **parts)
+    pipeline = _load(inputs, args, dtype, **parts)
     if references:
         with naming_flag("reference_lora", " ".join(reference.name for reference in references)):
             merge_loras(pipeline, [str(lora.path) for lora in references], [lora.scale for lora in references])
         cast_models(pipeline, weight_dtype)
     # diffusers' own way warns of layers that stay in float32 where there are none.
-    torch.nn.Module.to(pipeline.vae, family.vae_dtype(pipeline.vae, weight_dtype))
+    torch.nn.Module.to(pipeline.vae, inputs.family.vae_dtype(pipeline.vae, weight_dtype))
     if args.prediction_type is not None:
         config = pipeline.scheduler.config
         pipeline.scheduler = type(pipeline.scheduler).from_config(config, prediction_type=args.prediction_type)
@@ -61,21 +59,19 @@ def load_base_model(
     return pipeline
 
 
-def load_text_part(
-    family: type[StableDiffusion], model: ModelFlags, references: Sequence[ReferenceLora]
-) -> DiffusionPipeline:
+def load_text_part(inputs: Inputs, model: ModelFlags) -> DiffusionPipeline:
     """The base model as far as it reads prompts; whole where earlier LoRAs, which may change that, are merged."""
-    if references:
-        return load_base_model(family, model, torch.float32, references)
-    return _load(family, model, torch.float32, **{"vae": None, family.denoiser: None})
+    if inputs.references:
+        return load_base_model(inputs, model, torch.float32)
+    return _load(inputs, model, torch.float32, **{"vae": None, inputs.family.denoiser: None})
 
 
-def _load(family: type[StableDiffusion], model: ModelFlags, dtype: torch.dtype, **parts: Any) -> DiffusionPipeline:
-    flag = "pretrained_model_name_or_path"
-    parts |= family.pipeline_options
-    names = ("revision", "cache_dir", "variant", "base_config", "prediction_type")
-    parts |= {name: getattr(model, name) for name in names}
-    return load_pipeline(family.pipeline_class, getattr(model, flag), dtype, flag, **parts)
+def _load(inputs: Inputs, model: ModelFlags, dtype: torch.dtype, **parts: Any) -> DiffusionPipeline:
+    flag, family = "pretrained_model_name_or_path", inputs.family
+    if inputs.base_file is None:
+        parts |= {name: getattr(model, name) for name in ("revision", "cache_dir", "variant")}
+    parts |= family.training_options
+    return load_pipeline(family.pipeline_class, getattr(model, flag), dtype, flag, file=inputs.base_file, **parts)
 
 
 @torch.no_grad()
@@ -134,7 +130,7 @@ class Models:
         self.adapters, self.capture = Adapters(self.unet), family.capture(self.unet)
         self._kept: frozenset[str] = frozenset()
 
-    def keep(self, names: Sequence[str]) -> None:
+    def keep(self, names: Collection[str]) -> None:
         """Bring the models that steps use onto the device, where they stay."""
         self._kept = frozenset(names)
         for name in names:
@@ -157,19 +153,23 @@ class Models:
     @contextmanager
     def drawing(self) -> Iterator[None]:
         """Inside, the pipeline draws: each of its models that no step uses comes onto the device when it is called,
-        and leaves it before the next one or the UNet is.
+        and leaves it before the next one or the UNet is. The UNet leaves it for a VAE that is as large at work.
         """
         vae, hooks = self.pipeline.vae, []
-        # In the order of their calls.
-        for name in (*self.family.text_encoders, "vae"):
-            if name not in self._kept:
+        lent = {*self.family.text_encoders, "vae"} - self._kept
+        if self.family.sliced_vae and "vae" in lent:
+            lent.add(self.family.denoiser)
+        for name in (*self.family.text_encoders, self.family.denoiser, "vae"):  # in the order of their calls
+            if name in lent:
                 model, last = getattr(self.pipeline, name), hooks[-1] if hooks else None
                 hooks.append(cpu_offload_with_hook(model, self.device, prev_module_hook=last)[1])
 
         def make_room(unet: torch.nn.Module, args: tuple) -> None:
-            """A model leaves when the next of them is called, and the UNet, which stays, is none of them."""
+            """A model leaves when the next of them is called, but the VAE has none, nor has the last encoder where the
+            UNet stays.
+            """
             for hook in hooks:
-                if next(hook.model.parameters()).device.type != "cpu":
+                if hook.model is not unet and next(hook.model.parameters()).device.type != "cpu":
                     hook.offload()
 
         alone = self.unet.register_forward_pre_hook(make_room)
@@ -181,6 +181,8 @@ class Models:
             for hook in hooks:
                 hook.offload()
                 hook.remove()
+            if self.family.denoiser in lent:
+                self.unet.to(self.device)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -245,7 +247,7 @@ def load_models(flags: Flags, inputs: Inputs, accelerator: Accelerator) -> Model
     """
     family, model = inputs.family, flags.model
     earlier = flags.lora.stage1_lora_path if inputs.resume is None else inputs.resume.folder
-    pipeline = load_base_model(family, model, weight_dtype(accelerator), inputs.references)
+    pipeline = load_base_model(inputs, model, weight_dtype(accelerator))
     unet = getattr(pipeline, family.denoiser)
     for name in (family.denoiser, "vae", *family.text_encoders):
         getattr(pipeline, name).requires_grad_(False)

@@ -19,7 +19,7 @@ from benchmarks.parts.drawing import DrawSettings, Originals, Pipeline, file_dig
 from benchmarks.parts.tables import ORIGINAL, Row
 from loras import LORA_WEIGHTS
 from toy_portraits.judge import PROBE_FOLDER, PortraitJudge
-from toy_portraits.pipelines import FAMILIES
+from toy_portraits.pipelines import family_of
 from toy_portraits.world import TARGETS
 from training.sharing import pipeline_code
 
@@ -98,7 +98,7 @@ def judge_job(job: Job, settings: DrawSettings, cache_dir: Path) -> dict[str, np
     if job.guided:
         key = ["guided portraits", job.target_name, options, job.sfcm_guidance, asdict(settings)]
         # Guidance is ours alone, and what it draws changes with its code.
-        digests.append(file_digest(*pipeline_code(FAMILIES[settings.base].hub).values()))
+        digests.append(file_digest(*pipeline_code(family_of(settings.base).hub).values()))
     return drawing.cached_arrays(cache_dir, [*key, digests], make)
 
 

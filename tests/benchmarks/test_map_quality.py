@@ -39,7 +39,7 @@ from benchmarks.parts.regions import (
     render_scenes,
     separation,
 )
-from toy_portraits.pipelines import FAMILIES
+from toy_portraits.pipelines import family_of
 from toy_portraits.recipe import BASES
 from toy_portraits.world import LABELS, SIZE, TARGETS, render, sample_factors
 
@@ -199,7 +199,7 @@ def test_noise_belongs_to_the_portrait_and_timesteps_cover_the_band():
 
 @pytest.mark.parametrize("base", BASES)
 def test_both_predictions_are_those_of_the_training(base, toy_xl, tmp_path):
-    (pipeline, _), scenes, family = judging.tools("cpu", base), render_scenes("striped_shirt", 2, 5), FAMILIES[base]
+    (pipeline, _), scenes, family = judging.tools("cpu", base), render_scenes("striped_shirt", 2, 5), family_of(base)
     folders = [write_random_lora(tmp_path / name, seed, base) for seed, name in enumerate(("first", "second"))]
     unet = pipeline.unet
     first, second = map(adapter_name, folders)

@@ -50,7 +50,7 @@ def test_the_denoiser_says_the_family_and_not_the_pipelines_name(name):
 @pytest.mark.parametrize(
     ("index", "config", "message"),
     [
-        ({"_class_name": "KolorsPipeline", "text_encoder": ["kolors", "ChatGLMModel"]}, XL, "of a KolorsPipeline;"),
+        ({"_class_name": "KolorsPipeline", "text_encoder": ["kolors", "ChatGLMModel"]}, XL, "KolorsPipeline, with other"),
         ({"text_encoder": [None, None], "text_encoder_2": ["transformers", "CLIPTextModel"]}, XL, "refiner"),
         ({"_class_name": "UnCLIPPipeline"}, UNET | {"addition_embed_type": "image"}, "UNet2DConditionModel of a UnC"),
         ({"_class_name": "FluxPipeline"}, {"_class_name": "FluxTransformer2DModel"}, "FluxTransformer2DModel of a F"),
@@ -83,7 +83,7 @@ def test_what_is_known_without_weights(tmp_path):
     ("changes", "flags", "message"),
     [
         ({"unet/config": {"addition_embed_type": "image"}}, {}, ", unet: the UNet2DConditionModel of a Stable"),
-        ({"unet/config": {"in_channels": 9}}, {}, ", vae: has 4 latent channels, the UNet 9"),
+        ({"unet/config": {"in_channels": 9}}, {}, ", unet: it takes 9 channels, as for inpainting"),
         ({"vae/config": {"latent_channels": 16}}, {}, ", vae: has 16 latent channels, the UNet 4"),
         (
             {"scheduler/scheduler_config": {"prediction_type": "sample"}},

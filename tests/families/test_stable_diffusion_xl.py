@@ -62,9 +62,9 @@ def test_what_is_known_without_weights(folder, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"unet/config": {"projection_class_embeddings_input_dim": 50}}, ", unet: is told 50 numbers .* the refiner"),
+        ({"unet/config": {"projection_class_embeddings_input_dim": 50}}, ", unet: is told 50 numbers .* training for"),
         ({"unet/config": {"addition_time_embed_dim": None}}, ", unet: is told 58 numbers besides the prompt"),
-        ({"unet/config": {"in_channels": 9}}, ", vae: has 4 latent channels, the UNet 9"),
+        ({"unet/config": {"in_channels": 9}}, ", unet: it takes 9 channels, as for inpainting"),
         ({"model_index": {"text_encoder": [None, None]}}, ", unet: the refiner of Stable Diffusion XL"),
     ],
 )

@@ -1,41 +1,18 @@
 """Base models that a user names: loaded, or one line that says why not."""
 
-import json
 import shutil
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 import app
 import evaluate_spf_portrait
 import export_spf_portrait_lora
 import train_spf_portrait_lora
-from programs.loading import InputError, check_model_name, find_stock_pipeline, load_pipeline
+from programs.loading import check_model_name
 from toy_portraits.recipe import BASE_MODEL, HERE, LORA
-
-
-SDXL = {"addition_embed_type": "text_time"}
-
-
-@pytest.mark.parametrize(
-    ("kind", "config", "message"),
-    [
-        (StableDiffusionPipeline, SDXL, "not Stable Diffusion"),
-        (StableDiffusionPipeline, {"in_channels": 9}, "not Stable Diffusion"),
-        (StableDiffusionXLPipeline, {}, "not SDXL"),
-        (StableDiffusionXLPipeline, {**SDXL, "in_channels": 9}, "not SDXL"),
-    ],
-)
-def test_another_base_model_is_refused_before_it_is_loaded(tmp_path, kind, config, message):
-    (tmp_path / "unet").mkdir()
-    (tmp_path / "unet" / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    (tmp_path / "model_index.json").write_text(json.dumps({"unet": ["diffusers", "UNet2DConditionModel"]}))
-    with pytest.raises(InputError, match=f"^--base_model {tmp_path}: {message} .*as its UNet's configuration says$"):
-        load_pipeline(kind, str(tmp_path), torch.float32)
-    found = StableDiffusionXLPipeline if "addition_embed_type" in config else StableDiffusionPipeline
-    assert find_stock_pipeline(str(tmp_path)) is found
 
 
 def test_what_can_be_an_id_of_the_hub_is_left_to_the_hub(tmp_path):

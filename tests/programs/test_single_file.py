@@ -16,10 +16,10 @@ from test_loading import evaluate, export, page, refusal, train
 from test_original_layout import difference, make_pipeline
 
 import export_spf_portrait_lora
-from families.find import check_model
+from families.find import check_model, find_base
+from families.stable_diffusion import StableDiffusion
 from families.stable_diffusion_xl import StableDiffusionXL
 from loras import LORA_WEIGHTS
-from pipeline_spf_portrait import SPFPortraitPipeline
 from programs.loading import InputError, load_pipeline
 from programs.original_layout import SD1, SD2, XL, one_file
 from programs.single_file import find_single_file
@@ -39,10 +39,12 @@ def world(tmp_path_factory):
     return found
 
 
-def load(name, config=None, **options):
-    return load_pipeline(
-        SPFPortraitPipeline, str(name), torch.float32, base_config=None if config is None else str(config), **options
-    )
+def load(name, config=None, *, cache_dir=None, prediction_type=None, **parts):
+    base = find_base(
+        str(name), "base_model", base_config=None if config is None else str(config), without=parts,
+        cache_dir=cache_dir, prediction_type=prediction_type,
+    )  # fmt: skip
+    return load_pipeline(base.family.pipeline_class, str(name), torch.float32, file=base.file, **parts)
 
 
 def changed(world, path, remove=(), metadata=None, **tensors):
@@ -78,9 +80,8 @@ def test_the_file_is_its_folder(world):
 
 
 def test_half_precision_and_parts(world):
-    half = load_pipeline(
-        StableDiffusionPipeline, str(world.file), torch.float16, base_config=str(world.config), unet=None, vae=None
-    )
+    file, parts = find_single_file(str(world.file), str(world.config)), {"unet": None, "vae": None}
+    half = load_pipeline(StableDiffusionPipeline, str(world.file), torch.float16, file=file, **parts)
     assert half.unet is None and half.vae is None and half.text_encoder.dtype == torch.float16
 
 
@@ -180,13 +181,9 @@ def test_another_family_than_the_configurations(layout, world, tmp_path):
     with pytest.raises(InputError, match=message if layout is XL else "has|is missing in it|in it, and"):
         load(file, world.config)
     pipeline.save_pretrained(tmp_path / "model")
-    if layout is XL:
-        with pytest.raises(InputError, match="not Stable Diffusion 1.x or 2.x"):
-            load(file, tmp_path / "model")
-        family, _ = check_model(str(file), base_config=str(tmp_path / "model"))
-        assert family is StableDiffusionXL
-    else:
-        assert difference(pipeline, load(file, tmp_path / "model")) == 0.0
+    assert difference(pipeline, load(file, tmp_path / "model")) == 0.0
+    family, _ = check_model(str(file), base_config=str(tmp_path / "model"))
+    assert family is (StableDiffusionXL if layout is XL else StableDiffusion)
 
 
 def test_another_vae_may_take_the_place_of_none(world, tmp_path):

@@ -5,9 +5,10 @@ import torch
 from PIL import Image
 from toy_bases import write_random_lora
 
-from families.find import check_model
+from families.stable_diffusion import StableDiffusion
+from families.stable_diffusion_xl import StableDiffusionXL
 from toy_portraits import demo
-from toy_portraits.pipelines import FAMILIES, load_base
+from toy_portraits.pipelines import family_of, load_base
 from toy_portraits.recipe import BASE_MODEL, BASES, CLIP, training_flags
 
 
@@ -40,6 +41,6 @@ def test_the_recipe_differs_in_the_base_alone(toy_xl):
 @pytest.mark.parametrize("base", BASES)
 def test_a_base_is_what_its_entry_says(base, toy_xl):
     pipeline = load_base(base)
-    family, _ = check_model(str(BASES[base].folder))
-    assert family is FAMILIES[base] and type(pipeline) is family.pipeline_class and pipeline.dtype == torch.float32
+    family = {"sd": StableDiffusion, "sdxl": StableDiffusionXL}[base]
+    assert family is family_of(base) and type(pipeline) is family.pipeline_class and pipeline.dtype == torch.float32
     assert type(pipeline.scheduler).__name__.startswith(BASES[base].sampler)

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -222,7 +223,8 @@ def test_each_layer_of_a_kohya_file_has_its_own_alpha(world, earlier, tmp_path):
         state[name.replace(".alpha", ".lora_up.weight")] /= 4
     save_file(state, path)
     flags = parse_args([f"--pretrained_model_name_or_path={world.model}", f"--reference_lora={path}"])
-    pipeline = load_base_model(StableDiffusion, flags.model, torch.float32, find_references(flags.lora, None))
+    given = SimpleNamespace(family=StableDiffusion, base_file=None, references=find_references(flags.lora, None))
+    pipeline = load_base_model(given, flags.model, torch.float32)
     assert largest(predict(pipeline), predict(activate(stock(world), [earlier["hair"]], [1.0]))) < CLOSE
 
 
