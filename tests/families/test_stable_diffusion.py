@@ -50,7 +50,7 @@ def test_the_denoiser_says_the_family_and_not_the_pipelines_name(name):
 @pytest.mark.parametrize(
     ("index", "config", "message"),
     [
-        ({"_class_name": "KolorsPipeline", "text_encoder": ["kolors", "ChatGLMModel"]}, XL, "KolorsPipeline, with other"),
+        ({"_class_name": "KolorsPipeline", "text_encoder": ["kolors", "ChatGLMModel"]}, XL, "Pipeline, with other"),
         ({"text_encoder": [None, None], "text_encoder_2": ["transformers", "CLIPTextModel"]}, XL, "refiner"),
         ({"_class_name": "UnCLIPPipeline"}, UNET | {"addition_embed_type": "image"}, "UNet2DConditionModel of a UnC"),
         ({"_class_name": "FluxPipeline"}, {"_class_name": "FluxTransformer2DModel"}, "FluxTransformer2DModel of a F"),

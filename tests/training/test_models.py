@@ -78,41 +78,25 @@ def test_models_come_onto_the_device_one_after_another_to_draw(world, monkeypatc
     assert {*moves} == {("text_encoder", "cpu"), ("vae", "cpu")} and not hasattr(models.pipeline.vae, "_hf_hook")
 
 
-def test_a_large_vae_has_the_device_for_itself(xl_world, monkeypatch):
+def test_the_unet_leaves_the_device_for_a_large_vae(xl_world, monkeypatch):
     """Pictures are those of the models as they lie, and the UNet is back at the end."""
-    models = prepared(xl_world, num_validation_images=0).parts.models
-    names = ("text_encoder", "text_encoder_2", "unet", "vae")
+    models = prepared(xl_world).parts.models
+    pipeline, unet = models.pipeline, models.unet
     options = {"num_inference_steps": 2, "output_type": "np", "height": 16, "width": 16}
-
-    def draw():
-        return models.pipeline("a woman, a hat", **options, generator=torch.Generator().manual_seed(0)).images
-
-    expected, there, seen = draw(), {"unet"}, []
-    for name in names:
-        kind = type(getattr(models.pipeline, name))
-
-        def to(self, place, own=kind.to, **kwargs):
-            (name,) = (name for name in names if getattr(models.pipeline, name) is self)
-            # What is called is brought to "cpu:0", and away from it to "cpu".
-            (there.add if str(place) == "cpu:0" else there.discard)(name)
-            return own(self, "cpu")
-
-        monkeypatch.setattr(kind, "to", to)
-    models.device = torch.device("cpu", 0)
-    for name in names[:3]:
-        getattr(models.pipeline, name).register_forward_hook(lambda *_, name=name: seen.append((name, {*there})))
-    models.pipeline.vae.decoder.register_forward_hook(lambda *_: seen.append(("vae", {*there})))
+    expected = pipeline("a woman, a hat", **options, generator=torch.Generator().manual_seed(0)).images
+    moves = places(models, monkeypatch)
+    models.device = torch.device("cpu", 0)  # what is called comes to "cpu:0", and leaves for "cpu"
     with models.drawing():
-        assert there == set()
-        assert (draw() == expected).all()
-        before = len(seen)
-        draw()
-    assert there == {"unet"} and not hasattr(models.unet, "_hf_hook")
-    assert [*dict.fromkeys(name for name, _ in seen[:before])] == [*names]
-    for name, lying in seen[:before]:
-        assert lying == {name}
-    # On a machine without a GPU the rule by which the VAE leaves for the UNet sees that it lies on the CPU.
-    assert all("unet" not in lying for name, lying in seen if name != "unet")
+        assert ("unet", "cpu") in moves
+        moves.clear()
+        images = pipeline("a woman, a hat", **options, generator=torch.Generator().manual_seed(0)).images
+        assert (images == expected).all()
+        assert [*dict.fromkeys(moves)] == [(name, "cpu:0") for name in ("text_encoder", "unet", "vae")]
+        # Each makes the one before it leave, unless that lies on a CPU, as all do here.
+        order = [pipeline.text_encoder, pipeline.text_encoder_2, unet, pipeline.vae]
+        assert [model._hf_hook.prev_module_hook.model for model in order[1:]] == order[:-1]
+        moves.clear()
+    assert moves[-1] == ("unet", "cpu:0") and not hasattr(unet, "_hf_hook")
 
 
 @pytest.mark.parametrize(
