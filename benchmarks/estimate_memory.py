@@ -8,7 +8,7 @@ all storages alive at once are counted. The most of all phases is what it prints
 - prompts: the text encoders alone, and a chunk of prompts;
 - portraits: the VAE alone encodes a portrait;
 - drawing: the UNet predicts alignment portraits with guidance; each text encoder comes and goes before it;
-- decoding: two validation pictures by the VAE, beside the UNet; SDXL's takes one at a time, and the UNet is away;
+- decoding: two validation pictures by the VAE, beside the UNet, at once unless it is SDXL's;
 - mapping: both paths of the UNet, captured, for the SFCMs;
 - a step: forward and backward of each term of the loss, with every row of the batch asking for the target.
 
@@ -295,12 +295,9 @@ def drawing_peak(run: Training) -> int:
 
 @torch.no_grad()
 def decoding_peak(run: Training) -> int:
-    """Two validation pictures, decoded at once beside the UNet; a VAE that takes one at a time is alone, unless steps
-    use it.
-    """
+    """Two validation pictures, decoded at once unless the family's VAE takes one at a time; without autocast."""
     vae = run.models.pipeline.vae
-    beside = [] if run.models.family.sliced_vae and not run.judges else run.kept
-    with run.counting(*beside, vae) as counter, torch.autocast("cpu", HALF):
+    with run.counting(*run.kept, vae) as counter:
         vae.decode(torch.empty(2, 4, run.side, run.side, dtype=HALF), return_dict=False)
     return counter.peak
 

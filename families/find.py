@@ -49,7 +49,7 @@ def find_family(model_index: Mapping[str, Any], denoiser_config: Mapping[str, An
         raise ValueError(f"the {kind} of a {pipeline}; {_KNOWN}")
     channels = denoiser_config.get("in_channels", 4)
     if channels != 4:
-        raise ValueError(f"it takes {channels} channels, as for inpainting; this is no model for text to image")
+        raise ValueError(f"it takes {channels} channels and not 4 (9 are for inpainting): no model for text to image")
     if told is None:
         return StableDiffusion
     first, second = ((model_index.get(name) or (None,))[0] for name in StableDiffusionXL.text_encoders)

@@ -58,7 +58,7 @@ class StableDiffusion:
 
     pipeline_class: type[DiffusionPipeline] = SPFPortraitPipeline  # draws with it
     stock_class: type[DiffusionPipeline] = StableDiffusionPipeline  # diffusers' own
-    # Arguments of both when they are loaded for a training, and for pictures that are looked at.
+    # Arguments of `pipeline_class` when it is loaded for a training, and for pictures that are looked at.
     training_options: Mapping[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
     drawing_options: Mapping[str, Any] = {}
     sliced_vae = False  # whether the VAE takes one picture at a time

@@ -1,5 +1,6 @@
 """Loading what a user names: an error of one line says what it was, and tokenizers are really there. [ours]"""
 
+import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -20,6 +21,7 @@ from programs.single_file import SingleFile
 Pipeline = TypeVar("Pipeline", bound=StableDiffusionPipeline | StableDiffusionXLPipeline)
 # How a model that is one file ends, as other programs keep it.
 _SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+
 
 class InputError(ValueError):
     """A mistake in what the run was given; its message is one line that names the flag and the value."""
@@ -80,7 +82,9 @@ def load_pipeline(
     kind: type[Pipeline], name: str, dtype: torch.dtype, flag: str = "base_model", *, file: SingleFile | None = None,
     **options: Any,
 ) -> Pipeline:  # fmt: skip
-    """A pipeline of this class, on the CPU, from the folder, id or file that a flag names. A pickle is not read.
+    """A pipeline of this class, on the CPU, from the folder, id or file that a flag names and `find_base` looked at.
+
+    A pickle is not read.
 
     Args:
         file: what was found of it, if it is one file.
@@ -103,8 +107,8 @@ def _load_single_file(kind: type[Pipeline], file: SingleFile, dtype: torch.dtype
         load_tokenizer(file.folder, subfolder=part.replace("text_encoder", "tokenizer"))
     if file.scheduler:
         options = {"scheduler": file.load_scheduler()} | options
-    if not issubclass(kind, StableDiffusionXLPipeline):
-        # Such a file has no safety checker, whatever its configurations say; SDXL's class has no place for one.
+    if "safety_checker" in inspect.signature(kind.__init__).parameters:
+        # Such a file has none, whatever its configurations say.
         options = {"safety_checker": None, "requires_safety_checker": False} | options
     return kind.from_single_file(file.path, config=file.folder, dtype=dtype, local_files_only=True, **options)
 

@@ -106,7 +106,9 @@ def _find_layout(shapes: Mapping[str, tuple[int, ...]]) -> Layout:
         raise ValueError(f"{edm} in it says that it was trained on another noise (EDM), which is not supported")
     channels = shapes[_FIRST][1]
     if channels != 4:
-        raise ValueError(f"its UNet takes {channels} channels, as for inpainting; it is no model for text to image")
+        raise ValueError(
+            f"its UNet takes {channels} channels and not 4 (9 are for inpainting): no model for text to image"
+        )
     for layout in LAYOUTS:
         if all(any(key.startswith(prefix) for key in shapes) for prefix in layout.text_encoders.values()):
             return layout

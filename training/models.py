@@ -4,13 +4,14 @@ Legend: B batch, C channels, H/W latent size, H'/W' size in pixels.
 Source: [ours].
 """
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, cpu_offload_with_hook
+from accelerate.hooks import UserCpuOffloadHook
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import XFormersAttnProcessor
 from peft import LoraConfig
@@ -130,7 +131,7 @@ class Models:
         self.adapters, self.capture = Adapters(self.unet), family.capture(self.unet)
         self._kept: frozenset[str] = frozenset()
 
-    def keep(self, names: Collection[str]) -> None:
+    def keep(self, names: Sequence[str]) -> None:
         """Bring the models that steps use onto the device, where they stay."""
         self._kept = frozenset(names)
         for name in names:
@@ -153,36 +154,29 @@ class Models:
     @contextmanager
     def drawing(self) -> Iterator[None]:
         """Inside, the pipeline draws: each of its models that no step uses comes onto the device when it is called,
-        and leaves it before the next one or the UNet is. The UNet leaves it for a VAE that is as large at work.
+        and leaves it before the next one or the UNet is.
         """
-        vae, hooks = self.pipeline.vae, []
-        lent = {*self.family.text_encoders, "vae"} - self._kept
-        if self.family.sliced_vae and "vae" in lent:
-            lent.add(self.family.denoiser)
-        for name in (*self.family.text_encoders, self.family.denoiser, "vae"):  # in the order of their calls
-            if name in lent:
-                model, last = getattr(self.pipeline, name), hooks[-1] if hooks else None
-                hooks.append(cpu_offload_with_hook(model, self.device, prev_module_hook=last)[1])
+        hooks: list[UserCpuOffloadHook] = []
 
         def make_room(unet: torch.nn.Module, args: tuple) -> None:
-            """A model leaves when the next of them is called, but the VAE has none, nor has the last encoder where the
-            UNet stays.
-            """
+            """A model leaves when the next of them is called, and the UNet, which stays, is none of them."""
             for hook in hooks:
-                if hook.model is not unet and next(hook.model.parameters()).device.type != "cpu":
+                if next(hook.model.parameters()).device.type != "cpu":
                     hook.offload()
 
         alone = self.unet.register_forward_pre_hook(make_room)
         try:
-            with nullcontext() if vae.dtype == self.unet.dtype else decoded_without_autocast(vae):
+            for name in (*self.family.text_encoders, "vae"):  # in the order of their calls
+                if name not in self._kept:
+                    model, last = getattr(self.pipeline, name), hooks[-1] if hooks else None
+                    hooks.append(cpu_offload_with_hook(model, self.device, prev_module_hook=last)[1])
+            with decoded_without_autocast(self.pipeline.vae):
                 yield
         finally:
             alone.remove()
             for hook in hooks:
                 hook.offload()
                 hook.remove()
-            if self.family.denoiser in lent:
-                self.unet.to(self.device)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -226,7 +220,9 @@ class Models:
 
 @contextmanager
 def decoded_without_autocast(vae: AutoencoderKL) -> Iterator[None]:
-    """Inside, a VAE decodes in its own dtype, though autocast is on: it may have another since half is too little."""
+    """Inside, a VAE decodes in its own dtype, as it does for users, though autocast is on, which would bring it to
+    half where that is too little, and its norms to float32, which takes a gigabyte more for 1024 x 1024 pixels.
+    """
     decode = vae.decode
 
     def own(latents: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -115,13 +115,13 @@ def test_the_refiner_is_refused_before_its_weights_are_read(xl, tmp_path):
 def test_a_model_for_inpainting_is_refused_before_its_weights_are_read(model, tmp_path):
     painter = shutil.copytree(model.folder, tmp_path / "painter", ignore=shutil.ignore_patterns("*.safetensors"))
     change(painter / "unet" / "config.json", in_channels=9)
-    assert "it takes 9 channels, as for inpainting; this is no model for text to image" in refusal(painter)
+    assert "it takes 9 channels and not 4 (9 are for inpainting): no model for text to image" in refusal(painter)
     weights = load_file(model.file)
     name = "model.diffusion_model.input_blocks.0.0.weight"
     weights[name] = torch.zeros(len(weights[name]), 9, 3, 3)
     save_file(weights, tmp_path / "painter.safetensors")
     said = refusal(tmp_path / "painter.safetensors", model.folder)
-    assert "its UNet takes 9 channels, as for inpainting; it is no model for text to image" in said
+    assert "its UNet takes 9 channels and not 4 (9 are for inpainting): no model for text to image" in said
 
 
 def test_a_family_that_is_not_known_says_which_are(tmp_path):

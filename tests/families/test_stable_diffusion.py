@@ -83,7 +83,7 @@ def test_what_is_known_without_weights(tmp_path):
     ("changes", "flags", "message"),
     [
         ({"unet/config": {"addition_embed_type": "image"}}, {}, ", unet: the UNet2DConditionModel of a Stable"),
-        ({"unet/config": {"in_channels": 9}}, {}, ", unet: it takes 9 channels, as for inpainting"),
+        ({"unet/config": {"in_channels": 9}}, {}, ", unet: it takes 9 channels and not 4"),
         ({"vae/config": {"latent_channels": 16}}, {}, ", vae: has 16 latent channels, the UNet 4"),
         (
             {"scheduler/scheduler_config": {"prediction_type": "sample"}},

@@ -64,7 +64,7 @@ def test_what_is_known_without_weights(folder, tmp_path):
     [
         ({"unet/config": {"projection_class_embeddings_input_dim": 50}}, ", unet: is told 50 numbers .* training for"),
         ({"unet/config": {"addition_time_embed_dim": None}}, ", unet: is told 58 numbers besides the prompt"),
-        ({"unet/config": {"in_channels": 9}}, ", unet: it takes 9 channels, as for inpainting"),
+        ({"unet/config": {"in_channels": 9}}, ", unet: it takes 9 channels and not 4"),
         ({"model_index": {"text_encoder": [None, None]}}, ", unet: the refiner of Stable Diffusion XL"),
     ],
 )

@@ -150,7 +150,7 @@ def test_the_flag_is_for_one_file_and_names_a_configuration(program, world, tmp_
         ({"remove": ["first_stage_model.decoder.conv_in"]}, "decoder.conv_in.weight is missing in it"),
         (
             {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(48, 9, 3, 3)},
-            "its UNet takes 9 channels, as for inpainting",
+            "its UNet takes 9 channels and not 4",
         ),
         (
             {"model.diffusion_model.time_embed.2.bias": torch.zeros(7)},

@@ -36,8 +36,8 @@ def in_float32(monkeypatch):
     """The models of a run in float32 whatever its precision, so that the scaler is all that differs."""
     load = models.load_base_model
 
-    def load_in_float32(kind, flags, weight_dtype, references):
-        return load(kind, flags, torch.float32, references)
+    def load_in_float32(inputs, flags, weight_dtype):
+        return load(inputs, flags, torch.float32)
 
     def no_autocast(*_):
         return torch.autocast("cpu", enabled=False)

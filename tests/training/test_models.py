@@ -78,27 +78,6 @@ def test_models_come_onto_the_device_one_after_another_to_draw(world, monkeypatc
     assert {*moves} == {("text_encoder", "cpu"), ("vae", "cpu")} and not hasattr(models.pipeline.vae, "_hf_hook")
 
 
-def test_the_unet_leaves_the_device_for_a_large_vae(xl_world, monkeypatch):
-    """Pictures are those of the models as they lie, and the UNet is back at the end."""
-    models = prepared(xl_world).parts.models
-    pipeline, unet = models.pipeline, models.unet
-    options = {"num_inference_steps": 2, "output_type": "np", "height": 16, "width": 16}
-    expected = pipeline("a woman, a hat", **options, generator=torch.Generator().manual_seed(0)).images
-    moves = places(models, monkeypatch)
-    models.device = torch.device("cpu", 0)  # what is called comes to "cpu:0", and leaves for "cpu"
-    with models.drawing():
-        assert ("unet", "cpu") in moves
-        moves.clear()
-        images = pipeline("a woman, a hat", **options, generator=torch.Generator().manual_seed(0)).images
-        assert (images == expected).all()
-        assert [*dict.fromkeys(moves)] == [(name, "cpu:0") for name in ("text_encoder", "unet", "vae")]
-        # Each makes the one before it leave, unless that lies on a CPU, as all do here.
-        order = [pipeline.text_encoder, pipeline.text_encoder_2, unet, pipeline.vae]
-        assert [model._hf_hook.prev_module_hook.model for model in order[1:]] == order[:-1]
-        moves.clear()
-    assert moves[-1] == ("unet", "cpu:0") and not hasattr(unet, "_hf_hook")
-
-
 @pytest.mark.parametrize(
     "flags, kept",
     [
