@@ -78,6 +78,18 @@ def test_models_come_onto_the_device_one_after_another_to_draw(world, monkeypatc
     assert {*moves} == {("text_encoder", "cpu"), ("vae", "cpu")} and not hasattr(models.pipeline.vae, "_hf_hook")
 
 
+@pytest.mark.parametrize("flags", [{}, {"no-cache_latents": True}], ids=["lent", "kept"])
+def test_pictures_are_decoded_without_autocast(world, flags):
+    """As they are for users; CUDA's would have norms in float32, which takes memory."""
+    models, seen = prepared(world, mixed_precision="bf16", **flags).parts.models, []
+    models.pipeline.vae.decoder.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    models.unet.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    options = {"num_inference_steps": 1, "output_type": "np", "height": 16, "width": 16}
+    with models.drawing(), torch.autocast("cpu", torch.bfloat16):
+        models.pipeline("a woman, a hat", **options)
+    assert seen == [True, False]
+
+
 @pytest.mark.parametrize(
     "flags, kept",
     [
