@@ -14,6 +14,7 @@ from benchmarks.estimate_memory import (
     MODELS,
     PHASES,
     PRESETS,
+    PRESETS_XL,
     UPCAST,
     LiveBytes,
     diffusion_backward,
@@ -165,6 +166,8 @@ def test_the_documented_presets_are_the_ones_estimated():
     page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\d+) GB \| `(.*?)` \|(?: [\d.]+ GiB \|){3}$", page, re.MULTILINE)
     assert {int(card): flags for card, flags in rows} == PRESETS
+    rows = re.findall(r"^\| (\d+) GB \| `(.*?)` \| [\d.]+ GiB \|(?: [\d.]+ \|){6}$", page, re.MULTILINE)
+    assert {int(card): flags for card, flags in rows} == PRESETS_XL
     assert "`python benchmarks/estimate_memory.py`" in page
 
 
