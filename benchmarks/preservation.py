@@ -26,7 +26,7 @@ from benchmarks.parts import drawing, judging, plane, tables
 from benchmarks.parts.judging import QUIET, Job
 from benchmarks.parts.plane import Point, Series
 from benchmarks.parts.runs import ORACLES, RUNS, Training, run_folder, train_all
-from benchmarks.parts.tables import Row, number, with_interval
+from benchmarks.parts.tables import Row, Share, number, with_interval
 from evaluation.measures import Estimate
 from toy_portraits.recipe import FLAGS
 from toy_portraits.world import TARGETS
@@ -97,6 +97,14 @@ def below_plain_curve(rows: list[Row]) -> dict[str, dict]:
     itself = {point.key for point in curve}
     ways = [row for row in rows if row.strength == 1.0 and row.key not in itself and not is_ablation(row)]
     return {row.label: tables.distance_below_curve(row, curve) for row in ways if len(curve) > 1}
+
+
+def shares_of_plain(rows: list[Row]) -> dict[str, dict[str, Share]]:
+    """By label and axis what every way to train and to draw has of plain LoRA, if there is one."""
+    plain = next((row for row in rows if row.key == ("plain", 1.0, False)), None)
+    ways = [row for row in rows if row.run_name in RUNS and row.strength == 1.0 and row is not plain]
+    ways = [] if plain is None else [row for row in ways if not is_ablation(row)]
+    return {row.label: {name: tables.share_of(row, plain, name) for name in AXES} for row in ways}
 
 
 def ablation_differences(rows: list[Row]) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
@@ -178,9 +186,18 @@ def plane_table(rows: list[Row]) -> str:
     return tables.markdown_table(["", *AXES.values(), *BESIDE_AXES.values(), "on the front", "oracles too"], lines)
 
 
+def with_seeds(share: Share) -> str:
+    return f"{with_interval(share.whole)} ({', '.join(map(number, share.by_seed.values()))})"
+
+
 def section(title: str, rows: list[Row]) -> str:
     """All tables of one target, or of the mean over targets, as markdown."""
     parts = {f"## {title}": plane_table(rows)}
+    if found := shares_of_plain(rows):
+        lines = [[label, *(with_seeds(own[name]) for name in AXES)] for label, own in found.items()]
+        seeds = ", ".join(map(str, next(row.seeds for row in rows if row.label in found)))
+        about = f"As a share of plain LoRA's, intervals over training seeds and prompts; in parentheses seeds {seeds}:"
+        parts[about] = tables.markdown_table(["", *AXES.values()], lines)
     if found := oracle_differences(rows):
         lines = [[label, *(with_interval(own[m], signed=True) for m in AXES)] for label, own in found.items()]
         about = "Difference to what was trained with the true regions, paired by prompt:"
@@ -238,11 +255,12 @@ def write_tables(args: argparse.Namespace, by_target: dict[str, list[Row]]) -> N
     """Write results.json and table.md."""
     results, sections = {}, [explanation(args)]
     for name, rows in with_mean(by_target).items():
-        found, entries = places(rows), []
+        found, shares, entries = places(rows), shares_of_plain(rows), []
         for row in rows:
             entry = {"label": row.label, "run": row.run_name, "strength": row.strength, "guided": row.guided}
             place = asdict(found[row.key]) if row.key in found else None
-            entries.append(entry | {"plane": place, "measures": tables.summarise(row.measures)})
+            share = {name: asdict(own) for name, own in shares.get(row.label, {}).items()} or None
+            entries.append(entry | {"plane": place, "of_plain": share, "measures": tables.summarise(row.measures)})
         results[name] = {"rows": entries}
         sections.append(section(tables.title_of(name), rows))
     model, flags = drawing.base_model_digest(args.base), " ".join(FLAGS)

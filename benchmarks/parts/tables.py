@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation.measures import Estimate, estimate_mean, resample_prompts
+from evaluation.measures import Estimate, estimate_mean, interval, resample_prompts
 from evaluation.report import without_nan
 from toy_portraits.recipe import BASES
 from toy_portraits.world import TARGETS
@@ -63,6 +63,26 @@ def estimate(row: Row, name: str, resamples: np.ndarray) -> Estimate:
 def paired_difference(row: Row, other: Row, name: str, resamples: np.ndarray) -> Estimate:
     """A row's mean minus another's with the same training seeds, paired by prompt, and its 95 % interval."""
     return estimate_mean((row.by_prompt(name) - other.by_prompt(name))[:, None], resamples)
+
+
+@dataclass(frozen=True)
+class Share:
+    """A row's mean over another row's, with the 95 % interval over training seeds and prompts, and of each seed."""
+
+    whole: Estimate
+    by_seed: dict[int, float]
+
+
+def share_of(row: Row, other: Row, name: str) -> Share:
+    """Divide a measure by another row's of the same training seeds; both are resampled together, seeds and prompts."""
+    own, others = row.measures[name], other.of_seeds(row.seeds).measures[name]
+    rng, (count, prompts) = np.random.default_rng(0), own.shape
+    samples = []
+    for _ in range(RESAMPLES):
+        index = np.ix_(rng.integers(0, count, count), rng.integers(0, prompts, prompts))
+        samples.append(own[index].mean() / others[index].mean())
+    by_seed = dict(zip(row.seeds, (own.mean(axis=1) / others.mean(axis=1)).tolist(), strict=True))
+    return Share(Estimate(float(own.mean() / others.mean()), *interval(np.array(samples))), by_seed)
 
 
 def mean_and_error(values: np.ndarray) -> dict[str, float]:

@@ -37,6 +37,7 @@ from benchmarks.preservation import (
     parse_args,
     places,
     plane_series,
+    shares_of_plain,
     write_plane,
     write_tables,
 )
@@ -126,6 +127,16 @@ def test_every_way_is_held_against_plain_loras_curve(rows):
     assert below_plain_curve([row for row in rows if row.run_name != "plain"]) == {}
 
 
+def test_every_way_is_a_share_of_plain_lora(rows):
+    found = shares_of_plain(rows)
+    assert len(found) == 2 * len(WAYS) - 1
+    own = found["SPF-Portrait, composed"]
+    assert own["response"].whole.value == pytest.approx(1) and list(own["response"].by_seed) == [0, 1]
+    assert own["excess"].whole.value == pytest.approx(3 / 8, abs=0.02)
+    assert found["SPF-Portrait, composed, guided"]["excess"].whole.value == pytest.approx(1 / 8, abs=0.02)
+    assert shares_of_plain([row for row in rows if row.run_name != "plain"]) == {}
+
+
 def test_ablations_are_compared_with_their_parent_at_their_seeds(rows):
     found = ablation_differences(rows)
     assert {parent: set(names) for parent, names in found.items()} == {k: set(v) for k, v in ABLATIONS.items()}
@@ -190,6 +201,9 @@ def test_tables_and_pictures_are_written(tmp_path, names):
     guided = next(line for line in text.splitlines() if line.startswith("| SPF-Portrait, composed, guided"))
     assert guided.split(" | ")[5:7] == ["-", "-"]
     assert (tmp_path / "response_pollution_plane.png").is_file()
+    shares = [entry["of_plain"] for entry in entries if entry["run"] == "composed"]
+    assert ("As a share of plain LoRA's" in text) == (len(names) > 1) == all(shares)
+    assert len(names) == 1 or shares[0]["excess"]["by_seed"].keys() == {"0", "1"}
 
 
 def test_every_runs_command_is_one_the_trainer_takes(tmp_path, registered):

@@ -9,6 +9,7 @@ from benchmarks.parts.tables import (
     distance_below_curve,
     paired_difference,
     resamples_of,
+    share_of,
     summarise,
     with_interval,
 )
@@ -58,6 +59,18 @@ def test_run_and_curve_are_resampled_together():
     row = Row("", "", 1.0, {"response": response, "change_outside": (luck + 4.0)[None]})
     found = distance_below_curve(row, curve)
     assert found["distance"] == pytest.approx(1) and found["standard_error"] < 1e-9
+
+
+def test_a_share_is_told_by_seed_and_its_interval_counts_seeds():
+    rng = np.random.default_rng(0)
+    prompts = rng.uniform(1, 3, PROMPTS)
+    plain = Row("", "plain", 1.0, {"excess": np.stack([2 * prompts, 2 * prompts, 4 * prompts])}, seeds=(1, 2, 3))
+    row = Row("", "own", 1.0, {"excess": np.stack([prompts, prompts])}, seeds=(3, 1))
+    found = share_of(row, plain, "excess")
+    assert found.by_seed == {3: pytest.approx(0.25), 1: pytest.approx(0.5)}
+    assert found.whole.value == pytest.approx(1 / 3)
+    # Prompts that change more do so in both, and do not count; one seed or the other may be the only one.
+    assert (found.whole.low, found.whole.high) == (pytest.approx(0.25), pytest.approx(0.5))
 
 
 def test_a_paired_difference_has_no_luck_of_the_prompts():
