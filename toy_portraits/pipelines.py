@@ -21,6 +21,8 @@ def family_of(base: str) -> type[StableDiffusion]:
 def load_base(base: str, dtype: torch.dtype = torch.float32) -> DrawingPipeline:
     """One of `recipe.BASES`, with the sampler beside it, silent; without a target it draws as diffusers' own does.
 
+    SDXL's pictures are decoded one after another.
+
     Raises InputError: it is not there.
     """
     pipeline = load_drawing_pipeline(str(BASES[base].folder), dtype)

@@ -111,7 +111,7 @@ def worker_processes(count: int) -> Executor:
 
 
 def load_pipeline(device: str, base: str = "sd") -> Pipeline:
-    """A toy base model with its own sampler, silent; without a target it draws as diffusers' own pipeline does."""
+    """A toy base model with its own sampler, silent; `load_base` says how it draws."""
     diffusers_logging.disable_progress_bar()
     return load_base(base).to(device)
 
