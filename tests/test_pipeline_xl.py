@@ -37,9 +37,11 @@ from pipeline_world import (
     state,
 )
 from test_spf_observer import GUIDANCES, check_guidance, check_sfcm
+from toy_bases import write_random_lora
 
 from pipeline_spf_portrait import SPFPortraitPipeline
 from pipeline_spf_portrait_xl import SPFPortraitXLPipeline
+from toy_portraits.pipelines import load_base
 
 
 def rescale_latents(pipeline, step, timestep, tensors):
@@ -191,6 +193,18 @@ def test_nothing_asked_is_what_the_pipeline_says(tokenizer, force_zeros):
         assert_close(output.reference_images, draw(world.original, BASE, negative_prompt=negative).images)
         images.append(output.images)
     assert (np.abs(images[0] - images[1]).max() > 1e-4) == force_zeros
+
+
+def test_a_lora_on_cross_attention_is_not_at_work_where_nothing_is_asked(toy_xl, tmp_path):
+    """Zeros have neither keys nor values; words of a negative prompt have."""
+    pipeline = load_base("sdxl")
+    pipeline.load_lora_weights(write_random_lora(tmp_path, base="sdxl"))
+    for negative, same in ((None, True), ("a man", False)):
+        images = [
+            draw(pipeline, "a woman", negative_prompt=negative, adapter_in_unconditional=within).images
+            for within in (True, False)
+        ]
+        assert (np.abs(images[0] - images[1]).max() < 1e-5) == same
 
 
 def test_compare_equals_two_runs_and_leaves_nothing_behind(text_xl_world):
