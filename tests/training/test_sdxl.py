@@ -402,7 +402,7 @@ def test_half_precision_trains_and_draws(xl_world, tmp_path, precision, monkeypa
     ("changes", "message"),
     [
         ({"unet/config.json": {"projection_class_embeddings_input_dim": 50}}, "is told 50 numbers"),
-        ({"unet/config.json": {"in_channels": 9}}, "has 4 latent channels, the UNet 9"),
+        ({"unet/config.json": {"in_channels": 9}}, "it takes 9 channels and not 4"),
     ],
 )
 def test_what_is_no_base_model_is_refused(xl_world, tmp_path, monkeypatch, changes, message):
