@@ -92,7 +92,7 @@ def test_the_embedded_one_follows_its_prompts_and_knows_of_sizes():
 
     def draw(**sizes):
         generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-        images = pipeline(prompts, num_inference_steps=10, guidance_scale=1.0, generator=generators, **sizes).images
+        images = pipeline(prompts, num_inference_steps=10, guidance_scale=4.0, generator=generators, **sizes).images
         return np.stack([np.asarray(image) for image in images])
 
     plain = draw()
