@@ -8,7 +8,7 @@ all storages alive at once are counted. The most of all phases is what it prints
 - prompts: the text encoders alone, and a chunk of prompts;
 - portraits: the VAE alone encodes a portrait;
 - drawing: the UNet predicts alignment portraits with guidance; each text encoder comes and goes before it;
-- decoding: two validation pictures by the VAE, beside the UNet, at once unless it is SDXL's;
+- decoding: two validation pictures by the VAE without autocast, beside the UNet, at once unless it is SDXL's;
 - mapping: both paths of the UNet, captured, for the SFCMs;
 - a step: forward and backward of each term of the loss, with every row of the batch asking for the target.
 
