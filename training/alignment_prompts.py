@@ -1,17 +1,29 @@
 """The prompts of the M portraits that are drawn. [ours]"""
 
 import logging
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from prompts import PromptPair, TargetPrompt, compose_full_prompt, keep_phrases, make_prompt_pair
 from training.arguments import Flags
 from training.flag_rules import refuse
-from wording import has_phrase, suggest_replacement
+from wording import has_phrase, split_phrases, suggest_replacement, words_of
 
 
 logger = logging.getLogger(__name__)
+
+# English's basic colour terms, and what is said of things that have colours of their own.
+COLORS = ("black", "white", "gray", "brown", "red", "orange", "yellow", "green", "blue", "purple", "pink")
+HAIR_COLORS = ("black", "brown", "blonde", "ginger", "gray", "white")
+PALETTES = {
+    "hair": HAIR_COLORS, "beard": HAIR_COLORS, "eyes": ("brown", "blue", "green", "gray"), "skin": (), "lips": (),
+}  # fmt: skip
+_COLOR = re.compile(
+    rf"\b(?:black and white|grey|blond|{'|'.join(dict.fromkeys(COLORS + HAIR_COLORS))})\b", re.IGNORECASE
+)
 
 
 def pairs_to_draw(
@@ -19,8 +31,9 @@ def pairs_to_draw(
 ) -> tuple[list[PromptPair], list[int]]:
     """The prompts of the portraits to be drawn and their buckets, if these flags draw any.
 
-    They are the data's in a random order, each with some phrases left out: what the data never varies (one background
-    for all) is drawn in many forms once its phrase is gone. Those of one bucket come together.
+    They are the data's in a random order, each with some phrases left out and some colours changed: what the data
+    never varies (one background for all) is drawn in many forms once its phrase is gone or says something else. Those
+    of one bucket come together.
 
     Raises ValueError: too few are drawn for --preservation prior, or a --reference_target_prompt cannot be added.
     """
@@ -33,6 +46,9 @@ def pairs_to_draw(
     order = np.concatenate([rng.permutation(len(different)) for _ in range(0, count, len(different))])[:count]
     chosen = [different[i] for i in order]
     drawn = [(thin_out(pair, alignment.alignment_phrase_dropout, rng), bucket) for pair, bucket in chosen]
+    # By a generator of its own, so that what is left out does not depend on it.
+    colors, variation = np.random.default_rng((seed, 4)), alignment.alignment_color_variation
+    drawn = [(vary_colors(pair, variation, colors), bucket) for pair, bucket in drawn]
     drawn.sort(key=lambda pair_and_bucket: pair_and_bucket[1])
     drawn_pairs, drawn_buckets = map(list, zip(*drawn))
     if alignment.reference_target_prompt is not None:
@@ -87,3 +103,32 @@ def thin_out(pair: PromptPair, dropout: float, rng: np.random.Generator) -> Prom
     protected = [i for i, phrase in enumerate(pair.base_phrases) if phrase not in pair.free_phrases]
     keep[protected[rng.integers(len(protected))]] |= not keep[protected].any()
     return keep_phrases(pair, keep)
+
+
+def vary_colors(pair: PromptPair, chance: float, rng: np.random.Generator) -> PromptPair:
+    """The pair with the colour that a phrase of its base prompt names made another by chance, none of which a target
+    names.
+
+    Portraits of one set often share clothes and background, and a LoRA that was kept from moving these alone moves
+    others. "Black and white", and the colours of skin and lips, stay.
+    """
+    taken, changed = {word for target in pair.target_prompts for word in words_of(target.text)}, {}
+    for phrase in split_phrases(pair.base_prompt):
+        found, palette = _COLOR.search(phrase), PALETTES.get(words_of(phrase)[-1], COLORS)
+        if found is None or found.group().lower() == "black and white":
+            continue
+        others = [color for color in palette if color not in taken and color != found.group().lower()]
+        if rng.random() < chance and others:
+            changed[phrase] = phrase[: found.start()] + str(rng.choice(others)) + phrase[found.end() :]
+
+    def as_changed(text: str) -> str:
+        for phrase, new in changed.items():
+            text = text.replace(phrase, new)
+        return text
+
+    targets = [
+        target if target.replaces is None else replace(target, replaces=as_changed(target.replaces))
+        for target in pair.target_prompts
+    ]
+    phrases, free = (tuple(map(as_changed, texts)) for texts in (pair.base_phrases, pair.free_phrases))
+    return make_prompt_pair(as_changed(pair.base_prompt), targets, base_phrases=phrases, free_phrases=free)

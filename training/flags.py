@@ -265,6 +265,11 @@ class AlignmentFlags(FlagGroup):
     alignment_phrase_dropout: float = flag(
         0.5, "Chance in [0, 1) that a drawn portrait's prompt leaves out a phrase, to differ more.", "in [0, 1)"
     )
+    alignment_color_variation: float = flag(
+        0.0,
+        "Chance in [0, 1] that a colour which a drawn portrait's prompt names is another, since a set often has few.",
+        "in [0, 1]",
+    )
     num_alignment_images: int = flag(64, "How many portraits are drawn for it.", "at least 1")
     alignment_inference_steps: int = flag(25, "Denoising steps of each of them.", "at least 1")
     alignment_guidance_scale: float = flag(5.0, "Guidance scale of each of them.", "0 or more")

@@ -9,7 +9,7 @@ from test_train import prepared, train, watch
 
 import train_spf_portrait_lora as script
 from prompts import make_prompt_pair
-from training.alignment_prompts import thin_out
+from training.alignment_prompts import COLORS, HAIR_COLORS, thin_out, vary_colors
 
 
 PAIR = make_prompt_pair("a woman, a green hat, a red scarf, a tie", [("a green hat", "a crown"), "red hair"])
@@ -58,3 +58,37 @@ def test_more_alignment_portraits_than_prompts(world, tmp_path, monkeypatch):
     assert sorted(counts.values()) == [2, 3, 3] and set(pairs[3:]) == set(pairs[:3])
     distances = torch.pdist(torch.stack(alignments[0].latents).flatten(1))
     assert distances.min() > 0.1, "two portraits are the same"
+
+
+COLORED = make_prompt_pair(
+    "a woman with brown hair, a blue jacket, a black and white scarf, pink skin, a hat",
+    [("a blue jacket", "a red dress"), "blue earrings"],
+    free_phrases=["brown hair"],
+)
+
+
+def test_colors_of_drawn_portraits_are_others_by_chance():
+    random = np.random.default_rng(0)
+    assert vary_colors(COLORED, 0.0, random) == COLORED
+    pairs = [vary_colors(COLORED, 0.5, random) for _ in range(300)]
+    hair, jackets = Counter(), Counter()
+    for pair in pairs:
+        woman, jacket, *others = pair.base_prompt.split(", ")
+        hair[woman.removeprefix("a woman with ").removesuffix(" hair")] += 1
+        jackets[jacket.removeprefix("a ").removesuffix(" jacket")] += 1
+        assert others == COLORED.base_prompt.split(", ")[2:]
+        assert pair.full_prompt == pair.base_prompt.replace(jacket, "a red dress") + ", blue earrings"
+        assert pair.target_prompts[0].replaces == jacket and pair.target_prompts[1] == COLORED.target_prompts[1]
+        assert pair.free_phrases == (woman.removeprefix("a woman with "),)
+    for names, own, palette in ((hair, "brown", HAIR_COLORS), (jackets, "blue", COLORS)):
+        assert set(names) == {*palette} - {"red", "blue"} | {own}  # none that a target names
+        assert names[own] / 300 == pytest.approx(0.5, abs=0.1)
+    # What is drawn is another portrait, not the same words again.
+    assert all(vary_colors(COLORED, 1.0, random).base_prompt != COLORED.base_prompt for _ in range(20))
+
+
+def test_color_variation_changes_what_is_drawn_alone(world):
+    plain, varied = (prepared(world, alignment_color_variation=chance).inputs.pairs for chance in (0.0, 1.0))
+    assert plain[:6] == varied[:6] and plain[6:] != varied[6:]
+    for own, other in zip(plain[6:], varied[6:]):
+        assert len(own.base_phrases) == len(other.base_phrases), "the same phrases are left out"
