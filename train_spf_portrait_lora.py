@@ -50,6 +50,7 @@ from training.models import Models, load_models, load_text_part
 from training.objectives import make_objectives
 from training.objectives.objective import Objective, Parts
 from training.portraits import TrainingPortraits, draw_portraits, portraits_of
+from training.presence import bring_to_presence
 from training.prompt_table import make_prompt_table
 from training.resuming import check_nothing_came, check_record, resume_record
 from training.run_file import write_run_file
@@ -220,9 +221,11 @@ def leave(
     sys.exit(128 + interruption.signal_number)
 
 
-def finish(flags: Flags, inputs: Inputs, models: Models, engine: Engine, repo_id: str | None) -> None:
+def finish(flags: Flags, inputs: Inputs, parts: Parts, engine: Engine, repo_id: str | None) -> None:
     """The LoRA, the last picture, the model card, and what else was asked for."""
-    accelerator, output_dir = engine.accelerator, Path(flags.output.output_dir)
+    accelerator, output_dir, models, strength = engine.accelerator, Path(flags.output.output_dir), parts.models, 1.0
+    if flags.lora.target_presence is not None and accelerator.is_main_process:
+        strength = bring_to_presence(flags, inputs, models, parts.training, accelerator)
     save_result(models, output_dir, output_dir, accelerator)
     try:
         draw_validation(flags, inputs, models, engine)
@@ -237,7 +240,7 @@ def finish(flags: Flags, inputs: Inputs, models: Models, engine: Engine, repo_id
     if accelerator.is_main_process:
         pictures = [validation_path(engine.global_step)] if flags.output.num_validation_images else []
         is_dora = models.unet.peft_config["default"].use_dora
-        share(flags, inputs, pictures, repo_id, is_dora)
+        share(flags, inputs, pictures, repo_id, is_dora, strength)
         say_what_is_there(flags, inputs, engine.global_step, Path(__file__).with_name(inputs.family.hub.pipeline_file))
 
 
@@ -292,7 +295,7 @@ def train_in_folder(flags: Flags, inputs: Inputs, accelerator: Accelerator, reco
             train_stages(flags, inputs, parts, engine, checkpoints, stop)
         except Interrupted as interruption:
             leave(flags, inputs, models, engine, checkpoints, interruption)
-    finish(flags, inputs, models, engine, repo_id)
+    finish(flags, inputs, parts, engine, repo_id)
 
 
 def main(input_args: Sequence[str] | None = None) -> None:

@@ -51,8 +51,8 @@ def pairs_to_draw(
     drawn = [(vary_colors(pair, variation, colors), bucket) for pair, bucket in drawn]
     drawn.sort(key=lambda pair_and_bucket: pair_and_bucket[1])
     drawn_pairs, drawn_buckets = map(list, zip(*drawn))
-    if alignment.reference_target_prompt is not None:
-        drawn_pairs = ask_for_reference_targets(drawn_pairs, alignment.reference_target_prompt, seed)
+    if flags.lora.reference_target_prompt is not None:
+        drawn_pairs = ask_for_reference_targets(drawn_pairs, flags.lora.reference_target_prompt, seed)
     missing = sorted({*buckets} - {*drawn_buckets})
     if method.preservation == "prior" and missing:
         height, width = sizes[missing[0]]

@@ -165,7 +165,7 @@ def _check_method(flags: Flags) -> None:
         refuse(lost, f"--{name} is for the alignment of stage 2, and these flags have none")
     both = lora.use_dora and method.dual_path == "single_pass"
     refuse(both, "--use_dora needs --dual_path two_pass: DoRA cannot be off in some rows of a batch")
-    if alignment.reference_target_prompt is not None:
+    if lora.reference_target_prompt is not None:
         refuse(lora.reference_lora is None, "--reference_target_prompt needs --reference_lora")
         refuse(
             method.preservation != "prior" and (not aligns or alignment.alignment_source == "data"),

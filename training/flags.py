@@ -33,7 +33,8 @@ class ModelFlags(FlagGroup):
     )
     pretrained_vae_model_name_or_path: str | None = path(None, "Another VAE than the model's: a folder or Hub id.")
     clip_model_name_or_path: str = path(
-        "openai/clip-vit-large-patch14", "CLIP model that judges portraits; for the enhancement loss alone."
+        "openai/clip-vit-large-patch14",
+        "CLIP model that judges portraits, for the enhancement loss and --target_presence alone.",
     )
     cache_dir: str | None = path(None, "Where what comes from the Hub, latents and text embeddings are kept.")
     mixed_precision: str | None = flag(None, "accelerate's setting if not given.", choices=("no", "fp16", "bf16"))
@@ -142,6 +143,15 @@ class LoraFlags(FlagGroup):
         None, "Earlier LoRAs to train on top of: files, folders or Hub ids. They stay as they are.", action="extend"
     )
     reference_lora_scale: list[float] | float | None = flag(1.0, "How strong they are: one value, or one for each.")
+    reference_target_prompt: list[str] | None = flag(
+        None, "Targets of the earlier LoRAs, each to be asked for in half of the drawn portraits.", action="extend"
+    )
+    target_presence: float | None = flag(
+        None,
+        "In the end, make the LoRA as strong as it takes for portraits to show so much of the target, by CLIP: 0 is "
+        "what the original model's show, 1 what the training portraits do. At least half and at most twice as strong.",
+        "above 0",
+    )
     stage1_lora_path: str | None = path(
         None, "Folder or file of a LoRA, of any rank and layers, that takes stage 1's place; needs --stage1_steps 0."
     )
@@ -149,6 +159,8 @@ class LoraFlags(FlagGroup):
     def check(self) -> None:
         stage1, scales = self.stage1_lora_path, self.reference_lora_scale
         refuse(stage1 is not None and not Path(stage1).exists(), f"--stage1_lora_path {stage1} does not exist")
+        empty = not all(text.strip() for text in self.reference_target_prompt or ())
+        refuse(empty, "--reference_target_prompt has an empty text")
         if not isinstance(scales, list):
             return
         refuse(self.reference_lora is None, "--reference_lora_scale needs --reference_lora")
@@ -273,9 +285,6 @@ class AlignmentFlags(FlagGroup):
     num_alignment_images: int = flag(64, "How many portraits are drawn for it.", "at least 1")
     alignment_inference_steps: int = flag(25, "Denoising steps of each of them.", "at least 1")
     alignment_guidance_scale: float = flag(5.0, "Guidance scale of each of them.", "0 or more")
-    reference_target_prompt: list[str] | None = flag(
-        None, "Targets of the earlier LoRAs, each to be asked for in half of the drawn portraits.", action="extend"
-    )
     sfcm_mode: str = flag(
         "averaged_target",
         "How the map is made: of what the target's words change (`averaged_target`), of what differs between the "
@@ -303,8 +312,6 @@ class AlignmentFlags(FlagGroup):
         refuse(not 0 <= low < high, f"--sfcm_timesteps must be two rising timesteps, got {[low, high]}")
         both = self.sfcm_dir is not None and self.sfcm_refresh_steps
         refuse(both, "--sfcm_refresh_steps would replace the maps of --sfcm_dir")
-        empty = not all(text.strip() for text in self.reference_target_prompt or ())
-        refuse(empty, "--reference_target_prompt has an empty text")
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def check_models(flags: Flags) -> tuple[type[StableDiffusion], ModelFacts]:
     )  # fmt: skip
     count = facts.num_train_timesteps
     refuse(high > count, f"--sfcm_timesteps: HIGH is {high}, above the model's {count} timesteps")
-    if uses_enhancement(flags.method, flags.paper):
+    if uses_enhancement(flags.method, flags.paper) or flags.lora.target_presence is not None:
         clip, cache_dir = model.clip_model_name_or_path, model.cache_dir
         with naming_flag("clip_model_name_or_path", clip):
             check_model_name(clip, kind=None)

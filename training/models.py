@@ -217,6 +217,12 @@ class Models:
                 norms = layer.get_base_layer().weight.float().flatten(1).norm(dim=1)
                 magnitude.copy_(norms.view_as(magnitude))  # that of a convolution has sides of 1 beside its outputs
 
+    @torch.no_grad()
+    def scale_lora(self, factor: float) -> None:
+        """Make the LoRA in training so many times as strong, by its weights."""
+        for layer in self.adapters.layers:
+            layer.lora_B["default"].weight.mul_(factor)
+
 
 @contextmanager
 def decoded_without_autocast(vae: AutoencoderKL) -> Iterator[None]:

@@ -28,7 +28,7 @@ FREE_ON_RESUME = frozenset(
     stage2_steps output_dir logging_dir report_to checkpointing_steps checkpoints_total_limit resume_from_checkpoint
     validation_base_prompt validation_target_prompt num_validation_images validation_steps validation_inference_steps
     validation_guidance_scale push_to_hub hub_model_id hub_token hub_private_repo hub_license output_kohya_format
-    dry_run reference_lora reference_lora_scale save_alignment
+    dry_run reference_lora reference_lora_scale save_alignment target_presence
     """.split()
 )
 

@@ -1,0 +1,125 @@
+"""Tests of how much of the target portraits show, and of the strength that a LoRA gets by it."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import prepared, train
+
+from loras import LORA_WEIGHTS
+from programs.loading import InputError
+from training import presence as module
+from training.presence import LEAST_DIFFERENCE, STRENGTHS, Presence, bring_to_presence, find_strength
+
+
+@pytest.mark.parametrize(
+    ("wanted", "strength", "tried"),
+    [
+        (0.6, 1.2, 2),  # 0.5 at 1 and 0.7 at 1.4
+        (0.4, 0.8, 2),
+        (0.5, 1.0, 2),
+        (0.9, 1.8, 3),
+        (1.5, 2.0, 3),  # not reached
+        (0.1, 0.5, 3),  # passed by all
+    ],
+)
+def test_the_least_strength_that_has_a_presence(wanted, strength, tried):
+    asked = []
+    found = find_strength(lambda own: asked.append(own) or own / 2, wanted)
+    assert found.strength == pytest.approx(strength)
+    assert found.tried == {own: own / 2 for own in asked} and len(asked) == tried == len(set(asked))
+    assert set(asked) <= set(STRENGTHS)
+
+
+def test_a_presence_that_falls_back_is_found_where_it_was_reached():
+    seen = {0.5: 0.1, 0.7: 0.6, 1.0: 0.5, 1.4: 0.8, 2.0: 0.9}
+    assert find_strength(seen.get, 0.55).strength == pytest.approx(1.0 + 0.4 * 0.05 / 0.3)
+
+
+@pytest.fixture
+def run(world):
+    """A run before its first step, whose LoRA does something."""
+    own = prepared(world)
+    with torch.no_grad():
+        for layer in own.parts.models.adapters.layers:
+            torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.5)
+    return own
+
+
+def presence_of(run) -> Presence:
+    return Presence(run.flags, run.inputs, run.parts.models, run.parts.training, run.accelerator)
+
+
+def test_presence_is_nought_for_the_original_model_and_grows_with_what_clip_sees(run):
+    presence = presence_of(run)
+    assert presence.original != presence.trained
+    # With base prompts and the LoRA off it draws the very portraits that are 0.
+    presence._pairs = [pair.__class__(**{**vars(pair), "full_prompt": pair.base_prompt}) for pair in presence._pairs]
+    assert presence.at(0.0) == pytest.approx(0, abs=1e-4)
+    assert presence.at(1.0) != pytest.approx(0, abs=1e-3)
+
+
+def test_presence_leaves_the_models_as_they_were(run):
+    models = run.parts.models
+    before = {name: value.clone() for name, value in models.lora().items()}
+    scaling = [dict(layer.scaling) for layer in models.adapters.layers]
+    presence_of(run).at(2.0)
+    assert all(torch.equal(value, before[name]) for name, value in models.lora().items())
+    assert [dict(layer.scaling) for layer in models.adapters.layers] == scaling
+
+
+def test_a_lora_as_strong_as_it_was_tried(run):
+    """Scaled weights draw what the strength of the adapter drew."""
+    presence = presence_of(run)
+    tried = presence.at(1.4)
+    run.parts.models.scale_lora(1.4)
+    assert presence.at(1.0) == pytest.approx(tried, abs=1e-3)
+
+
+def test_the_training_ends_with_the_strength_that_was_found(world, tmp_path, monkeypatch, caplog):
+    without = load_file(train(world, tmp_path / "without") / LORA_WEIGHTS)
+    monkeypatch.setattr(Presence, "at", lambda self, strength: strength / 2)
+    monkeypatch.setattr(Presence, "can_tell", True)
+    with caplog.at_level("INFO"):
+        folder = train(world, tmp_path / "output", target_presence=0.6)
+    for name, weights in load_file(folder / LORA_WEIGHTS).items():
+        factor = 1.2 if "lora_B" in name else 1.0
+        torch.testing.assert_close(weights, factor * without[name])
+    assert "the LoRA is now 1.20 times as strong, seen were 0.50 at 1, 0.70 at 1.4" in caplog.text
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "`--target_presence` | `0.6, by 1.20 times the weights`" in card
+
+
+def test_the_last_checkpoint_goes_on_to_another_presence(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(Presence, "at", lambda self, strength: strength / 2)
+    monkeypatch.setattr(Presence, "can_tell", True)
+    flags = {"checkpointing_steps": 4}
+    first = load_file(train(world, tmp_path / "output", **flags, target_presence=0.6) / LORA_WEIGHTS)
+    (tmp_path / "output" / LORA_WEIGHTS).unlink()
+    again = train(world, tmp_path / "output", **flags, target_presence=0.9, resume_from_checkpoint="latest")
+    for name, weights in load_file(again / LORA_WEIGHTS).items():
+        torch.testing.assert_close(weights, first[name] * (1.8 / 1.2 if "lora_B" in name else 1.0))
+
+
+def test_what_clip_does_not_see_leaves_the_lora_as_it_is(run, monkeypatch, caplog):
+    monkeypatch.setattr(module, "LEAST_DIFFERENCE", 3.0)
+    before = {name: value.clone() for name, value in run.parts.models.lora().items()}
+    flags = run.flags._replace(lora=run.flags.lora.__class__(**{**vars(run.flags.lora), "target_presence": 0.9}))
+    parts = run.parts
+    assert bring_to_presence(flags, run.inputs, parts.models, parts.training, run.accelerator) == 1.0
+    assert all(torch.equal(value, before[name]) for name, value in parts.models.lora().items())
+    assert "CLIP sees no more of the target in the training portraits" in caplog.text and LEAST_DIFFERENCE < 0.1
+
+
+def test_no_clip_model_is_refused_before_anything_is_loaded(refusal, tmp_path):
+    line = refusal(target_presence=0.9, clip_model_name_or_path=tmp_path / "none")
+    assert "--clip_model_name_or_path" in line
+    assert "--target_presence must be above 0, got 0.0" in refusal(target_presence=0)
+
+
+def test_damaged_clip_weights_are_named(world, tmp_path, monkeypatch):
+    def damaged(*args, **kwargs):
+        raise OSError("damaged")
+
+    monkeypatch.setattr("transformers.CLIPModel.from_pretrained", damaged)
+    with pytest.raises(InputError, match="--clip_model_name_or_path"):
+        presence_of(prepared(world))

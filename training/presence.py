@@ -1,0 +1,158 @@
+"""How much of the target portraits show, as CLIP sees it, and how strong a LoRA must be for so much. [ours]
+
+Legend: B portraits, H'/W' size in pixels, E' size of a projected CLIP embedding.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from torch import Tensor
+from transformers import CLIPImageProcessorPil, CLIPModel
+
+from adapters import adapter_scales
+from programs.console import phase_bar
+from programs.loading import load_tokenizer, naming_flag
+from training.arguments import Flags
+from training.inputs import Inputs
+from training.models import Models
+from training.portraits import TrainingPortraits, draw_latents
+from training.prompt_table import embed_pixels, embed_targets
+from training.training_set import derive_seed
+
+
+logger = get_logger(__name__)
+
+# A LoRA is looked at with these strengths. Beyond, it has been trained for something else.
+STRENGTHS = (0.5, 0.7, 1.0, 1.4, 2.0)
+PROBES, READ = 24, 64  # portraits that are drawn with each, and training portraits that are looked at
+# Differences of similarities below it are within what CLIP tells of any two sets of portraits.
+LEAST_DIFFERENCE = 0.01
+
+
+@dataclass(frozen=True)
+class Found:
+    """The strength that a presence asks for, and the presence at each that was tried."""
+
+    strength: float
+    tried: dict[float, float]
+
+    def __str__(self) -> str:
+        return ", ".join(f"{presence:.2f} at {strength:g}" for strength, presence in sorted(self.tried.items()))
+
+
+def find_strength(presence_at: Callable[[float], float], wanted: float) -> Found:
+    """The least strength with a presence, on the line between the two of `STRENGTHS` that it lies between.
+
+    The end of their range where none of them reaches it, or all do.
+    """
+    place = STRENGTHS.index(1.0)
+    tried = {1.0: presence_at(1.0)}
+    rising = tried[1.0] < wanted
+    while (tried[STRENGTHS[place]] < wanted) == rising:
+        before, place = place, place + (1 if rising else -1)
+        if not 0 <= place < len(STRENGTHS):
+            return Found(STRENGTHS[before], tried)
+        tried[STRENGTHS[place]] = presence_at(STRENGTHS[place])
+    first, last = STRENGTHS[before], STRENGTHS[place]
+    share = (wanted - tried[first]) / (tried[last] - tried[first])
+    return Found(first + share * (last - first), tried)
+
+
+class Presence:
+    """Draws portraits with a LoRA, and says how much of the target they show: 0 is what the original model's portraits
+    of the base prompts show from the same noise, 1 what the training portraits do.
+
+    Both by the mean cosine similarity of CLIP's embeddings of portrait and target.
+
+    Raises InputError: weights are missing, damaged or a pickle.
+    """
+
+    def __init__(
+        self, flags: Flags, inputs: Inputs, models: Models, training: TrainingPortraits, accelerator: Accelerator
+    ) -> None:
+        self._flags, self._models, self._accelerator = flags, models, accelerator
+        name, where = flags.model.clip_model_name_or_path, {"cache_dir": flags.model.cache_dir}
+        with naming_flag("clip_model_name_or_path", name):
+            clip = CLIPModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True, **where)
+        clip.requires_grad_(False).to(accelerator.device).eval()
+        count = len(inputs.rows)
+        drawn = range(count, len(inputs.pairs)) or range(count)  # where none are drawn, the training's prompts
+        bucket = inputs.buckets[drawn[0]]
+        chosen = [i for i in drawn if inputs.buckets[i] == bucket][:PROBES]
+        read = range(0, count, -(-count // READ))
+        targets = embed_targets(clip, load_tokenizer(name, **where), [inputs.pairs[i] for i in (*chosen, *read)])
+        self._see = partial(embed_pixels, clip, CLIPImageProcessorPil.from_pretrained(name, **where))
+        self._pairs, self._size = [inputs.pairs[i] for i in chosen], inputs.sizes[bucket]
+        self._targets = targets[: len(chosen)]
+        pixels = training.read([training.samples[i] for i in read], training.training_set.pixels)
+        seen = [self._similarity(own[None], target[None]) for own, target in zip(pixels, targets[len(chosen) :])]
+        self.trained = float(torch.cat(seen).mean())
+        with models.adapters.only(None):
+            self.original = self._drawn([pair.base_prompt for pair in self._pairs])
+
+    @property
+    def can_tell(self) -> bool:
+        """Whether CLIP tells the training portraits from the original model's by the target."""
+        return self.trained - self.original >= LEAST_DIFFERENCE
+
+    def at(self, strength: float) -> float:
+        """The presence in portraits of the full prompts, drawn with the LoRA in training so many times as strong."""
+        with self._models.adapters.only("default"), adapter_scales(self._models.unet, {"default": strength}):
+            similarity = self._drawn([pair.full_prompt for pair in self._pairs])
+        return (similarity - self.original) / (self.trained - self.original)
+
+    @torch.no_grad()
+    def _drawn(self, prompts: Sequence[str]) -> float:
+        """The mean similarity of portraits to their targets, drawn by the adapters that are active."""
+        models, alignment, loop = self._models, self._flags.alignment, self._flags.loop
+        height, width = self._size
+        with (
+            phase_bar("presence of the target", len(prompts), "portrait") as bar, models.drawing(),
+            self._accelerator.autocast(),
+        ):  # fmt: skip
+            latents = draw_latents(
+                models.pipeline, prompts,
+                seeds=[derive_seed(loop.seed, f"presence portrait {i}") for i in range(len(prompts))],
+                num_inference_steps=alignment.alignment_inference_steps,
+                guidance_scale=alignment.alignment_guidance_scale, height=height, width=width,
+                batch_size=2 * loop.train_batch_size, advance=bar.update,
+            )  # fmt: skip
+        with models.at_work("vae"):
+            portraits = (models.family.to_pixels(models.pipeline.vae, own[None].to(models.device)) for own in latents)
+            seen = [self._similarity(own, target[None]) for own, target in zip(portraits, self._targets, strict=True)]
+        return float(torch.cat(seen).mean())
+
+    @torch.no_grad()
+    def _similarity(self, pixels: Tensor, targets: Tensor) -> Tensor:
+        """(B,) of pictures (B, 3, H', W') in [-1, 1] and embedded targets (B, E')."""
+        return F.cosine_similarity(self._see(pixels.to(targets.device).clamp(-1, 1)), targets)
+
+
+def bring_to_presence(
+    flags: Flags, inputs: Inputs, models: Models, training: TrainingPortraits, accelerator: Accelerator
+) -> float:
+    """Make the LoRA in training as strong as --target_presence asks for, by its weights, and say so; the factor.
+
+    Where CLIP does not see the target in the training portraits there is nothing to go by: the LoRA stays, with a
+    warning. Raises InputError: as `Presence`.
+    """
+    presence, wanted = Presence(flags, inputs, models, training, accelerator), flags.lora.target_presence
+    if not presence.can_tell:
+        logger.warning(
+            "--target_presence %g: CLIP sees no more of the target in the training portraits (%.3f) than in the "
+            "original model's (%.3f); the LoRA stays as it is", wanted, presence.trained, presence.original,
+        )  # fmt: skip
+        return 1.0
+    found = find_strength(presence.at, wanted)
+    models.scale_lora(found.strength)
+    logger.info(
+        "--target_presence %g: the LoRA is now %.2f times as strong, seen were %s", wanted, found.strength, found
+    )
+    if max(found.tried.values()) < wanted:
+        logger.warning("--target_presence %g was not reached: more steps may help", wanted)
+    return found.strength
