@@ -224,9 +224,10 @@ def leave(
 def finish(flags: Flags, inputs: Inputs, parts: Parts, engine: Engine, repo_id: str | None) -> None:
     """The LoRA, the last picture, the model card, and what else was asked for."""
     accelerator, output_dir, models, strength = engine.accelerator, Path(flags.output.output_dir), parts.models, 1.0
+    save_result(models, output_dir, output_dir, accelerator)
     if flags.lora.target_presence is not None and accelerator.is_main_process:
         strength = bring_to_presence(flags, inputs, models, parts.training, accelerator)
-    save_result(models, output_dir, output_dir, accelerator)
+        save_result(models, output_dir, output_dir, accelerator)
     try:
         draw_validation(flags, inputs, models, engine)
     except OSError as error:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -17,6 +18,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel
 from adapters import adapter_scales
 from programs.console import phase_bar
 from programs.loading import load_tokenizer, naming_flag
+from training.alignment_prompts import vary_colors
 from training.arguments import Flags
 from training.inputs import Inputs
 from training.models import Models
@@ -29,7 +31,7 @@ logger = get_logger(__name__)
 
 # A LoRA is looked at with these strengths. Beyond, it has been trained for something else.
 STRENGTHS = (0.5, 0.7, 1.0, 1.4, 2.0)
-PROBES, READ = 24, 64  # portraits that are drawn with each, and training portraits that are looked at
+PROBES, READ = 32, 64  # portraits that are drawn with each, and training portraits that are looked at
 # Differences of similarities below it are within what CLIP tells of any two sets of portraits.
 LEAST_DIFFERENCE = 0.01
 
@@ -80,14 +82,15 @@ class Presence:
         with naming_flag("clip_model_name_or_path", name):
             clip = CLIPModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True, **where)
         clip.requires_grad_(False).to(accelerator.device).eval()
-        count = len(inputs.rows)
-        drawn = range(count, len(inputs.pairs)) or range(count)  # where none are drawn, the training's prompts
-        bucket = inputs.buckets[drawn[0]]
-        chosen = [i for i in drawn if inputs.buckets[i] == bucket][:PROBES]
-        read = range(0, count, -(-count // READ))
+        # Whole prompts, as people write them: with phrases left out, as in the alignment, a target shows more easily.
+        rows = [i for i in range(len(inputs.rows)) if inputs.buckets[i] == inputs.buckets[0]]
+        rng, variation = np.random.default_rng((flags.loop.seed, 5)), flags.alignment.alignment_color_variation
+        chosen = [rows[i % len(rows)] for i in range(PROBES)]
+        read = range(0, len(inputs.rows), -(-len(inputs.rows) // READ))
         targets = embed_targets(clip, load_tokenizer(name, **where), [inputs.pairs[i] for i in (*chosen, *read)])
         self._see = partial(embed_pixels, clip, CLIPImageProcessorPil.from_pretrained(name, **where))
-        self._pairs, self._size = [inputs.pairs[i] for i in chosen], inputs.sizes[bucket]
+        self._pairs = [vary_colors(inputs.pairs[i], variation, rng) for i in chosen]
+        self._size = inputs.sizes[inputs.buckets[0]]
         self._targets = targets[: len(chosen)]
         pixels = training.read([training.samples[i] for i in read], training.training_set.pixels)
         seen = [self._similarity(own[None], target[None]) for own, target in zip(pixels, targets[len(chosen) :])]

@@ -1,12 +1,13 @@
 """Tests of how much of the target portraits show, and of the strength that a LoRA gets by it."""
 
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from test_train import prepared, train
 
 from loras import LORA_WEIGHTS
-from programs.loading import InputError
 from training import presence as module
 from training.presence import LEAST_DIFFERENCE, STRENGTHS, Presence, bring_to_presence, find_strength
 
@@ -116,10 +117,12 @@ def test_no_clip_model_is_refused_before_anything_is_loaded(refusal, tmp_path):
     assert "--target_presence must be above 0, got 0.0" in refusal(target_presence=0)
 
 
-def test_damaged_clip_weights_are_named(world, tmp_path, monkeypatch):
-    def damaged(*args, **kwargs):
-        raise OSError("damaged")
-
-    monkeypatch.setattr("transformers.CLIPModel.from_pretrained", damaged)
-    with pytest.raises(InputError, match="--clip_model_name_or_path"):
-        presence_of(prepared(world))
+def test_damaged_clip_weights_are_named_and_the_lora_is_kept(world, tmp_path):
+    clip = shutil.copytree(world.clip, tmp_path / "clip")
+    (clip / "model.safetensors").write_bytes(b"damaged")
+    flags = {"target_presence": 0.9, "clip_model_name_or_path": clip}
+    with pytest.raises(SystemExit, match="--clip_model_name_or_path"):
+        train(world, tmp_path / "output", **flags)
+    without = load_file(train(world, tmp_path / "without") / LORA_WEIGHTS)
+    kept = load_file(tmp_path / "output" / LORA_WEIGHTS)
+    assert all(torch.equal(weights, kept[name]) for name, weights in without.items())
