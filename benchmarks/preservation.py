@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.parts import drawing, judging, plane, tables
 from benchmarks.parts.judging import QUIET, Job
 from benchmarks.parts.plane import Point, Series
-from benchmarks.parts.runs import ORACLES, RUNS, Training, run_folder, train_all
-from benchmarks.parts.tables import Row, Share, number, with_interval
+from benchmarks.parts.runs import ORACLES, RUNS, Run, Training, run_folder, train_all
+from benchmarks.parts.tables import Row, Share, number, with_interval, with_worst
 from evaluation.measures import Estimate
 from toy_portraits.recipe import FLAGS
 from toy_portraits.world import TARGETS
@@ -44,9 +44,10 @@ HEADINGS = {
     "leak": "leak",
 }
 AXES = {name: HEADINGS[name] for name in ("response", "excess")}
+SHARES = {name: HEADINGS[name] for name in tables.WORST}
 BESIDE_AXES = {name: HEADINGS[name] for name in ("kept_skin", "head_shift", "base_change", "leak")}
 NOTES = (
-    "Filled: as it is. Hollow: the same LoRAs with SFCM guidance. Bars: 95 % intervals over prompts.",
+    "Filled: as it is. Hollow: the same LoRAs with SFCM guidance. Bars: 95 % intervals.",
     "Ring and gray line: the Pareto front of what knows no true mask.",
 )
 
@@ -55,13 +56,13 @@ NOTES = (
 
 
 def chosen(args: argparse.Namespace) -> list[Training]:
-    """What the tables show, in their order; ablations have targets of their own, and the first training seed."""
+    """What the tables show, in their order; ablations have targets of their own."""
     return [
         (target, name, seed)
         for target in args.targets
         for name, run in RUNS.items()
         if name in args.runs and (run.parent is None or target in args.ablation_targets)
-        for seed in (args.seeds if run.parent is None else args.seeds[:1])
+        for seed in run.seeds_of(args.seeds)
     ]
 
 
@@ -100,11 +101,13 @@ def below_plain_curve(rows: list[Row]) -> dict[str, dict]:
 
 
 def shares_of_plain(rows: list[Row]) -> dict[str, dict[str, Share]]:
-    """By label and axis what every way to train and to draw has of plain LoRA, if there is one."""
+    """By label and measure what every way to train and to draw has of plain LoRA, if there is one."""
     plain = next((row for row in rows if row.key == ("plain", 1.0, False)), None)
     ways = [row for row in rows if row.run_name in RUNS and row.strength == 1.0 and row is not plain]
     ways = [] if plain is None else [row for row in ways if not is_ablation(row)]
-    return {row.label: {name: tables.share_of(row, plain, name) for name in AXES} for row in ways}
+    return {
+        row.label: {name: tables.share_of(row, plain, name) for name in SHARES if name in row.measures} for row in ways
+    }
 
 
 def ablation_differences(rows: list[Row]) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
@@ -121,13 +124,16 @@ def ablation_differences(rows: list[Row]) -> dict[str, dict[str, dict[str, dict[
 
 @dataclass(frozen=True)
 class Place:
-    """A row's place in the response-pollution plane, and how often it is on the front when prompts are resampled.
+    """A row's place in the response-pollution plane, and how often it is on the front when seeds and prompts are
+    resampled.
 
-    What is *usable* is about those alone that know no true region; None for one that does.
+    `worst` is that of several training seeds, by axis. What is *usable* is about those alone that know no true region;
+    None for one that does.
     """
 
     response: Estimate
     excess: Estimate
+    worst: dict[str, float | None]
     on_front: bool
     on_usable_front: bool | None
     share: float
@@ -139,14 +145,14 @@ class Place:
 
 
 def places(rows: list[Row]) -> dict[tuple[str, float, bool], Place]:
-    """By key, the place of every row that is no ablation, which has fewer training seeds."""
+    """By key, the place of every row that is no ablation, which has a single training seed."""
     rows = [row for row in rows if not is_ablation(row)]
     resamples = tables.resamples_of(rows)
 
     def front(some: list[Row]) -> dict[tuple[str, float, bool], tuple[bool, float]]:
-        both = [np.stack([row.by_prompt(name) for row in some]) for name in AXES]
-        on_front = plane.pareto_front(*(values.mean(axis=1) for values in both)).tolist()
-        shares = plane.front_shares(*both, resamples).tolist()
+        on_front = plane.pareto_front(*(np.array([row.measures[n].mean() for row in some]) for n in AXES)).tolist()
+        samples = (np.stack([tables.resampled(row.measures[n], resamples) for row in some], axis=1) for n in AXES)
+        shares = plane.front_shares(*samples).tolist()
         return dict(zip((row.key for row in some), zip(on_front, shares), strict=True))
 
     everyone, usable = front(rows), front([row for row in rows if row.run_name not in ORACLES])
@@ -154,12 +160,14 @@ def places(rows: list[Row]) -> dict[tuple[str, float, bool], Place]:
     for row in rows:
         (on_front, share), own = everyone[row.key], usable.get(row.key, (None, None))
         estimates = [tables.estimate(row, name, resamples) for name in AXES]
-        found[row.key] = Place(*estimates, on_front, own[0], share, own[1])
+        worst = {name: row.worst(name) for name in AXES}
+        found[row.key] = Place(*estimates, worst, on_front, own[0], share, own[1])
     return found
 
 
 def oracle_differences(rows: list[Row]) -> dict[str, dict[str, Estimate]]:
-    """How far what finds the region itself is from what knows it: its mean minus the oracle's, paired by prompt."""
+    """How far what finds the region itself is from what knows it: its mean minus the oracle's, paired by training seed
+    and prompt."""
     by_key, resamples, found = {row.key: row for row in rows}, tables.resamples_of(rows), {}
     pairs = [(name, oracle, guided) for guided in (False, True) for oracle, own in ORACLES.items() for name in own]
     for name, oracle_name, guided in pairs:
@@ -181,7 +189,7 @@ def plane_table(rows: list[Row]) -> str:
             place = found[row.key]
             means = [number(row.measures[m].mean()) if m in row.measures else "-" for m in BESIDE_AXES]
             shares = ["-" if share is None else f"{share:.0%}" for share in (place.usable_share, place.share)]
-            ends = [with_interval(place.response), with_interval(place.excess)]
+            ends = [with_worst(own, place.worst[m]) for m, own in zip(AXES, (place.response, place.excess))]
             lines.append([f"{row.label} {place.mark}".rstrip(), *ends, *means, *shares])
     return tables.markdown_table(["", *AXES.values(), *BESIDE_AXES.values(), "on the front", "oracles too"], lines)
 
@@ -194,13 +202,17 @@ def section(title: str, rows: list[Row]) -> str:
     """All tables of one target, or of the mean over targets, as markdown."""
     parts = {f"## {title}": plane_table(rows)}
     if found := shares_of_plain(rows):
-        lines = [[label, *(with_seeds(own[name]) for name in AXES)] for label, own in found.items()]
-        seeds = ", ".join(map(str, next(row.seeds for row in rows if row.label in found)))
-        about = f"As a share of plain LoRA's, intervals over training seeds and prompts; in parentheses seeds {seeds}:"
-        parts[about] = tables.markdown_table(["", *AXES.values()], lines)
+        lines = []
+        for label, own in found.items():
+            lines.append([label, *(with_seeds(own[name]) if name in own else "-" for name in SHARES)])
+        seeds = ", ".join(map(str, max((row.seeds for row in rows if row.label in found), key=len)))
+        about = f"""\
+As a share of plain LoRA's of the same training seeds, intervals over seeds and prompts; in parentheses seeds
+{seeds}, or the first of them:"""
+        parts[about] = tables.markdown_table(["", *SHARES.values()], lines)
     if found := oracle_differences(rows):
         lines = [[label, *(with_interval(own[m], signed=True) for m in AXES)] for label, own in found.items()]
-        about = "Difference to what was trained with the true regions, paired by prompt:"
+        about = "Difference to what was trained with the true regions, paired by training seed and prompt:"
         parts[about] = tables.markdown_table(["", *AXES.values()], lines)
     for parent, differences in ablation_differences(rows).items():
         seeds = ", ".join(map(str, next(row.seeds for row in rows if row.run_name in differences)))
@@ -224,6 +236,7 @@ def section(title: str, rows: list[Row]) -> str:
 def explanation(args: argparse.Namespace) -> str:
     """What the table's numbers are, and the settings they were made with."""
     quiet = ", ".join(f"{name}={value}" for name, value in QUIET.items())
+    most = ", ".join(f"*{run.label}*" for run in RUNS.values() if run.most_seeds is None)
     return f"""\
 Settings: {tables.settings_text(args)},
 {args.stage1_steps + args.stage2_steps} for what has one stage; half a batch for what adds a row of its own to each
@@ -236,25 +249,28 @@ show the target, by the probe's classifier and by a pixel rule; *change outside*
 outside the target's region; *excess pollution* that minus the original model's own with the full prompt; *kept* the
 agreement of the probe's factors. With the base prompt alone, *change* is over the whole picture, and *leak* the share
 that shows the target unasked; guided rows have none (-), since guidance is about a target and the pipeline refuses it
-without one. Brackets are 95 % intervals from {tables.RESAMPLES} resamples of the prompts, after the mean over training
-seeds, ± one standard error over prompts.
+without one.
+
+All training seeds are behind {most};
+behind the other ways are the first {Run.most_seeds}, behind ablations the first. Brackets are 95 % intervals from
+{tables.RESAMPLES} resamples in which training seeds and prompts are both drawn anew: the same prompts for all rows,
+and each row's seeds from its own, alike for rows of as many seeds. Where there is one seed, prompts alone are drawn;
+with few, such an interval is rather too narrow. *Worst* is the training seed of the least response, or of the most
+excess pollution, by its mean over prompts and targets. ± is one standard error over prompts, after the mean over
+training seeds.
 
 ★ no row has at least this response at no more excess pollution (the Pareto front); ☆ only rows that know the true
-regions do. *On the front*: in how many of the resamples no row does, those with true masks left out; *oracles too*:
-none left out. Ablations are not candidates. *Below the strength curve*: the least change outside at which the LoRA
-turned down still responds as much, minus the run's own.
+regions do. *On the front*: in how many of the resamples of seeds and prompts no row does, those with true masks left
+out; *oracles too*: none left out. Ablations are not candidates. *Below the strength curve*: the least change outside
+at which plain LoRA of the same training seeds, turned down, still responds as much, minus the run's own, ± one
+standard error over seeds and prompts.
 """
-
-
-def with_mean(by_target: dict[str, list[Row]]) -> dict[str, list[Row]]:
-    """The rows of each section: the mean over targets first, if there are several."""
-    return ({tables.OVERALL: tables.overall_rows(by_target)} if len(by_target) > 1 else {}) | by_target
 
 
 def write_tables(args: argparse.Namespace, by_target: dict[str, list[Row]]) -> None:
     """Write results.json and table.md."""
     results, sections = {}, [explanation(args)]
-    for name, rows in with_mean(by_target).items():
+    for name, rows in tables.with_mean(by_target).items():
         found, shares, entries = places(rows), shares_of_plain(rows), []
         for row in rows:
             entry = {"label": row.label, "run": row.run_name, "strength": row.strength, "guided": row.guided}
@@ -291,14 +307,14 @@ def plane_series(rows: list[Row]) -> list[Series]:
 
 def write_plane(args: argparse.Namespace, by_target: dict[str, list[Row]]) -> None:
     """Draw the plane of each section, unless there are ablations alone."""
-    panels = {tables.title_of(name): plane_series(rows) for name, rows in with_mean(by_target).items()}
+    panels = {tables.title_of(name): plane_series(rows) for name, rows in tables.with_mean(by_target).items()}
     if all(panels.values()):
         figure = plane.plane_figure(panels, "excess pollution (grey levels of 255)", NOTES)
         figure.savefig(args.output_dir / "response_pollution_plane.png")
 
 
 def parse_args(input_args: Sequence[str] | None = None, description: str | None = __doc__) -> argparse.Namespace:
-    parser = drawing.make_parser(description)
+    parser = drawing.make_parser(description, seeds=[101, 102, 103, 104, 105])
     about = "Which rows; the original model always is one."
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), help=about)
     parser.add_argument("--ablation_targets", nargs="+", choices=TARGETS, default=["blonde_hair"])

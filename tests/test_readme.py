@@ -25,7 +25,7 @@ from torch.distributed.run import get_args_parser
 import app
 import evaluate_spf_portrait
 import export_spf_portrait_lora
-from benchmarks import preservation
+from benchmarks import choose, preservation
 from pipeline_spf_portrait import SPFPortraitPipeline, SPFPortraitPipelineOutput
 from prompts import make_prompt_pair
 from toy_portraits import demo
@@ -164,7 +164,7 @@ def test_every_flag_named_in_the_prose_is_a_flag(capsys):
     assert len(named) > 40
     of_other_tools = {"--extra-index-url", "--help"}
     of_benchmarks = {"--num_prompts", "--seeds", "--sweeps", "--runs", "--ablation_targets", "--minutes"}
-    of_benchmarks |= {"--rows", "--stages"}
+    of_benchmarks |= {"--rows", "--stages", "--candidates", "--least_response"}
     taken = set().union(*(flags_in_help(parse, capsys) for parse in PROGRAMS.values()))
     assert named - taken - of_other_tools - of_benchmarks == set()
 
@@ -216,11 +216,12 @@ def test_the_file_of_settings_holds_flags(settings):
 
 def test_the_benchmarks_commands_are_ones_it_takes():
     lines = [code for page in PAGES for code in prose_code(page)] + [shlex.join(words) for words in commands()]
-    program = re.compile(r"python benchmarks/(preservation|proxies)\.py ")
+    program = re.compile(r"python benchmarks/(preservation|proxies|choose)\.py ")
     taken = [line for line in lines if program.match(line)]
-    assert len(taken) == 4
+    assert len(taken) == 5
     for command in taken:
-        preservation.parse_args(shlex.split(program.sub("", command)))
+        parse = choose.parse_args if program.match(command)[1] == "choose" else preservation.parse_args
+        parse(shlex.split(program.sub("", command)))
 
 
 @pytest.fixture
@@ -270,7 +271,7 @@ def test_every_command_is_one_its_program_takes(demo_parser, settings):
 
 KNOWN = {
     "accelerate launch", "python -m toy_portraits.demo", "python app.py", "python evaluate_spf_portrait.py",
-    "python export_spf_portrait_lora.py", "python benchmarks/preservation.py",
+    "python export_spf_portrait_lora.py", "python benchmarks/preservation.py", "python benchmarks/choose.py",
     "python benchmarks/random_stable_diffusion.py", "ACCELERATE_USE_CPU=true python -m",
 }  # fmt: skip
 OTHER_TOOLS = {"pip", "python", ".", "hf", "pytest"}
@@ -409,7 +410,7 @@ def is_quoted(table, row, source, label_columns):
 
     def equal(theirs, name):
         here, there = row[table.columns.index(name)], theirs[source.columns.index(name)]
-        return here == there or here == there.partition(" [")[0]
+        return here in (there, there.partition(" [")[0], re.sub(r" \[.*?\]", "", there))
 
     return len(shared) > 1 and any(
         theirs[:label_columns] == labels and all(equal(theirs, name) for name in shared) for theirs in source.rows

@@ -1,6 +1,6 @@
 """The response-pollution plane: which rows lie on its Pareto front, and how it is drawn.
 
-Legend: N rows, P prompts, R resamples of the prompts.
+Legend: N rows, R resamples.
 Source: [ours].
 """
 
@@ -30,10 +30,9 @@ def pareto_front(response: np.ndarray, pollution: np.ndarray) -> np.ndarray:
     return ~dominated.any(axis=-1)
 
 
-def front_shares(response: np.ndarray, pollution: np.ndarray, resamples: np.ndarray) -> np.ndarray:
-    """(N,): how often each row of (N, P) is on the front when all prompts are resampled together, by (R, P)."""
-    means = [values[:, resamples].mean(axis=-1).T for values in (response, pollution)]
-    return pareto_front(*means).mean(axis=0)
+def front_shares(response: np.ndarray, pollution: np.ndarray) -> np.ndarray:
+    """(N,): in how many resamples each row is on the front, by its resampled means, (R, N) each."""
+    return pareto_front(response, pollution).mean(axis=0)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The rows of a benchmark's tables: means, errors and intervals, what is derived from several rows, and the files.
 
-Legend: K training seeds, P prompts, R resamples of the prompts.
+Legend: K training seeds, P prompts, R resamples.
 Source: [ours].
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation.measures import Estimate, estimate_mean, interval, resample_prompts
+from evaluation.measures import Estimate, interval, resample_prompts
 from evaluation.report import without_nan
 from toy_portraits.recipe import BASES
 from toy_portraits.world import TARGETS
@@ -22,6 +22,8 @@ from toy_portraits.world import TARGETS
 
 ORIGINAL, OVERALL = "original model", "Mean over targets"
 RESAMPLES = 1000
+# Which of several training seeds is the worst.
+WORST = {"response": min, "excess": max, "base_change": max}
 Summary = dict[str, dict[str, float]]
 
 
@@ -44,25 +46,49 @@ class Row:
         """(P,): a measure's mean over training seeds, the unit that standard errors count."""
         return self.measures[name].mean(axis=0)
 
+    def worst(self, name: str) -> float | None:
+        """The mean of the training seed that is worst by one of `WORST`; None for a row without several seeds."""
+        return worst_of(self.measures[name].mean(axis=1), name)
+
     def of_seeds(self, seeds: Sequence[int]) -> Row:
         """The same row of some of its training seeds."""
         places = [self.seeds.index(seed) for seed in seeds]
         return replace(self, seeds=tuple(seeds), measures={k: values[places] for k, values in self.measures.items()})
 
 
+def worst_of(by_seed: Iterable[float], name: str) -> float | None:
+    """The worst training seed's of some means or shares; None for fewer than two, which have no worst."""
+    values = [float(value) for value in by_seed]
+    return WORST[name](values) if len(values) > 1 else None
+
+
 def resamples_of(rows: Sequence[Row]) -> np.ndarray:
     """(R, P) indices of prompts, the same for all rows, so that rows are resampled together."""
-    return resample_prompts(len(rows[0].by_prompt("response")), RESAMPLES, 0)
+    return resample_prompts(next(iter(rows[0].measures.values())).shape[1], RESAMPLES, 0)
+
+
+def resampled(values: np.ndarray, resamples: np.ndarray) -> np.ndarray:
+    """(R,): means of (K, P) values over resampled training seeds and, by (R, P), resampled prompts.
+
+    Every value of as many seeds has the same resamples of them, so that those of one seed stay together.
+    """
+    seeds = np.random.default_rng(1).integers(0, len(values), (len(resamples), len(values)))
+    weights = (seeds[..., None] == np.arange(len(values))).mean(axis=1)
+    return np.take_along_axis(weights @ values, resamples, axis=1).mean(axis=1)
 
 
 def estimate(row: Row, name: str, resamples: np.ndarray) -> Estimate:
-    """A measure's mean and its 95 % interval over prompts."""
-    return estimate_mean(row.measures[name].T, resamples)
+    """A measure's mean and its 95 % interval over training seeds and prompts."""
+    values = row.measures[name]
+    return Estimate(float(values.mean()), *interval(resampled(values, resamples)))
 
 
 def paired_difference(row: Row, other: Row, name: str, resamples: np.ndarray) -> Estimate:
-    """A row's mean minus another's with the same training seeds, paired by prompt, and its 95 % interval."""
-    return estimate_mean((row.by_prompt(name) - other.by_prompt(name))[:, None], resamples)
+    """A row's mean minus another's, of the training seeds that both have and paired by prompt, and its 95 % interval
+    over seeds and prompts."""
+    seeds = [seed for seed in row.seeds if seed in other.seeds]
+    own, others = (one.of_seeds(seeds).measures[name] for one in (row, other))
+    return Estimate(float((own - others).mean()), *interval(resampled(own - others, resamples)))
 
 
 @dataclass(frozen=True)
@@ -71,18 +97,18 @@ class Share:
 
     whole: Estimate
     by_seed: dict[int, float]
+    worst: float | None  # of the seeds, if there are several
 
 
 def share_of(row: Row, other: Row, name: str) -> Share:
-    """Divide a measure by another row's of the same training seeds; both are resampled together, seeds and prompts."""
+    """Divide one of `WORST` by another row's of the same training seeds; both are resampled together."""
     own, others = row.measures[name], other.of_seeds(row.seeds).measures[name]
-    rng, (count, prompts) = np.random.default_rng(0), own.shape
-    samples = []
-    for _ in range(RESAMPLES):
-        index = np.ix_(rng.integers(0, count, count), rng.integers(0, prompts, prompts))
-        samples.append(own[index].mean() / others[index].mean())
+    resamples = resamples_of([row])
     by_seed = dict(zip(row.seeds, (own.mean(axis=1) / others.mean(axis=1)).tolist(), strict=True))
-    return Share(Estimate(float(own.mean() / others.mean()), *interval(np.array(samples))), by_seed)
+    whole = Estimate(
+        float(own.mean() / others.mean()), *interval(resampled(own, resamples) / resampled(others, resamples))
+    )
+    return Share(whole, by_seed, worst_of(by_seed.values(), name))
 
 
 def mean_and_error(values: np.ndarray) -> dict[str, float]:
@@ -120,6 +146,11 @@ def overall_rows(tables: dict[str, list[Row]]) -> list[Row]:
     return found
 
 
+def with_mean(by_target: dict[str, list[Row]]) -> dict[str, list[Row]]:
+    """The rows of each section: the mean over targets first, if there are several."""
+    return ({OVERALL: overall_rows(by_target)} if len(by_target) > 1 else {}) | by_target
+
+
 def curve_change_at(response: float, strengths: np.ndarray, responses: np.ndarray, changes: np.ndarray) -> float:
     """The least change at which a LoRA turned down still has a response.
 
@@ -141,24 +172,28 @@ def curve_of(rows: Iterable[Row], run_name: str) -> list[Row]:
 def distance_below_curve(row: Row, curve: Sequence[Row]) -> dict[str, float | list | bool]:
     """How far a run lies below a strength curve: the curve's change outside at the run's response minus its own.
 
-    Run and curve are resampled together, by prompt. A positive distance is less pollution at the same response.
+    The curve is that of the run's own training seeds. Run and curve are resampled together, seeds and prompts. A
+    positive distance is less pollution at the same response.
     """
-    strengths = np.array([point.strength for point in curve])
-    responses, changes = (np.stack([p.by_prompt(name) for p in curve]) for name in ("response", "change_outside"))
+    # The original model has no training seed.
+    curve = [point.of_seeds(row.seeds) if point.seeds else point for point in curve]
+    strengths, names = np.array([point.strength for point in curve]), ("response", "change_outside")
+    responses, changes = (np.array([point.measures[name].mean() for point in curve]) for name in names)
 
-    def distance(own_response: float, own_change: float, index: np.ndarray | slice) -> float:
-        at = curve_change_at(own_response, strengths, responses[:, index].mean(1), changes[:, index].mean(1))
-        return at - own_change
+    def distance(response: float, change: float) -> float:
+        return curve_change_at(response, strengths, responses, changes) - change
 
-    response, change = row.by_prompt("response"), row.by_prompt("change_outside")
-    samples = np.random.default_rng(0).integers(0, len(response), (RESAMPLES, len(response)))
-    error = float(np.std([distance(response[i].mean(), change[i].mean(), i) for i in samples], ddof=1))
-    per_seed = zip(row.measures["response"], row.measures["change_outside"])
+    resamples = resamples_of([row])
+    own = zip(*(resampled(row.measures[name], resamples) for name in names), strict=True)
+    points = zip(*(np.stack([resampled(p.measures[name], resamples) for p in curve], axis=1) for name in names))
+    samples = [curve_change_at(r, strengths, *point) - c for (r, c), point in zip(own, points, strict=True)]
+    response, change = (row.measures[name].mean() for name in names)
+    per_seed = zip(*(row.measures[name].mean(axis=1) for name in names), strict=True)
     return {
-        "distance": distance(response.mean(), change.mean(), slice(None)),
-        "standard_error": error,
-        "per_seed": [distance(r.mean(), c.mean(), slice(None)) for r, c in per_seed],
-        "beyond_the_curve": bool(response.mean() > responses.mean(axis=1).max()),
+        "distance": distance(response, change),
+        "standard_error": float(np.std(samples, ddof=1)),
+        "per_seed": [distance(*means) for means in per_seed],
+        "beyond_the_curve": bool(response > responses.max()),
     }
 
 
@@ -173,6 +208,11 @@ def with_interval(value: Estimate, signed: bool = False) -> str:
     sign = "+" if signed else ""
     ends = "" if value.low is None else f" [{value.low:{sign}.2f}, {value.high:{sign}.2f}]"
     return f"{value.value:{sign}.2f}{ends}"
+
+
+def with_worst(value: Estimate, worst: float | None) -> str:
+    """A mean for a table, with its interval and the worst training seed's."""
+    return with_interval(value) + ("" if worst is None else f", worst {worst:.2f}")
 
 
 def cell(summary: Summary, name: str, signed: bool = False, missing: str = "-") -> str:
@@ -205,11 +245,14 @@ def settings_text(args: argparse.Namespace) -> str:
     )
 
 
-def write_results(folder: Path, args: argparse.Namespace, text: str, **document: object) -> None:
+def write_results(
+    folder: Path, args: argparse.Namespace, text: str, names: Sequence[str] = ("table.md", "results.json"),
+    **document: object,
+) -> None:  # fmt: skip
     """Write the tables, table.md, and all numbers with the flags, results.json; print the tables."""
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     numbers = json.dumps(without_nan({"settings": settings, **document}), indent=1, allow_nan=False)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in (("table.md", text), ("results.json", numbers + "\n")):
+    for name, content in zip(names, (text, numbers + "\n"), strict=True):
         (folder / name).write_text(content, encoding="utf-8")
     print(text)

@@ -22,10 +22,9 @@ def test_the_front_by_hand():
 
 
 def test_shares_of_the_front_are_how_often_it_holds():
-    response = np.array([[1.0, 1.0], [1.0, 1.0], [0.0, 0.0]])
-    pollution = np.array([[1.0, 3.0], [2.0, 2.5], [5.0, 5.0]])
-    resamples = np.array([[0, 0], [0, 1], [1, 1], [1, 1]])
-    assert front_shares(response, pollution, resamples).tolist() == [0.5, 0.5, 0.0]
+    response = np.array([[1.0, 1.0, 0.0]] * 4)
+    pollution = np.array([[1.0, 2.0, 5.0], [2.0, 2.25, 5.0], [3.0, 2.5, 5.0], [3.0, 2.5, 5.0]])
+    assert front_shares(response, pollution).tolist() == [0.5, 0.5, 0.0]
 
 
 def test_points_bars_rings_and_the_front_are_drawn_where_they_belong():

@@ -1,6 +1,7 @@
 """The preservation benchmark: what is trained, drawn and compared, on made-up measures."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.parts import runs
-from benchmarks.parts.drawing import ROOT, base_model_digest
+from benchmarks.parts.drawing import ROOT, base_model_digest, make_parser
 from benchmarks.parts.judging import Job, make_rows
 from benchmarks.parts.runs import (
     ABLATIONS,
@@ -133,7 +134,9 @@ def test_every_way_is_a_share_of_plain_lora(rows):
     own = found["SPF-Portrait, composed"]
     assert own["response"].whole.value == pytest.approx(1) and list(own["response"].by_seed) == [0, 1]
     assert own["excess"].whole.value == pytest.approx(3 / 8, abs=0.02)
-    assert found["SPF-Portrait, composed, guided"]["excess"].whole.value == pytest.approx(1 / 8, abs=0.02)
+    assert own["base_change"].whole.value == pytest.approx(0.5)
+    guided = found["SPF-Portrait, composed, guided"]
+    assert guided["excess"].whole.value == pytest.approx(1 / 8, abs=0.02) and "base_change" not in guided
     assert shares_of_plain([row for row in rows if row.run_name != "plain"]) == {}
 
 
@@ -184,8 +187,12 @@ def test_the_mean_over_targets_is_over_what_all_of_them_have(rows):
 
 @pytest.mark.parametrize("names", [tuple(RUNS), ("composed",)], ids=len)
 def test_tables_and_pictures_are_written(tmp_path, names):
-    args = parse_args(["--output_dir", str(tmp_path), "--targets", "blonde_hair", "--seeds", "0", "1"])
-    results = made_up_results("blonde_hair", names=names)
+    seeds = [0, 1, 2, 3, 4]
+    args = parse_args(["--output_dir", str(tmp_path), "--targets", "blonde_hair", "--seeds", *map(str, seeds)])
+    results = made_up_results("blonde_hair", seeds, names)
+    # a seed that all the means hide
+    (worst,) = [own for job, own in results.items() if (job.run_name, job.seed, job.guided) == ("composed", 3, False)]
+    worst |= made_up(0.3, 9.0, seed=3)
     tables = {"blonde_hair": rows_of("blonde_hair", made_up(0.2, 2.0, seed=9), results)}
     write_tables(args, tables)
     write_plane(args, tables)
@@ -193,17 +200,28 @@ def test_tables_and_pictures_are_written(tmp_path, names):
     document = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     entries = document["targets"]["blonde_hair"]["rows"]
     assert [entry["run"] for entry in entries if entry["strength"] == 1 and not entry["guided"]] == list(names)
-    assert entries[-1]["measures"]["response"]["mean"] == pytest.approx(0.6)
-    assert entries[1]["plane"]["response"]["low"] < entries[1]["plane"]["response"]["high"]
+    places = {(entry["run"], entry["guided"]): entry["plane"] for entry in entries if entry["strength"] in (0, 1)}
+    composed = places["composed", False]
+    assert composed["worst"] == {"response": pytest.approx(0.3), "excess": pytest.approx(7, abs=0.1)}
+    assert composed["response"]["low"] < 0.5 < composed["response"]["value"] == pytest.approx(0.54)
+    assert places["original", False]["worst"] == {"response": None, "excess": None}
+    # three training seeds and one
+    assert len(names) == 1 or (places["mask", False]["worst"]["response"], places["no_text", False]) == (0.7, None)
     assert document["settings"]["prompt_seed"] == 90002
     text = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert "both branches of the" in text and "| SPF-Portrait, composed |" in text
     guided = next(line for line in text.splitlines() if line.startswith("| SPF-Portrait, composed, guided"))
     assert guided.split(" | ")[5:7] == ["-", "-"]
+    first = next(line for line in text.splitlines() if line.startswith("| SPF-Portrait, composed"))
+    assert re.search(r"\| 0\.54 \[[\d., ]+\], worst 0\.30 \| 3\.\d\d \[[\d., ]+\], worst 6\.99 \|", first)
     assert (tmp_path / "response_pollution_plane.png").is_file()
     shares = [entry["of_plain"] for entry in entries if entry["run"] == "composed"]
     assert ("As a share of plain LoRA's" in text) == (len(names) > 1) == all(shares)
-    assert len(names) == 1 or shares[0]["excess"]["by_seed"].keys() == {"0", "1"}
+    if len(names) > 1:
+        assert shares[0]["excess"]["by_seed"].keys() == {"0", "1", "2", "3", "4"} and "base_change" not in shares[1]
+        assert shares[0]["response"]["worst"] == pytest.approx(0.5) and shares[0]["base_change"]["worst"] > 0.85
+        shared = next(line for line in text.splitlines() if line.startswith("| masked loss, true masks | 1.17"))
+        assert shared.count(", ") == 1 + 3 * 3  # an interval and three seeds each
 
 
 def test_every_runs_command_is_one_the_trainer_takes(tmp_path, registered):
@@ -305,6 +323,16 @@ def test_masks_are_written_for_the_portraits_that_the_composed_run_saved(tmp_pat
     mask = np.asarray(Image.open(folder / "00001.png"))
     assert mask.shape == (SIZE, SIZE) and set(np.unique(mask)) == {0, 255}
     assert mask[labels[1] == LABELS.index("hair")].mean() > 250
+
+
+def test_the_claims_rows_have_five_seeds_the_other_ways_three_and_ablations_one():
+    args = parse_args(["--targets", "red_hat", "--ablation_targets", "red_hat"])
+    assert args.num_prompts >= 64
+    seeds = {name: [seed for _, own, seed in chosen(args) if own == name] for name in RUNS}
+    first, every = [101, 102, 103], [101, 102, 103, 104, 105]
+    assert {name for name, own in seeds.items() if own == every} == {"plain", "stage1", "composed", "paper"}
+    assert all(own == first[:1] if RUNS[name].parent else own in (first, every) for name, own in seeds.items())
+    assert make_parser(None).parse_args([]).seeds == first
 
 
 def test_only_the_ablation_targets_get_the_ablations():
