@@ -54,8 +54,8 @@ CALL_DOC = """\
                 with `"per_step"` also that of each step. Adds one or two rows per image to the denoiser's batch.
             sfcm_mode (`str`, defaults to `"averaged_target"`):
                 How the map is computed, a key of `sfcm.SFCM_MODES`; for `sfcm_guidance` it decides which difference
-                makes the map: `averaged_target` takes what the target's words change under the LoRA, every other the
-                difference to the original model.
+                makes the map: `averaged_target` takes what the target's words change under the LoRA, `averaged_both`
+                the geometric mean of that and of the difference to the original model, every other the latter alone.
             sfcm_guidance (`float`, defaults to 0.0):
                 s in [0, 1]. At each step the prediction is drawn towards the original model's outside the region of
                 the target, `eps_ref + m * (eps_res - eps_ref)` with `m = 1 - s * (1 - SFCM^exponent)`, so that a LoRA

@@ -102,9 +102,10 @@ class SPFCall:
             spf_arguments.warn_of_weights(prompt)
             return super().__call__(prompt, **stock)
         texts, targets, phrases, images = self._compose(prompt, request, stock)
-        target_only = request.target_prompt is not None and sfcm.SFCM_MODES[request.sfcm_mode].target_only
+        starts = sfcm.SFCM_MODES[request.sfcm_mode].differences if request.target_prompt is not None else ("paths",)
         rows = spf_observer.RowLayout(
-            images, request.compare, request.adapter_in_unconditional, appended=(1 + target_only) * request.observed,
+            images, request.compare, request.adapter_in_unconditional,
+            appended=(1 + ("words" in starts)) * request.observed,
         )  # fmt: skip
         with ExitStack() as stack:
             active = stack.enter_context(self._adapters(request, targets))
@@ -132,7 +133,7 @@ class SPFCall:
                     return self._extra_rows(args, kwargs, rows, own, groups, closed, stock)
 
                 guidance = request.sfcm_guidance, request.sfcm_guidance_exponent
-                observer = spf_observer.Observer(rows, phrases, extend, self._to_epsilon, guidance, closed_at)
+                observer = spf_observer.Observer(rows, phrases, extend, self._to_epsilon, guidance, closed_at, starts)
                 looks = request.return_sfcm or (request.observed and phrases.free.any())
                 stack.enter_context(observer.watch(uncompiled(self.unet), with_attention=bool(looks)))
             stock = stock | self._stock_prompts(embeds, negatives) | {"num_images_per_prompt": 1}

@@ -142,7 +142,8 @@ class Observer:
     to_epsilon: Callable[[Tensor], Tensor]  # of a timestep, what makes a difference one of predicted noise
     guidance: tuple[float, float]  # strength and exponent
     closed_at: Callable[[Tensor], bool]  # whether the gate is closed, of a timestep
-    differences: list[Tensor] = field(default_factory=list)  # of each call, as the attention
+    starts: tuple[str, ...]  # what the response is held against, D, as in `sfcm.SfcmMode`
+    differences: list[Tensor] = field(default_factory=list)  # (B, D, H, W) of each call, as the attention
     attention: list[StepAttention] = field(default_factory=list)
     _store: attention_processors.CrossAttentionStore | None = None
     _total: Tensor | float = 0.0
@@ -175,8 +176,9 @@ class Observer:
 
     def _take_rows(self, denoiser: nn.Module, args: tuple, output: tuple) -> tuple:
         response, reference = self._paths(output[0])
-        start = output[0][-self.rows.images :] if self.rows.appended > 1 else reference
-        self.differences.append(sfcm.noise_difference(response, start, self.to_epsilon(args[1])))
+        held, scale = {"paths": reference, "words": output[0][-self.rows.images :]}, self.to_epsilon(args[1])
+        each = [sfcm.noise_difference(response, held[start], scale) for start in self.starts]
+        self.differences.append(torch.cat(each, 1))
         if self._store is not None:
             self.attention.append(self._take_attention())
         if self.guidance[0] > 0:
@@ -196,10 +198,10 @@ class Observer:
         """The response (B, C, H, W) kept to the reference outside of where the target responds.
 
         It is `eps_ref + m * (eps_res - eps_ref)` with the soft mask `m = 1 - strength * (1 - SFCM^exponent)`; the SFCM
-        is of the mean of all calls' normalised differences, and open where phrases are free.
+        is of the means of all calls' normalised differences, and open where phrases are free.
         """
         strength, exponent = self.guidance
-        self._total = self._total + sfcm.guidance_map(self.differences[-1])
+        self._total = self._total + sfcm.normalize_differences(self.differences[-1])
         opened = sfcm.guidance_map(self._total / len(self.differences)) ** exponent
         if self.phrases.free.any():
             maps = self.attention[-1].reference_maps(self.phrases.weights, opened.shape[-2:])

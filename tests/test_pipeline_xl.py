@@ -329,7 +329,7 @@ def test_a_watermark_is_on_both(own_xl_world):
 
 
 @pytest.mark.parametrize(("compare", "guidance_scale"), [(True, 5.0), (False, 1.0)])
-@pytest.mark.parametrize("sfcm_mode", ["averaged_target", "averaged", "paper"])
+@pytest.mark.parametrize("sfcm_mode", ["averaged_target", "averaged", "averaged_both", "paper"])
 def test_sfcm_is_that_of_separate_calls(text_xl_world, sfcm_mode, compare, guidance_scale):
     check_sfcm(text_xl_world, sfcm_mode, compare, guidance_scale)
 

@@ -82,9 +82,9 @@ def expected_maps(world, prompt, latents_of_steps, mode):
         for latents, timestep in zip(latents_of_steps, world.ours.scheduler.timesteps, strict=True):
             response = world.ours.unet(latents, timestep, **told(world.ours, pair.full_prompt)).sample
             start, attention, resolution = seen(world.original.unet, latents, timestep, **told(world.original, prompt))
-            if SFCM_MODES[mode].target_only:
-                start = world.ours.unet(latents, timestep, **told(world.ours, prompt)).sample
-            differences.append(noise_difference(response, start))
+            words = world.ours.unet(latents, timestep, **told(world.ours, prompt)).sample
+            starts = {"averaged_target": [words], "averaged_both": [start, words]}.get(mode, [start])
+            differences.append(torch.cat([noise_difference(response, own) for own in starts], 1))
             probs.append(attention)
         embeds = world.clip_embeds(world.original, [*pair.base_phrases, TARGET])
     difference = torch.stack(differences).mean(0)
@@ -120,7 +120,7 @@ def check_sfcm(world, sfcm_mode, compare, guidance_scale, **others):
 
 
 @pytest.mark.parametrize(("compare", "guidance_scale"), [(True, 5.0), (False, 1.0)])
-@pytest.mark.parametrize("sfcm_mode", ["averaged_target", "averaged", "paper"])
+@pytest.mark.parametrize("sfcm_mode", ["averaged_target", "averaged", "averaged_both", "paper"])
 def test_sfcm_is_that_of_separate_calls_on_the_responses_own_latents(world, sfcm_mode, compare, guidance_scale):
     check_sfcm(world, sfcm_mode, compare, guidance_scale)
 
@@ -138,7 +138,9 @@ def test_sfcm_is_against_the_original_text_encoder(text_world, sfcm_mode, compar
     check_sfcm(text_world, sfcm_mode, compare, guidance_scale=5.0 if compare else 1.0)
 
 
-@pytest.mark.parametrize(("sfcm_mode", "compare"), [("averaged", False), ("averaged_target", True)])
+@pytest.mark.parametrize(
+    ("sfcm_mode", "compare"), [("averaged", False), ("averaged_target", True), ("averaged_both", True)]
+)
 @pytest.mark.parametrize("start", [1.0, 1e-3])
 def test_steps_without_the_lora_count_in_the_map_with_what_it_would_change(text_world, sfcm_mode, compare, start):
     check_sfcm(text_world, sfcm_mode, compare, 5.0 if compare else 1.0, sfcm_guidance_start=start)
@@ -167,6 +169,13 @@ def test_sfcm_without_a_lora_is_the_difference_of_the_prompts(bare_world):
     output = draw(bare_world.ours, BASE, target_prompt=TARGET, return_sfcm=True, output_type="pil")
     assert isinstance(output.images[0], PIL.Image.Image)
     assert output.sfcm.max() == 1
+
+
+def test_without_a_target_both_differences_are_that_of_the_paths(world):
+    both, paths = (
+        draw(world.ours, BASE, return_sfcm=True, sfcm_mode=mode).sfcm for mode in ("averaged_both", "averaged")
+    )
+    assert torch.equal(both, paths) and both.max() == 1
 
 
 def test_phrases_can_be_given_and_replaced_ones_are_left_out(world):
@@ -276,7 +285,8 @@ def test_textual_inversions_of_several_vectors_are_refused_for_the_map(own_world
 
 
 def denoise(
-    world, prompt, *, guide=0.0, exponent=2.0, target_only=True, negative_lora=True, free=(), scale=5.0, gate=math.inf
+    world, prompt, *, guide=0.0, exponent=2.0, mode="averaged_target", negative_lora=True, free=(), scale=5.0,
+    gate=math.inf,
 ):  # fmt: skip
     """What a call computes, step by step with separate calls of the UNets: latents after two steps."""
     ours, original = world.ours, world.original
@@ -293,9 +303,11 @@ def denoise(
     for i, timestep in enumerate(ours.scheduler.timesteps):
         response = predict(ours, pair.full_prompt, latents, timestep)
         reference, probs, resolution = seen(original.unet, latents, timestep, **world.conditions(original, prompt))
-        start = predict(ours, prompt, latents, timestep) if target_only else reference
-        total = total + guidance_map(noise_difference(response, start))
-        sfcm = guidance_map(total / (i + 1)) ** exponent
+        words = predict(ours, prompt, latents, timestep)
+        starts = {"averaged_target": [words], "averaged": [reference], "averaged_both": [reference, words]}[mode]
+        total = total + torch.stack([guidance_map(noise_difference(response, own)) for own in starts])
+        each = [guidance_map(own) for own in total / (i + 1)]
+        sfcm = math.prod(each) ** (exponent / len(each))
         maps = phrase_attention_maps([probs], [resolution], weights, (8, 8))
         mask = 1 - guide * (1 - free_regions(sfcm, maps, is_free))
         signal = float(ours.scheduler.alphas_cumprod[timestep])
@@ -312,7 +324,8 @@ GUIDANCES = [
     ({"negative_lora": False}, {"adapter_in_unconditional": False}),
     ({"guide": 1.0}, {"sfcm_guidance": 1.0}),
     ({"guide": 0.5, "exponent": 1.0}, {"sfcm_guidance": 0.5, "sfcm_guidance_exponent": 1.0}),
-    ({"guide": 0.75, "target_only": False}, {"sfcm_guidance": 0.75, "sfcm_mode": "averaged"}),
+    ({"guide": 0.75, "mode": "averaged"}, {"sfcm_guidance": 0.75, "sfcm_mode": "averaged"}),
+    ({"guide": 1.0, "mode": "averaged_both"}, {"sfcm_guidance": 1.0, "sfcm_mode": "averaged_both"}),
     ({"guide": 1.0, "scale": 1.0}, {"sfcm_guidance": 1}),
     (
         {"guide": 1.0, "negative_lora": False, "free": ["a green jacket"]},
@@ -323,8 +336,12 @@ GUIDANCES = [
     ({"gate": 1.0, "negative_lora": False}, {"sfcm_guidance_start": 1.0, "adapter_in_unconditional": False}),
     ({"gate": 1.0, "guide": 1.0}, {"sfcm_guidance_start": 1, "sfcm_guidance": 1.0}),
     (
-        {"gate": 1.0, "guide": 0.75, "scale": 1.0, "target_only": False},
+        {"gate": 1.0, "guide": 0.75, "scale": 1.0, "mode": "averaged"},
         {"sfcm_guidance_start": 1.0, "sfcm_guidance": 0.75, "sfcm_mode": "averaged"},
+    ),
+    (
+        {"gate": 1.0, "guide": 1.0, "mode": "averaged_both"},
+        {"sfcm_guidance_start": 1.0, "sfcm_guidance": 1.0, "sfcm_mode": "averaged_both"},
     ),
     (
         {"gate": 1.0, "guide": 1.0, "free": ["a green jacket"]},
