@@ -124,7 +124,7 @@ def active_adapters(model: nn.Module, names: str | Sequence[str] | None) -> Abst
 @contextmanager
 def original_rows(model: nn.Module, rows: Callable[[int], Iterable[int]]) -> Iterator[None]:
     """Inside, the adapters of `model` leave those rows of a batch as the original model has them that `rows` chooses
-    from its size.
+    from its size, anew in each call.
 
     Every row goes through the adapters that are active; then the chosen rows are taken from the layer below. Unlike
     `Adapters.per_sample` this works with several active adapters, with DoRA and for a text encoder; without gradient,
@@ -134,12 +134,12 @@ def original_rows(model: nn.Module, rows: Callable[[int], Iterable[int]]) -> Ite
     adapters.check()
 
     @cache
-    def choose(batch_size: int, device: torch.device) -> Tensor:
-        return torch.tensor(list(rows(batch_size)), dtype=torch.long, device=device)
+    def indices(chosen: tuple[int, ...], device: torch.device) -> Tensor:
+        return torch.tensor(chosen, dtype=torch.long, device=device)
 
     def restore(layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
         # Indices from a list would be copied to the device, and waited for, in each layer.
-        chosen = choose(len(output), output.device)
+        chosen = indices(tuple(rows(len(output))), output.device)
         if len(chosen):
             output[chosen] = layer.base_layer(args[0][chosen]).to(output.dtype)
         return output

@@ -124,6 +124,7 @@ class SPFPortraitPipeline(spf_call.SPFCall, StableDiffusionPipeline):
         sfcm_mode: str = "averaged_target",
         sfcm_guidance: float = 0.0,
         sfcm_guidance_exponent: float = 2.0,
+        sfcm_guidance_start: float | None = None,
         adapter_in_unconditional: bool = True,
         **kwargs,
     ) -> SPFPortraitPipelineOutput | StableDiffusionPipelineOutput | tuple:
@@ -169,11 +170,11 @@ class SPFPortraitPipeline(spf_call.SPFCall, StableDiffusionPipeline):
 
     def _extra_rows(
         self, args: tuple, kwargs: dict[str, Any], rows: RowLayout, own: Embeds, appended: Sequence[Embeds],
-        stock: dict[str, Any],
+        closed: bool, stock: dict[str, Any],
     ) -> tuple[tuple, dict[str, Any]]:  # fmt: skip
         (sample, *others), states = args, kwargs["encoder_hidden_states"]
         # diffusers' SDCFGCutoffCallback leaves one row of the prompts, taking it for that of the only image.
-        states = own[0] if len(states) < len(sample) else states
+        states = own[0][-len(sample) :] if closed or len(states) < len(sample) else states
         kwargs["encoder_hidden_states"] = torch.cat([states, *(embeds[0] for embeds in appended)])
         if kwargs.get("timestep_cond") is not None:
             kwargs["timestep_cond"] = rows.append(kwargs["timestep_cond"])

@@ -138,6 +138,7 @@ class SPFPortraitXLPipeline(spf_call.SPFCall, StableDiffusionXLPipeline):
         sfcm_mode: str = "averaged_target",
         sfcm_guidance: float = 0.0,
         sfcm_guidance_exponent: float = 2.0,
+        sfcm_guidance_start: float | None = None,
         adapter_in_unconditional: bool = True,
         **kwargs,
     ) -> SPFPortraitPipelineOutput | StableDiffusionXLPipelineOutput | tuple:
@@ -200,13 +201,13 @@ class SPFPortraitXLPipeline(spf_call.SPFCall, StableDiffusionXLPipeline):
 
     def _extra_rows(
         self, args: tuple, kwargs: dict[str, Any], rows: RowLayout, own: Embeds, appended: Sequence[Embeds],
-        stock: dict[str, Any],
+        closed: bool, stock: dict[str, Any],
     ) -> tuple[tuple, dict[str, Any]]:  # fmt: skip
         (sample, *others), added = args, dict(kwargs["added_cond_kwargs"])
         states, pooled, sizes = kwargs["encoder_hidden_states"], added["text_embeds"], added["time_ids"]
         ended = len(states) < len(sample)  # diffusers' SDXLCFGCutoffCallback leaves one row of each
-        if ended:
-            states, pooled = own
+        if closed or ended:
+            states, pooled = (embeds[-len(sample) :] for embeds in own)
         # The stock call repeats the pair of negative and positive sizes, where its rows are all of the one and then
         # all of the other.
         if ended or (stock["negative_original_size"] is not None and stock["negative_target_size"] is not None):

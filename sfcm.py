@@ -139,7 +139,7 @@ def sfcm_paper(difference: Tensor, phrase_maps: Tensor, distances: Tensor, phras
     """The map as the paper's figure draws it: `clamp(N - sum_p D_p * M_p, min=0)`, normalised before and after.
 
     Args:
-        difference: (B, 1, H, W) from `noise_difference`.
+        difference: (B, 1, H, W) from `noise_difference`; for a mode with D differences (B, D, H, W).
         phrase_maps: (B, P, H, W) from `phrase_attention_maps`.
         distances: (B, P) from `clip_distances`.
         phrase_mask: (B, P) bool, False for padding.
@@ -152,9 +152,10 @@ def sfcm_paper(difference: Tensor, phrase_maps: Tensor, distances: Tensor, phras
 
 
 def sfcm_averaged(difference: Tensor, phrase_maps: Tensor, distances: Tensor, phrase_mask: Tensor) -> Tensor:
-    """The default: the blurred, percentile-normalised difference minus the phrases' mean relative distance times map.
+    """The default: the blurred, percentile-normalised difference, or the geometric mean of several, minus the phrases'
+    mean relative distance times map.
 
-    Meant for a `difference` averaged over several noise samples at high timesteps. Source: [ours].
+    Meant for a `difference` (B, D, H, W) averaged over several noise samples at high timesteps. Source: [ours].
     """
     taken = taken_by_phrases(phrase_maps, distances, phrase_mask)
     return percentile_normalize((guidance_map(difference) - taken).clamp(min=0))
@@ -179,11 +180,16 @@ def free_regions(sfcm: Tensor, phrase_maps: Tensor, free_mask: Tensor) -> Tensor
     return torch.maximum(sfcm, (phrase_maps * free_mask[..., None, None]).amax(1, keepdim=True))
 
 
-def guidance_map(difference: Tensor) -> Tensor:
-    """Where a prediction differs from the reference, (B, 1, H, W) in [0, 1]: a `noise_difference`, or a mean of them,
-    blurred and stretched. Source: [ours].
+def normalize_differences(differences: Tensor) -> Tensor:
+    """Blurred and stretched differences (B, D, H, W) in [0, 1], each by itself. Source: [ours]."""
+    return percentile_normalize(blur(differences))
+
+
+def guidance_map(differences: Tensor) -> Tensor:
+    """Where a prediction differs, (B, 1, H, W) in [0, 1]: the geometric mean of D `noise_difference`s (B, D, H, W), or
+    of means of them, each blurred and stretched. Source: [ours].
     """
-    return percentile_normalize(blur(difference))
+    return normalize_differences(differences).prod(1, keepdim=True) ** (1 / differences.shape[1])
 
 
 @dataclass(frozen=True)
@@ -192,15 +198,17 @@ class SfcmMode:
 
     compute: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # as `sfcm_paper`
     averaged: bool  # whether its difference is averaged over several noises of one portrait
-    # Whether the difference is what the target's words change *under the adapter*, full prompt against base prompt. It
-    # leaves out what the adapter changes whatever the prompt: the pollution itself. Else it is that of the two paths.
-    target_only: bool = False
+    # What the response is held against, one difference each: "paths" is the original model's prediction for the base
+    # prompt, "words" the adapter's own for it. The latter is what the target's words change *under the adapter*, and
+    # leaves out what the adapter changes whatever the prompt: the pollution itself.
+    differences: tuple[str, ...] = ("paths",)
 
 
 # Another map is another entry.
 SFCM_MODES = {
-    "averaged_target": SfcmMode(sfcm_averaged, averaged=True, target_only=True),
+    "averaged_target": SfcmMode(sfcm_averaged, averaged=True, differences=("words",)),
     "averaged": SfcmMode(sfcm_averaged, averaged=True),
+    "averaged_both": SfcmMode(sfcm_averaged, averaged=True, differences=("paths", "words")),
     "paper": SfcmMode(sfcm_paper, averaged=False),
     "none": SfcmMode(sfcm_none, averaged=False),
 }

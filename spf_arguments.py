@@ -54,14 +54,21 @@ CALL_DOC = """\
                 with `"per_step"` also that of each step. Adds one or two rows per image to the denoiser's batch.
             sfcm_mode (`str`, defaults to `"averaged_target"`):
                 How the map is computed, a key of `sfcm.SFCM_MODES`; for `sfcm_guidance` it decides which difference
-                makes the map: `averaged_target` takes what the target's words change under the LoRA, every other the
-                difference to the original model.
+                makes the map: `averaged_target` takes what the target's words change under the LoRA, `averaged_both`
+                the geometric mean of that and of the difference to the original model, every other the latter alone.
             sfcm_guidance (`float`, defaults to 0.0):
                 s in [0, 1]. At each step the prediction is drawn towards the original model's outside the region of
                 the target, `eps_ref + m * (eps_res - eps_ref)` with `m = 1 - s * (1 - SFCM^exponent)`, so that a LoRA
                 of any trainer pollutes less. 0 changes nothing. Works best with `adapter_in_unconditional=False`.
             sfcm_guidance_exponent (`float`, defaults to 2.0):
                 Larger draws the region tighter.
+            sfcm_guidance_start (`float`, *optional*):
+                The noise level above which the original model draws the base prompt alone, without the LoRA and the
+                target, so that it decides layout and light. A ratio of deviations, noise over signal, `sqrt((1 -
+                alpha_bar) / alpha_bar)`, which means the same at every schedule: in Stable Diffusion's own 14.6 at
+                timestep 999, 5.1 at 800, 3.3 at 700 and 1.6 at 500. `None` has the LoRA at all steps. It needs
+                neither `sfcm_guidance` nor more rows. Maps, and that of `sfcm_guidance`, count the steps above it
+                with what the LoRA would change there.
             adapter_in_unconditional (`bool`, defaults to `True`):
                 Whether the LoRA is active in the negative branch of classifier-free guidance, as everywhere in
                 diffusers. There it takes away part of its own effect: without it the response is stronger, and so is
@@ -75,7 +82,8 @@ CALL_DOC = """\
 
         Raises:
             `ValueError`: before the first step, for arguments that do not go together and for prompts that
-            `prompts.py` rejects, such as a target that is cut off.
+            `prompts.py` rejects, such as a target that is cut off; for `sfcm_guidance_start` with a scheduler whose
+            timesteps are no places in a table of noise, as those of flow matching and EDM.
 
         Source: [paper] the two paths and the map; [ours] drawing them in one batch, and guidance with the map.
 """
@@ -94,6 +102,7 @@ class Request:
     sfcm_mode: str
     sfcm_guidance: float
     sfcm_guidance_exponent: float
+    sfcm_guidance_start: float | None
     adapter_in_unconditional: bool
 
     @property
@@ -104,7 +113,8 @@ class Request:
     @property
     def splits_rows(self) -> bool:
         """Whether the adapters are off in some rows of the batch."""
-        return self.compare or self.observed or not self.adapter_in_unconditional
+        gated = self.sfcm_guidance_start is not None
+        return self.compare or self.observed or gated or not self.adapter_in_unconditional
 
     @property
     def is_stock(self) -> bool:
@@ -122,6 +132,11 @@ class Request:
             raise ValueError(f"`sfcm_guidance` has to be in [0, 1] but is {self.sfcm_guidance!r}.")
         if not (is_number(self.sfcm_guidance_exponent) and self.sfcm_guidance_exponent > 0):
             raise ValueError(f"`sfcm_guidance_exponent` has to be positive but is {self.sfcm_guidance_exponent!r}.")
+        if self.sfcm_guidance_start is not None:
+            if not (is_number(self.sfcm_guidance_start) and self.sfcm_guidance_start > 0):
+                raise ValueError(f"`sfcm_guidance_start` has to be positive but is {self.sfcm_guidance_start!r}.")
+            if not has_target:
+                raise ValueError("`sfcm_guidance_start` is about a target and needs a `target_prompt`.")
         if not has_target and (self.free_phrases is not None or self.sfcm_guidance > 0):
             raise ValueError("`free_phrases` and `sfcm_guidance` are about a target and need a `target_prompt`.")
         if self.base_phrases is not None and not has_target and not self.return_sfcm:

@@ -10,7 +10,7 @@ import itertools
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
@@ -83,9 +83,9 @@ class SPFCall:
     - `_encode(prompts, guided, stock)`: `Embeds` of the prompts, and of the negative prompts or None (without
       guidance), as the stock call encodes them,
     - `_stock_prompts(embeds, negatives)`: the keywords of the stock call that stand for them,
-    - `_extra_rows(args, kwargs, rows, own, appended, stock)`: the arguments of a call of the denoiser, with the rows
-      that the `RowLayout` appends; `own` are the embeds of the conditional branch, `appended` those of each appended
-      group.
+    - `_extra_rows(args, kwargs, rows, own, appended, closed, stock)`: the arguments of a call of the denoiser, with
+      the rows that the `RowLayout` appends; `own` are the embeds of all rows before these, `appended` those of each
+      appended group. While the gate is `closed`, `own` stand in place of what the call itself has.
     """
 
     _tokenizers = ("tokenizer",)  # names; all of them count the denoiser's text tokens
@@ -95,15 +95,17 @@ class SPFCall:
         request = spf_arguments.Request(**{own.name: stock.pop(own.name) for own in fields(spf_arguments.Request)})
         prompt = stock.pop("prompt")
         request.check(stock["return_dict"])
+        closed_at = self._gate(request.sfcm_guidance_start)
         spf_arguments.check_generator(stock["generator"])
         spf_arguments.warn_of_weights(*(stock.get(name) for name in _OTHER_PROMPTS))
         if request.is_stock:
             spf_arguments.warn_of_weights(prompt)
             return super().__call__(prompt, **stock)
         texts, targets, phrases, images = self._compose(prompt, request, stock)
-        target_only = request.target_prompt is not None and sfcm.SFCM_MODES[request.sfcm_mode].target_only
+        starts = sfcm.SFCM_MODES[request.sfcm_mode].differences if request.target_prompt is not None else ("paths",)
         rows = spf_observer.RowLayout(
-            images, request.compare, request.adapter_in_unconditional, appended=(1 + target_only) * request.observed,
+            images, request.compare, request.adapter_in_unconditional,
+            appended=(1 + ("words" in starts)) * request.observed,
         )  # fmt: skip
         with ExitStack() as stack:
             active = stack.enter_context(self._adapters(request, targets))
@@ -113,18 +115,25 @@ class SPFCall:
             if request.splits_rows:
                 with self._original_text_encoders():
                     originals, original_negatives = encode(prompt)
-                appended = [originals][: rows.appended]
-                if rows.appended > 1:
-                    appended.append(encode(prompt)[0])
+                others = [encode(prompt)[0]] if rows.appended > 1 else []
+                appended, swapped = ([first, *others][: rows.appended] for first in (originals, embeds))
                 if not request.adapter_in_unconditional:
                     negatives = original_negatives
                 if request.compare:
                     stock = stock | self._twin_noise(images, embeds[0].dtype, stock)
-                    embeds = _join(embeds, originals)
-                    negatives = _join(negatives, original_negatives) if guided else None
-                extend = partial(self._extra_rows, rows=rows, own=embeds, appended=appended, stock=stock)
+                    embeds, originals = _join(embeds, originals), _join(originals, originals)
+                    if guided:
+                        negatives = _join(negatives, original_negatives)
+                        original_negatives = _join(original_negatives, original_negatives)
+                told = (negatives, embeds, appended), (original_negatives, originals, swapped)
+
+                def extend(args: tuple, kwargs: dict[str, Any], closed: bool) -> tuple[tuple, dict[str, Any]]:
+                    before, own, groups = told[closed]
+                    own = _join(before, own) if guided else own
+                    return self._extra_rows(args, kwargs, rows, own, groups, closed, stock)
+
                 guidance = request.sfcm_guidance, request.sfcm_guidance_exponent
-                observer = spf_observer.Observer(rows, phrases, extend, self._to_epsilon, guidance)
+                observer = spf_observer.Observer(rows, phrases, extend, self._to_epsilon, guidance, closed_at, starts)
                 looks = request.return_sfcm or (request.observed and phrases.free.any())
                 stack.enter_context(observer.watch(uncompiled(self.unet), with_attention=bool(looks)))
             stock = stock | self._stock_prompts(embeds, negatives) | {"num_images_per_prompt": 1}
@@ -329,6 +338,26 @@ class SPFCall:
         if alphas_cumprod is None or prediction_type == "flow_prediction":
             prediction_type = "epsilon"
         return sfcm.epsilon_scale(alphas_cumprod, timestep, prediction_type)
+
+    def _gate(self, start: float | None) -> Callable[[Tensor], bool]:
+        """Whether a timestep has a noise ratio above `start`; no one has for None.
+
+        Raises ValueError: the scheduler's timesteps are no places in a table of noise.
+        """
+        if start is None:
+            return lambda timestep: False
+        signal, config = getattr(self.scheduler, "alphas_cumprod", None), self.scheduler.config
+        flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+        if signal is None or flow or config.get("timestep_type", "discrete") != "discrete":
+            raise ValueError(
+                "`sfcm_guidance_start` is a noise ratio, and the timesteps of this "
+                f"{type(self.scheduler).__name__} are no places in a table of noise: use another scheduler, such as "
+                "DDIM, PNDM or Euler with discrete timesteps."
+            )
+        # Pure noise has the least signal that diffusers gives it; a timestep may lie between two integers.
+        signal = signal.cpu().clamp(min=2**-24)
+        ratios = ((1 - signal) / signal).sqrt()
+        return lambda timestep: bool(ratios[round(float(timestep))] > start)
 
     def _twin_noise(self, count: int, dtype: torch.dtype, stock: dict[str, Any]) -> dict[str, Any]:
         """Latents and generators of a run of both halves, with equal noise in them, drawn as the stock call would."""

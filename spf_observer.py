@@ -58,9 +58,11 @@ class RowLayout:
         """The rows of the call itself, in those of the whole batch."""
         return rows[: len(rows) - self.images * self.appended]
 
-    def of_the_original(self, batch_size: int) -> list[int]:
-        """The rows of a whole batch in which the adapters are off."""
+    def of_the_original(self, batch_size: int, closed: bool = False) -> list[int]:
+        """The rows of a whole batch in which the adapters are off; with a closed gate, all of the call itself."""
         own = len(self.own(range(batch_size)))
+        if closed:
+            return list(range(own))
         negatives = range(0 if self.negative_adapters else own - self.branch)
         references = [i for i in range(own) if i % self.branch >= self.images and i not in negatives]
         return [*negatives, *references, *range(own, own + self.images * (self.appended > 0))]
@@ -127,18 +129,25 @@ class StepAttention:
 class Observer:
     """Gives the denoiser rows that its caller does not see, and takes their predictions and attention.
 
-    Source: [paper] both predictions from the same `z_t`; [ours] in one batch.
+    Above a noise level the gate is closed: the call's own rows are the original model's of the base prompts, which is
+    the Reference Path, and the first appended group is the response that is only looked at.
+
+    Source: [paper] both predictions from the same `z_t`; [ours] in one batch, and the gate.
     """
 
     rows: RowLayout
     phrases: Phrases | None  # None where no rows are appended
-    extend: Callable[[tuple, dict], tuple[tuple, dict]]  # a call's arguments and keywords, with the appended rows
+    # A call's arguments and keywords, and whether the gate is closed, to those with the appended rows.
+    extend: Callable[[tuple, dict, bool], tuple[tuple, dict]]
     to_epsilon: Callable[[Tensor], Tensor]  # of a timestep, what makes a difference one of predicted noise
     guidance: tuple[float, float]  # strength and exponent
-    differences: list[Tensor] = field(default_factory=list)  # of each call, as the attention
+    closed_at: Callable[[Tensor], bool]  # whether the gate is closed, of a timestep
+    starts: tuple[str, ...]  # what the response is held against, D, as in `sfcm.SfcmMode`
+    differences: list[Tensor] = field(default_factory=list)  # (B, D, H, W) of each call, as the attention
     attention: list[StepAttention] = field(default_factory=list)
     _store: attention_processors.CrossAttentionStore | None = None
     _total: Tensor | float = 0.0
+    _closed: bool = False  # of the call of the denoiser that is under way
 
     @contextmanager
     def watch(self, denoiser: nn.Module, with_attention: bool) -> Iterator[None]:
@@ -147,41 +156,52 @@ class Observer:
             if with_attention:
                 self._store = stack.enter_context(attention_processors.capture_cross_attention(denoiser))
                 stack.enter_context(self._store.record())
-            extend = denoiser.register_forward_pre_hook(lambda _, *call: self.extend(*call), with_kwargs=True)
-            stack.callback(extend.remove)
+            stack.callback(denoiser.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
             if self.rows.appended:
                 stack.callback(denoiser.register_forward_hook(self._take_rows).remove)
-            stack.enter_context(adapters.original_rows(denoiser, self.rows.of_the_original))
+            stack.enter_context(
+                adapters.original_rows(denoiser, lambda size: self.rows.of_the_original(size, self._closed))
+            )
             yield
 
+    def _begin(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        self._closed = self.closed_at(args[1])
+        return self.extend(args, kwargs, self._closed)
+
+    def _paths(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The Response Path's rows of a whole batch and the Reference Path's, B each."""
+        own = self.rows.own(rows)
+        response, reference = self.rows.response(own), rows[len(own) :][: self.rows.images]
+        return (reference, response) if self._closed else (response, reference)
+
     def _take_rows(self, denoiser: nn.Module, args: tuple, output: tuple) -> tuple:
-        own, images = self.rows.own(output[0]), self.rows.images
-        appended, response = output[0][len(own) :], self.rows.response(own)
-        reference, start = appended[:images], appended[-images:]
-        self.differences.append(sfcm.noise_difference(response, start, self.to_epsilon(args[1])))
+        response, reference = self._paths(output[0])
+        held, scale = {"paths": reference, "words": output[0][-self.rows.images :]}, self.to_epsilon(args[1])
+        each = [sfcm.noise_difference(response, held[start], scale) for start in self.starts]
+        self.differences.append(torch.cat(each, 1))
         if self._store is not None:
             self.attention.append(self._take_attention())
         if self.guidance[0] > 0:
-            response.copy_(self._guided(response, reference))
-        return (own, *output[1:])
+            guided = self._guided(response, reference)
+            if not self._closed:
+                response.copy_(guided)
+        return (self.rows.own(output[0]), *output[1:])
 
     def _take_attention(self) -> StepAttention:
         features = self._store.pop()
         resolution = attention_processors.phrase_map_resolution(features.resolutions)
-        layers = list(features.at_resolution(resolution).attention_probs.values())
-        own = [self.rows.own(probs) for probs in layers]
-        response = torch.stack([self.rows.response(probs) for probs in own]).mean(0)
-        reference = [probs[len(rows) :][: self.rows.images] for probs, rows in zip(layers, own)]
-        return StepAttention(torch.stack(reference).mean(0), response, resolution)
+        layers = features.at_resolution(resolution).attention_probs.values()
+        response, reference = (torch.stack(path).mean(0) for path in zip(*map(self._paths, layers)))
+        return StepAttention(reference, response, resolution)
 
     def _guided(self, response: Tensor, reference: Tensor) -> Tensor:
         """The response (B, C, H, W) kept to the reference outside of where the target responds.
 
         It is `eps_ref + m * (eps_res - eps_ref)` with the soft mask `m = 1 - strength * (1 - SFCM^exponent)`; the SFCM
-        is of the mean of all calls' normalised differences, and open where phrases are free.
+        is of the means of all calls' normalised differences, and open where phrases are free.
         """
         strength, exponent = self.guidance
-        self._total = self._total + sfcm.guidance_map(self.differences[-1])
+        self._total = self._total + sfcm.normalize_differences(self.differences[-1])
         opened = sfcm.guidance_map(self._total / len(self.differences)) ** exponent
         if self.phrases.free.any():
             maps = self.attention[-1].reference_maps(self.phrases.weights, opened.shape[-2:])

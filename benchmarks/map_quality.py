@@ -138,8 +138,8 @@ class Inputs:
         process = DDPM(type(scheduler).__name__, scheduler.config)
         predicted = partial(predict, self.family, self.pipeline.unet)
         references, responses = [], {name: [] for name in adapters}
-        # By adapter, and whether it is on in both predictions.
-        differences = {(name, own): [] for name in adapters for own in (False, True)}
+        # By adapter, and what its response is held against, as in `SfcmMode`.
+        differences = {(name, start): [] for name in adapters for start in ("paths", "words")}
         for noise, timesteps in samples:
             steps = timesteps[rows].to(latents.device)
             noisy = process.add_noise(latents, noise[rows].to(latents.device), steps)
@@ -149,8 +149,8 @@ class Inputs:
                 response_pred, features = predicted(name, noisy, steps, full)
                 responses[name].append(features)
                 start_pred = reference_pred if name == ORIGINAL else predicted(name, noisy, steps, base)[0]
-                differences[name, False].append(noise_difference(response_pred, reference_pred))
-                differences[name, True].append(noise_difference(response_pred, start_pred))
+                differences[name, "paths"].append(noise_difference(response_pred, reference_pred))
+                differences[name, "words"].append(noise_difference(response_pred, start_pred))
 
         resolutions = references[0].resolutions
         used = phrase_map_resolution(resolutions)
@@ -161,8 +161,8 @@ class Inputs:
             return phrase_attention_maps(layers, [size] * len(layers), of, latents.shape[-2:])
 
         def sfcm(mode: str, name: str, phrases: torch.Tensor, chosen: slice) -> np.ndarray:
-            difference = torch.stack(differences[name, MODES[mode].target_only][chosen]).mean(0)
-            return MODES[mode].compute(difference, phrases, distances, present)[:, 0].cpu().numpy()
+            taken = [torch.stack(differences[name, own][chosen]).mean(0) for own in MODES[mode].differences]
+            return MODES[mode].compute(torch.cat(taken, 1), phrases, distances, present)[:, 0].cpu().numpy()
 
         phrases = {size: attention(references, weights, size) for size in sorted(set(resolutions.values()))}
         each = [(attention([own], weights, used), slice(i, i + 1)) for i, own in enumerate(references)]

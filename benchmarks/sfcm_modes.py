@@ -44,7 +44,7 @@ def sfcm_hard(difference: Tensor, phrase_maps: Tensor, distances: Tensor, phrase
 LOST = {
     "averaged_noise": SfcmMode(sfcm_noise, averaged=True),
     "averaged_product": SfcmMode(sfcm_product, averaged=True),
-    "averaged_target_hard": SfcmMode(sfcm_hard, averaged=True, target_only=True),
+    "averaged_target_hard": SfcmMode(sfcm_hard, averaged=True, differences=("words",)),
     "attention": SfcmMode(sfcm_attention, averaged=True),
     "noise": SfcmMode(sfcm_noise, averaged=False),
 }

@@ -55,6 +55,7 @@ def test_the_signature_is_the_stock_one_and_then_ours():
         ("sfcm_mode", "averaged_target"),
         ("sfcm_guidance", 0.0),
         ("sfcm_guidance_exponent", 2.0),
+        ("sfcm_guidance_start", None),
         ("adapter_in_unconditional", True),
     ]
 

@@ -36,7 +36,13 @@ from pipeline_world import (
     make_xl_components,
     state,
 )
-from test_spf_observer import GUIDANCES, check_guidance, check_sfcm
+from test_spf_observer import (
+    GATED_SCHEDULERS,
+    GUIDANCES,
+    check_guidance,
+    check_sfcm,
+    check_that_references_part_when_the_gate_opens,
+)
 from toy_bases import write_random_lora
 
 from pipeline_spf_portrait import SPFPortraitPipeline
@@ -128,7 +134,7 @@ def test_the_signature_is_the_stock_one_and_then_that_of_every_family():
     ours = list(inspect.signature(SPFPortraitXLPipeline.__call__).parameters.values())
     others = list(inspect.signature(SPFPortraitPipeline.__call__).parameters.values())
     assert [(p.name, p.default, p.kind) for p in ours] == [
-        (p.name, p.default, p.kind) for p in [*stock[:-1], *others[-11:]]
+        (p.name, p.default, p.kind) for p in [*stock[:-1], *others[-12:]]
     ]
     assert {p.name for p in stock} - {"self"} == set(STOCK_ARGUMENTS)
 
@@ -323,7 +329,7 @@ def test_a_watermark_is_on_both(own_xl_world):
 
 
 @pytest.mark.parametrize(("compare", "guidance_scale"), [(True, 5.0), (False, 1.0)])
-@pytest.mark.parametrize("sfcm_mode", ["averaged_target", "averaged", "paper"])
+@pytest.mark.parametrize("sfcm_mode", ["averaged_target", "averaged", "averaged_both", "paper"])
 def test_sfcm_is_that_of_separate_calls(text_xl_world, sfcm_mode, compare, guidance_scale):
     check_sfcm(text_xl_world, sfcm_mode, compare, guidance_scale)
 
@@ -331,6 +337,20 @@ def test_sfcm_is_that_of_separate_calls(text_xl_world, sfcm_mode, compare, guida
 @pytest.mark.parametrize(("expected", "arguments"), GUIDANCES)
 def test_guidance_is_what_separate_calls_compute(text_xl_world, expected, arguments):
     check_guidance(text_xl_world, expected, arguments)
+
+
+@pytest.mark.parametrize("guidance", [{}, {"sfcm_guidance": 0.5}], ids=["alone", "guided"])
+def test_until_the_gate_opens_the_portrait_is_the_reference(tokenizer, guidance):
+    world = XLWorld(tokenizer)
+    add_text_encoder_lora(world)
+    check_that_references_part_when_the_gate_opens(world, GATED_SCHEDULERS[-1], **guidance)
+
+
+@pytest.mark.parametrize("callback", [None, SDXLCFGCutoffCallback(cutoff_step_ratio=0.0)])
+def test_a_gate_that_never_opens_leaves_the_original_models_portrait(text_xl_world, callback):
+    arguments = {"num_inference_steps": 2, "callback_on_step_end": callback, "height": 24, "width": 16}
+    output = draw(text_xl_world.ours, BASE, target_prompt=TARGET, sfcm_guidance_start=1e-6, **arguments)
+    assert_close(output.images, draw(text_xl_world.original, BASE, **arguments).images)
 
 
 def test_maps_of_several_prompts_and_images_are_those_of_runs_of_their_own(xl_world):

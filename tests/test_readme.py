@@ -186,7 +186,7 @@ def test_the_map_table_lists_the_modes_that_are_no_benchmarks():
     for mode in rows:
         flags = parse_args([*MODEL, "--train_data_dir", "portraits", "--sfcm_mode", mode])
         assert flags.alignment.sfcm_mode == mode
-    assert len(rows) == 4
+    assert len(rows) == 5
 
 
 def test_the_ablations_and_presets_are_flags_the_trainer_takes():

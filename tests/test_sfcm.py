@@ -7,6 +7,7 @@ from sfcm import (
     SFCM_MODES,
     blur,
     free_regions,
+    guidance_map,
     min_max_normalize,
     noise_difference,
     percentile_normalize,
@@ -14,6 +15,7 @@ from sfcm import (
     relative_distances,
     sfcm_averaged,
     sfcm_paper,
+    taken_by_phrases,
 )
 
 
@@ -173,6 +175,20 @@ def test_averaged_map_takes_the_mean_over_the_phrases_there_are():
     torch.testing.assert_close(sfcm_averaged(difference, maps, distances, mask), percentile_normalize(left))
 
 
+def test_a_map_of_two_differences_is_their_geometric_mean():
+    first, maps, distances, mask = make_inputs()
+    second = first.flip(-1) ** 2
+    start = (percentile_normalize(blur(first)) * percentile_normalize(blur(second))).sqrt()
+    both = torch.cat([first, 3 * second], 1)  # each on its own scale
+    torch.testing.assert_close(guidance_map(both), start)
+    left = (start - taken_by_phrases(maps, distances, mask)).clamp(min=0)
+    torch.testing.assert_close(sfcm_averaged(both, maps, distances, mask), percentile_normalize(left))
+    assert torch.equal(guidance_map(first), percentile_normalize(blur(first)))
+    torch.testing.assert_close(guidance_map(torch.cat([first, first], 1)), guidance_map(first))
+    flat = torch.cat([first, torch.full_like(first, 0.1)], 1)
+    assert (sfcm_averaged(flat, maps, distances, mask) == 0).all()
+
+
 @pytest.mark.parametrize("name", SFCM_MODES)
 def test_every_mode_gives_a_map(name):
     difference, maps, distances, mask = make_inputs()
@@ -209,8 +225,11 @@ def test_no_difference_gives_no_map(name, value):
 
 
 def test_which_modes_average_over_noise():
-    assert {name for name, mode in SFCM_MODES.items() if mode.averaged} == {"averaged", "averaged_target"}
-    assert {name for name, mode in SFCM_MODES.items() if mode.target_only} == {"averaged_target"}
+    averaged = {name: mode.differences for name, mode in SFCM_MODES.items() if mode.averaged}
+    assert averaged == {
+        "averaged_target": ("words",), "averaged": ("paths",), "averaged_both": ("paths", "words"),
+    }  # fmt: skip
+    assert SFCM_MODES["paper"].differences == SFCM_MODES["none"].differences == ("paths",)
 
 
 # ------------------------------------------------------------------------------------------------------ free phrases

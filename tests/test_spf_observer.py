@@ -1,11 +1,20 @@
 """Tests of `spf_observer.py`: rows, maps and guidance, against separate calls of the models."""
 
 import copy
+import math
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+)
+from diffusers.callbacks import SDCFGCutoffCallback
 from pipeline_world import (
     BASE,
     FULL,
@@ -45,6 +54,8 @@ def test_every_row_of_the_batch_has_its_owner(layout, batch, response, original)
     assert layout.response(own).tolist() == response
     assert layout.append(own).tolist() == [*own.tolist(), *response * layout.appended]
     assert sorted(layout.of_the_original(batch)) == original
+    # Above the noise level that the LoRA begins at, it is off in all rows of the call itself.
+    assert layout.of_the_original(batch, closed=True) == own.tolist()
 
 
 def seen(unet, *inputs, **conditions):
@@ -71,9 +82,9 @@ def expected_maps(world, prompt, latents_of_steps, mode):
         for latents, timestep in zip(latents_of_steps, world.ours.scheduler.timesteps, strict=True):
             response = world.ours.unet(latents, timestep, **told(world.ours, pair.full_prompt)).sample
             start, attention, resolution = seen(world.original.unet, latents, timestep, **told(world.original, prompt))
-            if SFCM_MODES[mode].target_only:
-                start = world.ours.unet(latents, timestep, **told(world.ours, prompt)).sample
-            differences.append(noise_difference(response, start))
+            words = world.ours.unet(latents, timestep, **told(world.ours, prompt)).sample
+            starts = {"averaged_target": [words], "averaged_both": [start, words]}.get(mode, [start])
+            differences.append(torch.cat([noise_difference(response, own) for own in starts], 1))
             probs.append(attention)
         embeds = world.clip_embeds(world.original, [*pair.base_phrases, TARGET])
     difference = torch.stack(differences).mean(0)
@@ -83,7 +94,7 @@ def expected_maps(world, prompt, latents_of_steps, mode):
     return SFCM_MODES[mode].compute(difference, maps, distances, present), maps, distances
 
 
-def check_sfcm(world, sfcm_mode, compare, guidance_scale):
+def check_sfcm(world, sfcm_mode, compare, guidance_scale, **others):
     steps = [torch.randn(1, 4, 12, 8, generator=torch.Generator().manual_seed(0))]
 
     def remember(pipeline, step, timestep, tensors):
@@ -91,7 +102,7 @@ def check_sfcm(world, sfcm_mode, compare, guidance_scale):
         return {}
 
     arguments = {"height": 24, "width": 16, "guidance_scale": guidance_scale, "negative_prompt": "bad"}
-    arguments["num_inference_steps"] = 2
+    arguments |= {"num_inference_steps": 2, **others}
     plain = draw(world.ours, BASE, target_prompt=TARGET, callback_on_step_end=remember, **arguments)
     before = state(world.ours)
     arguments.update(target_prompt=TARGET, return_sfcm=True, compare=compare, sfcm_mode=sfcm_mode)
@@ -109,7 +120,7 @@ def check_sfcm(world, sfcm_mode, compare, guidance_scale):
 
 
 @pytest.mark.parametrize(("compare", "guidance_scale"), [(True, 5.0), (False, 1.0)])
-@pytest.mark.parametrize("sfcm_mode", ["averaged_target", "averaged", "paper"])
+@pytest.mark.parametrize("sfcm_mode", ["averaged_target", "averaged", "averaged_both", "paper"])
 def test_sfcm_is_that_of_separate_calls_on_the_responses_own_latents(world, sfcm_mode, compare, guidance_scale):
     check_sfcm(world, sfcm_mode, compare, guidance_scale)
 
@@ -125,6 +136,14 @@ def text_world(tokenizer):
 @pytest.mark.parametrize(("sfcm_mode", "compare"), [("averaged", False), ("averaged_target", True)])
 def test_sfcm_is_against_the_original_text_encoder(text_world, sfcm_mode, compare):
     check_sfcm(text_world, sfcm_mode, compare, guidance_scale=5.0 if compare else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("sfcm_mode", "compare"), [("averaged", False), ("averaged_target", True), ("averaged_both", True)]
+)
+@pytest.mark.parametrize("start", [1.0, 1e-3])
+def test_steps_without_the_lora_count_in_the_map_with_what_it_would_change(text_world, sfcm_mode, compare, start):
+    check_sfcm(text_world, sfcm_mode, compare, 5.0 if compare else 1.0, sfcm_guidance_start=start)
 
 
 def test_sfcm_of_several_prompts_and_images(world):
@@ -150,6 +169,13 @@ def test_sfcm_without_a_lora_is_the_difference_of_the_prompts(bare_world):
     output = draw(bare_world.ours, BASE, target_prompt=TARGET, return_sfcm=True, output_type="pil")
     assert isinstance(output.images[0], PIL.Image.Image)
     assert output.sfcm.max() == 1
+
+
+def test_without_a_target_both_differences_are_that_of_the_paths(world):
+    both, paths = (
+        draw(world.ours, BASE, return_sfcm=True, sfcm_mode=mode).sfcm for mode in ("averaged_both", "averaged")
+    )
+    assert torch.equal(both, paths) and both.max() == 1
 
 
 def test_phrases_can_be_given_and_replaced_ones_are_left_out(world):
@@ -258,7 +284,10 @@ def test_textual_inversions_of_several_vectors_are_refused_for_the_map(own_world
         draw(own_world.ours, prompt, target_prompt=TARGET, return_sfcm=True)
 
 
-def denoise(world, prompt, *, guide=0.0, exponent=2.0, target_only=True, negative_lora=True, free=(), scale=5.0):
+def denoise(
+    world, prompt, *, guide=0.0, exponent=2.0, mode="averaged_target", negative_lora=True, free=(), scale=5.0,
+    gate=math.inf,
+):  # fmt: skip
     """What a call computes, step by step with separate calls of the UNets: latents after two steps."""
     ours, original = world.ours, world.original
     pair = make_prompt_pair(prompt, TARGET, free_phrases=free)
@@ -274,14 +303,18 @@ def denoise(world, prompt, *, guide=0.0, exponent=2.0, target_only=True, negativ
     for i, timestep in enumerate(ours.scheduler.timesteps):
         response = predict(ours, pair.full_prompt, latents, timestep)
         reference, probs, resolution = seen(original.unet, latents, timestep, **world.conditions(original, prompt))
-        start = predict(ours, prompt, latents, timestep) if target_only else reference
-        total = total + guidance_map(noise_difference(response, start))
-        sfcm = guidance_map(total / (i + 1)) ** exponent
+        words = predict(ours, prompt, latents, timestep)
+        starts = {"averaged_target": [words], "averaged": [reference], "averaged_both": [reference, words]}[mode]
+        total = total + torch.stack([guidance_map(noise_difference(response, own)) for own in starts])
+        each = [guidance_map(own) for own in total / (i + 1)]
+        sfcm = math.prod(each) ** (exponent / len(each))
         maps = phrase_attention_maps([probs], [resolution], weights, (8, 8))
         mask = 1 - guide * (1 - free_regions(sfcm, maps, is_free))
-        guided = reference + mask * (response - reference)
+        signal = float(ours.scheduler.alphas_cumprod[timestep])
+        closed = math.sqrt((1 - signal) / signal) > gate
+        guided = reference + (0 if closed else mask) * (response - reference)
         if scale > 1:
-            negative = predict(ours if negative_lora else original, "bad", latents, timestep)
+            negative = predict(ours if negative_lora and not closed else original, "bad", latents, timestep)
             guided = negative + scale * (guided - negative)
         latents = ours.scheduler.step(guided, timestep, latents).prev_sample
     return latents
@@ -291,11 +324,28 @@ GUIDANCES = [
     ({"negative_lora": False}, {"adapter_in_unconditional": False}),
     ({"guide": 1.0}, {"sfcm_guidance": 1.0}),
     ({"guide": 0.5, "exponent": 1.0}, {"sfcm_guidance": 0.5, "sfcm_guidance_exponent": 1.0}),
-    ({"guide": 0.75, "target_only": False}, {"sfcm_guidance": 0.75, "sfcm_mode": "averaged"}),
+    ({"guide": 0.75, "mode": "averaged"}, {"sfcm_guidance": 0.75, "sfcm_mode": "averaged"}),
+    ({"guide": 1.0, "mode": "averaged_both"}, {"sfcm_guidance": 1.0, "sfcm_mode": "averaged_both"}),
     ({"guide": 1.0, "scale": 1.0}, {"sfcm_guidance": 1}),
     (
         {"guide": 1.0, "negative_lora": False, "free": ["a green jacket"]},
         {"sfcm_guidance": 1.0, "adapter_in_unconditional": False, "free_phrases": ["a green jacket"]},
+    ),
+    # Of two steps the first has the noise ratio 1.43, the second .014.
+    ({"gate": 1.0}, {"sfcm_guidance_start": 1.0}),
+    ({"gate": 1.0, "negative_lora": False}, {"sfcm_guidance_start": 1.0, "adapter_in_unconditional": False}),
+    ({"gate": 1.0, "guide": 1.0}, {"sfcm_guidance_start": 1, "sfcm_guidance": 1.0}),
+    (
+        {"gate": 1.0, "guide": 0.75, "scale": 1.0, "mode": "averaged"},
+        {"sfcm_guidance_start": 1.0, "sfcm_guidance": 0.75, "sfcm_mode": "averaged"},
+    ),
+    (
+        {"gate": 1.0, "guide": 1.0, "mode": "averaged_both"},
+        {"sfcm_guidance_start": 1.0, "sfcm_guidance": 1.0, "sfcm_mode": "averaged_both"},
+    ),
+    (
+        {"gate": 1.0, "guide": 1.0, "free": ["a green jacket"]},
+        {"sfcm_guidance_start": 1.0, "sfcm_guidance": 1.0, "free_phrases": ["a green jacket"]},
     ),
 ]
 
@@ -347,3 +397,100 @@ def test_guidance_goes_with_half_precision_and_images_of_an_ip_adapter(own_world
     assert_close(exact.reference_images, draw(own_world.original, BASE, **image).images)
     own_world.ours.to(torch.bfloat16)
     assert_close(draw(own_world.ours, BASE, **guided).images, exact.images, 0.02)
+
+
+GATED_SCHEDULERS = [
+    DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
+    PNDMScheduler(beta_schedule="scaled_linear", steps_offset=1, skip_prk_steps=True),
+    EulerDiscreteScheduler(beta_schedule="scaled_linear", timestep_spacing="linspace"),  # at 749.25 and 499.5, too
+]
+
+
+def check_that_references_part_when_the_gate_opens(world, scheduler, **guidance):
+    """With 2 prompts, 2 images each: until then portraits are the references, and after it they are not."""
+    world.use_scheduler(scheduler)
+    apart, ratios, signal = [], [], scheduler.alphas_cumprod
+
+    def look(pipeline, step, timestep, tensors):
+        portraits, references = tensors["latents"].chunk(2)
+        apart.append((portraits - references).abs().amax((1, 2, 3)))
+        ratios.append(float((1 / signal[round(float(timestep))] - 1).sqrt()))
+        return {}
+
+    arguments = {"target_prompt": TARGET, "compare": True, "callback_on_step_end": look, "num_inference_steps": 5}
+    arguments |= {"seed": [1, 2, 3, 4], "num_images_per_prompt": 2, "sfcm_guidance_start": 1.5, **guidance}
+    output = draw(world.ours, [BASE, OTHER], **arguments)
+    opened = [ratio <= 1.5 for ratio in ratios]
+    assert opened == sorted(opened) and opened.count(False) >= 2 and opened.count(True) >= 2
+    for is_open, distances in zip(opened, apart, strict=True):
+        assert (distances > 1e-2).all() if is_open else (distances < 1e-4).all()
+    stock = {"num_inference_steps": 5, "num_images_per_prompt": 2, "seed": [1, 2, 3, 4]}
+    assert_close(output.reference_images, draw(world.original, [BASE, OTHER], **stock).images)
+
+
+@pytest.mark.parametrize("scheduler", GATED_SCHEDULERS, ids=lambda scheduler: type(scheduler).__name__)
+@pytest.mark.parametrize("guidance", [{}, {"sfcm_guidance": 0.5}], ids=["alone", "guided"])
+def test_until_the_gate_opens_the_portrait_is_the_reference(tokenizer, scheduler, guidance):
+    world = World(tokenizer)
+    add_text_encoder_lora(world)
+    check_that_references_part_when_the_gate_opens(world, scheduler, **guidance)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"compare": True, "return_sfcm": True}, {"sfcm_guidance": 0.5}])
+def test_a_gate_that_is_always_open_changes_nothing_to_the_bit(text_world, arguments):
+    arguments = {"target_prompt": TARGET, "num_inference_steps": 3, **arguments}
+    without = draw(text_world.ours, BASE, **arguments)
+    output = draw(text_world.ours, BASE, sfcm_guidance_start=1e9, **arguments)
+    assert_equal(output.images, without.images)
+    if "compare" in arguments:
+        assert_equal(output.reference_images, without.reference_images)
+        assert torch.equal(output.sfcm, without.sfcm) and torch.equal(output.target_maps, without.target_maps)
+
+
+def end_guidance(pipeline, step, timestep, tensors):
+    pipeline._guidance_scale = 0.0
+    return {"prompt_embeds": tensors["prompt_embeds"].chunk(2)[1]} if step == 0 else {}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"guidance_scale": 1.0},
+        {"negative_prompt": "bad", "height": 24, "width": 16},
+        {"callback_on_step_end": SDCFGCutoffCallback(cutoff_step_ratio=0.0)},
+        {"callback_on_step_end": end_guidance, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]},
+    ],
+)
+@pytest.mark.parametrize("ours", [{}, {"compare": True, "sfcm_guidance": 1.0}])
+def test_a_gate_that_never_opens_leaves_the_original_models_portrait(text_world, arguments, ours):
+    before = state(text_world.ours)
+    arguments = {"num_inference_steps": 2, **arguments}
+    output = draw(text_world.ours, BASE, target_prompt=TARGET, sfcm_guidance_start=1e-6, **ours, **arguments)
+    assert_close(output.images, draw(text_world.original, BASE, **arguments).images)
+    assert state(text_world.ours) == before
+
+
+def test_pure_noise_has_a_ratio_too(own_world):
+    own_world.use_scheduler(DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing"))
+    arguments = {"target_prompt": TARGET, "num_inference_steps": 2}
+    gated = (draw(own_world.ours, BASE, sfcm_guidance_start=start, **arguments).images for start in (1e9, 1000))
+    plain = draw(own_world.ours, BASE, **arguments).images
+    assert_equal(next(gated), plain)
+    assert np.abs(next(gated) - plain).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        EDMEulerScheduler(),
+        EulerDiscreteScheduler(prediction_type="v_prediction", timestep_type="continuous"),
+        DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+    ],
+    ids=["edm", "continuous", "flow"],
+)
+def test_a_scheduler_whose_noise_is_not_known_is_refused_before_encoding(own_world, scheduler):
+    own_world.use_scheduler(scheduler)
+    own_world.ours.text_encoder.register_forward_pre_hook(lambda *_: pytest.fail("a prompt was encoded"))
+    with pytest.raises(ValueError, match=f"^`sfcm_guidance_start` .* {type(scheduler).__name__} "):
+        draw(own_world.ours, BASE, target_prompt=TARGET, sfcm_guidance_start=5.0)

@@ -15,7 +15,7 @@ from programs.console import in_home
 
 
 # A list, since a program that brings further modes extends it.
-SFCM_MODES = ["averaged_target", "averaged", "paper", "none"]
+SFCM_MODES = ["averaged_target", "averaged", "averaged_both", "paper", "none"]
 # What a number must be, as a refusal says it.
 RULES = {
     "at least 1": lambda value: value >= 1,

@@ -288,7 +288,7 @@ class AlignmentFlags(FlagGroup):
     sfcm_mode: str = flag(
         "averaged_target",
         "How the map is made: of what the target's words change (`averaged_target`), of what differs between the "
-        "two paths (`averaged`), in its literal form (`paper`); `none` aligns everything.",
+        "two paths (`averaged`), of both (`averaged_both`), in its literal form (`paper`); `none` aligns everything.",
         choices=SFCM_MODES,
     )
     sfcm_noise_samples: int = flag(4, "Noise samples a portrait's map is averaged over.", "at least 1")

@@ -74,11 +74,11 @@ class MapMaker:
                 ) as paths,
             ):  # fmt: skip
                 features = phrase_map_layers(paths.reference)
-            start_pred = paths.reference_pred
-            if self._mode.target_only:
-                start_pred = models.predict(noisy_latents, timesteps, reference_embeds)
-            scale = models.noise.epsilon_scale(timesteps)
-            difference = difference + noise_difference(paths.response_pred, start_pred, scale)
+            starts, scale = {"paths": paths.reference_pred}, models.noise.epsilon_scale(timesteps)
+            if "words" in self._mode.differences:
+                starts["words"] = models.predict(noisy_latents, timesteps, reference_embeds)
+            each = [noise_difference(paths.response_pred, starts[own], scale) for own in self._mode.differences]
+            difference = difference + torch.cat(each, 1)
             probs += features.attention_probs.values()
             resolutions += features.resolutions.values()
         return self._make(rows, difference, probs, resolutions)
@@ -87,7 +87,7 @@ class MapMaker:
         self, rows: Tensor, difference: Tensor, attention_probs: Sequence[Tensor],
         resolutions: Sequence[tuple[int, int]],
     ) -> Tensor:  # fmt: skip
-        """The SFCM (B, 1, H, W) of pairs `rows` (B,) from a noise difference and reference attention.
+        """The SFCM (B, 1, H, W) of pairs `rows` (B,) from noise differences (B, D, H, W) and reference attention.
 
         Free phrases are not protected, and their regions are open whatever the mode.
         """

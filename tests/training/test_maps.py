@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from test_train import CARD, RUN_FILE, WEIGHTS, difference, files, train, watch
 
-from sfcm import SFCM_MODES
+from sfcm import SFCM_MODES, guidance_map, percentile_normalize
 from toy_portraits.recipe import BASE_MODEL
 from toy_portraits.world import TARGETS, render, sample_factors
 from training import maps
@@ -49,6 +49,32 @@ def test_a_map_of_the_target_alone_leaves_out_what_the_lora_does_to_any_prompt(r
     count = len(differences) // 2
     largest = torch.stack([difference.max() for difference in differences])
     assert count and largest[:count].max() < 1e-3 * largest[count:].min()
+
+
+def test_the_map_of_both_differences_is_made_of_the_two_that_the_other_modes_take(run, monkeypatch):
+    made, make = [], MapMaker._make
+
+    def remember(maker, rows, difference, *attention):
+        sfcm = make(maker, rows, difference, *attention)
+        made.append((difference, sfcm))
+        return sfcm
+
+    monkeypatch.setattr(MapMaker, "_make", remember)
+    for mode in ("averaged", "averaged_target", "averaged_both"):
+        flags = replace(run.flags.alignment, sfcm_mode=mode)
+        MapMaker(run.parts.models, run.parts.table, flags, 0).fill_bank(run.alignment, 2, False)
+    count, table = len(made) // 3, run.parts.table
+    monkeypatch.setattr(maps, "phrase_attention_maps", lambda probs, resolutions, weights, size: taken)
+    for paths, words, both in zip(made[:count], made[count : 2 * count], made[2 * count :], strict=True):
+        assert both[0].shape[1] == 2
+        assert torch.equal(both[0], torch.cat([paths[0], words[0]], 1))
+        assert (both[1] - paths[1]).abs().max() > 1e-2 and (both[1] - words[1]).abs().max() > 1e-2
+        # Where no phrase takes anything it is the geometric mean.
+        rows, size = torch.arange(len(both[0])), both[0].shape[-2:]
+        taken = torch.zeros(len(rows), table.phrase_mask.shape[1], *size)
+        maker = MapMaker(run.parts.models, table, replace(run.flags.alignment, sfcm_mode="averaged_both"), 0)
+        mean = (guidance_map(paths[0]) * guidance_map(words[0])).sqrt()
+        torch.testing.assert_close(make(maker, rows, both[0], [], []), percentile_normalize(mean))
 
 
 def test_no_picture_of_the_maps_where_each_step_makes_its_own(world, tmp_path):
