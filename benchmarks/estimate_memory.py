@@ -235,8 +235,8 @@ def training(flags: str, model: Model = MODELS["sd"]) -> Iterator[Training]:
         del clip.text_model, clip.text_projection
         unet = pipeline.unet
         encoders = [getattr(pipeline, name) for name in model.family.text_encoders]
-        halves = [module.bfloat16() for module in (unet, pipeline.vae, *encoders)]
-        for module in (*halves, clip):
+        halves = [module.bfloat16() for module in (unet, pipeline.vae, *encoders, clip)]
+        for module in halves:
             module.requires_grad_(False).eval()
         unet.add_adapter(lora_config(model.family, given.lora, unet))
         train_in_float32(unet, "default")
@@ -248,7 +248,7 @@ def training(flags: str, model: Model = MODELS["sd"]) -> Iterator[Training]:
         if given.method.stage2_objective != "paper":
             models.add_teacher(models.lora())
     with FakeTensorMode():
-        for part in (part for module in (*halves, clip) for part in module.modules()):
+        for part in (part for module in halves for part in module.modules()):
             for name, own in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
                 empty = torch.empty(own.shape, dtype=own.dtype)
                 setattr(part, name, nn.Parameter(empty, own.requires_grad) if isinstance(own, nn.Parameter) else empty)

@@ -28,7 +28,9 @@ from training.prompt_table import embed_pixels, embed_targets
 
 
 class Enhancement:
-    """`L_enh` of a batch: `clip` in float32 sees what `decoder`, the model's own VAE or a tiny one, makes of it.
+    """`L_enh` of a batch: `clip` sees what `decoder`, the model's own VAE or a tiny one, makes of it.
+
+    Of CLIP the vision tower stays, in the dtype of the frozen weights; the targets are embedded in float32 before.
 
     Raises InputError: weights are missing, damaged or a pickle.
     """
@@ -43,6 +45,7 @@ class Enhancement:
         self.clip.requires_grad_(False).to(accelerator.device).eval()
         self._see = partial(embed_pixels, self.clip, CLIPImageProcessorPil.from_pretrained(name, **where))
         self._targets = embed_targets(self.clip, load_tokenizer(name, **where), pairs)
+        self.clip.to(weight_dtype(accelerator))
         self.decoder: AutoencoderKL | AutoencoderTiny = models.pipeline.vae
         if tiny_vae is not None:
             with naming_flag("tiny_vae_model_name_or_path", tiny_vae):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, AutoencoderTiny
 from test_train import difference, prepared, train, watch, watch_runs
 
@@ -36,6 +37,20 @@ def test_a_tiny_vae_decodes_for_the_enhancement_alone(world, tmp_path, tiny_vae,
     assert "enhancement" in losses[-1] and models._kept == {"unet"}
     latents = torch.randn(1, *runs[0].training.latents[0].shape)
     torch.testing.assert_close(enhancement.decode(latents), enhancement.decoder.decode(latents).sample)
+
+
+def test_clips_vision_tower_alone_stays_in_the_dtype_of_the_weights(world):
+    """The targets are embedded before it is rounded; what it sees comes out in float32."""
+    whole = prepared(world, stage2_objective="paper").parts.enhancement
+    AcceleratorState._reset_state(reset_partial_state=True)
+    half = prepared(world, stage2_objective="paper", mixed_precision="bf16").parts.enhancement
+    for enhancement, dtype in ((whole, torch.float32), (half, torch.bfloat16)):
+        parameters = dict(enhancement.clip.named_parameters())
+        assert {parameter.dtype for parameter in parameters.values()} == {dtype}
+        assert not any(name.startswith("text_") for name in parameters)
+        assert enhancement._image_embeds.dtype == enhancement._targets.dtype == torch.float32
+    assert torch.equal(half._targets, whole._targets)
+    torch.testing.assert_close(half._image_embeds, whole._image_embeds, rtol=0.1, atol=0.1)
 
 
 def test_the_enhancement_decodes_no_larger_than_clip_looks(world):
