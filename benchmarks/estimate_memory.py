@@ -58,6 +58,7 @@ from families.stable_diffusion import StableDiffusion
 from families.stable_diffusion_xl import StableDiffusionXL
 from training.arguments import parse_args, uses_enhancement
 from training.dual_path import DualPathOutput, dual_path
+from training.enhancement import row_by_row
 from training.losses import compose_prediction, diffusion_loss, fine_grained_loss, text_consistent_loss
 from training.models import STAGE1_ADAPTER, Models, lora_config, train_in_float32
 from training.prompt_table import embed_pixels
@@ -311,15 +312,19 @@ def mapping_peak(run: Training) -> int:
 
 
 def diffusion_backward(run: Training, enhance: bool = False) -> None:
-    """The diffusion loss, and the enhancement loss of portraits that are decoded small."""
+    """The diffusion loss, and the enhancement loss of portraits that are decoded small, one by one."""
     pred = run.predict(run.rows)
     loss = diffusion_loss(pred, torch.empty_like(pred)).mean()
     if enhance:
         side = run.clip.config.vision_config.image_size // 8
-        latents = F.interpolate(pred, (side, side), mode="bilinear", antialias=True)
-        pixels = run.models.pipeline.vae.decode(latents.to(HALF), return_dict=False)[0]
-        embeds = embed_pixels(run.clip, CLIPImageProcessorPil(), pixels)
-        loss = loss + F.cosine_similarity(embeds, torch.empty_like(embeds)).mean()
+
+        def enhancement(_: int, row: Tensor) -> Tensor:
+            latents = F.interpolate(row, (side, side), mode="bilinear", antialias=True)
+            pixels = run.models.pipeline.vae.decode(latents.to(HALF), return_dict=False)[0]
+            embeds = embed_pixels(run.clip, CLIPImageProcessorPil(), pixels)
+            return F.cosine_similarity(embeds, torch.empty_like(embeds))
+
+        loss = loss + row_by_row(enhancement, pred).mean()
     torch.autograd.backward(loss)
 
 

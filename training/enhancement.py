@@ -5,7 +5,7 @@ projected CLIP embedding.
 Paper: arXiv 2504.00396; `[ours]` marks what it leaves open.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 from transformers import CLIPImageProcessorPil, CLIPModel
 
 from families.noise_process import DDPM
@@ -25,6 +26,43 @@ from training.losses import ENHANCEMENT_LOSSES
 from training.models import Models, weight_dtype
 from training.portraits import TrainingPortraits
 from training.prompt_table import embed_pixels, embed_targets
+
+
+# What a row's loss is multiplied by in its own backward, so that float16 holds the gradients of a portrait's pixels.
+# They end before the gradient scaler's begin. A power of two changes no other number.
+INNER_SCALE = 2.0**10
+
+
+class _RowByRow(torch.autograd.Function):
+    """The losses of rows, with their gradients computed along with them, each before the next row's forward."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, rows: Tensor, loss_of: Callable[[int, Tensor], Tensor]) -> Tensor:
+        losses, gradients = [], []
+        for i, row in enumerate(rows.detach().split(1)):
+            with torch.enable_grad():
+                loss = loss_of(i, row.requires_grad_())
+            (gradient,) = torch.autograd.grad(loss, row, torch.full_like(loss, INNER_SCALE))
+            losses.append(loss.detach())
+            gradients.append(gradient / INNER_SCALE)
+            del loss  # its graph with it
+        ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(losses)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, weights: Tensor) -> tuple[Tensor, None]:
+        (gradients,) = ctx.saved_tensors
+        return weights.view(-1, *[1] * (gradients.ndim - 1)) * gradients, None
+
+
+def row_by_row(loss_of: Callable[[int, Tensor], Tensor], rows: Tensor) -> Tensor:
+    """Losses (B,) of rows (B, ...) in float32, where `loss_of` takes a row's place and the row (1, ...), and has (1,).
+
+    The numbers and gradients are those of all rows at once, and the graph of one row is in memory at a time: none when
+    the backward of what the rows were made of begins.
+    """
+    return _RowByRow.apply(rows, loss_of)
 
 
 class Enhancement:
@@ -79,7 +117,10 @@ class Enhancement:
         self._image_embeds = torch.cat(embeds)
 
     def loss(self, batch: Batch, model_pred: Tensor, noise: DDPM) -> Tensor:
-        """Of the one-step prediction, weighed by alpha_bar_t [ours]: at high t the prediction is noise."""
+        """Of the one-step prediction, weighed by alpha_bar_t [ours]: at high t the prediction is noise.
+
+        The portraits are decoded and seen one after another, beside the UNet's graph.
+        """
         latents = noise.original_sample(batch.noisy_latents, model_pred, batch.timesteps)
         if batch.pixels is None:
             image_embeds = self._image_embeds[send(batch.index, latents.device)]
@@ -87,7 +128,8 @@ class Enhancement:
             with torch.no_grad():
                 image_embeds = self._see(batch.pixels)
         compare = ENHANCEMENT_LOSSES[self._flags.enhancement_loss]
-        losses = compare(self._see(self.decode(latents)), image_embeds, self._targets[batch.pairs])
+        given = list(zip(image_embeds.split(1), self._targets[batch.pairs].split(1), strict=True))
+        losses = row_by_row(lambda i, row: compare(self._see(self.decode(row)), *given[i]), latents)
         if self._flags.enhancement_weighting == "alpha_bar":
             losses = noise.signal(batch.timesteps) * losses
         return losses.mean()

@@ -1,5 +1,7 @@
 """Tests of the response enhancement: how it decodes, when it is computed, and its other forms."""
 
+import weakref
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -7,7 +9,8 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from test_train import difference, prepared, train, watch, watch_runs
 
 import train_spf_portrait_lora as script
-from training.enhancement import Enhancement
+from training.enhancement import Enhancement, row_by_row
+from training.losses import enhancement_difference
 
 
 @pytest.fixture
@@ -33,7 +36,7 @@ def test_a_tiny_vae_decodes_for_the_enhancement_alone(world, tmp_path, tiny_vae,
     train(world, tmp_path / "output", stage2_objective="paper", tiny_vae_model_name_or_path=tiny_vae)
     models, enhancement = runs[0].models, runs[0].enhancement
     assert isinstance(enhancement.decoder, AutoencoderTiny) and isinstance(models.pipeline.vae, AutoencoderKL)
-    assert len(decoded) == 2 and decoded[0].shape[-2:] == (16, 16)
+    assert len(decoded) == 2 * 2 and decoded[0].shape == (1, 3, 16, 16)  # steps and rows
     assert "enhancement" in losses[-1] and models._kept == {"unet"}
     latents = torch.randn(1, *runs[0].training.latents[0].shape)
     torch.testing.assert_close(enhancement.decode(latents), enhancement.decoder.decode(latents).sample)
@@ -61,6 +64,53 @@ def test_the_enhancement_decodes_no_larger_than_clip_looks(world):
     assert latents.shape[-2:] == (16, 16) and pixels.shape[-2:] == (16, 16)
     pixels.sum().backward()
     assert latents.grad.abs().min() > 0
+
+
+class Saved:
+    """What a graph holds of a tensor as long as it lives."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+def test_the_enhancement_row_by_row_is_that_of_the_batch_at_once(world):
+    """Value and gradient, and nothing of a row's decoding is left when the next one's begins, or afterwards."""
+    parts = prepared(world, stage2_objective="paper", train_batch_size=3).parts
+    enhancement, noise, batch = parts.enhancement, parts.models.noise, parts.batches.training(parts.training, 2)
+    pred = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+    latents = noise.original_sample(batch.noisy_latents, pred, batch.timesteps)
+    seen = enhancement._see(enhancement.decode(latents))
+    image_embeds = enhancement._image_embeds[batch.index]
+    terms = enhancement_difference(seen, image_embeds, enhancement._targets[batch.pairs])
+    expected = (noise.signal(batch.timesteps) * terms).mean()
+    (gradient,) = torch.autograd.grad(7 * expected, pred)
+    del latents, seen, terms
+
+    graph, kept = weakref.WeakSet(), []
+
+    def pack(tensor):
+        graph.add(own := Saved(tensor))
+        return own
+
+    hook = enhancement.decoder.decoder.register_forward_pre_hook(lambda *_: kept.append(len(graph)))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda own: own.tensor):
+        loss = enhancement.loss(batch, pred, noise)
+    hook.remove()
+    assert kept == [kept[0]] * 3
+    assert sum(own.tensor.numel() for own in graph) < 3 * pred.numel()
+    torch.testing.assert_close(loss, expected)
+    (own,) = torch.autograd.grad(7 * loss, pred)
+    torch.testing.assert_close(own, gradient, rtol=1e-3, atol=1e-5 * gradient.abs().max().item())
+
+
+def test_small_gradients_of_rows_are_not_lost_in_float16():
+    """Each is 2^-27, below what float16 holds, and the scaler of the run comes later."""
+    latents = torch.ones(2, 4, 8, 8, requires_grad=True)
+    losses = row_by_row(lambda i, row: row.half().flatten(1).float().sum(1) * 2.0**-27, latents)
+    (2.0**16 * losses.sum()).backward()
+    assert torch.equal(losses.detach(), torch.full((2,), 256 * 2.0**-27))
+    assert torch.equal(latents.grad, torch.full_like(latents, 2.0**-11))
 
 
 def test_the_enhancement_in_every_second_step_weighs_double(world, tmp_path, monkeypatch):
