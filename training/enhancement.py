@@ -26,6 +26,7 @@ from training.losses import ENHANCEMENT_LOSSES
 from training.models import Models, weight_dtype
 from training.portraits import TrainingPortraits
 from training.prompt_table import embed_pixels, embed_targets
+from training.training_set import derive_seed
 
 
 # What a row's loss is multiplied by in its own backward, so that float16 holds the gradients of a portrait's pixels.
@@ -94,6 +95,8 @@ class Enhancement:
         self._side = max(1, self.clip.config.vision_config.image_size // models.pipeline.vae_scale_factor)
         self._family, self._flags = models.family, flags.paper
         self._first_step, self._batches = flags.method.stage1_steps, flags.loop.gradient_accumulation_steps
+        self._seed, self._num_processes = flags.loop.seed, accelerator.num_processes
+        self._process_index = accelerator.process_index
         self._image_embeds: Tensor | None = None
 
     @property
@@ -116,23 +119,40 @@ class Enhancement:
                 bar.update()
         self._image_embeds = torch.cat(embeds)
 
-    def loss(self, batch: Batch, model_pred: Tensor, noise: DDPM) -> Tensor:
-        """Of the one-step prediction, weighed by alpha_bar_t [ours]: at high t the prediction is noise.
+    def drawn(self, timesteps: Tensor, micro_step: int, noise: DDPM) -> Tensor:
+        """Places (K,) of this process's rows that the batch's loss is computed of: with "drawn" each by a chance of
+        alpha_bar_t, else all. `timesteps` (B,) and they lie on the CPU. Source: [ours].
+        """
+        if self._flags.enhancement_weighting != "drawn":
+            return torch.arange(len(timesteps))
+        generator = torch.Generator().manual_seed(derive_seed(self._seed, f"enhancement of batch {micro_step}"))
+        first, count = self._process_index * len(timesteps), self._num_processes * len(timesteps)
+        place = torch.rand(count, generator=generator)[first : first + len(timesteps)]
+        return (place < noise.signal(timesteps)).nonzero().flatten()
+
+    def loss(self, batch: Batch, model_pred: Tensor, noise: DDPM, micro_step: int) -> Tensor:
+        """Of the one-step prediction, with the weight alpha_bar_t or of rows drawn by it, which is the same on average
+        [ours]: at high t the prediction is noise.
 
         The portraits are decoded and seen one after another, beside the UNet's graph.
         """
-        latents = noise.original_sample(batch.noisy_latents, model_pred, batch.timesteps)
+        drawn = self.drawn(batch.cpu_timesteps, micro_step, noise)
+        if not len(drawn):
+            return torch.zeros((), device=model_pred.device)
+        index, rows = batch.index[drawn], send(drawn, model_pred.device)
+        timesteps = batch.timesteps[rows]
+        latents = noise.original_sample(batch.noisy_latents[rows], model_pred[rows], timesteps)
         if batch.pixels is None:
-            image_embeds = self._image_embeds[send(batch.index, latents.device)]
+            image_embeds = self._image_embeds[send(index, latents.device)]
         else:
             with torch.no_grad():
-                image_embeds = self._see(batch.pixels)
+                image_embeds = self._see(batch.pixels[rows])
         compare = ENHANCEMENT_LOSSES[self._flags.enhancement_loss]
-        given = list(zip(image_embeds.split(1), self._targets[batch.pairs].split(1), strict=True))
+        given = list(zip(image_embeds.split(1), self._targets[batch.pairs[rows]].split(1), strict=True))
         losses = row_by_row(lambda i, row: compare(self._see(self.decode(row)), *given[i]), latents)
         if self._flags.enhancement_weighting == "alpha_bar":
-            losses = noise.signal(batch.timesteps) * losses
-        return losses.mean()
+            losses = noise.signal(timesteps) * losses
+        return losses.sum() / len(batch.index)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels (B, 3, H', W') of latents, with gradient, decoded no larger than CLIP looks at them [ours]."""

@@ -241,8 +241,10 @@ class PaperFlags(FlagGroup):
     )
     enhancement_weighting: str = flag(
         "alpha_bar",
-        "Weigh the enhancement loss by the signal's share, since at high noise its portrait is a guess; or not.",
-        choices=("alpha_bar", "none"),
+        "Weigh the enhancement loss by the signal's share alpha_bar, since at high noise its portrait is a guess; or "
+        "compute it with full weight for that share of the rows, `drawn` by chance, which is the same on average and "
+        "costs less; or `none`.",
+        choices=("alpha_bar", "drawn", "none"),
     )
     enhancement_every: int = flag(
         1, "Compute the enhancement loss every so many steps of stage 2, with so many times its weight.", "at least 1"

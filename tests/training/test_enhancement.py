@@ -95,13 +95,64 @@ def test_the_enhancement_row_by_row_is_that_of_the_batch_at_once(world):
 
     hook = enhancement.decoder.decoder.register_forward_pre_hook(lambda *_: kept.append(len(graph)))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda own: own.tensor):
-        loss = enhancement.loss(batch, pred, noise)
+        loss = enhancement.loss(batch, pred, noise, 2)
     hook.remove()
     assert kept == [kept[0]] * 3
     assert sum(own.tensor.numel() for own in graph) < 3 * pred.numel()
     torch.testing.assert_close(loss, expected)
     (own,) = torch.autograd.grad(7 * loss, pred)
     torch.testing.assert_close(own, gradient, rtol=1e-3, atol=1e-5 * gradient.abs().max().item())
+
+
+def test_rows_are_drawn_as_often_as_they_would_weigh(world):
+    """So the mean over the steps is that of the weighed loss; what is drawn is a function of seed and step."""
+    run = prepared(world, stage2_objective="paper", train_batch_size=4, enhancement_weighting="drawn")
+    enhancement, noise = run.parts.enhancement, run.parts.models.noise
+    timesteps, steps = torch.tensor([0, 300, 600, 999]), 3000
+    drawn = [enhancement.drawn(timesteps, step, noise).tolist() for step in range(steps)]
+    share = torch.tensor([sum(place in rows for rows in drawn) / steps for place in range(4)])
+    torch.testing.assert_close(share, noise.signal(timesteps), rtol=0, atol=4 * 0.5 / steps**0.5)
+    assert [enhancement.drawn(timesteps, step, noise).tolist() for step in (7, 3)] == [drawn[7], drawn[3]]
+    enhancement._seed += 1
+    assert [enhancement.drawn(timesteps, step, noise).tolist() for step in range(20)] != drawn[:20]
+
+
+def test_each_process_draws_its_part_of_the_rows(world):
+    run = prepared(world, stage2_objective="paper", train_batch_size=4, enhancement_weighting="drawn")
+    enhancement, noise, timesteps = run.parts.enhancement, run.parts.models.noise, torch.tensor([200, 400, 500, 600])
+    alone = [enhancement.drawn(timesteps, step, noise).tolist() for step in range(20)]
+    enhancement._num_processes, parts = 2, []
+    for enhancement._process_index in (0, 1):
+        own = timesteps[2 * enhancement._process_index :][:2]
+        parts.append([enhancement.drawn(own, step, noise) + 2 * enhancement._process_index for step in range(20)])
+    assert [torch.cat(both).tolist() for both in zip(*parts, strict=True)] == alone
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_rows_that_are_not_drawn_cost_nothing(world, monkeypatch, cached):
+    """Those that are have the weight 1; where there are none the loss is 0."""
+    extra = {} if cached else {"no-cache_latents": True}
+    run = prepared(world, stage2_objective="paper", train_batch_size=3, enhancement_weighting="drawn", **extra)
+    enhancement, noise = run.parts.enhancement, run.parts.models.noise
+    run.parts.training.start_reading(range(2, 3))
+    batch = run.parts.batches.training(run.parts.training, 2)
+    pred = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    decoded = watch(monkeypatch, Enhancement, "decode")
+    for rows in ([0, 1, 2], [0, 2], [1], []):
+        monkeypatch.setattr(Enhancement, "drawn", lambda *_, rows=rows: torch.tensor(rows, dtype=torch.long))
+        decoded.clear()
+        loss = enhancement.loss(batch, pred, noise, 2)
+        assert len(decoded) == len(rows)
+        if len(rows) == 3:
+            parts = torch.autograd.grad(loss, pred)[0]
+            whole = loss.item()
+        elif rows:
+            (own,) = torch.autograd.grad(loss, pred)
+            expected = torch.zeros_like(parts).index_copy(0, torch.tensor(rows), parts[rows])
+            torch.testing.assert_close(own, expected, rtol=1e-3, atol=1e-6)
+            assert 0 < loss.item() < whole
+        else:
+            assert loss.item() == 0
 
 
 def test_small_gradients_of_rows_are_not_lost_in_float16():
