@@ -9,7 +9,7 @@ Legend: B batch, H/W latent size, S = h*w image tokens of a layer, T text tokens
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -167,6 +167,20 @@ def phrase_map_resolution(resolutions: Mapping[str, tuple[int, int]]) -> tuple[i
     return min(sizes, key=lambda size: abs(math.log(math.prod(size) / quarter)))
 
 
+def _level_of_blocks(unet: nn.Module) -> dict[str, int]:
+    """How often the latents' sides are halved in front of each block of a UNet, by the beginning of its layers' names.
+    """
+    levels, level = {}, 0
+    for i, block in enumerate(unet.down_blocks):
+        levels[f"down_blocks.{i}."] = level
+        level += block.downsamplers is not None
+    levels["mid_block."] = level
+    for i, block in enumerate(unet.up_blocks):
+        levels[f"up_blocks.{i}."] = level
+        level -= block.upsamplers is not None
+    return levels
+
+
 class CrossAttentionCapture:
     """The cross-attention layers of a UNet, not a DDP wrapper, found once; capturing them is then switched without a
     walk. A ValueError if there are none.
@@ -175,15 +189,28 @@ class CrossAttentionCapture:
     def __init__(self, unet: nn.Module) -> None:
         self._unet, self.layers = unet, find_cross_attention_layers(unet)
 
+    def phrase_map_layers(self, latent_size: tuple[int, int]) -> list[str]:
+        """The layers that phrase maps are made of, for latents of (H, W), known without a forward."""
+        levels, resolutions = _level_of_blocks(self._unet), {}
+        for name in self.layers:
+            height, width = latent_size
+            for _ in range(next(level for start, level in levels.items() if name.startswith(start))):
+                height, width = math.ceil(height / 2), math.ceil(width / 2)
+            resolutions[name] = height, width
+        chosen = phrase_map_resolution(resolutions)
+        return [name for name, own in resolutions.items() if own == chosen]
+
     @contextmanager
-    def store(self) -> Iterator[CrossAttentionStore]:
-        """Inside, the layers have the stock processor with an explicit softmax, and hand over what it computes; the
-        former processors come back on exit, also after an error. The store of the context is not recording yet.
+    def store(self, names: Collection[str] | None = None) -> Iterator[CrossAttentionStore]:
+        """Inside, the layers, or those of these names alone, have the stock processor with an explicit softmax, and
+        hand over what it computes; the former processors come back on exit, also after an error. The store of the
+        context is not recording yet.
 
         Raises ValueError: a layer's processor is not a stock one (sliced, fused, xformers, IP-Adapter, custom
         diffusion), or it is captured already.
         """
-        for name, layer in self.layers.items():
+        layers = self.layers if names is None else {name: self.layers[name] for name in names}
+        for name, layer in layers.items():
             if "get_attention_scores" in vars(layer):
                 raise ValueError(f"{name} is captured already: leave the other capture first")
             if type(layer.processor) not in (AttnProcessor, AttnProcessor2_0):
@@ -194,7 +221,7 @@ class CrossAttentionCapture:
         with ExitStack() as stack:
             stack.callback(self._unet.register_forward_pre_hook(store.begin_forward, with_kwargs=True).remove)
             stack.callback(self._unet.register_forward_hook(store.end_forward, always_call=True).remove)
-            for name, layer in self.layers.items():
+            for name, layer in layers.items():
                 stack.callback(layer.set_processor, layer.processor)
                 layer.set_processor(AttnProcessor())
                 # Once, and not in each forward: what a forward sets and deletes cannot be compiled.

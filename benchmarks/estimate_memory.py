@@ -58,6 +58,7 @@ from families.stable_diffusion import StableDiffusion
 from families.stable_diffusion_xl import StableDiffusionXL
 from training.arguments import parse_args, uses_enhancement
 from training.dual_path import DualPathOutput, dual_path
+from training.enhancement import row_by_row
 from training.losses import compose_prediction, diffusion_loss, fine_grained_loss, text_consistent_loss
 from training.models import STAGE1_ADAPTER, Models, lora_config, train_in_float32
 from training.prompt_table import embed_pixels
@@ -235,8 +236,8 @@ def training(flags: str, model: Model = MODELS["sd"]) -> Iterator[Training]:
         del clip.text_model, clip.text_projection
         unet = pipeline.unet
         encoders = [getattr(pipeline, name) for name in model.family.text_encoders]
-        halves = [module.bfloat16() for module in (unet, pipeline.vae, *encoders)]
-        for module in (*halves, clip):
+        halves = [module.bfloat16() for module in (unet, pipeline.vae, *encoders, clip)]
+        for module in halves:
             module.requires_grad_(False).eval()
         unet.add_adapter(lora_config(model.family, given.lora, unet))
         train_in_float32(unet, "default")
@@ -248,7 +249,7 @@ def training(flags: str, model: Model = MODELS["sd"]) -> Iterator[Training]:
         if given.method.stage2_objective != "paper":
             models.add_teacher(models.lora())
     with FakeTensorMode():
-        for part in (part for module in (*halves, clip) for part in module.modules()):
+        for part in (part for module in halves for part in module.modules()):
             for name, own in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
                 empty = torch.empty(own.shape, dtype=own.dtype)
                 setattr(part, name, nn.Parameter(empty, own.requires_grad) if isinstance(own, nn.Parameter) else empty)
@@ -311,15 +312,19 @@ def mapping_peak(run: Training) -> int:
 
 
 def diffusion_backward(run: Training, enhance: bool = False) -> None:
-    """The diffusion loss, and the enhancement loss of portraits that are decoded small."""
+    """The diffusion loss, and the enhancement loss of portraits that are decoded small, one by one."""
     pred = run.predict(run.rows)
     loss = diffusion_loss(pred, torch.empty_like(pred)).mean()
     if enhance:
         side = run.clip.config.vision_config.image_size // 8
-        latents = F.interpolate(pred, (side, side), mode="bilinear", antialias=True)
-        pixels = run.models.pipeline.vae.decode(latents.to(HALF), return_dict=False)[0]
-        embeds = embed_pixels(run.clip, CLIPImageProcessorPil(), pixels)
-        loss = loss + F.cosine_similarity(embeds, torch.empty_like(embeds)).mean()
+
+        def enhancement(_: int, row: Tensor) -> Tensor:
+            latents = F.interpolate(row, (side, side), mode="bilinear", antialias=True)
+            pixels = run.models.pipeline.vae.decode(latents.to(HALF), return_dict=False)[0]
+            embeds = embed_pixels(run.clip, CLIPImageProcessorPil(), pixels)
+            return F.cosine_similarity(embeds, torch.empty_like(embeds))
+
+        loss = loss + row_by_row(enhancement, pred).mean()
     torch.autograd.backward(loss)
 
 

@@ -36,14 +36,15 @@ class DDPM:
         self._scheduler = DDPMScheduler.from_config(config)
         self.prediction_type: str = self._scheduler.config.prediction_type
         self.num_train_timesteps: int = self._scheduler.config.num_train_timesteps
+        # The betas stay on the CPU; the scheduler moves its own products of them to the device.
+        self._signal = (1 - self._scheduler.betas).cumprod(0)
         self.add_noise = self._scheduler.add_noise  # to latents (B, C, H, W)
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(f"no training for prediction_type {self.prediction_type!r}")
 
     def scaled(self, timestep: int, factor: float) -> int:
         """The timestep with `factor` times the noise over signal of another, of deviations; the end if none has it."""
-        signal = (1 - self._scheduler.betas).cumprod(0)
-        ratios = ((1 - signal) / signal).sqrt()
+        ratios = ((1 - self._signal) / self._signal).sqrt()
         ratio = ratios[min(timestep, len(ratios) - 1)] * factor
         return min(int(torch.searchsorted(ratios, ratio)), len(ratios))
 
@@ -55,7 +56,9 @@ class DDPM:
 
     def signal(self, timesteps: Tensor) -> Tensor:
         """The share of the clean latents in the variance, (B,): alpha_bar, float32 in [0, 1]."""
-        return self._scheduler.alphas_cumprod.to(timesteps.device)[timesteps].float()
+        on_cpu = timesteps.device.type == "cpu"  # where nothing is to wait for a GPU
+        signal = self._signal if on_cpu else self._scheduler.alphas_cumprod.to(timesteps.device)
+        return signal[timesteps].float()
 
     def original_sample(self, noisy_latents: Tensor, prediction: Tensor, timesteps: Tensor) -> Tensor:
         """One-step prediction of the clean latents, (B, C, H, W) float32; gradient flows through `prediction`.
@@ -79,9 +82,7 @@ class DDPM:
         numbers and move the portrait most. A schedule that ends in pure noise has no signal there, and without a bound
         its last timesteps would be nearly all that is drawn.
         """
-        # The betas stay on the CPU; the scheduler moves its own products of them to the device.
-        signal = (1 - self._scheduler.betas).cumprod(0)
-        return ((1 - signal) / signal).clamp(max=MAX_NOISE_TO_SIGNAL) ** power
+        return ((1 - self._signal) / self._signal).clamp(max=MAX_NOISE_TO_SIGNAL) ** power
 
     def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
         """Weights (B,) float32 that keep the easy, nearly clean timesteps from ruling the diffusion loss.

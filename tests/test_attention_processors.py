@@ -4,10 +4,11 @@ import pytest
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
-from tiny_unet import DOWN, TOKENS, encoder_mask, hook_count, inputs, predict
+from tiny_unet import DOWN, TOKENS, encoder_mask, hook_count, inputs, make_unet, predict
 from torch import nn
 
 from attention_processors import (
+    CrossAttentionCapture,
     CrossAttentionFeatures,
     CrossAttentionStore,
     capture_cross_attention,
@@ -203,6 +204,43 @@ def test_processors_and_hooks_are_restored(unet, fail):
     assert after.keys() == before.keys() and all(after[name] is before[name] for name in before)
     assert hook_count(unet) == hooks
     assert store.recording is False
+
+
+THREE_LEVELS = {
+    "block_out_channels": (8, 16, 16),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+}
+FOUR_LEVELS = {
+    "block_out_channels": (8, 8, 16, 16),
+    "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
+}
+
+
+@pytest.mark.parametrize("config", [{}, THREE_LEVELS, FOUR_LEVELS], ids=["two", "XL", "SD"])
+@pytest.mark.parametrize("size", [(8, 8), (16, 24), (9, 14), (32, 8)])
+def test_the_layers_of_phrase_maps_are_known_without_a_forward(config, size):
+    """And captured alone, they see what they see among all; the others keep their processor."""
+    own = make_unet(**config)
+    capture = CrossAttentionCapture(own)
+    latents, embeds = torch.randn(1, 4, *size), torch.randn(1, TOKENS, 12)
+
+    def features(names):
+        with torch.no_grad(), capture.store(names) as store, store.record():
+            captured = {name for name, layer in capture.layers.items() if "get_attention_scores" in vars(layer)}
+            own(latents, 3, embeds)
+            return captured, store.pop()
+
+    everything, seen = features(None)
+    expected = seen.at_resolution(phrase_map_resolution(seen.resolutions))
+    names = capture.phrase_map_layers(size)
+    captured, alone = features(names)
+    assert everything == set(capture.layers) and captured == set(names)
+    assert names == list(expected.resolutions) and alone.resolutions == expected.resolutions
+    for name in names:
+        torch.testing.assert_close(alone.attention_probs[name], expected.attention_probs[name])
+        torch.testing.assert_close(alone.queries[name], expected.queries[name], rtol=1e-4, atol=1e-5)
 
 
 def test_nothing_is_captured_while_not_recording(unet):

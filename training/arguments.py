@@ -92,18 +92,27 @@ class FlagParser(HfArgumentParser):
             values = vars(self.parse_args(words, argparse.Namespace(**dict.fromkeys(actions))))
             return {name: value for name, value in values.items() if value is not None}
 
-        said = {}
-        if words and not words[0].startswith("-"):
-            self.run_file, *words = words
+        def said_in_file() -> dict[str, Any]:
+            if self.run_file is None:
+                return {}
             try:
                 self.from_file = read_run_file(self.run_file, actions)
             except ValueError as error:
                 self.error(str(error))
-            said = given([word for own in self.from_file.values() for word in own])
-        self.from_file = ()
+            return given([word for own in self.from_file.values() for word in own])
+
+        if words and not words[0].startswith("-"):
+            self.run_file, *words = words
+        said, self.from_file = said_in_file(), ()
         typed = given(words)
+        preset = (said | typed).get("preset")
+        if preset is not None:
+            for name, value in groups.PRESETS[preset].items():
+                actions[name].default = value
+            said = said_in_file()  # where what is no default by now counts as said
         self.from_file = said.keys() - typed.keys()
-        values = {name: action.default for name, action in actions.items()} | said | typed
+        # The flags say all of a preset, so that a run file, and a run that goes on, hold what they were.
+        values = {name: action.default for name, action in actions.items()} | said | typed | {"preset": None}
         for one in (one for kind in GROUPS.values() for one in fields(kind) if one.default is MISSING):
             if values[one.name] is None:
                 self.error(f"the following arguments are required: --{one.name}")

@@ -18,7 +18,7 @@ from training.training_set import bucketed_batch_indices, derive_seed
 class Batch:
     """One step's rows on this process.
 
-    Index and kinds lie on the CPU, where reading them waits for no GPU; all else lies on the device.
+    Index, kinds and `cpu_timesteps` lie on the CPU, where reading them waits for no GPU; all else lies on the device.
     """
 
     index: Tensor  # (B,) the portraits, as places in their latents
@@ -29,6 +29,7 @@ class Batch:
     noise: Tensor
     noisy_latents: Tensor
     timesteps: Tensor  # (B,)
+    cpu_timesteps: Tensor  # (B,), the same
     time_ids: Tensor  # (B, 6) float32, size and crop
     pixels: Tensor | None = None  # (B, 3, H', W') in [-1, 1], where the batch was encoded in this step
 
@@ -99,12 +100,14 @@ class BatchDrawer:
         timesteps = torch.multinomial(density, size, replacement=True, generator=generator)[own]
         if noise_offset:
             noise = noise + noise_offset * torch.randn(size, latents.shape[1], 1, 1, generator=generator)
-        timesteps, noise = send(timesteps, self.device), send(noise[own], self.device)
+        cpu_timesteps, timesteps, noise = timesteps, send(timesteps, self.device), send(noise[own], self.device)
         pairs = pair_index[send(index % len(pair_index), self.device)]
         rows = send(kinds * self.pairs, self.device) + pairs
         noisy_latents = self.noise.add_noise(latents, noise, timesteps)
         time_ids = send(time_ids, self.device)
-        return Batch(index, kinds, pairs, rows, latents, noise, noisy_latents, timesteps, time_ids, pixels)
+        return Batch(
+            index, kinds, pairs, rows, latents, noise, noisy_latents, timesteps, cpu_timesteps, time_ids, pixels
+        )
 
 
 def send(values: Tensor, device: torch.device) -> Tensor:

@@ -18,6 +18,15 @@ SFCM_TIMESTEPS = (600, 950)  # at latents of 64 x 64
 WITH_KEPT_ROWS = ("prior", "dop", "cat")
 
 
+# By the name of a preset, what its flags are where none is given by hand.
+PRESETS = {
+    "paper": {
+        "stage2_objective": "paper", "sfcm_mode": "paper", "base_prompt_share": 0.0, "lambda_base": 0.0,
+        "enhancement_weighting": "none",
+    },
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class ModelFlags(FlagGroup):
     """The models, and how they compute."""
@@ -178,6 +187,12 @@ class LoraFlags(FlagGroup):
 class MethodFlags(FlagGroup):
     """How the attribute is taught and the portrait kept."""
 
+    preset: str | None = flag(
+        None,
+        "`paper`: as the paper is written: --stage2_objective paper, --sfcm_mode paper, --base_prompt_share 0, "
+        "--lambda_base 0 and --enhancement_weighting none. A flag that is given beside it wins, without an error.",
+        choices=("paper",),
+    )
     preservation: str = flag(
         "spf",
         "How the portrait is kept. All but `spf` have one stage of --stage1_steps and --stage2_steps together: "
@@ -253,8 +268,10 @@ class PaperFlags(FlagGroup):
     )
     enhancement_weighting: str = flag(
         "alpha_bar",
-        "Weigh the enhancement loss by the signal's share, since at high noise its portrait is a guess; or not.",
-        choices=("alpha_bar", "none"),
+        "Weigh the enhancement loss by the signal's share alpha_bar, since at high noise its portrait is a guess; or "
+        "compute it with full weight for that share of the rows, `drawn` by chance, which is the same on average and "
+        "costs less; or `none`.",
+        choices=("alpha_bar", "drawn", "none"),
     )
     enhancement_every: int = flag(
         1, "Compute the enhancement loss every so many steps of stage 2, with so many times its weight.", "at least 1"

@@ -174,7 +174,8 @@ def embed_targets(clip: CLIPModel, tokenizer: CLIPTokenizer, pairs: Sequence[Pro
 
 
 def embed_pixels(clip: CLIPModel, processor: CLIPImageProcessorPil, pixels: torch.Tensor) -> torch.Tensor:
-    """CLIP image embeddings (B, E') of pictures (B, 3, H, W) in [-1, 1], with gradient."""
+    """CLIP image embeddings (B, E') float32 of pictures (B, 3, H, W) in [-1, 1], with gradient, seen in CLIP's dtype.
+    """
     side = clip.config.vision_config.image_size
     mean, std = (
         # Sent without waiting for what a GPU still has to do.
@@ -182,4 +183,4 @@ def embed_pixels(clip: CLIPModel, processor: CLIPImageProcessorPil, pixels: torc
         for values in (processor.image_mean, processor.image_std)
     )
     pixels = F.interpolate(pixels.float() / 2 + 0.5, (side, side), mode="bicubic", antialias=True, align_corners=False)
-    return clip.get_image_features(pixel_values=(pixels - mean) / std).pooler_output
+    return clip.get_image_features(pixel_values=((pixels - mean) / std).to(clip.dtype)).pooler_output.float()

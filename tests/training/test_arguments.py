@@ -40,6 +40,37 @@ def test_what_follows_from_other_flags():
     assert parse_args([MODEL, "--push_to_hub", "--use_dora"]).sharing.output_kohya_format is False
 
 
+LETTER = {
+    "stage2_objective": "paper", "sfcm_mode": "paper", "base_prompt_share": 0, "lambda_base": 0,
+    "enhancement_weighting": "none",
+}  # fmt: skip
+
+
+def test_the_papers_preset_is_the_flags_it_stands_for(tmp_path):
+    """A run file holds those, and neither it nor a run that goes on asks for the preset again."""
+    given = parse_args([MODEL, "--preset=paper"])
+    assert given == parse_args([MODEL, *(f"--{name}={value}" for name, value in LETTER.items())])
+    assert LETTER.items() <= given.asked.items() and given.asked["preset"] is None
+    assert parse_args([str(write_run_file(given.asked, tmp_path))]) == given
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+def test_what_is_given_beside_a_preset_wins(tmp_path, in_file):
+    """Though it is the default, or another objective; and what a run file says, as what the command line does."""
+    own = {"stage2_objective": "composed", "sfcm_mode": "averaged_target", "lambda_base": 10.0, "preset": "paper"}
+    if in_file:
+        (tmp_path / RUN_FILE).write_text(yaml.safe_dump(own))
+        words = [str(tmp_path / RUN_FILE), MODEL]
+    else:
+        words = [MODEL, *(f"--{name}={value}" for name, value in own.items())]
+    flags = parse_args(words)
+    assert flags.method.stage2_objective == "composed" and flags.alignment.sfcm_mode == "averaged_target"
+    assert flags.paper.lambda_base == 10.0
+    assert flags.method.base_prompt_share == 0 and flags.paper.enhancement_weighting == "none"
+    assert parse_args([str(write_run_file(flags.asked, tmp_path))]) == flags
+    assert parse_args([*words, "--base_prompt_share=0.5"]).method.base_prompt_share == 0.5
+
+
 def test_a_flag_is_in_one_group_and_what_is_on_or_off_can_be_said_either_way():
     flags = parse_args([MODEL])
     names = [one.name for group in flags[:-1] for one in fields(group)]

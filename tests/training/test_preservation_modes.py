@@ -298,9 +298,10 @@ def test_the_enhancement_without_its_weights(world, tmp_path, monkeypatch):
     monkeypatch.setitem(loss_module.ENHANCEMENT_LOSSES, "difference", watched)
     losses = steps_of(monkeypatch)
     train(world, tmp_path / "output", stage2_objective="paper", stage1_steps=0, enhancement_weighting="none")
-    assert [step["enhancement"] for step in losses] == pytest.approx([term.mean().item() for term in terms])
+    steps = list(zip(terms[::2], terms[1::2], strict=True))  # of two rows each
+    assert [step["enhancement"] for step in losses] == pytest.approx([torch.cat(two).mean().item() for two in steps])
     weights = runs[0].models.noise.signal(batches[0].timesteps)
-    assert losses[0]["enhancement"] != pytest.approx((weights * terms[0]).mean().item())
+    assert losses[0]["enhancement"] != pytest.approx((weights * torch.cat(steps[0])).mean().item())
 
 
 def test_aligned_layers_of_one_resolution(world, tmp_path, monkeypatch):

@@ -155,7 +155,7 @@ def train(world: SimpleNamespace, output_dir: Path, **changes) -> Path:
 def prepared(world: SimpleNamespace, **changes) -> SimpleNamespace:
     """A run before its first step, which does none: its flags, inputs, accelerator and parts."""
     flags = parse_args(make_flags(world, Path("nowhere"), **changes))
-    inputs, accelerator = check_inputs(flags), Accelerator()
+    inputs, accelerator = check_inputs(flags), Accelerator(mixed_precision=flags.model.mixed_precision)
     torch.manual_seed(flags.loop.seed)
     parts = script.prepare(flags, inputs, accelerator)
     return SimpleNamespace(flags=flags, inputs=inputs, accelerator=accelerator, parts=parts)

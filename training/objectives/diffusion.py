@@ -44,5 +44,5 @@ class Diffusion(Objective):
             losses = losses * noise.min_snr_weights(batch.timesteps, self.method.snr_gamma)
         parts = {"diffusion": losses.mean()}
         if self.enhancement is not None and self.enhancement.is_due(micro_step):
-            parts["enhancement"] = self.enhancement.loss(batch, model_pred, noise)
+            parts["enhancement"] = self.enhancement.loss(batch, model_pred, noise, micro_step)
         return parts

@@ -12,7 +12,6 @@ from training.arguments import Flags
 from training.batches import send
 from training.dual_path import dual_path
 from training.losses import diffusion_loss, fine_grained_loss, text_consistent_loss
-from training.maps import phrase_map_layers
 from training.objectives.objective import Objective, Parts
 from training.prompt_table import FULL
 
@@ -22,7 +21,7 @@ class Paper(Objective):
 
     def __init__(self, flags: Flags, parts: Parts) -> None:
         super().__init__(flags, parts)
-        paper, self.layers = flags.paper, flags.paper.alignment_layers
+        paper, self.map_layers = flags.paper, flags.paper.alignment_layers == "phrase_map"
         self.weights = {
             "text_consistent": paper.lambda_text, "fine_grained": paper.lambda_fine, "base_prompt": paper.lambda_base,
         }  # fmt: skip
@@ -31,8 +30,9 @@ class Paper(Objective):
     def losses(self, micro_step: int) -> Iterator[dict[str, torch.Tensor]]:
         models, table, method = self.models, self.table, self.method
         batch = self.batches.aligned(self.alignment, micro_step, stream=1, unchanged_share=method.base_prompt_share)
+        layers = models.capture.phrase_map_layers(batch.latents.shape[-2:]) if self.map_layers else None
         with (
-            models.capture.store() as store,
+            models.capture.store(layers) as store,
             dual_path(
                 models.adapters, models.predict, batch.noisy_latents, batch.timesteps,
                 table.reference(batch.rows, batch.time_ids), table.response(batch.rows, batch.time_ids),
@@ -42,8 +42,6 @@ class Paper(Objective):
             reference, response = paths.reference, paths.response
             response_pred, reference_pred = paths.response_pred, paths.reference_pred
             sfcm = self.maps.of_batch(batch, self.alignment, response_pred.detach(), reference_pred, reference)
-            if self.layers == "phrase_map":
-                reference, response = phrase_map_layers(reference), phrase_map_layers(response)
             resolutions = list(reference.resolutions.values())
             unchanged = send((batch.kinds != FULL).float(), models.device)
             to_epsilon = models.noise.epsilon_scale(batch.timesteps)
