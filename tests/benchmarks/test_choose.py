@@ -14,6 +14,7 @@ from benchmarks.parts.tables import Row, with_mean
 
 
 PROMPTS = 40
+pytestmark = pytest.mark.usefixtures("registered")  # a candidate's map is one of those that lost
 CANDIDATES = ["default=", "wide=--sfcm_gamma 1", "hard=--sfcm_mode averaged_target_hard --teacher_scale 1"]
 # Response and excess of each training seed; plain LoRA has .5 and 10.
 SPOTS = {
@@ -74,7 +75,7 @@ def test_the_defaults_are_seeds_and_prompts_that_no_result_uses(tmp_path):
     assert args.candidates == {"default": "", "wide": "--sfcm_gamma 1"} and args.least_response == 1
 
 
-def test_candidates_share_one_stage_1_a_seed_and_are_kept(tmp_path, started, registered):
+def test_candidates_share_one_stage_1_a_seed_and_are_kept(tmp_path, started):
     args = parse(tmp_path, "--seeds", "7", "8", "--stage2_steps", "5")
     train(args)
     runs = [f"candidate_{name}" for name in SPOTS]
@@ -89,7 +90,7 @@ def test_candidates_share_one_stage_1_a_seed_and_are_kept(tmp_path, started, reg
     assert not started
 
 
-def test_the_rule_chooses_the_cleanest_of_those_that_respond(tmp_path, registered):
+def test_the_rule_chooses_the_cleanest_of_those_that_respond(tmp_path):
     args = parse(tmp_path)
     shares = shares_of(rows_of(args, "red_hat"))
     assert shares["hard"]["response"].by_seed == {401: pytest.approx(1.4), 402: pytest.approx(0.8)}
@@ -101,7 +102,7 @@ def test_the_rule_chooses_the_cleanest_of_those_that_respond(tmp_path, registere
     assert choose.choose(shares, 1.3) == ("default", [])
 
 
-def test_what_is_written_says_what_was_chosen_and_on_what(tmp_path, registered):
+def test_what_is_written_says_what_was_chosen_and_on_what(tmp_path):
     args = parse(tmp_path, "--targets", "red_hat", "blonde_hair")
     # the mean over both targets decides
     other = SPOTS | {"wide": ((0.4, 1.0), (0.4, 1.0))}

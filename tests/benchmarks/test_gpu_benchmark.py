@@ -143,7 +143,7 @@ def test_every_row_has_a_section_a_process_and_a_function():
     assert gpu.MODELS.keys() == gpu_rows.WRITERS.keys()
     assert all(set(model.presets) <= PRESETS.keys() for model in gpu.MODELS.values())
     assert set(gpu.MODELS["Stable Diffusion 1.5"].presets) == PRESETS.keys()
-    assert [gpu_rows.counted(card) for card in (8, 24)] == ["2.5 GiB", "10.3 GiB"]
+    assert [gpu_rows.counted(card) for card in (8, 24)] == ["2.5 GiB", "6.9 GiB"]
 
 
 def test_rows_are_chosen_by_the_parts_of_their_names():
