@@ -219,6 +219,32 @@ def keep_phrases(pair: PromptPair, stays: Sequence[bool]) -> PromptPair:
     return make_prompt_pair(", ".join(words), pair.target_prompts, base_phrases=kept, free_phrases=free)
 
 
+def change_words(pair: PromptPair, changes: Sequence[tuple[wording.Span, str]]) -> PromptPair:
+    """The pair with words of its base prompt changed, and with them its phrases and what a target replaces.
+
+    Each span of `changes` lies inside a phrase or outside of it. The full prompt is composed anew. Raises ValueError:
+    as `make_prompt_pair`.
+    """
+
+    def changed(start: int, end: int) -> str:
+        text, place = "", start
+        for (first, last), new in sorted(changes):
+            if start <= first and last <= end:
+                text, place = text + pair.base_prompt[place:first] + new, last
+        return text + pair.base_prompt[place:end]
+
+    replaced_spans, spans = _base_spans(pair)
+    replaced = iter(replaced_spans)
+    targets = [
+        target if target.replaces is None else replace(target, replaces=changed(*next(replaced)))
+        for target in pair.target_prompts
+    ]
+    phrases = [changed(*span) for span in spans]
+    free = [new for new, phrase in zip(phrases, pair.base_phrases) if phrase in pair.free_phrases]
+    base_prompt = changed(0, len(pair.base_prompt))
+    return make_prompt_pair(base_prompt, targets, base_phrases=phrases, free_phrases=free)
+
+
 def tokenize_prompt_pair(pair: PromptPair, tokenizer: PreTrainedTokenizerBase) -> PromptTokens:
     """Tokenize both prompts, find the phrases and targets in them, and align base with full tokens.
 

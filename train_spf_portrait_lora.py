@@ -50,7 +50,7 @@ from training.models import Models, load_models, load_text_part
 from training.objectives import make_objectives
 from training.objectives.objective import Objective, Parts
 from training.portraits import TrainingPortraits, draw_portraits, portraits_of
-from training.presence import bring_to_presence
+from training.presence import bring_to_presence, load_clip
 from training.prompt_table import make_prompt_table
 from training.resuming import check_nothing_came, check_record, resume_record
 from training.run_file import write_run_file
@@ -71,6 +71,8 @@ def prepare(flags: Flags, inputs: Inputs, accelerator: Accelerator) -> Parts:
     Raises InputError: weights are missing, damaged or a pickle.
     """
     family, data, shown = inputs.family, flags.data, accelerator.is_local_main_process
+    if flags.lora.target_presence is not None:
+        load_clip(flags)  # it is needed after the last step, when it would be late to find that it is not there
     models = load_models(flags, inputs, accelerator)
     cache = TensorCache(None if flags.model.cache_dir is None else Path(flags.model.cache_dir) / "spf-portrait")
     with models.at_work(*family.text_encoders):
@@ -225,7 +227,7 @@ def finish(flags: Flags, inputs: Inputs, parts: Parts, engine: Engine, repo_id: 
     """The LoRA, the last picture, the model card, and what else was asked for."""
     accelerator, output_dir, models, strength = engine.accelerator, Path(flags.output.output_dir), parts.models, 1.0
     save_result(models, output_dir, output_dir, accelerator)
-    if flags.lora.target_presence is not None and accelerator.is_main_process:
+    if flags.lora.target_presence is not None:
         strength = bring_to_presence(flags, inputs, models, parts.training, accelerator)
         save_result(models, output_dir, output_dir, accelerator)
     try:

@@ -3,11 +3,10 @@
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
-from prompts import PromptPair, TargetPrompt, compose_full_prompt, keep_phrases, make_prompt_pair
+from prompts import PromptPair, TargetPrompt, change_words, compose_full_prompt, keep_phrases, make_prompt_pair
 from training.arguments import Flags
 from training.flag_rules import refuse
 from wording import has_phrase, split_phrases, suggest_replacement, words_of
@@ -21,9 +20,9 @@ HAIR_COLORS = ("black", "brown", "blonde", "ginger", "gray", "white")
 PALETTES = {
     "hair": HAIR_COLORS, "beard": HAIR_COLORS, "eyes": ("brown", "blue", "green", "gray"), "skin": (), "lips": (),
 }  # fmt: skip
-_COLOR = re.compile(
-    rf"\b(?:black and white|grey|blond|{'|'.join(dict.fromkeys(COLORS + HAIR_COLORS))})\b", re.IGNORECASE
-)
+SPELLINGS = {"grey": "gray", "blond": "blonde"}
+_NAMES = "|".join({**dict.fromkeys(COLORS + HAIR_COLORS), **SPELLINGS})
+_COLOR = re.compile(rf"\b(?:(?P<article>an?)\s+)?(?P<color>black and white|{_NAMES})\b", re.IGNORECASE)
 
 
 def pairs_to_draw(
@@ -106,29 +105,24 @@ def thin_out(pair: PromptPair, dropout: float, rng: np.random.Generator) -> Prom
 
 
 def vary_colors(pair: PromptPair, chance: float, rng: np.random.Generator) -> PromptPair:
-    """The pair with the colour that a phrase of its base prompt names made another by chance, none of which a target
-    names.
+    """The pair with each colour that its base prompt gives a thing made another by chance, none that a target names.
 
     Portraits of one set often share clothes and background, and a LoRA that was kept from moving these alone moves
-    others. "Black and white", and the colours of skin and lips, stay.
+    others. "Black and white", and the colours of skin and lips, stay; so does a pair with a full prompt of its own.
     """
-    taken, changed = {word for target in pair.target_prompts for word in words_of(target.text)}, {}
-    for phrase in split_phrases(pair.base_prompt):
-        found, palette = _COLOR.search(phrase), PALETTES.get(words_of(phrase)[-1], COLORS)
-        if found is None or found.group().lower() == "black and white":
+    if pair.full_prompt != compose_full_prompt(pair.base_prompt, pair.target_prompts):
+        return pair
+    taken = {SPELLINGS.get(word, word) for target in pair.target_prompts for word in words_of(target.text)}
+    changes: list[tuple[tuple[int, int], str]] = []
+    for found in _COLOR.finditer(pair.base_prompt):
+        color, (thing, *_) = found["color"].lower(), split_phrases(pair.base_prompt[found.start("color") :])
+        noun = words_of(thing)[-1]
+        others = [other for other in PALETTES.get(noun, COLORS) if other not in (*taken, SPELLINGS.get(color, color))]
+        # "An orange" and "blue and white" name no thing.
+        if color == "black and white" or thing.lower() == color or not others or rng.random() >= chance:
             continue
-        others = [color for color in palette if color not in taken and color != found.group().lower()]
-        if rng.random() < chance and others:
-            changed[phrase] = phrase[: found.start()] + str(rng.choice(others)) + phrase[found.end() :]
-
-    def as_changed(text: str) -> str:
-        for phrase, new in changed.items():
-            text = text.replace(phrase, new)
-        return text
-
-    targets = [
-        target if target.replaces is None else replace(target, replaces=as_changed(target.replaces))
-        for target in pair.target_prompts
-    ]
-    phrases, free = (tuple(map(as_changed, texts)) for texts in (pair.base_phrases, pair.free_phrases))
-    return make_prompt_pair(as_changed(pair.base_prompt), targets, base_phrases=phrases, free_phrases=free)
+        new = str(rng.choice(others))
+        changes.append((found.span("color"), new.capitalize() if found["color"][0].isupper() else new))
+        if found["article"] is not None:
+            changes.append((found.span("article"), found["article"][0] + "n" * (new[0] in "aeiou")))
+    return change_words(pair, changes) if changes else pair

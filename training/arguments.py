@@ -110,6 +110,8 @@ class FlagParser(HfArgumentParser):
             for name, value in groups.PRESETS[preset].items():
                 actions[name].default = value
             said = said_in_file()  # where what is no default by now counts as said
+            if "preset" in typed:  # behind the file, it wins over all that the file says of the same
+                said = {name: value for name, value in said.items() if name not in groups.PRESETS[preset]}
         self.from_file = said.keys() - typed.keys()
         # The flags say all of a preset, so that a run file, and a run that goes on, hold what they were.
         values = {name: action.default for name, action in actions.items()} | said | typed | {"preset": None}

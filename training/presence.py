@@ -1,9 +1,9 @@
 """How much of the target portraits show, as CLIP sees it, and how strong a LoRA must be for so much. [ours]
 
-Legend: B portraits, H'/W' size in pixels, E' size of a projected CLIP embedding.
+Legend: H'/W' size in pixels, E' size of a projected CLIP embedding.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -79,22 +79,21 @@ class Presence:
     ) -> None:
         self._flags, self._models, self._accelerator = flags, models, accelerator
         name, where = flags.model.clip_model_name_or_path, {"cache_dir": flags.model.cache_dir}
-        with naming_flag("clip_model_name_or_path", name):
-            clip = CLIPModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True, **where)
-        clip.requires_grad_(False).to(accelerator.device).eval()
+        clip = load_clip(flags).requires_grad_(False).to(accelerator.device).eval()
         # Whole prompts, as people write them: with phrases left out, as in the alignment, a target shows more easily.
         rows = [i for i in range(len(inputs.rows)) if inputs.buckets[i] == inputs.buckets[0]]
         rng, variation = np.random.default_rng((flags.loop.seed, 5)), flags.alignment.alignment_color_variation
-        chosen = [rows[i % len(rows)] for i in range(PROBES)]
+        chosen = [rows[i * len(rows) // PROBES] for i in range(PROBES)]  # spread over the data, whatever its order
         read = range(0, len(inputs.rows), -(-len(inputs.rows) // READ))
         targets = embed_targets(clip, load_tokenizer(name, **where), [inputs.pairs[i] for i in (*chosen, *read)])
         self._see = partial(embed_pixels, clip, CLIPImageProcessorPil.from_pretrained(name, **where))
         self._pairs = [vary_colors(inputs.pairs[i], variation, rng) for i in chosen]
         self._size = inputs.sizes[inputs.buckets[0]]
         self._targets = targets[: len(chosen)]
-        pixels = training.read([training.samples[i] for i in read], training.training_set.pixels)
-        seen = [self._similarity(own[None], target[None]) for own, target in zip(pixels, targets[len(chosen) :])]
-        self.trained = float(torch.cat(seen).mean())
+        own = range(len(read))[accelerator.process_index :: accelerator.num_processes]
+        pixels = training.read([training.samples[read[i]] for i in own], training.training_set.pixels)
+        seen = (self._similarity(one[None], targets[len(chosen) + i]) for i, one in zip(own, pixels))
+        self.trained = self._mean(seen, len(read))
         with models.adapters.only(None):
             self.original = self._drawn([pair.base_prompt for pair in self._pairs])
 
@@ -111,29 +110,47 @@ class Presence:
 
     @torch.no_grad()
     def _drawn(self, prompts: Sequence[str]) -> float:
-        """The mean similarity of portraits to their targets, drawn by the adapters that are active."""
-        models, alignment, loop = self._models, self._flags.alignment, self._flags.loop
+        """The mean similarity of portraits to their targets, drawn by the adapters that are active.
+
+        Each process draws its share, as no other may wait too long for one that draws all.
+        """
+        models, alignment, loop, accelerator = self._models, self._flags.alignment, self._flags.loop, self._accelerator
+        own = range(len(prompts))[accelerator.process_index :: accelerator.num_processes]
         height, width = self._size
         with (
-            phase_bar("presence of the target", len(prompts), "portrait") as bar, models.drawing(),
-            self._accelerator.autocast(),
+            phase_bar("presence of the target", len(own), "portrait", accelerator.is_local_main_process) as bar,
+            models.drawing(), accelerator.autocast(),
         ):  # fmt: skip
-            latents = draw_latents(
-                models.pipeline, prompts,
-                seeds=[derive_seed(loop.seed, f"presence portrait {i}") for i in range(len(prompts))],
+            latents = () if not own else draw_latents(
+                models.pipeline, [prompts[i] for i in own],
+                seeds=[derive_seed(loop.seed, f"presence portrait {i}") for i in own],
                 num_inference_steps=alignment.alignment_inference_steps,
                 guidance_scale=alignment.alignment_guidance_scale, height=height, width=width,
                 batch_size=2 * loop.train_batch_size, advance=bar.update,
             )  # fmt: skip
         with models.at_work("vae"):
-            portraits = (models.family.to_pixels(models.pipeline.vae, own[None].to(models.device)) for own in latents)
-            seen = [self._similarity(own, target[None]) for own, target in zip(portraits, self._targets, strict=True)]
-        return float(torch.cat(seen).mean())
+            portraits = (models.family.to_pixels(models.pipeline.vae, one[None].to(models.device)) for one in latents)
+            seen = (self._similarity(one, self._targets[i]) for i, one in zip(own, portraits))
+            return self._mean(seen, len(prompts))
 
     @torch.no_grad()
-    def _similarity(self, pixels: Tensor, targets: Tensor) -> Tensor:
-        """(B,) of pictures (B, 3, H', W') in [-1, 1] and embedded targets (B, E')."""
-        return F.cosine_similarity(self._see(pixels.to(targets.device).clamp(-1, 1)), targets)
+    def _similarity(self, pixels: Tensor, target: Tensor) -> float:
+        """Of a picture (1, 3, H', W') in [-1, 1] and an embedded target (E')."""
+        return float(F.cosine_similarity(self._see(pixels.to(target.device).clamp(-1, 1)), target[None]))
+
+    def _mean(self, own: Iterable[float], count: int) -> float:
+        """Over what all processes have, `count` numbers together."""
+        total = torch.tensor(sum(own), device=self._accelerator.device)
+        return float(self._accelerator.reduce(total, "sum")) / count
+
+
+def load_clip(flags: Flags) -> CLIPModel:
+    """The judge, in float32 on the CPU. Raises InputError: its weights are missing, damaged or a pickle."""
+    name = flags.model.clip_model_name_or_path
+    with naming_flag("clip_model_name_or_path", name):
+        return CLIPModel.from_pretrained(
+            name, dtype=torch.float32, use_safetensors=True, cache_dir=flags.model.cache_dir
+        )
 
 
 def bring_to_presence(
@@ -142,7 +159,7 @@ def bring_to_presence(
     """Make the LoRA in training as strong as --target_presence asks for, by its weights, and say so; the factor.
 
     Where CLIP does not see the target in the training portraits there is nothing to go by: the LoRA stays, with a
-    warning. Raises InputError: as `Presence`.
+    warning. All processes call it. Raises InputError: as `Presence`.
     """
     presence, wanted = Presence(flags, inputs, models, training, accelerator), flags.lora.target_presence
     if not presence.can_tell:

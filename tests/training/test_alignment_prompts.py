@@ -61,30 +61,56 @@ def test_more_alignment_portraits_than_prompts(world, tmp_path, monkeypatch):
 
 
 COLORED = make_prompt_pair(
-    "a woman with brown hair, a blue jacket, a black and white scarf, pink skin, a hat",
-    [("a blue jacket", "a red dress"), "blue earrings"],
+    "A Woman with Brown hair, a dark blue jacket, a black and white scarf, pink skin, an orange, a hat",
+    [("blue jacket", "red dress"), "blond earrings"],
+    base_phrases=["a woman with brown hair", "a black and white scarf", "pink skin", "an orange", "a hat"],
     free_phrases=["brown hair"],
 )
 
 
 def test_colors_of_drawn_portraits_are_others_by_chance():
     random = np.random.default_rng(0)
-    assert vary_colors(COLORED, 0.0, random) == COLORED
+    assert vary_colors(COLORED, 0.0, random) is COLORED
     pairs = [vary_colors(COLORED, 0.5, random) for _ in range(300)]
     hair, jackets = Counter(), Counter()
     for pair in pairs:
         woman, jacket, *others = pair.base_prompt.split(", ")
-        hair[woman.removeprefix("a woman with ").removesuffix(" hair")] += 1
-        jackets[jacket.removeprefix("a ").removesuffix(" jacket")] += 1
+        hair[woman.removeprefix("A Woman with ").removesuffix(" hair")] += 1
+        jackets[jacket.removeprefix("a dark ").removesuffix(" jacket")] += 1
         assert others == COLORED.base_prompt.split(", ")[2:]
-        assert pair.full_prompt == pair.base_prompt.replace(jacket, "a red dress") + ", blue earrings"
-        assert pair.target_prompts[0].replaces == jacket and pair.target_prompts[1] == COLORED.target_prompts[1]
-        assert pair.free_phrases == (woman.removeprefix("a woman with "),)
-    for names, own, palette in ((hair, "brown", HAIR_COLORS), (jackets, "blue", COLORS)):
-        assert set(names) == {*palette} - {"red", "blue"} | {own}  # none that a target names
-        assert names[own] / 300 == pytest.approx(0.5, abs=0.1)
+        assert pair.target_prompts[0].replaces == jacket.removeprefix("a dark ")
+        assert pair.target_prompts[1] == COLORED.target_prompts[1]
+        assert pair.full_prompt == pair.base_prompt.replace(jacket, "a dark red dress") + ", blond earrings"
+        assert [phrase.lower() for phrase in pair.free_phrases] == [woman.removeprefix("A Woman with ").lower()]
+        assert len(pair.base_phrases) == len(COLORED.base_phrases) and pair.base_phrases[0].lower() == woman.lower()
+    # None that a target names, in whatever spelling.
+    assert set(hair) == {color.capitalize() for color in HAIR_COLORS} - {"Blonde"}
+    assert set(jackets) == {*COLORS} - {"red"}
+    assert hair["Brown"] / 300 == pytest.approx(0.5, abs=0.1) == jackets["blue"] / 300
     # What is drawn is another portrait, not the same words again.
     assert all(vary_colors(COLORED, 1.0, random).base_prompt != COLORED.base_prompt for _ in range(20))
+
+
+def test_a_changed_color_has_its_article():
+    random, found = np.random.default_rng(0), set()
+    for text in ("a blue jacket, a man", "An Orange jacket, a man"):
+        pair = make_prompt_pair(text, "glasses")
+        found |= {vary_colors(pair, 1.0, random).base_prompt.split(" jacket")[0] for _ in range(100)}
+    assert {"an orange", "a red", "A Blue", "A Pink"} < found and not {"a orange", "An Blue"} & found
+
+
+@pytest.mark.parametrize("text", ["a woman, 📸, blue", "A woman. ... Black hair | *", "a blue and white dress, ♥"])
+def test_any_words_of_a_caption_can_be_drawn(text):
+    pair = make_prompt_pair(text, "glasses")
+    assert vary_colors(pair, 0.0, np.random.default_rng(0)) is pair
+    drawn = vary_colors(pair, 1.0, np.random.default_rng(0))
+    assert len(drawn.base_phrases) == len(pair.base_phrases)
+
+
+def test_a_full_prompt_of_its_own_is_kept():
+    full = "photo of a woman wearing a red hat, gray wall, a dress"
+    pair = make_prompt_pair("a woman, gray wall, a dress", "red hat", full)
+    assert vary_colors(pair, 1.0, np.random.default_rng(0)) is pair
 
 
 def test_color_variation_changes_what_is_drawn_alone(world):

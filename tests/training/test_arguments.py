@@ -54,6 +54,13 @@ def test_the_papers_preset_is_the_flags_it_stands_for(tmp_path):
     assert parse_args([str(write_run_file(given.asked, tmp_path))]) == given
 
 
+def test_a_preset_behind_a_run_file_wins_over_it(tmp_path):
+    file = tmp_path / "run.yaml"
+    write_run_file(parse_args([MODEL, "--stage1_steps=7"]).asked, tmp_path)
+    flags = flat(parse_args([str(file), "--preset=paper", "--lambda_base=3"]))
+    assert (LETTER | {"lambda_base": 3.0, "stage1_steps": 7}).items() <= flags.items()
+
+
 @pytest.mark.parametrize("in_file", [False, True])
 def test_what_is_given_beside_a_preset_wins(tmp_path, in_file):
     """Though it is the default, or another objective; and what a run file says, as what the command line does."""

@@ -1,12 +1,15 @@
 """Tests of how much of the target portraits show, and of the strength that a LoRA gets by it."""
 
 import shutil
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import prepared, train
+from test_train import prepared, train, watch
 
+import train_spf_portrait_lora as script
 from loras import LORA_WEIGHTS
 from training import presence as module
 from training.presence import LEAST_DIFFERENCE, STRENGTHS, Presence, bring_to_presence, find_strength
@@ -117,12 +120,27 @@ def test_no_clip_model_is_refused_before_anything_is_loaded(refusal, tmp_path):
     assert "--target_presence must be above 0, got 0.0" in refusal(target_presence=0)
 
 
-def test_damaged_clip_weights_are_named_and_the_lora_is_kept(world, tmp_path):
+def test_damaged_clip_weights_end_the_run_before_its_first_step(world, tmp_path, monkeypatch):
     clip = shutil.copytree(world.clip, tmp_path / "clip")
     (clip / "model.safetensors").write_bytes(b"damaged")
-    flags = {"target_presence": 0.9, "clip_model_name_or_path": clip}
+    steps = watch(monkeypatch, script, "train_step")
     with pytest.raises(SystemExit, match="--clip_model_name_or_path"):
-        train(world, tmp_path / "output", **flags)
-    without = load_file(train(world, tmp_path / "without") / LORA_WEIGHTS)
-    kept = load_file(tmp_path / "output" / LORA_WEIGHTS)
-    assert all(torch.equal(weights, kept[name]) for name, weights in without.items())
+        train(world, tmp_path / "output", target_presence=0.9, clip_model_name_or_path=clip)
+    assert not steps
+
+
+def test_processes_share_what_is_drawn(run):
+    """Each sees its own portraits; added up they are the mean of one process that sees all."""
+    whole, shares = presence_of(run), []
+
+    def one_of_three(rank: int) -> SimpleNamespace:
+        return SimpleNamespace(
+            process_index=rank, num_processes=3, device=run.accelerator.device, is_local_main_process=rank == 0,
+            autocast=nullcontext, reduce=lambda total, how: shares.append(float(total)) or total,
+        )  # fmt: skip
+
+    for rank in range(3):
+        run.accelerator = one_of_three(rank)
+        presence_of(run)
+    read, drawn = sum(shares[::2]) / 6, sum(shares[1::2]) / module.PROBES
+    assert read == pytest.approx(whole.trained, abs=1e-5) and drawn == pytest.approx(whole.original, abs=1e-4)
