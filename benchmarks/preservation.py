@@ -1,10 +1,11 @@
 """Does SPF-Portrait keep a portrait, and what else does? `python benchmarks/preservation.py`.
 
 For every toy target and training seed it trains LoRAs in all the ways of `RUNS` through the real training script, at
-equal steps and equal gradient samples, draws the same prompts from the same noise with each, with and without SFCM
-guidance, and judges the portraits against the original model's. Plain LoRA turned down is a control too, since a
-weaker LoRA pollutes less. What is trained with the true regions is a ceiling: nobody but the renderer knows them.
-What is finished is not trained or drawn again, so an interrupted run goes on where it stopped.
+equal steps and equal gradient samples, draws the same prompts from the same noise with each, as it is, with SFCM
+guidance, and with the LoRA off in the first steps, and judges the portraits against the original model's. Plain LoRA
+turned down is a control too, since a weaker LoRA pollutes less. What is trained with the true regions is a ceiling:
+nobody but the renderer knows them. What is finished is not trained or drawn again, so an interrupted run goes on where
+it stopped.
 
 Source: [ours].
 """
@@ -23,7 +24,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.parts import drawing, judging, plane, tables
-from benchmarks.parts.judging import QUIET, Job
+from benchmarks.parts.judging import LATE, QUIET, Job
 from benchmarks.parts.plane import Point, Series
 from benchmarks.parts.runs import ORACLES, RUNS, Run, Training, run_folder, train_all
 from benchmarks.parts.tables import Row, Share, number, with_interval, with_worst
@@ -47,7 +48,7 @@ AXES = {name: HEADINGS[name] for name in ("response", "excess")}
 SHARES = {name: HEADINGS[name] for name in tables.WORST}
 BESIDE_AXES = {name: HEADINGS[name] for name in ("kept_skin", "head_shift", "base_change", "leak")}
 NOTES = (
-    "Filled: as it is. Hollow: the same LoRAs with SFCM guidance. Bars: 95 % intervals.",
+    "Filled: as it is. Hollow: the same LoRAs with SFCM guidance. Half filled: drawn late. Bars: 95 % intervals.",
     "Ring and gray line: the Pareto front of what knows no true mask.",
 )
 
@@ -67,21 +68,22 @@ def chosen(args: argparse.Namespace) -> list[Training]:
 
 
 def jobs_of(args: argparse.Namespace) -> list[Job]:
-    """Every run at every strength, and every way to train once more with guidance."""
+    """Every run at every strength, and every way to train once more with guidance, and once more late."""
     jobs = []
     for target, name, seed in chosen(args):
         run, folder = RUNS[name], run_folder(args.output_dir, target, name, seed)
         jobs += [Job(target, name, seed, strength, folder) for strength in run.strengths]
         if run.parent is None:
-            jobs.append(Job(target, name, seed, 1.0, folder, 1.0, run.quiet))
+            jobs.append(Job(target, name, seed, 1.0, folder, "guided", quiet=run.quiet))
+            jobs.append(Job(target, name, seed, 1.0, folder, "late"))
     return jobs
 
 
 def label_of(job: Job) -> str:
     """The row of a job."""
     run = RUNS[job.run_name]
-    if job.guided:
-        return f"{run.label}, guided"
+    if job.way:
+        return f"{run.label}, {job.way}"
     return run.label + ("" if len(run.strengths) == 1 else f", strength {job.strength:g}")
 
 
@@ -102,7 +104,7 @@ def below_plain_curve(rows: list[Row]) -> dict[str, dict]:
 
 def shares_of_plain(rows: list[Row]) -> dict[str, dict[str, Share]]:
     """By label and measure what every way to train and to draw has of plain LoRA, if there is one."""
-    plain = next((row for row in rows if row.key == ("plain", 1.0, False)), None)
+    plain = next((row for row in rows if row.key == ("plain", 1.0, "")), None)
     ways = [row for row in rows if row.run_name in RUNS and row.strength == 1.0 and row is not plain]
     ways = [] if plain is None else [row for row in ways if not is_ablation(row)]
     return {
@@ -112,7 +114,7 @@ def shares_of_plain(rows: list[Row]) -> dict[str, dict[str, Share]]:
 
 def ablation_differences(rows: list[Row]) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
     """By parent, ablation and measure: its mean minus the parent's of the same training seeds, paired by prompt."""
-    at_full = {row.run_name: row for row in rows if row.strength == 1.0 and not row.guided}
+    at_full = {row.run_name: row for row in rows if row.strength == 1.0 and not row.way}
     found: dict[str, dict] = {}
     for name, row in at_full.items():
         if is_ablation(row) and RUNS[name].parent in at_full:
@@ -144,12 +146,12 @@ class Place:
         return "★" if self.on_front else "☆" if self.on_usable_front else ""
 
 
-def places(rows: list[Row]) -> dict[tuple[str, float, bool], Place]:
+def places(rows: list[Row]) -> dict[tuple[str, float, str], Place]:
     """By key, the place of every row that is no ablation, which has a single training seed."""
     rows = [row for row in rows if not is_ablation(row)]
     resamples = tables.resamples_of(rows)
 
-    def front(some: list[Row]) -> dict[tuple[str, float, bool], tuple[bool, float]]:
+    def front(some: list[Row]) -> dict[tuple[str, float, str], tuple[bool, float]]:
         on_front = plane.pareto_front(*(np.array([row.measures[n].mean() for row in some]) for n in AXES)).tolist()
         samples = (np.stack([tables.resampled(row.measures[n], resamples) for row in some], axis=1) for n in AXES)
         shares = plane.front_shares(*samples).tolist()
@@ -166,12 +168,13 @@ def places(rows: list[Row]) -> dict[tuple[str, float, bool], Place]:
 
 
 def oracle_differences(rows: list[Row]) -> dict[str, dict[str, Estimate]]:
-    """How far what finds the region itself is from what knows it: its mean minus the oracle's, paired by training seed
-    and prompt."""
+    """How far what finds the region itself is from what knows it, both drawn alike: its mean minus the oracle's,
+    paired by training seed and prompt."""
     by_key, resamples, found = {row.key: row for row in rows}, tables.resamples_of(rows), {}
-    pairs = [(name, oracle, guided) for guided in (False, True) for oracle, own in ORACLES.items() for name in own]
-    for name, oracle_name, guided in pairs:
-        row, oracle = by_key.get((name, 1.0, guided)), by_key.get((oracle_name, 1.0, guided))
+    ways = dict.fromkeys(row.way for row in rows)
+    pairs = [(name, oracle, way) for way in ways for oracle, own in ORACLES.items() for name in own]
+    for name, oracle_name, way in pairs:
+        row, oracle = by_key.get((name, 1.0, way)), by_key.get((oracle_name, 1.0, way))
         if row is not None and oracle is not None:
             label = f"{row.label}, minus {oracle.label}"
             found[label] = {m: tables.paired_difference(row, oracle, m, resamples) for m in AXES}
@@ -235,21 +238,23 @@ As a share of plain LoRA's of the same training seeds, intervals over seeds and 
 
 def explanation(args: argparse.Namespace) -> str:
     """What the table's numbers are, and the settings they were made with."""
-    quiet = ", ".join(f"{name}={value}" for name, value in QUIET.items())
+    quiet, late = (", ".join(f"{name}={value}" for name, value in own.items()) for own in (QUIET, LATE))
     most = ", ".join(f"*{run.label}*" for run in RUNS.values() if run.most_seeds is None)
     return f"""\
 Settings: {tables.settings_text(args)},
 {args.stage1_steps + args.stage2_steps} for what has one stage; half a batch for what adds a row of its own to each
 portrait's. Every row draws the same prompts from the same noise, the LoRA active in both branches of the guidance;
 *guided* rows are the same LoRAs drawn as the README recommends for each: SPF-Portrait's with
-`sfcm_guidance=1`, all others with `{quiet}` besides.
+`sfcm_guidance=1`, all others with `{quiet}` besides. *Late* rows
+are the same LoRAs drawn with `{late}` instead: above this ratio of noise to signal, so in
+the first steps, the LoRA is off and the original model draws the base prompt.
 
 Against the original model's portrait of the base prompt: *response* is the share of the full prompts' portraits that
 show the target, by the probe's classifier and by a pixel rule; *change outside* the mean absolute difference (0-255)
 outside the target's region; *excess pollution* that minus the original model's own with the full prompt; *kept* the
 agreement of the probe's factors. With the base prompt alone, *change* is over the whole picture, and *leak* the share
-that shows the target unasked; guided rows have none (-), since guidance is about a target and the pipeline refuses it
-without one.
+that shows the target unasked; guided and late rows have none (-), since both are about a target and the pipeline
+refuses them without one. A LoRA drawn late draws base prompts alone as in its row without that.
 
 All training seeds are behind {most};
 behind the other ways are the first {Run.most_seeds}, behind ablations the first. Brackets are 95 % intervals from
@@ -273,7 +278,7 @@ def write_tables(args: argparse.Namespace, by_target: dict[str, list[Row]]) -> N
     for name, rows in tables.with_mean(by_target).items():
         found, shares, entries = places(rows), shares_of_plain(rows), []
         for row in rows:
-            entry = {"label": row.label, "run": row.run_name, "strength": row.strength, "guided": row.guided}
+            entry = {"label": row.label, "run": row.run_name, "strength": row.strength, "way": row.way}
             place = asdict(found[row.key]) if row.key in found else None
             share = {name: asdict(own) for name, own in shares.get(row.label, {}).items()} or None
             entries.append(entry | {"plane": place, "of_plain": share, "measures": tables.summarise(row.measures)})
@@ -286,15 +291,16 @@ def write_tables(args: argparse.Namespace, by_target: dict[str, list[Row]]) -> N
 
 def plane_series(rows: list[Row]) -> list[Series]:
     """What a panel shows: plain LoRA's strength curve from the original model on, and each way to train as a point,
-    joined to the same with guidance."""
+    joined on either side to the same with guidance and to the same drawn late."""
     found, series = places(rows), []
 
     def points(some: list[Row]) -> list[Point]:
-        own = [(found[row.key], row.guided) for row in some]
-        return [Point(place.response, place.excess, guided, bool(place.on_usable_front)) for place, guided in own]
+        own = [(found[row.key], row.way) for row in some]
+        return [Point(place.response, place.excess, way, bool(place.on_usable_front)) for place, way in own]
 
     for name, run in RUNS.items():
         own = [row for row in rows if row.run_name == name and row.strength == 1.0]
+        own.sort(key=lambda row: ("guided", "", "late").index(row.way))
         if run.style is None or not own:
             continue
         color, marker = run.style

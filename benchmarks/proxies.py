@@ -74,7 +74,8 @@ def sfcm_region(maps: Sequence[np.ndarray], size: int) -> np.ndarray:
 def measure_job(
     job: Job, args: argparse.Namespace, originals: Originals, region: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """What a user can measure of a job's portraits, (P,) each; guided ones have none of the base prompt alone."""
+    """What a user can measure of a job's portraits, (P,) each; guided and late ones have none of the base prompt
+    alone."""
     found = judging.judge_job(job, drawing.draw_settings(args), args.output_dir / "cache")
     before = Portraits(originals.base_images, originals.full_images)
     after = Portraits(found.get("base_images", before.base), found["full_images"])
@@ -83,7 +84,7 @@ def measure_job(
     untuned = measures.pixel_change(before.base, before.full, 1 - region)
     # The index over a reference LoRA is this over a number that is the same for all.
     measured["pollution"] = measured["change_outside"] - untuned + measured["base_change"]
-    return {n: own for n, own in measured.items() if n in PROXIES and not (job.guided and n in OF_BASE_PORTRAITS)}
+    return {n: own for n, own in measured.items() if n in PROXIES and not (job.way and n in OF_BASE_PORTRAITS)}
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def measure_target(args: argparse.Namespace, originals: Originals, truths: dict[
     """
     settings, name = drawing.draw_settings(args), originals.target_name
     jobs = [job for job in truths if job.target_name == name]
-    maps = [judging.judge_job(job, settings, args.output_dir / "cache")["maps"] for job in jobs if job.guided]
+    maps = [judging.judge_job(job, settings, args.output_dir / "cache")["maps"] for job in jobs if job.way == "guided"]
     if not maps:
         raise ValueError(f"--runs {' '.join(args.runs)}: no way to train for {name} that is drawn with an SFCM.")
     measuring = partial(measure_job, args=args, originals=originals, region=sfcm_region(maps, SIZE))
@@ -190,7 +191,7 @@ preservation benchmark: each row and training seed is one LoRA. {tables.settings
 The sign is such that +1 means: what the measure finds better is better. Brackets are 95 % intervals from {RESAMPLES}
 resamples of the prompts; a resample is noisier than the prompts themselves, so that the value lies near the upper end.
 *Outside* and *inside*, for the measures, are those of the mean SFCM of the LoRAs, as in `evaluate_spf_portrait.py`;
-CLIP is the toy world's own. What needs portraits of base prompts alone is over the LoRAs drawn without guidance.
+CLIP is the toy world's own. What needs portraits of base prompts alone is over the LoRAs drawn as they are.
 """, []  # fmt: skip
     reasons = {name: reason for name, reason in missing.items() if name in PROXIES}
     if reasons:

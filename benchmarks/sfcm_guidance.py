@@ -74,8 +74,9 @@ def main(input_args: Sequence[str] | None = None) -> None:
     train_all(args, [(target, SWEEPS[name].run, seed) for target, name, seed in chosen])
     jobs = []
     for target, name, seed in chosen:
-        folder = run_folder(args.output_dir, target, SWEEPS[name].run, seed)
-        jobs += [Job(target, name, seed, 1.0, folder, strength, SWEEPS[name].quiet) for strength in STRENGTHS]
+        sweep = SWEEPS[name]
+        folder = run_folder(args.output_dir, target, sweep.run, seed)
+        jobs += [Job(target, name, seed, 1.0, folder, "guided", strength, sweep.quiet) for strength in STRENGTHS]
     by_target = judging.judged_tables(args, jobs, label_of)
 
     text, results, panels = f"""\

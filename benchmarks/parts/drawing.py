@@ -198,12 +198,16 @@ def draw_with_target(
 def draw_guided(
     pipeline: Pipeline, prompts: Sequence[ToyPrompt], settings: DrawSettings, **options: Any
 ) -> dict[str, np.ndarray]:
-    """Draw each full prompt once under SFCM guidance: "full_images" (B, 64, 64, 3), and "maps" (B, 16, 16)."""
+    """Draw each full prompt once, as `options` of the call say: "full_images" (B, 64, 64, 3), and under SFCM guidance
+    "maps" (B, 16, 16)."""
+    mapped = "sfcm_guidance" in options
     images = np.empty((len(prompts), SIZE, SIZE, 3), dtype=np.uint8)
     maps = np.empty((len(prompts), SIZE // 4, SIZE // 4), dtype=np.float32)
-    for chunk, drawn in draw_with_target(pipeline, prompts, settings, return_sfcm=True, **options):
-        images[chunk], maps[chunk] = to_bytes(drawn.images), drawn.sfcm[:, 0].float().cpu().numpy()
-    return {"full_images": images, "maps": maps}
+    for chunk, drawn in draw_with_target(pipeline, prompts, settings, return_sfcm=mapped, **options):
+        images[chunk] = to_bytes(drawn.images)
+        if mapped:
+            maps[chunk] = drawn.sfcm[:, 0].float().cpu().numpy()
+    return {"full_images": images} | ({"maps": maps} if mapped else {})
 
 
 # ------------------------------------------------------------------------------------------------------------- keeping

@@ -26,6 +26,9 @@ from training.sharing import pipeline_code
 
 # What the README recommends with guidance for a LoRA that was not trained to keep out of the empty branch.
 QUIET = {"adapter_in_unconditional": False, "target_scale": 0.75}
+# A late LoRA is off above this noise over signal, Stable Diffusion's own at timestep 800, and stronger where it is on.
+# Below 700 hair is still coloured, but no hat grows any more.
+LATE = {"sfcm_guidance_start": 5.1, "target_scale": 1.4}
 PORTRAITS = ("full_images", "base_images", "maps")
 
 
@@ -38,16 +41,19 @@ class Job:
     seed: int
     strength: float  # of the LoRA
     lora_path: Path
-    sfcm_guidance: float | None = None  # without it, base prompts are drawn, too
+    way: str = ""  # to draw: as it is, then base prompts are drawn, too; "guided" by the SFCM; or "late", by `LATE`
+    sfcm_guidance: float = 1.0  # when guided
     quiet: bool = False  # whether `QUIET` goes with the guidance
 
     @property
-    def guided(self) -> bool:
-        return self.sfcm_guidance is not None
+    def options(self) -> dict[str, float | bool]:
+        """What the call of the pipeline has beside the target."""
+        guidance = {"sfcm_guidance": self.sfcm_guidance} | (QUIET if self.quiet else {})
+        return {"": {}, "guided": guidance, "late": LATE}[self.way]
 
     def __str__(self) -> str:
-        how = f"strength {self.strength:g}" + (f", guided {self.sfcm_guidance:g}" if self.guided else "")
-        return f"{self.target_name}, {self.run_name}, seed {self.seed}, {how}"
+        how = {"": "", "guided": f", guided {self.sfcm_guidance:g}", "late": ", late"}[self.way]
+        return f"{self.target_name}, {self.run_name}, seed {self.seed}, strength {self.strength:g}{how}"
 
 
 @lru_cache(maxsize=1)
@@ -75,19 +81,17 @@ def judge_images(
 def judge_job(job: Job, settings: DrawSettings, cache_dir: Path) -> dict[str, np.ndarray]:
     """Draw with a LoRA and judge, or read what was judged before with the same weights and settings.
 
-    Guidance is about a target, and the pipeline refuses it without one: then nothing is drawn of base prompts. Returns
-    the measures of `judge_images`, and what was drawn, as many of `PORTRAITS` as there are.
+    Guided and late are about a target, and the pipeline refuses them without one: then nothing is drawn of base
+    prompts. Returns the measures of `judge_images`, and what was drawn, as many of `PORTRAITS` as there are.
     """
     weights = file_digest(job.lora_path / LORA_WEIGHTS)
     pipeline, judge = tools(settings.device, settings.base)
     originals = drawing.load_originals(pipeline, job.target_name, settings, cache_dir)
-    options = QUIET if job.quiet else {}
 
     def make() -> dict[str, np.ndarray]:
         with drawing.loras_on(pipeline, [job.lora_path], job.strength):
-            if job.guided:
-                guidance = {"sfcm_guidance": job.sfcm_guidance, **options}
-                drawn = drawing.draw_guided(pipeline, originals.prompts, settings, **guidance)
+            if job.way:
+                drawn = drawing.draw_guided(pipeline, originals.prompts, settings, **job.options)
             else:
                 drawn = drawing.draw_both(pipeline, originals.prompts, settings)
         return judge_images(judge, originals, drawn["full_images"], drawn.get("base_images")) | drawn
@@ -95,9 +99,12 @@ def judge_job(job: Job, settings: DrawSettings, cache_dir: Path) -> dict[str, np
     probe = file_digest(Path(toy_portraits.judge.__file__), PROBE_FOLDER / "probe.safetensors")
     key = ["portraits", job.target_name, job.strength, asdict(settings)]
     digests = [drawing.base_model_digest(settings.base), weights, probe]
-    if job.guided:
-        key = ["guided portraits", job.target_name, options, job.sfcm_guidance, asdict(settings)]
-        # Guidance is ours alone, and what it draws changes with its code.
+    if job.way == "guided":
+        key = ["guided portraits", job.target_name, QUIET if job.quiet else {}, job.sfcm_guidance, asdict(settings)]
+    elif job.way == "late":
+        key = ["late portraits", job.target_name, job.strength, LATE, asdict(settings)]
+    if job.way:
+        # Both are ours alone, and what they draw changes with their code.
         digests.append(file_digest(*pipeline_code(family_of(settings.base).hub).values()))
     return drawing.cached_arrays(cache_dir, [*key, digests], make)
 
@@ -142,7 +149,7 @@ def make_rows(
         names = [name for name in original if all(name in measures for measures in found.values())]
         stacked = {name: np.stack([measures[name] for measures in found.values()]) for name in names}
         job, seeds = next(iter(found)), tuple(job.seed for job in found)
-        rows.append(Row(label, job.run_name, job.strength, stacked, job.guided, seeds))
+        rows.append(Row(label, job.run_name, job.strength, stacked, job.way, seeds))
     for row in rows:
         row.measures["excess"] = row.measures["change_outside"] - original["change_outside"]
     return rows

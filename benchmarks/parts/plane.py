@@ -18,6 +18,12 @@ from evaluation.measures import Estimate
 
 
 PANEL = (4.7, 3.8)  # inches
+# How a point's marker is filled, by the way to draw of a `Job`.
+FILLS = {
+    "": {},
+    "guided": {"markerfacecolor": "white"},
+    "late": {"fillstyle": "right", "markerfacecoloralt": "white"},
+}
 
 
 def pareto_front(response: np.ndarray, pollution: np.ndarray) -> np.ndarray:
@@ -41,7 +47,7 @@ class Point:
 
     response: Estimate
     pollution: Estimate
-    hollow: bool = False
+    way: str = ""  # of `FILLS`
     on_front: bool = False
 
     @property
@@ -82,8 +88,7 @@ def _draw_panel(axes: Axes, title: str, pollution: str, series: Sequence[Series]
             if not line.curve and point.response.low is not None:
                 axes.plot((point.response.low, point.response.high), (y, y), **thin, alpha=0.5)
                 axes.plot((x, x), (point.pollution.low, point.pollution.high), **thin, alpha=0.5)
-            fill = {"markerfacecolor": "white"} if point.hollow else {}
-            axes.plot(x, y, **line.style | fill, markeredgewidth=1.5, zorder=3)
+            axes.plot(x, y, **line.style | FILLS[point.way], markeredgewidth=1.5, zorder=3)
             if point.on_front:
                 axes.plot(x, y, "o", markersize=14, markerfacecolor="none", markeredgecolor="black", zorder=4)
 

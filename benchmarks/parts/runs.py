@@ -39,7 +39,7 @@ NOTE = "benchmark.json"  # of a LoRA's folder: its recipe, and the seconds that 
 
 @dataclass(frozen=True)
 class Run:
-    """One way to train, and the strengths it is judged at; an ablation is drawn without guidance alone."""
+    """One way to train, and the strengths it is judged at; an ablation is drawn as it is alone."""
 
     label: str
     flags: str = ""  # of the training script, beyond those that all runs share

@@ -35,12 +35,12 @@ class Row:
     run_name: str
     strength: float
     measures: dict[str, np.ndarray]
-    guided: bool = False
+    way: str = ""  # to draw, of a `Job`
     seeds: tuple[int, ...] = ()
 
     @property
-    def key(self) -> tuple[str, float, bool]:
-        return self.run_name, self.strength, self.guided
+    def key(self) -> tuple[str, float, str]:
+        return self.run_name, self.strength, self.way
 
     def by_prompt(self, name: str) -> np.ndarray:
         """(P,): a measure's mean over training seeds, the unit that standard errors count."""
@@ -164,8 +164,8 @@ def curve_change_at(response: float, strengths: np.ndarray, responses: np.ndarra
 
 
 def curve_of(rows: Iterable[Row], run_name: str) -> list[Row]:
-    """The original model and a run's rows without guidance, by ascending strength."""
-    chosen = [row for row in rows if row.run_name in ("original", run_name) and not row.guided]
+    """The original model and a run's rows drawn as it is, by ascending strength."""
+    chosen = [row for row in rows if row.run_name in ("original", run_name) and not row.way]
     return sorted(chosen, key=lambda row: row.strength)
 
 

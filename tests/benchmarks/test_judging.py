@@ -1,6 +1,6 @@
 """Portraits drawn and judged with the toy model: a LoRA on and off, with guidance, and kept by all they depend on."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -69,7 +69,7 @@ def test_portraits_are_cached_by_everything_they_depend_on(tmp_path, monkeypatch
 
 def test_a_guided_lora_is_judged_with_its_map_and_kept(tmp_path, cache, monkeypatch):
     pipeline, _ = judging.tools("cpu", "sd")
-    job = Job("red_hat", "plain", 0, 1.0, write_random_lora(tmp_path / "lora"), sfcm_guidance=1.0, quiet=True)
+    job = Job("red_hat", "plain", 0, 1.0, write_random_lora(tmp_path / "lora"), "guided", quiet=True)
     guided = judge_job(job, SETTINGS, cache)
     unguided = judge_job(replace(job, sfcm_guidance=0.0), SETTINGS, cache)
     assert guided["maps"].shape == (2, SIZE // 4, SIZE // 4) and 0 <= guided["maps"].min() < guided["maps"].max() <= 1
@@ -80,6 +80,50 @@ def test_a_guided_lora_is_judged_with_its_map_and_kept(tmp_path, cache, monkeypa
     assert all(np.array_equal(guided[name], again[name]) for name in guided)
     with pytest.raises(FileNotFoundError, match=LORA_WEIGHTS):
         judge_job(replace(job, lora_path=tmp_path), SETTINGS, cache)
+
+
+def test_a_late_lora_is_off_in_the_first_steps(tmp_path, cache, monkeypatch):
+    """The first of six steps, at timestep 831, is above the ratio, and the second, at 665, below."""
+    pipeline, _ = judging.tools("cpu", "sd")
+    settings = replace(SETTINGS, num_inference_steps=6)
+    job = Job("red_hat", "plain", 0, 1.0, write_random_lora(tmp_path / "lora"), "late")
+    late, as_it_is = judge_job(job, settings, cache), judge_job(replace(job, way="", strength=1.4), settings, cache)
+    assert not {"maps", "base_images", "leak", "base_change"} & set(late)
+    assert 0.5 < late["change"].mean() < as_it_is["change"].mean()
+    originals = load_originals(pipeline, "red_hat", settings, cache)
+    with drawing.loras_on(pipeline, [job.lora_path]):
+        for i, prompt in enumerate(originals.prompts):
+            goal = prompt.target_prompt
+            goal = goal if prompt.replaced_phrase is None else (prompt.replaced_phrase, goal)
+            noise = drawing.noise_of_prompts(settings)[i : i + 1]
+            expected = pipeline(
+                prompt.base_prompt, target_prompt=goal, sfcm_guidance_start=5.1, target_scale=1.4, latents=noise,
+                num_inference_steps=6, guidance_scale=settings.guidance_scale, output_type="np",
+            ).images  # fmt: skip
+            assert np.abs(drawing.to_bytes(expected)[0].astype(int) - late["full_images"][i]).max() <= 1
+    monkeypatch.setattr(drawing, "draw_guided", lambda *given, **options: pytest.fail("drawn again"))
+    again = judge_job(job, settings, cache)
+    assert all(np.array_equal(late[name], again[name]) for name in late)
+
+
+def test_each_way_to_draw_is_kept_by_what_it_depends_on(tmp_path, monkeypatch):
+    """The keys of guided portraits are those that judged caches already have."""
+    keys, lora = [], write_random_lora(tmp_path / "lora")
+    as_it_is = Job("red_hat", "plain", 0, 1.0, lora)
+    monkeypatch.setattr(drawing, "load_originals", lambda *given: None)
+    monkeypatch.setattr(drawing, "cached_arrays", lambda folder, key, make: keys.append(key) or {})
+    quiet = replace(as_it_is, way="guided", quiet=True)
+    for job in (as_it_is, quiet, replace(quiet, quiet=False, sfcm_guidance=0.5), replace(as_it_is, way="late")):
+        judge_job(job, SETTINGS, tmp_path)
+    drawn = asdict(SETTINGS)
+    assert [key[:-1] for key in keys] == [
+        ["portraits", "red_hat", 1.0, drawn],
+        ["guided portraits", "red_hat", {"adapter_in_unconditional": False, "target_scale": 0.75}, 1.0, drawn],
+        ["guided portraits", "red_hat", {}, 0.5, drawn],
+        ["late portraits", "red_hat", 1.0, {"sfcm_guidance_start": 5.1, "target_scale": 1.4}, drawn],
+    ]
+    base, weights, probe, code = keys[1][-1]
+    assert keys[0][-1] == [base, weights, probe] and keys[2][-1] == keys[3][-1] == [base, weights, probe, code]
 
 
 def test_without_guidance_the_full_prompts_are_drawn_each_from_its_noise():
@@ -95,8 +139,8 @@ def test_without_guidance_the_full_prompts_are_drawn_each_from_its_noise():
     assert np.abs(guided.astype(int) - base).mean() < 0.75 * np.abs(images.astype(int) - base).mean()
 
 
-@pytest.mark.parametrize("guided", [False, True])
-def test_the_other_base_is_drawn_by_its_own_class_and_sampler(toy_xl, guided, tmp_path):
+@pytest.mark.parametrize("way", ["", "guided", "late"])
+def test_the_other_base_is_drawn_by_its_own_class_and_sampler(toy_xl, way, tmp_path):
     settings = replace(SETTINGS, base="sdxl")
     pipeline, _ = judging.tools("cpu", "sdxl")
     assert isinstance(pipeline, SPFPortraitXLPipeline) and type(pipeline.scheduler) is EulerDiscreteScheduler
@@ -108,10 +152,10 @@ def test_the_other_base_is_drawn_by_its_own_class_and_sampler(toy_xl, guided, tm
     prompts = [prompt.base_prompt for prompt in originals.prompts]
     assert np.array_equal(drawing.to_bytes(stock(prompts, output_type="np", **options).images), originals.base_images)
 
-    job = Job("red_hat", "plain", 0, 1.0, write_random_lora(tmp_path / "lora", base="sdxl"))
-    job = replace(job, sfcm_guidance=1.0, quiet=True) if guided else job
+    lora = write_random_lora(tmp_path / "lora", base="sdxl")
+    job = Job("red_hat", "plain", 0, 1.0, lora, way, quiet=way == "guided")
     found = judge_job(job, settings, tmp_path)
-    assert found["change_outside"].max() > 0 and ("maps" in found) == guided
+    assert found["change_outside"].max() > 0 and ("maps" in found) == (way == "guided")
     assert not getattr(pipeline.unet, "peft_config", None)
 
 

@@ -6,7 +6,7 @@ from benchmarks.parts.plane import Point, Series, front_shares, pareto_front, pl
 from evaluation.measures import Estimate
 
 
-def at(response: float, pollution: float, **how: bool) -> Point:
+def at(response: float, pollution: float, **how: bool | str) -> Point:
     return Point(Estimate(response, None, None), Estimate(pollution, None, None), **how)
 
 
@@ -28,10 +28,10 @@ def test_shares_of_the_front_are_how_often_it_holds():
 
 
 def test_points_bars_rings_and_the_front_are_drawn_where_they_belong():
-    barred = Point(Estimate(0.5, 0.2, 0.8), Estimate(-1.0, -2.0, 0.5), hollow=True, on_front=True)
+    barred = Point(Estimate(0.5, 0.2, 0.8), Estimate(-1.0, -2.0, 0.5), "guided", on_front=True)
     series = [
         Series("curve", "#c83c28", [at(0.25, 8.0, on_front=True), at(0.6, 4.0)], curve=True),
-        Series("x", "#1e5ac8", [barred], marker="^"),
+        Series("x", "#1e5ac8", [barred, at(0.75, 2.0, way="late"), at(0.7, 3.0)], marker="^"),
     ]
     figure = plane_figure({"first": series, "second": series, "third": series}, "pollution", notes=("a note",))
     panels = [axes for axes in figure.axes if axes.axison]
@@ -44,6 +44,9 @@ def test_points_bars_rings_and_the_front_are_drawn_where_they_belong():
     marker, ring = sorted(at_point, key=lambda line: line.get_markersize())
     assert (marker.get_marker(), marker.get_markerfacecolor()) == ("^", "white")
     assert marker.get_color() == "#1e5ac8"
+    (half,), (filled,) = ([line for line in lines if [*line.get_xdata()] == [x]] for x in (0.75, 0.7))
+    assert (half.get_fillstyle(), half.get_markerfacecolor()) == ("right", "#1e5ac8")
+    assert half.get_markerfacecoloralt() == "white" and filled.get_fillstyle() == "full"
     assert ring.get_marker() == "o" and ring.get_markerfacecolor() == "none"
     # what was drawn lies inside of the panel
     assert all(axes.get_ylim()[0] < -2.0 and axes.get_ylim()[1] > 8.0 for axes in panels)

@@ -50,8 +50,8 @@ from training.arguments import parse_args as parse_training_args
 
 
 PROMPTS = 40
-# rows of the ways to train: each at its strengths, and once more with guidance
-DRAWN = sum(len(run.strengths) + 1 for run in WAYS.values())
+# rows of the ways to train: each at its strengths, once more with guidance, and once more late
+DRAWN = sum(len(run.strengths) + 2 for run in WAYS.values())
 
 
 def made_up(response: float, change: float, seed: int, prompts: int = PROMPTS) -> dict[str, np.ndarray]:
@@ -74,8 +74,8 @@ def made_up_results(target_name: str, seeds=(0, 1), names=tuple(RUNS)) -> dict[J
             spot = (0.2 + 0.4 * job.strength, 2 + 8 * job.strength)
         if job.run_name in ("mask", "composed_mask"):
             spot = (0.7, 4.5)
-        measures = made_up(spot[0], spot[1] - 2 * job.guided, seed=job.seed)
-        if job.guided:
+        measures = made_up(spot[0], spot[1] - {"": 0, "guided": 2, "late": 1}[job.way], seed=job.seed)
+        if job.way:
             del measures["base_change"], measures["leak"]
         results[job] = measures
     return results
@@ -90,21 +90,29 @@ def rows() -> list[Row]:
     return rows_of("blonde_hair", made_up(0.2, 2.0, seed=9), made_up_results("blonde_hair"))
 
 
-def row_of(rows: list[Row], name: str, strength: float = 1.0, guided: bool = False) -> Row:
-    return next(row for row in rows if row.key == (name, strength, guided))
+def row_of(rows: list[Row], name: str, strength: float = 1.0, way: str = "") -> Row:
+    return next(row for row in rows if row.key == (name, strength, way))
 
 
 def test_rows_hold_seeds_by_prompts_and_the_change_beyond_the_originals(rows):
-    # every way to train is there with and without guidance, an ablation once
+    # every way to train is there as it is, with guidance and late, an ablation once
     assert len(rows) == 1 + DRAWN + len(RUNS) - len(WAYS)
     assert rows[0].run_name == "original" and rows[0].measures["excess"].max() == 0
     plain = row_of(rows, "plain")
     assert plain.measures["response"].shape == (2, PROMPTS)
     expected = plain.measures["change_outside"] - rows[0].measures["change_outside"]
     assert np.array_equal(plain.measures["excess"], expected)
-    guided, ablation = row_of(rows, "paper", guided=True), row_of(rows, "no_text")
-    assert guided.label == "SPF-Portrait, paper, guided" and "leak" not in guided.measures
-    assert plain.seeds == guided.seeds == (0, 1) and ablation.seeds == (0,)
+    ablation = row_of(rows, "no_text")
+    for way in ("guided", "late"):
+        row = row_of(rows, "paper", way=way)
+        assert row.label == f"SPF-Portrait, paper, {way}" and not {"leak", "base_change"} & set(row.measures)
+        assert plain.seeds == row.seeds == (0, 1) and ablation.seeds == (0,)
+
+
+def test_a_way_to_train_is_drawn_late_as_it_is():
+    jobs = [job for job in jobs_of(parse_args(["--targets", "red_hat", "--seeds", "1"])) if job.way == "late"]
+    assert [job.run_name for job in jobs] == list(WAYS) and not any(job.quiet for job in jobs)
+    assert {(job.seed, job.strength) for job in jobs} == {(1, 1.0)}
 
 
 def test_distance_below_the_curve_and_its_error(rows):
@@ -120,23 +128,26 @@ def test_distance_below_the_curve_and_its_error(rows):
 
 def test_every_way_is_held_against_plain_loras_curve(rows):
     found = below_plain_curve(rows)
-    assert len(found) == 2 * len(WAYS) - 1
+    assert len(found) == 3 * len(WAYS) - 1
     guided, composed = found["SPF-Portrait, composed, guided"], found["SPF-Portrait, composed"]
     assert guided["distance"] == pytest.approx(composed["distance"] + 2)
-    # plain LoRA is not held against itself, but with guidance it is
-    assert "plain LoRA, strength 1" not in found and "plain LoRA, guided" in found
+    assert found["SPF-Portrait, composed, late"]["distance"] == pytest.approx(composed["distance"] + 1)
+    # plain LoRA is not held against itself, but drawn in another way it is
+    assert "plain LoRA, strength 1" not in found and {"plain LoRA, guided", "plain LoRA, late"} <= set(found)
     assert below_plain_curve([row for row in rows if row.run_name != "plain"]) == {}
 
 
 def test_every_way_is_a_share_of_plain_lora(rows):
     found = shares_of_plain(rows)
-    assert len(found) == 2 * len(WAYS) - 1
+    assert len(found) == 3 * len(WAYS) - 1
     own = found["SPF-Portrait, composed"]
     assert own["response"].whole.value == pytest.approx(1) and list(own["response"].by_seed) == [0, 1]
     assert own["excess"].whole.value == pytest.approx(3 / 8, abs=0.02)
     assert own["base_change"].whole.value == pytest.approx(0.5)
     guided = found["SPF-Portrait, composed, guided"]
     assert guided["excess"].whole.value == pytest.approx(1 / 8, abs=0.02) and "base_change" not in guided
+    late = found["SPF-Portrait, composed, late"]
+    assert late["excess"].whole.value == pytest.approx(2 / 8, abs=0.02) and "base_change" not in late
     assert shares_of_plain([row for row in rows if row.run_name != "plain"]) == {}
 
 
@@ -153,23 +164,29 @@ def test_ablations_are_compared_with_their_parent_at_their_seeds(rows):
 def test_places_in_the_plane_and_what_knows_the_true_regions(rows):
     found = places(rows)
     assert len(found) == 1 + DRAWN
-    mask, composed = found["mask", 1.0, True], found["composed", 1.0, True]
+    mask, composed = found["mask", 1.0, "guided"], found["composed", 1.0, "guided"]
     assert mask.mark == "★" and mask.on_front and mask.on_usable_front is None and mask.usable_share is None
     # dominated by an oracle alone
     assert composed.mark == "☆" and composed.on_usable_front and not composed.on_front
     assert composed.usable_share > 0.9 and composed.share < 0.1
-    assert found["plain", 1.0, False].mark == "" and found["original", 0.0, False].mark == "★"
+    assert found["plain", 1.0, ""].mark == "" and found["original", 0.0, ""].mark == "★"
     assert composed.excess.low < composed.excess.value < composed.excess.high
+    # what is drawn late is a candidate as any other
+    worse = [row for row in rows if row.way != "guided"]
+    assert found["composed", 1.0, "late"].mark == "" and places(worse)["composed", 1.0, "late"].mark == "☆"
 
     unguided = oracle_differences(rows)[f"{RUNS['paper'].label}, minus {RUNS['mask'].label}"]
     assert unguided["response"].value == pytest.approx(-0.1) and unguided["excess"].value == pytest.approx(0.5)
-    assert len(oracle_differences(rows)) == 6  # composed and paper, and composed again, each guided and not
+    assert len(oracle_differences(rows)) == 9  # composed and paper, and composed again, each in three ways
+    late = oracle_differences(rows)[f"{RUNS['paper'].label}, late, minus {RUNS['mask'].label}, late"]
+    assert late["excess"].value == pytest.approx(0.5)
 
 
 def test_the_panel_shows_every_way_and_the_strength_curve(rows):
     curve, plain, *others = plane_series(rows)
     assert curve.curve and [round(point.response.value, 3) for point in curve.points] == [0.2, 0.3, 0.4, 0.5, 0.6]
-    assert [point.hollow for point in plain.points] == [False, True]
+    # what is joined is the LoRA as it is, and the same drawn in another way
+    assert [point.way for point in plain.points] == ["guided", "", "late"]
     assert len(others) == len(WAYS) - 1 and len({(s.color, s.marker) for s in (plain, *others)}) == len(WAYS)
     (mask,) = [series for series in others if series.label == RUNS["mask"].label]
     assert not any(point.on_front for point in mask.points)
@@ -191,7 +208,7 @@ def test_tables_and_pictures_are_written(tmp_path, names):
     args = parse_args(["--output_dir", str(tmp_path), "--targets", "blonde_hair", "--seeds", *map(str, seeds)])
     results = made_up_results("blonde_hair", seeds, names)
     # a seed that all the means hide
-    (worst,) = [own for job, own in results.items() if (job.run_name, job.seed, job.guided) == ("composed", 3, False)]
+    (worst,) = [own for job, own in results.items() if (job.run_name, job.seed, job.way) == ("composed", 3, "")]
     worst |= made_up(0.3, 9.0, seed=3)
     tables = {"blonde_hair": rows_of("blonde_hair", made_up(0.2, 2.0, seed=9), results)}
     write_tables(args, tables)
@@ -199,19 +216,21 @@ def test_tables_and_pictures_are_written(tmp_path, names):
 
     document = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     entries = document["targets"]["blonde_hair"]["rows"]
-    assert [entry["run"] for entry in entries if entry["strength"] == 1 and not entry["guided"]] == list(names)
-    places = {(entry["run"], entry["guided"]): entry["plane"] for entry in entries if entry["strength"] in (0, 1)}
-    composed = places["composed", False]
+    assert [entry["run"] for entry in entries if entry["strength"] == 1 and not entry["way"]] == list(names)
+    places = {(entry["run"], entry["way"]): entry["plane"] for entry in entries if entry["strength"] in (0, 1)}
+    composed = places["composed", ""]
     assert composed["worst"] == {"response": pytest.approx(0.3), "excess": pytest.approx(7, abs=0.1)}
     assert composed["response"]["low"] < 0.5 < composed["response"]["value"] == pytest.approx(0.54)
-    assert places["original", False]["worst"] == {"response": None, "excess": None}
+    assert places["original", ""]["worst"] == {"response": None, "excess": None}
     # three training seeds and one
-    assert len(names) == 1 or (places["mask", False]["worst"]["response"], places["no_text", False]) == (0.7, None)
+    assert len(names) == 1 or (places["mask", ""]["worst"]["response"], places["no_text", ""]) == (0.7, None)
     assert document["settings"]["prompt_seed"] == 90002
     text = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert "both branches of the" in text and "| SPF-Portrait, composed |" in text
-    guided = next(line for line in text.splitlines() if line.startswith("| SPF-Portrait, composed, guided"))
-    assert guided.split(" | ")[5:7] == ["-", "-"]
+    for way in ("guided", "late"):
+        line = next(line for line in text.splitlines() if line.startswith(f"| SPF-Portrait, composed, {way}"))
+        assert line.split(" | ")[5:7] == ["-", "-"]
+    assert "`sfcm_guidance_start=5.1, target_scale=1.4`" in text
     first = next(line for line in text.splitlines() if line.startswith("| SPF-Portrait, composed"))
     assert re.search(r"\| 0\.54 \[[\d., ]+\], worst 0\.30 \| 3\.\d\d \[[\d., ]+\], worst 6\.99 \|", first)
     assert (tmp_path / "response_pollution_plane.png").is_file()
@@ -273,8 +292,9 @@ def test_a_short_run_trains_judges_and_keeps_to_its_base(tmp_path, trained, toy_
     flags += ["--num_prompts", "3", "--num_inference_steps", "2", "--runs", "plain", "stage1", "composed", "paper"]
     main(parse_args([*flags, "--base", base]))
     document = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    rows = [(row["run"], row["strength"], row["guided"]) for row in document["targets"]["blonde_hair"]["rows"]]
-    assert len(rows) == len(set(rows)) == 1 + 4 + 3 + 4 and ("composed", 1.0, True) in rows
+    rows = [(row["run"], row["strength"], row["way"]) for row in document["targets"]["blonde_hair"]["rows"]]
+    assert len(rows) == len(set(rows)) == 1 + 4 + 3 + 2 * 4
+    assert {("composed", 1.0, way) for way in ("", "guided", "late")} < set(rows)
     assert document["settings"]["base"] == base and document["base_model"] == base_model_digest(base)
     assert BASES[base].title in (tmp_path / "table.md").read_text(encoding="utf-8")
     assert len(trained) == 4 and all(str(BASES[base].folder) in command for command in trained.values())

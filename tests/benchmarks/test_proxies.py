@@ -98,6 +98,6 @@ def test_a_short_run_measures_what_was_drawn(tmp_path):
     proxies.main(flags)
     found = json.loads((tmp_path / "proxies" / "results.json").read_text(encoding="utf-8"))["correlations"]
     lines = {(line["proxy"], line["truth"]): line for line in found}
-    assert lines["change_outside", "change_outside"]["loras"] == 5  # four strengths and guidance
+    assert lines["change_outside", "change_outside"]["loras"] == 6  # four strengths, guidance, and late
     assert lines["pollution", "change_outside"]["loras"] == 4
     assert lines["change_outside", "change_outside"]["spearman"]["value"] > 0.8
