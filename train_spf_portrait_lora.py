@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from programs.console import import_libraries
-from training.arguments import Flags, parse_args, uses_enhancement
+from training.arguments import Flags, parse_args, uses_enhancement, uses_presence
 
 
 if __name__ == "__main__":
@@ -50,7 +50,7 @@ from training.models import Models, load_models, load_text_part
 from training.objectives import make_objectives
 from training.objectives.objective import Objective, Parts
 from training.portraits import TrainingPortraits, draw_portraits, portraits_of
-from training.presence import bring_to_presence, load_clip
+from training.presence import Presence, bring_to_presence
 from training.prompt_table import make_prompt_table
 from training.resuming import check_nothing_came, check_record, resume_record
 from training.run_file import write_run_file
@@ -71,8 +71,6 @@ def prepare(flags: Flags, inputs: Inputs, accelerator: Accelerator) -> Parts:
     Raises InputError: weights are missing, damaged or a pickle.
     """
     family, data, shown = inputs.family, flags.data, accelerator.is_local_main_process
-    if flags.lora.target_presence is not None:
-        load_clip(flags)  # it is needed after the last step, when it would be late to find that it is not there
     models = load_models(flags, inputs, accelerator)
     cache = TensorCache(None if flags.model.cache_dir is None else Path(flags.model.cache_dir) / "spf-portrait")
     with models.at_work(*family.text_encoders):
@@ -81,6 +79,7 @@ def prepare(flags: Flags, inputs: Inputs, accelerator: Accelerator) -> Parts:
             shown=shown,
         )  # fmt: skip
     training, enhancement, used = TrainingPortraits(flags, inputs, models, accelerator), None, [family.denoiser]
+    presence = Presence(flags, inputs, models, accelerator) if uses_presence(flags) else None
     if data.cache_latents:
         with models.at_work("vae"):
             training.encode(cache, shown)
@@ -99,8 +98,9 @@ def prepare(flags: Flags, inputs: Inputs, accelerator: Accelerator) -> Parts:
         len(inputs.pairs), models.noise, accelerator.device,
     )  # fmt: skip
     return Parts(
-        models=models, table=table, batches=batches, training=training, enhancement=enhancement, alignment=None,
-        maps=MapMaker(models, table, flags.alignment, flags.loop.seed), unrelated_ids=inputs.unrelated_ids,
+        models=models, table=table, batches=batches, training=training, enhancement=enhancement, presence=presence,
+        alignment=None, maps=MapMaker(models, table, flags.alignment, flags.loop.seed),
+        unrelated_ids=inputs.unrelated_ids,
     )  # fmt: skip
 
 
@@ -158,6 +158,8 @@ def train_stages(
     else:
         logger.info("Going on from %s", resume.folder)
         parts = replace(parts, alignment=portraits_of(resume.state, accelerator.device))
+        if parts.presence is not None and engine.stage == 2:
+            parts.presence.restore(resume.state["presence"])
     with tqdm(total=total, initial=engine.global_step, disable=not accelerator.is_local_main_process) as progress:
         if engine.global_step < method.stage1_steps:
             train_stage(1, range(method.stage1_steps), flags, parts, engine, checkpoints, after_step)
@@ -168,6 +170,8 @@ def train_stages(
                 save_result(models, Path(output.output_dir) / "stage1", Path(output.output_dir), accelerator)
             logger.info("Stage 2: preparing %s alignment portraits and their maps", flags.alignment.alignment_source)
             with stop.at_once():
+                if parts.presence is not None:
+                    parts.presence.measure_stage1()
                 parts = replace(parts, alignment=prepare_alignment(flags, inputs, parts, accelerator))
             progress.unpause()
         train_stage(2, range(method.stage1_steps, total), flags, parts, engine, checkpoints, after_step)
@@ -182,7 +186,7 @@ def train_stage(
     for objective in objectives:
         objective.prepare(checkpoints.state_for(objective, stage))
     engine.start_stage(stage, len(steps))
-    checkpoints.hold(objectives, parts.alignment)
+    checkpoints.hold(objectives, parts.alignment, parts.presence if stage == 2 else None)
     accumulation, portraits = flags.loop.gradient_accumulation_steps, parts.alignment
     parts.training.start_reading(range(engine.global_step * accumulation, steps.stop * accumulation))
     for global_step in range(engine.global_step, steps.stop):
@@ -227,8 +231,8 @@ def finish(flags: Flags, inputs: Inputs, parts: Parts, engine: Engine, repo_id: 
     """The LoRA, the last picture, the model card, and what else was asked for."""
     accelerator, output_dir, models, strength = engine.accelerator, Path(flags.output.output_dir), parts.models, 1.0
     save_result(models, output_dir, output_dir, accelerator)
-    if flags.lora.target_presence is not None:
-        strength = bring_to_presence(flags, inputs, models, parts.training, accelerator)
+    if parts.presence is not None:
+        strength = bring_to_presence(models, parts.presence, flags.lora.target_presence)
         save_result(models, output_dir, output_dir, accelerator)
     try:
         draw_validation(flags, inputs, models, engine)

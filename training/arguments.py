@@ -176,6 +176,8 @@ def _check_method(flags: Flags) -> None:
         refuse(lost, f"--{name} is for the alignment of stage 2, and these flags have none")
     both = lora.use_dora and method.dual_path == "single_pass"
     refuse(both, "--use_dora needs --dual_path two_pass: DoRA cannot be off in some rows of a batch")
+    lost = lora.target_presence > 0 and not uses_presence(flags)
+    refuse(lost, "--target_presence is measured against stage 1, and these flags have no two stages")
     if lora.reference_target_prompt is not None:
         refuse(lora.reference_lora is None, "--reference_target_prompt needs --reference_lora")
         refuse(
@@ -210,3 +212,9 @@ def _check_others(flags: Flags) -> None:
 def uses_enhancement(method: groups.MethodFlags, paper: groups.PaperFlags) -> bool:
     """Whether any step computes the enhancement loss."""
     return method.stage2_steps > 0 and method.stage2_objective != "composed" and paper.enhancement_loss != "none"
+
+
+def uses_presence(flags: Flags) -> bool:
+    """Whether the LoRA's strength is set by how much of the target it shows beside stage 1."""
+    has_stage1 = flags.method.stage1_steps > 0 or flags.lora.stage1_lora_path is not None
+    return flags.method.stage2_steps > 0 and has_stage1 and flags.lora.target_presence > 0

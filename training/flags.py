@@ -43,7 +43,7 @@ class ModelFlags(FlagGroup):
     pretrained_vae_model_name_or_path: str | None = path(None, "Another VAE than the model's: a folder or Hub id.")
     clip_model_name_or_path: str = path(
         "openai/clip-vit-large-patch14",
-        "CLIP model that judges portraits, for the enhancement loss and --target_presence alone.",
+        "CLIP model that judges portraits, for the presence of the target and the enhancement loss.",
     )
     cache_dir: str | None = path(None, "Where what comes from the Hub, latents and text embeddings are kept.")
     mixed_precision: str | None = flag(None, "accelerate's setting if not given.", choices=("no", "fp16", "bf16"))
@@ -155,11 +155,12 @@ class LoraFlags(FlagGroup):
     reference_target_prompt: list[str] | None = flag(
         None, "Targets of the earlier LoRAs, each to be asked for in half of the drawn portraits.", action="extend"
     )
-    target_presence: float | None = flag(
-        None,
-        "In the end, make the LoRA as strong as it takes for portraits to show so much of the target, by CLIP: 0 is "
-        "what the original model's show, 1 what the training portraits do. At least half and at most twice as strong.",
-        "above 0",
+    target_presence: float = flag(
+        0.0,
+        "After both stages, make the LoRA as strong as it takes for portraits to show so much of the target, by CLIP: "
+        "0 is what the original model's show, 1 what stage 1's do. At least half and at most twice as strong; 0 "
+        "leaves it as it is.",
+        "0 or more",
     )
     stage1_lora_path: str | None = path(
         None, "Folder or file of a LoRA, of any rank and layers, that takes stage 1's place; needs --stage1_steps 0."

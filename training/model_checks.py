@@ -15,7 +15,7 @@ from loras.finding import find_lora, find_on_hub
 from loras.loading import DORA_ON_TOP, ReferenceLora
 from loras.reading import read_lora
 from programs.loading import check_model_name, load_tokenizer, naming_flag
-from training.arguments import Flags, uses_enhancement
+from training.arguments import Flags, uses_enhancement, uses_presence
 from training.flag_rules import refuse
 from training.flags import SFCM_TIMESTEPS, LoraFlags
 
@@ -30,7 +30,7 @@ def check_models(flags: Flags) -> tuple[type[StableDiffusion], ModelFacts]:
     )  # fmt: skip
     count = facts.num_train_timesteps
     refuse(high > count, f"--sfcm_timesteps: HIGH is {high}, above the model's {count} timesteps")
-    if uses_enhancement(flags.method, flags.paper) or flags.lora.target_presence is not None:
+    if uses_enhancement(flags.method, flags.paper) or uses_presence(flags):
         clip, cache_dir = model.clip_model_name_or_path, model.cache_dir
         with naming_flag("clip_model_name_or_path", clip):
             check_model_name(clip, kind=None)

@@ -22,7 +22,7 @@ from training.alignment_prompts import vary_colors
 from training.arguments import Flags
 from training.inputs import Inputs
 from training.models import Models
-from training.portraits import TrainingPortraits, draw_latents
+from training.portraits import draw_latents
 from training.prompt_table import embed_pixels, embed_targets
 from training.training_set import derive_seed
 
@@ -31,7 +31,7 @@ logger = get_logger(__name__)
 
 # A LoRA is looked at with these strengths. Beyond, it has been trained for something else.
 STRENGTHS = (0.5, 0.7, 1.0, 1.4, 2.0)
-PROBES, READ = 32, 64  # portraits that are drawn with each, and training portraits that are looked at
+PROBES, PROBE_STEPS = 64, 10  # portraits that are drawn with each, and their denoising steps
 # Differences of similarities below it are within what CLIP tells of any two sets of portraits.
 LEAST_DIFFERENCE = 0.01
 
@@ -50,7 +50,7 @@ class Found:
 def find_strength(presence_at: Callable[[float], float], wanted: float) -> Found:
     """The least strength with a presence, on the line between the two of `STRENGTHS` that it lies between.
 
-    The end of their range where none of them reaches it, or all do.
+    Where none of them reaches it, that which comes nearest: beyond, a LoRA ruins portraits. Where all do, the least.
     """
     place = STRENGTHS.index(1.0)
     tried = {1.0: presence_at(1.0)}
@@ -58,7 +58,7 @@ def find_strength(presence_at: Callable[[float], float], wanted: float) -> Found
     while (tried[STRENGTHS[place]] < wanted) == rising:
         before, place = place, place + (1 if rising else -1)
         if not 0 <= place < len(STRENGTHS):
-            return Found(STRENGTHS[before], tried)
+            return Found(max(tried, key=tried.get) if rising else STRENGTHS[0], tried)
         tried[STRENGTHS[place]] = presence_at(STRENGTHS[place])
     first, last = STRENGTHS[before], STRENGTHS[place]
     share = (wanted - tried[first]) / (tried[last] - tried[first])
@@ -67,16 +67,18 @@ def find_strength(presence_at: Callable[[float], float], wanted: float) -> Found
 
 class Presence:
     """Draws portraits with a LoRA, and says how much of the target they show: 0 is what the original model's portraits
-    of the base prompts show from the same noise, 1 what the training portraits do.
+    of the base prompts show from the same noise, 1 what those of stage 1 do.
 
-    Both by the mean cosine similarity of CLIP's embeddings of portrait and target.
+    Both by the mean cosine similarity of CLIP's embeddings of portrait and target. Training portraits would be no
+    measure of 1: CLIP likes photographs and drawn portraits differently, whatever they show.
+
+    Attributes:
+        original, stage1: these similarities, once they are measured.
 
     Raises InputError: weights are missing, damaged or a pickle.
     """
 
-    def __init__(
-        self, flags: Flags, inputs: Inputs, models: Models, training: TrainingPortraits, accelerator: Accelerator
-    ) -> None:
+    def __init__(self, flags: Flags, inputs: Inputs, models: Models, accelerator: Accelerator) -> None:
         self._flags, self._models, self._accelerator = flags, models, accelerator
         name, where = flags.model.clip_model_name_or_path, {"cache_dir": flags.model.cache_dir}
         clip = load_clip(flags).requires_grad_(False).to(accelerator.device).eval()
@@ -84,29 +86,37 @@ class Presence:
         rows = [i for i in range(len(inputs.rows)) if inputs.buckets[i] == inputs.buckets[0]]
         rng, variation = np.random.default_rng((flags.loop.seed, 5)), flags.alignment.alignment_color_variation
         chosen = [rows[i * len(rows) // PROBES] for i in range(PROBES)]  # spread over the data, whatever its order
-        read = range(0, len(inputs.rows), -(-len(inputs.rows) // READ))
-        targets = embed_targets(clip, load_tokenizer(name, **where), [inputs.pairs[i] for i in (*chosen, *read)])
+        self._targets = embed_targets(clip, load_tokenizer(name, **where), [inputs.pairs[i] for i in chosen])
         self._see = partial(embed_pixels, clip, CLIPImageProcessorPil.from_pretrained(name, **where))
         self._pairs = [vary_colors(inputs.pairs[i], variation, rng) for i in chosen]
         self._size = inputs.sizes[inputs.buckets[0]]
-        self._targets = targets[: len(chosen)]
-        own = range(len(read))[accelerator.process_index :: accelerator.num_processes]
-        pixels = training.read([training.samples[read[i]] for i in own], training.training_set.pixels)
-        seen = (self._similarity(one[None], targets[len(chosen) + i]) for i, one in zip(own, pixels))
-        self.trained = self._mean(seen, len(read))
-        with models.adapters.only(None):
+        self.original = self.stage1 = 0.0
+
+    def measure_stage1(self) -> None:
+        """See what 0 and 1 are, while the LoRA in training is still stage 1's."""
+        with self._models.adapters.only(None):
             self.original = self._drawn([pair.base_prompt for pair in self._pairs])
+        with self._models.adapters.only("default"):
+            self.stage1 = self._drawn([pair.full_prompt for pair in self._pairs])
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint of stage 2 has to hold."""
+        return {"original": self.original, "stage1": self.stage1}
+
+    def restore(self, state: dict[str, float]) -> None:
+        """What was measured before the run was interrupted."""
+        self.original, self.stage1 = state["original"], state["stage1"]
 
     @property
     def can_tell(self) -> bool:
-        """Whether CLIP tells the training portraits from the original model's by the target."""
-        return self.trained - self.original >= LEAST_DIFFERENCE
+        """Whether CLIP tells stage 1's portraits from the original model's by the target."""
+        return self.stage1 - self.original >= LEAST_DIFFERENCE
 
     def at(self, strength: float) -> float:
         """The presence in portraits of the full prompts, drawn with the LoRA in training so many times as strong."""
         with self._models.adapters.only("default"), adapter_scales(self._models.unet, {"default": strength}):
             similarity = self._drawn([pair.full_prompt for pair in self._pairs])
-        return (similarity - self.original) / (self.trained - self.original)
+        return (similarity - self.original) / (self.stage1 - self.original)
 
     @torch.no_grad()
     def _drawn(self, prompts: Sequence[str]) -> float:
@@ -124,9 +134,8 @@ class Presence:
             latents = () if not own else draw_latents(
                 models.pipeline, [prompts[i] for i in own],
                 seeds=[derive_seed(loop.seed, f"presence portrait {i}") for i in own],
-                num_inference_steps=alignment.alignment_inference_steps,
-                guidance_scale=alignment.alignment_guidance_scale, height=height, width=width,
-                batch_size=2 * loop.train_batch_size, advance=bar.update,
+                num_inference_steps=PROBE_STEPS, guidance_scale=alignment.alignment_guidance_scale, height=height,
+                width=width, batch_size=2 * loop.train_batch_size, advance=bar.update,
             )  # fmt: skip
         with models.at_work("vae"):
             portraits = (models.family.to_pixels(models.pipeline.vae, one[None].to(models.device)) for one in latents)
@@ -153,19 +162,16 @@ def load_clip(flags: Flags) -> CLIPModel:
         )
 
 
-def bring_to_presence(
-    flags: Flags, inputs: Inputs, models: Models, training: TrainingPortraits, accelerator: Accelerator
-) -> float:
+def bring_to_presence(models: Models, presence: Presence, wanted: float) -> float:
     """Make the LoRA in training as strong as --target_presence asks for, by its weights, and say so; the factor.
 
-    Where CLIP does not see the target in the training portraits there is nothing to go by: the LoRA stays, with a
-    warning. All processes call it. Raises InputError: as `Presence`.
+    Where CLIP does not see stage 1's target there is nothing to go by: the LoRA stays, with a warning. All processes
+    call it.
     """
-    presence, wanted = Presence(flags, inputs, models, training, accelerator), flags.lora.target_presence
     if not presence.can_tell:
         logger.warning(
-            "--target_presence %g: CLIP sees no more of the target in the training portraits (%.3f) than in the "
-            "original model's (%.3f); the LoRA stays as it is", wanted, presence.trained, presence.original,
+            "--target_presence %g: CLIP sees no more of the target in stage 1's portraits (%.3f) than in the original "
+            "model's (%.3f); the LoRA stays as it is", wanted, presence.stage1, presence.original,
         )  # fmt: skip
         return 1.0
     found = find_strength(presence.at, wanted)

@@ -9,7 +9,7 @@ from loras import LORA_WEIGHTS
 from loras.loading import ReferenceLora
 from programs.loading import InputError, naming_flag
 from programs.writing import find_checkpoints
-from training.arguments import Flags, flat
+from training.arguments import Flags, flat, uses_presence
 from training.checkpoints import check_checkpoint, latest_checkpoint, read_state
 from training.flag_rules import refuse
 from training.flags import LoopFlags, OutputFlags
@@ -85,6 +85,10 @@ def find_resume(flags: Flags, references: Sequence[ReferenceLora]) -> Resume | N
     # Batch and precision are compared once accelerate has said what they are.
     now = resume_record(flags, references, record["global_batch_size"], record["mixed_precision"])
     check_record(folder, record, now)
+    refuse(
+        uses_presence(flags) and state["stage"] == 2 and state["presence"] is None,
+        f"--resume_from_checkpoint {folder}: --target_presence is measured before stage 2, and was not",
+    )
     return Resume(folder, state)
 
 

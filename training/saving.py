@@ -19,6 +19,7 @@ from training.inputs import Inputs
 from training.models import Models
 from training.objectives.objective import Objective
 from training.portraits import Portraits
+from training.presence import Presence
 from training.validation import validation_path
 
 
@@ -50,10 +51,13 @@ class Checkpoints:
         self._saved_step = None if inputs.resume is None else engine.global_step
         self._objectives: Sequence[Objective] = ()
         self._alignment: Portraits | None = None
+        self._presence: Presence | None = None
 
-    def hold(self, objectives: Sequence[Objective], alignment: Portraits | None) -> None:
+    def hold(
+        self, objectives: Sequence[Objective], alignment: Portraits | None, presence: Presence | None
+    ) -> None:
         """From now on a checkpoint has the state of these."""
-        self._objectives, self._alignment = objectives, alignment
+        self._objectives, self._alignment, self._presence = objectives, alignment, presence
 
     def state_for(self, objective: Objective, stage: int) -> dict[str, torch.Tensor] | None:
         """What the checkpoint that the run goes on from has for an objective, if it is of this stage."""
@@ -68,6 +72,7 @@ class Checkpoints:
             return
         state = self._constant | engine.state()
         state["alignment"] = None if self._alignment is None else vars(self._alignment)
+        state["presence"] = None if self._presence is None else self._presence.state()
         state["objectives"] = {type(objective).__name__: objective.state() for objective in self._objectives}
         write = partial(save_lora, self._models)
         save_checkpoint(self._output_dir, engine.global_step, state, write, self._limit)

@@ -11,7 +11,7 @@ from loras.card import CardFacts, HubNames, write_model_card
 from loras.hub import create_hub_repo, push_lora
 from loras.writing import save_kohya_lora
 from programs.loading import InputError
-from training.arguments import Flags, flat
+from training.arguments import Flags, flat, uses_presence
 from training.flags import SharingFlags
 from training.inputs import Inputs
 
@@ -51,7 +51,7 @@ def published_settings(flags: Flags, inputs: Inputs, strength: float = 1.0) -> d
     settings = {name: value for name, value in flat(flags).items() if name not in UNPUBLISHED}
     if flags.pictures.aspect_ratio_buckets is None:
         settings["resolution"] = inputs.sizes[0][0]
-    if flags.lora.target_presence is not None:
+    if uses_presence(flags):
         settings["target_presence"] = f"{flags.lora.target_presence:g}, by {strength:.2f} times the weights"
     return settings
 

@@ -7,12 +7,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import prepared, train, watch
+from test_resume import copy_checkpoint
+from test_train import difference, prepared, train, watch
 
 import train_spf_portrait_lora as script
 from loras import LORA_WEIGHTS
 from training import presence as module
 from training.presence import LEAST_DIFFERENCE, STRENGTHS, Presence, bring_to_presence, find_strength
+
+
+@pytest.fixture(autouse=True)
+def few_probes(monkeypatch):
+    monkeypatch.setattr(module, "PROBES", 6)
+    monkeypatch.setattr(module, "PROBE_STEPS", 2)
 
 
 @pytest.mark.parametrize(
@@ -22,7 +29,7 @@ from training.presence import LEAST_DIFFERENCE, STRENGTHS, Presence, bring_to_pr
         (0.4, 0.8, 2),
         (0.5, 1.0, 2),
         (0.9, 1.8, 3),
-        (1.5, 2.0, 3),  # not reached
+        (1.5, 2.0, 3),  # not reached, by the last one least
         (0.1, 0.5, 3),  # passed by all
     ],
 )
@@ -39,10 +46,17 @@ def test_a_presence_that_falls_back_is_found_where_it_was_reached():
     assert find_strength(seen.get, 0.55).strength == pytest.approx(1.0 + 0.4 * 0.05 / 0.3)
 
 
+def test_a_presence_that_is_never_reached_is_come_nearest_to():
+    """Beyond some strength a LoRA ruins the portrait, and with it the target."""
+    seen = {1.0: 0.9, 1.4: 1.05, 2.0: 0.7}
+    found = find_strength(seen.get, 1.1)
+    assert found.strength == 1.4 and found.tried == seen
+
+
 @pytest.fixture
 def run(world):
     """A run before its first step, whose LoRA does something."""
-    own = prepared(world)
+    own = prepared(world, target_presence=1)
     with torch.no_grad():
         for layer in own.parts.models.adapters.layers:
             torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.5)
@@ -50,16 +64,19 @@ def run(world):
 
 
 def presence_of(run) -> Presence:
-    return Presence(run.flags, run.inputs, run.parts.models, run.parts.training, run.accelerator)
+    own = Presence(run.flags, run.inputs, run.parts.models, run.accelerator)
+    own.measure_stage1()
+    return own
 
 
-def test_presence_is_nought_for_the_original_model_and_grows_with_what_clip_sees(run):
+def test_presence_is_nought_for_the_original_model_and_one_for_stage_1(run):
     presence = presence_of(run)
-    assert presence.original != presence.trained
+    assert presence.original != presence.stage1
+    assert presence.at(1.0) == pytest.approx(1, abs=1e-4)
+    assert presence.at(2.0) != pytest.approx(1, abs=1e-3)
     # With base prompts and the LoRA off it draws the very portraits that are 0.
     presence._pairs = [pair.__class__(**{**vars(pair), "full_prompt": pair.base_prompt}) for pair in presence._pairs]
     assert presence.at(0.0) == pytest.approx(0, abs=1e-4)
-    assert presence.at(1.0) != pytest.approx(0, abs=1e-3)
 
 
 def test_presence_leaves_the_models_as_they_were(run):
@@ -77,6 +94,32 @@ def test_a_lora_as_strong_as_it_was_tried(run):
     tried = presence.at(1.4)
     run.parts.models.scale_lora(1.4)
     assert presence.at(1.0) == pytest.approx(tried, abs=1e-3)
+
+
+def test_stage_1_is_measured_before_it_is_left(world, tmp_path, monkeypatch):
+    """The LoRA that is 1 is the one that stage 1 ended with, and a run that goes on knows what it was."""
+    measured, told = [], {}
+    measure, bring = Presence.measure_stage1, module.bring_to_presence
+
+    def measure_and_note(self):
+        measured.append({name: value.clone() for name, value in self._models.lora().items()})
+        measure(self)
+
+    def note(models, presence, wanted):
+        told[len(told)] = presence.state()
+        return bring(models, presence, wanted)
+
+    monkeypatch.setattr(Presence, "measure_stage1", measure_and_note)
+    monkeypatch.setattr(script, "bring_to_presence", note)
+    flags = {"target_presence": 1.0, "checkpointing_steps": 3}
+    whole = train(world, tmp_path / "whole", **flags)
+    stage1 = load_file(whole / "stage1" / LORA_WEIGHTS)
+    assert len(measured) == 1
+    assert all(torch.equal(measured[0][name.removeprefix("unet.")], stage1[name]) for name in stage1)
+    copy_checkpoint(whole, 3, tmp_path / "again")
+    again = train(world, tmp_path / "again", **flags, resume_from_checkpoint="latest")
+    assert len(measured) == 1 and told[0] == told[1] and told[0]["stage1"] != told[0]["original"]
+    assert difference(whole, again) == 0
 
 
 def test_the_training_ends_with_the_strength_that_was_found(world, tmp_path, monkeypatch, caplog):
@@ -104,20 +147,32 @@ def test_the_last_checkpoint_goes_on_to_another_presence(world, tmp_path, monkey
         torch.testing.assert_close(weights, first[name] * (1.8 / 1.2 if "lora_B" in name else 1.0))
 
 
+def test_a_checkpoint_without_a_measure_is_refused(world, tmp_path, refusal):
+    train(world, tmp_path / "output", checkpointing_steps=3)
+    line = refusal(target_presence=1.0, resume_from_checkpoint=tmp_path / "output" / "checkpoint-3")
+    assert "--target_presence is measured before stage 2, and was not" in line
+
+
 def test_what_clip_does_not_see_leaves_the_lora_as_it_is(run, monkeypatch, caplog):
     monkeypatch.setattr(module, "LEAST_DIFFERENCE", 3.0)
     before = {name: value.clone() for name, value in run.parts.models.lora().items()}
-    flags = run.flags._replace(lora=run.flags.lora.__class__(**{**vars(run.flags.lora), "target_presence": 0.9}))
-    parts = run.parts
-    assert bring_to_presence(flags, run.inputs, parts.models, parts.training, run.accelerator) == 1.0
-    assert all(torch.equal(value, before[name]) for name, value in parts.models.lora().items())
-    assert "CLIP sees no more of the target in the training portraits" in caplog.text and LEAST_DIFFERENCE < 0.1
+    models = run.parts.models
+    assert bring_to_presence(models, presence_of(run), 0.9) == 1.0
+    assert all(torch.equal(value, before[name]) for name, value in models.lora().items())
+    assert "CLIP sees no more of the target in stage 1's portraits" in caplog.text and LEAST_DIFFERENCE < 0.1
 
 
 def test_no_clip_model_is_refused_before_anything_is_loaded(refusal, tmp_path):
     line = refusal(target_presence=0.9, clip_model_name_or_path=tmp_path / "none")
     assert "--clip_model_name_or_path" in line
-    assert "--target_presence must be above 0, got 0.0" in refusal(target_presence=0)
+    assert "--target_presence must be 0 or more, got -1.0" in refusal(target_presence=-1)
+
+
+@pytest.mark.parametrize(
+    "flags", [{"stage2_steps": 0}, {"preservation": "dop"}, {"stage1_steps": 0, "stage2_objective": "paper"}], ids=str
+)
+def test_a_presence_without_two_stages_is_refused(refusal, flags):
+    assert "--target_presence is measured against stage 1" in refusal(target_presence=1, **flags)
 
 
 def test_damaged_clip_weights_end_the_run_before_its_first_step(world, tmp_path, monkeypatch):
@@ -142,5 +197,5 @@ def test_processes_share_what_is_drawn(run):
     for rank in range(3):
         run.accelerator = one_of_three(rank)
         presence_of(run)
-    read, drawn = sum(shares[::2]) / 6, sum(shares[1::2]) / module.PROBES
-    assert read == pytest.approx(whole.trained, abs=1e-5) and drawn == pytest.approx(whole.original, abs=1e-4)
+    original, stage1 = sum(shares[::2]) / module.PROBES, sum(shares[1::2]) / module.PROBES
+    assert original == pytest.approx(whole.original, abs=1e-4) and stage1 == pytest.approx(whole.stage1, abs=1e-4)

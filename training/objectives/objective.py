@@ -13,6 +13,7 @@ from training.enhancement import Enhancement
 from training.maps import MapMaker
 from training.models import Models
 from training.portraits import Portraits, TrainingPortraits
+from training.presence import Presence
 from training.prompt_table import PromptTable
 
 
@@ -27,6 +28,7 @@ class Parts:
     maps: MapMaker
     alignment: Portraits | None  # that both paths are aligned on, or that `prior` keeps
     enhancement: Enhancement | None
+    presence: Presence | None  # of the target, which the LoRA's strength is set by in the end
     unrelated_ids: torch.Tensor | None  # (U, T) tokens of the prompts that `cat` keeps
 
 
