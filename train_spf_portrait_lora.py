@@ -229,10 +229,10 @@ def leave(
 
 def finish(flags: Flags, inputs: Inputs, parts: Parts, engine: Engine, repo_id: str | None) -> None:
     """The LoRA, the last picture, the model card, and what else was asked for."""
-    accelerator, output_dir, models, strength = engine.accelerator, Path(flags.output.output_dir), parts.models, 1.0
+    accelerator, output_dir, models, presence = engine.accelerator, Path(flags.output.output_dir), parts.models, ""
     save_result(models, output_dir, output_dir, accelerator)
     if parts.presence is not None:
-        strength = bring_to_presence(models, parts.presence, flags.lora.target_presence)
+        presence = bring_to_presence(models, parts.presence, flags.lora.target_presence)
         save_result(models, output_dir, output_dir, accelerator)
     try:
         draw_validation(flags, inputs, models, engine)
@@ -247,7 +247,7 @@ def finish(flags: Flags, inputs: Inputs, parts: Parts, engine: Engine, repo_id: 
     if accelerator.is_main_process:
         pictures = [validation_path(engine.global_step)] if flags.output.num_validation_images else []
         is_dora = models.unet.peft_config["default"].use_dora
-        share(flags, inputs, pictures, repo_id, is_dora, strength)
+        share(flags, inputs, pictures, repo_id, is_dora, presence)
         say_what_is_there(flags, inputs, engine.global_step, Path(__file__).with_name(inputs.family.hub.pipeline_file))
 
 

@@ -177,7 +177,7 @@ def _check_method(flags: Flags) -> None:
     both = lora.use_dora and method.dual_path == "single_pass"
     refuse(both, "--use_dora needs --dual_path two_pass: DoRA cannot be off in some rows of a batch")
     lost = lora.target_presence > 0 and not uses_presence(flags)
-    refuse(lost, "--target_presence is measured against stage 1, and these flags have no two stages")
+    refuse(lost, "--target_presence is measured beside stage 1 and set after stage 2; these flags do not have both")
     if lora.reference_target_prompt is not None:
         refuse(lora.reference_lora is None, "--reference_target_prompt needs --reference_lora")
         refuse(

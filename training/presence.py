@@ -3,7 +3,8 @@
 Legend: H'/W' size in pixels, E' size of a projected CLIP embedding.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -43,6 +44,11 @@ class Found:
     strength: float
     tried: dict[float, float]
 
+    @property
+    def most(self) -> float:
+        """The highest presence that was seen."""
+        return max(self.tried.values())
+
     def __str__(self) -> str:
         return ", ".join(f"{presence:.2f} at {strength:g}" for strength, presence in sorted(self.tried.items()))
 
@@ -50,7 +56,8 @@ class Found:
 def find_strength(presence_at: Callable[[float], float], wanted: float) -> Found:
     """The least strength with a presence, on the line between the two of `STRENGTHS` that it lies between.
 
-    Where none of them reaches it, that which comes nearest: beyond, a LoRA ruins portraits. Where all do, the least.
+    They are tried from 1 on, upwards or downwards. Where none reaches it, the one that comes nearest is taken, since a
+    LoRA that is stronger yet ruins portraits; where all do, the least.
     """
     place = STRENGTHS.index(1.0)
     tried = {1.0: presence_at(1.0)}
@@ -81,13 +88,13 @@ class Presence:
     def __init__(self, flags: Flags, inputs: Inputs, models: Models, accelerator: Accelerator) -> None:
         self._flags, self._models, self._accelerator = flags, models, accelerator
         name, where = flags.model.clip_model_name_or_path, {"cache_dir": flags.model.cache_dir}
-        clip = load_clip(flags).requires_grad_(False).to(accelerator.device).eval()
+        self._clip = load_clip(flags).requires_grad_(False).eval()
         # Whole prompts, as people write them: with phrases left out, as in the alignment, a target shows more easily.
         rows = [i for i in range(len(inputs.rows)) if inputs.buckets[i] == inputs.buckets[0]]
         rng, variation = np.random.default_rng((flags.loop.seed, 5)), flags.alignment.alignment_color_variation
         chosen = [rows[i * len(rows) // PROBES] for i in range(PROBES)]  # spread over the data, whatever its order
-        self._targets = embed_targets(clip, load_tokenizer(name, **where), [inputs.pairs[i] for i in chosen])
-        self._see = partial(embed_pixels, clip, CLIPImageProcessorPil.from_pretrained(name, **where))
+        self._targets = embed_targets(self._clip, load_tokenizer(name, **where), [inputs.pairs[i] for i in chosen])
+        self._see = partial(embed_pixels, self._clip, CLIPImageProcessorPil.from_pretrained(name, **where))
         self._pairs = [vary_colors(inputs.pairs[i], variation, rng) for i in chosen]
         self._size = inputs.sizes[inputs.buckets[0]]
         self.original = self.stage1 = 0.0
@@ -98,6 +105,11 @@ class Presence:
             self.original = self._drawn([pair.base_prompt for pair in self._pairs])
         with self._models.adapters.only("default"):
             self.stage1 = self._drawn([pair.full_prompt for pair in self._pairs])
+        if not self.can_tell:
+            logger.warning(
+                "--target_presence: CLIP hardly tells stage 1's portraits (%.3f) from the original model's (%.3f) by "
+                "the target; the LoRA will stay as strong as it is", self.stage1, self.original,
+            )  # fmt: skip
 
     def state(self) -> dict[str, float]:
         """What a checkpoint of stage 2 has to hold."""
@@ -137,7 +149,7 @@ class Presence:
                 num_inference_steps=PROBE_STEPS, guidance_scale=alignment.alignment_guidance_scale, height=height,
                 width=width, batch_size=2 * loop.train_batch_size, advance=bar.update,
             )  # fmt: skip
-        with models.at_work("vae"):
+        with models.at_work("vae"), lent(self._clip, models.device):
             portraits = (models.family.to_pixels(models.pipeline.vae, one[None].to(models.device)) for one in latents)
             seen = (self._similarity(one, self._targets[i]) for i, one in zip(own, portraits))
             return self._mean(seen, len(prompts))
@@ -145,12 +157,22 @@ class Presence:
     @torch.no_grad()
     def _similarity(self, pixels: Tensor, target: Tensor) -> float:
         """Of a picture (1, 3, H', W') in [-1, 1] and an embedded target (E')."""
-        return float(F.cosine_similarity(self._see(pixels.to(target.device).clamp(-1, 1)), target[None]))
+        return float(F.cosine_similarity(self._see(pixels.clamp(-1, 1)), target[None].to(pixels.device)))
 
     def _mean(self, own: Iterable[float], count: int) -> float:
         """Over what all processes have, `count` numbers together."""
-        total = torch.tensor(sum(own), device=self._accelerator.device)
+        total = torch.tensor(float(sum(own)), device=self._accelerator.device)
         return float(self._accelerator.reduce(total, "sum")) / count
+
+
+@contextmanager
+def lent(model: CLIPModel, device: torch.device) -> Iterator[None]:
+    """Inside, a model that lies on the CPU lies on the device."""
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to("cpu")
 
 
 def load_clip(flags: Flags) -> CLIPModel:
@@ -162,23 +184,20 @@ def load_clip(flags: Flags) -> CLIPModel:
         )
 
 
-def bring_to_presence(models: Models, presence: Presence, wanted: float) -> float:
-    """Make the LoRA in training as strong as --target_presence asks for, by its weights, and say so; the factor.
+def bring_to_presence(models: Models, presence: Presence, wanted: float) -> str:
+    """Make the LoRA in training as strong as --target_presence asks for, by its weights; what came of it, in a few
+    words.
 
-    Where CLIP does not see stage 1's target there is nothing to go by: the LoRA stays, with a warning. All processes
-    call it.
+    Where CLIP does not see stage 1's target there is nothing to go by, and the LoRA stays. All processes call it.
     """
     if not presence.can_tell:
-        logger.warning(
-            "--target_presence %g: CLIP sees no more of the target in stage 1's portraits (%.3f) than in the original "
-            "model's (%.3f); the LoRA stays as it is", wanted, presence.stage1, presence.original,
-        )  # fmt: skip
-        return 1.0
+        return "not set, as CLIP does not tell the target"
     found = find_strength(presence.at, wanted)
     models.scale_lora(found.strength)
     logger.info(
         "--target_presence %g: the LoRA is now %.2f times as strong, seen were %s", wanted, found.strength, found
     )
-    if max(found.tried.values()) < wanted:
-        logger.warning("--target_presence %g was not reached: more steps may help", wanted)
-    return found.strength
+    if found.most >= wanted:
+        return f"by {found.strength:.2f} times the weights"
+    logger.warning("--target_presence %g was not reached", wanted)
+    return f"not reached: {found.most:.2f} by {found.strength:.2f} times the weights"

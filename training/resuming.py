@@ -86,8 +86,9 @@ def find_resume(flags: Flags, references: Sequence[ReferenceLora]) -> Resume | N
     now = resume_record(flags, references, record["global_batch_size"], record["mixed_precision"])
     check_record(folder, record, now)
     refuse(
-        uses_presence(flags) and state["stage"] == 2 and state["presence"] is None,
-        f"--resume_from_checkpoint {folder}: --target_presence is measured before stage 2, and was not",
+        uses_presence(flags) and state["stage"] == 2 and state.get("presence") is None,
+        f"--resume_from_checkpoint {folder}: what --target_presence needs was not measured before stage 2; go on "
+        "without it, or from a checkpoint of stage 1",
     )
     return Resume(folder, state)
 

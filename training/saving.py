@@ -65,6 +65,12 @@ class Checkpoints:
             return None
         return self._resume.state["objectives"][type(objective).__name__]
 
+    def _measured(self) -> dict[str, float] | None:
+        """What was seen of the target before stage 2, in this run or in the one that it goes on from."""
+        if self._presence is not None:
+            return self._presence.state()
+        return None if self._resume is None else self._resume.state.get("presence")
+
     def write(self) -> None:
         """Write one for the last step, unless there is one."""
         engine = self._engine
@@ -72,7 +78,7 @@ class Checkpoints:
             return
         state = self._constant | engine.state()
         state["alignment"] = None if self._alignment is None else vars(self._alignment)
-        state["presence"] = None if self._presence is None else self._presence.state()
+        state["presence"] = self._measured()
         state["objectives"] = {type(objective).__name__: objective.state() for objective in self._objectives}
         write = partial(save_lora, self._models)
         save_checkpoint(self._output_dir, engine.global_step, state, write, self._limit)

@@ -44,15 +44,15 @@ def pipeline_code(names: HubNames) -> dict[str, Path]:
     return {"pipeline.py": main, **{f"{name}.py": _ROOT / f"{name}.py" for name in sorted(siblings)}}
 
 
-def published_settings(flags: Flags, inputs: Inputs, strength: float = 1.0) -> dict[str, Any]:
-    """The flags that a model card has, with the size of the pictures where it is the model's own, and the strength
-    that a presence has asked for.
+def published_settings(flags: Flags, inputs: Inputs, presence: str = "") -> dict[str, Any]:
+    """The flags that a model card has, with the size of the pictures where it is the model's own, and what came of the
+    `presence` that was asked for.
     """
     settings = {name: value for name, value in flat(flags).items() if name not in UNPUBLISHED}
     if flags.pictures.aspect_ratio_buckets is None:
         settings["resolution"] = inputs.sizes[0][0]
     if uses_presence(flags):
-        settings["target_presence"] = f"{flags.lora.target_presence:g}, by {strength:.2f} times the weights"
+        settings["target_presence"] = f"{flags.lora.target_presence:g}, {presence}"
     return settings
 
 
@@ -71,7 +71,7 @@ def make_repository(sharing: SharingFlags, output_dir: Path) -> str:
 
 
 def share(
-    flags: Flags, inputs: Inputs, pictures: Sequence[str], repo_id: str | None, is_dora: bool, strength: float = 1.0
+    flags: Flags, inputs: Inputs, pictures: Sequence[str], repo_id: str | None, is_dora: bool, presence: str = ""
 ) -> None:
     """The LoRA in kohya's format and a model card, which names no folder of this machine; all on the Hub, if asked.
 
@@ -79,7 +79,7 @@ def share(
         pictures: their paths in --output_dir, with the prompts of `inputs.validation_pair`.
         repo_id: where to push, None for nowhere.
         is_dora: whether the LoRA has a magnitude.
-        strength: how many times as strong --target_presence has made it.
+        presence: what came of --target_presence, as `bring_to_presence` says it.
 
     Raises InputError: the Hub did not take it; one line that says what is safe and how to push again.
     """
@@ -91,7 +91,7 @@ def share(
         base_model=f"path/to/{Path(base_model).resolve().name}" if Path(base_model).exists() else base_model,
         targets=tuple(dict.fromkeys(own.target_text for own in inputs.pairs[: len(inputs.rows)])),
         example_prompt=pair.full_prompt, base_prompt=pair.base_prompt, example_target=pair.target_argument,
-        settings=published_settings(flags, inputs, strength),
+        settings=published_settings(flags, inputs, presence),
         pictures=tuple(pictures), licence=sharing.hub_license or names.licence, repo_id=repo_id,
         has_kohya=sharing.output_kohya_format, is_dora=is_dora, earlier_loras=inputs.references,
     )  # fmt: skip

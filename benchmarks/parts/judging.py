@@ -27,7 +27,6 @@ from training.sharing import pipeline_code
 # What the README recommends with guidance for a LoRA that was not trained to keep out of the empty branch.
 QUIET = {"adapter_in_unconditional": False, "target_scale": 0.75}
 # A late LoRA is off above this noise over signal, Stable Diffusion's own at timestep 800, and stronger where it is on.
-# Below 700 hair is still coloured, but no hat grows any more.
 LATE = {"sfcm_guidance_start": 5.1, "target_scale": 1.4}
 PORTRAITS = ("full_images", "base_images", "maps")
 

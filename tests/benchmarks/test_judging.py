@@ -141,14 +141,14 @@ def test_without_guidance_the_full_prompts_are_drawn_each_from_its_noise():
 
 @pytest.mark.parametrize("way", ["", "guided", "late"])
 def test_the_other_base_is_drawn_by_its_own_class_and_sampler(toy_xl, way, tmp_path):
-    settings = replace(SETTINGS, base="sdxl")
+    settings = replace(SETTINGS, base="sdxl", num_inference_steps=6)
     pipeline, _ = judging.tools("cpu", "sdxl")
     assert isinstance(pipeline, SPFPortraitXLPipeline) and type(pipeline.scheduler) is EulerDiscreteScheduler
     originals = load_originals(pipeline, "red_hat", settings, tmp_path)
     assert originals.base_images.shape == (2, SIZE, SIZE, 3)
     stock = StableDiffusionXLPipeline.from_pretrained(toy_xl)
     stock.vae.enable_slicing()  # a row of a batch is rounded otherwise than a picture alone
-    options = {"latents": drawing.noise_of_prompts(settings), "num_inference_steps": 2, "guidance_scale": 4.0}
+    options = {"latents": drawing.noise_of_prompts(settings), "num_inference_steps": 6, "guidance_scale": 4.0}
     prompts = [prompt.base_prompt for prompt in originals.prompts]
     assert np.array_equal(drawing.to_bytes(stock(prompts, output_type="np", **options).images), originals.base_images)
 
@@ -156,6 +156,9 @@ def test_the_other_base_is_drawn_by_its_own_class_and_sampler(toy_xl, way, tmp_p
     job = Job("red_hat", "plain", 0, 1.0, lora, way, quiet=way == "guided")
     found = judge_job(job, settings, tmp_path)
     assert found["change_outside"].max() > 0 and ("maps" in found) == (way == "guided")
+    if way == "late":
+        whole = judge_job(replace(job, way="", strength=1.4), settings, tmp_path)
+        assert found["change"].mean() < whole["change"].mean()
     assert not getattr(pipeline.unet, "peft_config", None)
 
 
