@@ -77,7 +77,7 @@ class Presence:
     of the base prompts show from the same noise, 1 what those of stage 1 do.
 
     Both by the mean cosine similarity of CLIP's embeddings of portrait and target. Training portraits would be no
-    measure of 1: CLIP likes photographs and drawn portraits differently, whatever they show.
+    measure of 1: they may be liked differently by CLIP for what is not the target, as photographs are.
 
     Attributes:
         original, stage1: these similarities, once they are measured.
