@@ -78,6 +78,7 @@ BATCH = int(FLAGS[FLAGS.index("--train_batch_size") + 1])
 # The paper's objective has a row with gradient of each of two kinds for every row of a batch, so half of the batch.
 PAPER = f"--stage2_objective paper --train_batch_size {BATCH // 2}"
 BOTH, CHECKPOINTING = "--stage2_objective both", "--gradient_checkpointing"
+DRAWN, FEWER_LAYERS = "--enhancement_weighting drawn", "--alignment_layers phrase_map"
 NO_LATENTS, NO_PROMPTS = "--no-cache_latents", "--no-cache_text_embeddings"
 
 
@@ -120,7 +121,11 @@ STEPS = {
     f"{MADE}, single_pass": Step(changes={"composed_target_reuse": 1, "dual_path": "single_pass"}),
     "paper": Step(PAPER),
     "paper, single_pass": Step(PAPER, {"dual_path": "single_pass"}),
+    "paper, drawn": Step(f"{PAPER} {DRAWN}"),
+    "paper, phrase_map": Step(f"{PAPER} {FEWER_LAYERS}"),
+    "paper, drawn, phrase_map": Step(f"{PAPER} {DRAWN} {FEWER_LAYERS}"),
     "paper, without enhancement": Step(PAPER, {"enhancement_loss": "none"}),
+    "paper, without enhancement, phrase_map": Step(f"{PAPER} {FEWER_LAYERS}", {"enhancement_loss": "none"}),
     **kinds(", checkpointing", CHECKPOINTING),
     "paper, checkpointing": Step(f"{PAPER} {CHECKPOINTING}", of=f"{PLAIN}, checkpointing"),
     **kinds(", nothing cached", f"{NO_LATENTS} {NO_PROMPTS}"),
@@ -129,6 +134,16 @@ STEPS = {
     "both, no prompts cached": Step(f"{BOTH} {NO_PROMPTS}", of="both"),
     "both, nothing cached": Step(f"{BOTH} {NO_LATENTS} {NO_PROMPTS}", of="both"),
 }
+
+
+# By flag, the step that one of so many is, and what the others are.
+ONE_OF = {
+    "`--composed_target_reuse`": (MADE, FOUND),
+    "`--enhancement_every`": ("paper", "paper, without enhancement"),
+    "`--enhancement_every`, with drawn and phrase_map": (
+        "paper, drawn, phrase_map", "paper, without enhancement, phrase_map",
+    ),
+}  # fmt: skip
 
 
 def make_runs(names: Sequence[str], flags: Sequence[str], steps: int) -> dict[str, Run]:
@@ -152,15 +167,16 @@ def measure_steps(options: argparse.Namespace) -> None:
         rows = {name: lambda i, name=name: STEPS[name].seconds(runs[name], i + 1) for name in chosen}
         times = alternate(rows, options.rounds)
     print_times(times, {name: step.of for name, step in chosen.items()})
-    if {PLAIN, MADE, FOUND} <= chosen.keys():
-        print_reuses(times)
+    for flag, (dear, cheap) in ONE_OF.items():
+        if {PLAIN, dear, cheap} <= chosen.keys():
+            print_averages(times, flag, dear, cheap)
 
 
-def print_reuses(times: dict[str, list[float]]) -> None:
-    """What a composed step costs on average, by how often each target is learned from."""
-    plain, made, found = (statistics.median(times[name]) for name in (PLAIN, MADE, FOUND))
-    lines = [[str(reuse), f"{(made + (reuse - 1) * found) / reuse / plain:.2f}"] for reuse in (1, 2, 3, 4)]
-    print(markdown_table(["`--composed_target_reuse`", "step on average, of plain"], lines))
+def print_averages(times: dict[str, list[float]], flag: str, dear: str, cheap: str) -> None:
+    """What a step costs on average where one of so many is the dear one, of a plain step."""
+    plain, once, else_ = (statistics.median(times[name]) for name in (PLAIN, dear, cheap))
+    lines = [[str(every), f"{(once + (every - 1) * else_) / every / plain:.2f}"] for every in (1, 2, 3, 4)]
+    print(markdown_table([flag, "step on average, of plain"], lines))
 
 
 # --------------------------------------------------------------------------------------------------------------- calls

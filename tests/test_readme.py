@@ -163,7 +163,7 @@ def test_every_flag_named_in_the_prose_is_a_flag(capsys):
     }
     assert len(named) > 40
     of_other_tools = {"--extra-index-url", "--help"}
-    of_benchmarks = {"--num_prompts", "--seeds", "--sweeps", "--runs", "--ablation_targets", "--minutes"}
+    of_benchmarks = {"--num_prompts", "--seeds", "--sweeps", "--runs", "--ablation_targets", "--minutes", "--rounds"}
     of_benchmarks |= {"--rows", "--stages", "--candidates", "--least_response"}
     taken = set().union(*(flags_in_help(parse, capsys) for parse in PROGRAMS.values()))
     assert named - taken - of_other_tools - of_benchmarks == set()
