@@ -174,8 +174,8 @@ def measure_steps(options: argparse.Namespace) -> None:
 
 def print_averages(times: dict[str, list[float]], flag: str, dear: str, cheap: str) -> None:
     """What a step costs on average where one of so many is the dear one, of a plain step."""
-    plain, once, else_ = (statistics.median(times[name]) for name in (PLAIN, dear, cheap))
-    lines = [[str(every), f"{(once + (every - 1) * else_) / every / plain:.2f}"] for every in (1, 2, 3, 4)]
+    plain, rare, usual = (statistics.median(times[name]) for name in (PLAIN, dear, cheap))
+    lines = [[str(every), f"{(rare + (every - 1) * usual) / every / plain:.2f}"] for every in (1, 2, 3, 4)]
     print(markdown_table([flag, "step on average, of plain"], lines))
 
 
