@@ -218,7 +218,7 @@ class MethodFlags(FlagGroup):
         choices=("two_pass", "single_pass"),
     )
     base_prompt_share: float = flag(
-        0.6, "Share of alignment rows, in [0, 1), that ask for no change: 2/3 base, 1/3 empty prompt.", "in [0, 1)"
+        0.75, "Share of alignment rows, in [0, 1), that ask for no change: 2/3 base, 1/3 empty prompt.", "in [0, 1)"
     )
     snr_gamma: float | None = flag(None, "Min-SNR weighting of the diffusion loss; 5.0 is usual.", "above 0")
     noise_offset: float = flag(
@@ -241,17 +241,17 @@ class ComposedFlags(FlagGroup):
     composed_init: str = flag(
         "zero", "Start from the original model or from stage 1, which teaches anyway.", choices=("zero", "stage1")
     )
-    teacher_scale: float = flag(1.6, "Factor on what stage 1 changes inside the map (composed).", "0 or more")
+    teacher_scale: float = flag(2.0, "Factor on what stage 1 changes inside the map (composed).", "0 or more")
     teacher_base_weight: float = flag(
         0.5, "Of what stage 1 changes with the base prompt alone, the share to take away, in [0, 1].", "in [0, 1]"
     )
     composed_timestep_power: float = flag(
-        0.5, "Draw composed alignment's timesteps with density (noise/signal)^power; 0 is uniform.", "0 or more"
+        1.5, "Draw composed alignment's timesteps with density (noise/signal)^power; 0 is uniform.", "0 or more"
     )
     composed_target_reuse: int = flag(
         2, "Steps that learn from each composed target, which is costly to make; 1 makes each anew.", "at least 1"
     )
-    sfcm_gamma: float = flag(2.0, "Exponent of the map in the composition; larger narrows it.", "above 0")
+    sfcm_gamma: float = flag(4.0, "Exponent of the map in the composition; larger narrows it.", "above 0")
 
 
 @dataclass(frozen=True)
@@ -296,7 +296,7 @@ class AlignmentFlags(FlagGroup):
         0.5, "Chance in [0, 1) that a drawn portrait's prompt leaves out a phrase, to differ more.", "in [0, 1)"
     )
     alignment_color_variation: float = flag(
-        0.0,
+        0.75,
         "Chance in [0, 1] that a colour which a drawn portrait's prompt names is another, since a set often has few.",
         "in [0, 1]",
     )
@@ -304,7 +304,7 @@ class AlignmentFlags(FlagGroup):
     alignment_inference_steps: int = flag(25, "Denoising steps of each of them.", "at least 1")
     alignment_guidance_scale: float = flag(5.0, "Guidance scale of each of them.", "0 or more")
     sfcm_mode: str = flag(
-        "averaged_target",
+        "averaged_both",
         "How the map is made: of what the target's words change (`averaged_target`), of what differs between the "
         "two paths (`averaged`), of both (`averaged_both`), in its literal form (`paper`); `none` aligns everything.",
         choices=SFCM_MODES,

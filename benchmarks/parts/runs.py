@@ -79,9 +79,31 @@ WAYS = {
     "composed_mask": Run("composed, true masks", COMPOSED, ("#96bef0", "D"), **OURS),
     "paper": Run("SPF-Portrait, paper", PAPER, ("#1e965a", "^"), most_seeds=None, **OURS),
 }
+# The defaults before all of `CHANGES`, and what those changed.
+BEFORE = {
+    "sfcm_mode": "averaged_target", "sfcm_gamma": 2, "composed_timestep_power": 0.5, "alignment_color_variation": 0,
+    "base_prompt_share": 0.6, "teacher_scale": 1.6,
+}  # fmt: skip
+CHANGES = {
+    "c_only_map": ("the map of both differences", {"sfcm_mode": "averaged_both"}),
+    "c_only_gamma": ("the map to the power of 4", {"sfcm_gamma": 4}),
+    "c_only_power": ("timesteps drawn with power 1.5", {"composed_timestep_power": 1.5}),
+    "c_only_colors": ("three colours of four varied", {"alignment_color_variation": 0.75}),
+    "c_only_base": ("a share of .75 that asks for no change", {"base_prompt_share": 0.75}),
+    "c_only_scale": ("teacher at strength 2", {"teacher_scale": 2}),
+}
+
+
+def as_flags(values: dict[str, object]) -> str:
+    return " ".join(f"--{name} {value}" for name, value in values.items())
+
+
 # What each changes in the flags of its parent.
 ABLATIONS = {
     "composed": {
+        "c_before": ("earlier defaults", as_flags(BEFORE)),
+        **{name: (f"earlier defaults but {label}", as_flags(BEFORE | own)) for name, (label, own) in CHANGES.items()},
+        "c_presence": ("as strong as the target asks for", "--target_presence 1"),
         "c_data": ("aligned on the training portraits", "--alignment_source data"),
         "c_both_sources": ("aligned on both kinds of portraits", "--alignment_source both"),
         "c_sfcm_averaged": ("SFCM of all phrases (averaged)", "--sfcm_mode averaged"),
@@ -114,12 +136,23 @@ ABLATIONS = {
         "p_data": ("aligned on the training portraits", "--alignment_source data"),
         "p_sfcm_paper": ("the paper's SFCM", "--sfcm_mode paper"),
         "p_layers": ("one resolution's layers aligned", "--alignment_layers phrase_map"),
+        "p_drawn": ("enhancement's rows drawn", "--enhancement_weighting drawn"),
+        "p_every4": ("enhancement every 4 steps", "--enhancement_every 4"),
+        "p_cheap": ("all three", "--alignment_layers phrase_map --enhancement_weighting drawn --enhancement_every 4"),
         "p_single_pass": ("both paths in a single pass", "--dual_path single_pass"),
     },
 }
 FLAGS_OF_PARENTS = {"composed": COMPOSED, "paper": PAPER}
+# Ablations that stand behind a claim, and so have all training seeds; of the others there is one.
+CLAIMED = {"c_before", *CHANGES, "c_presence", "p_layers", "p_drawn", "p_every4", "p_cheap"}
 RUNS = WAYS | {
-    name: Run(f"{parent}, {label}", f"{FLAGS_OF_PARENTS[parent]} {flags}", parent=parent, continues=True, most_seeds=1)
+    name: Run(
+        f"{parent}, {label}",
+        f"{FLAGS_OF_PARENTS[parent]} {flags}",
+        parent=parent,
+        continues=True,
+        most_seeds=None if name in CLAIMED else 1,
+    )
     for parent, changes in ABLATIONS.items()
     for name, (label, flags) in changes.items()
 }
