@@ -103,24 +103,25 @@ def below_plain_curve(rows: list[Row]) -> dict[str, dict]:
 
 
 def shares_of_plain(rows: list[Row]) -> dict[str, dict[str, Share]]:
-    """By label and measure what every way to train and to draw has of plain LoRA, if there is one."""
+    """By label and measure what every way to train and to draw has of plain LoRA, if there is one; so has an ablation of
+    several training seeds."""
     plain = next((row for row in rows if row.key == ("plain", 1.0, "")), None)
     ways = [row for row in rows if row.run_name in RUNS and row.strength == 1.0 and row is not plain]
-    ways = [] if plain is None else [row for row in ways if not is_ablation(row)]
+    ways = [] if plain is None else [row for row in ways if not is_ablation(row) or len(row.seeds) > 1]
     return {
         row.label: {name: tables.share_of(row, plain, name) for name in SHARES if name in row.measures} for row in ways
     }
 
 
-def ablation_differences(rows: list[Row]) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
-    """By parent, ablation and measure: its mean minus the parent's of the same training seeds, paired by prompt."""
+def ablation_differences(rows: list[Row]) -> dict[tuple[str, tuple[int, ...]], dict[str, dict[str, Estimate]]]:
+    """By parent and training seeds, then by ablation and measure: its mean minus the parent's, paired by seed and
+    prompt."""
     at_full = {row.run_name: row for row in rows if row.strength == 1.0 and not row.way}
-    found: dict[str, dict] = {}
+    resamples, found = tables.resamples_of(rows), {}
     for name, row in at_full.items():
-        if is_ablation(row) and RUNS[name].parent in at_full:
-            parent = at_full[RUNS[name].parent].of_seeds(row.seeds)
-            pairs = {m: tables.mean_and_error(row.by_prompt(m) - parent.by_prompt(m)) for m in HEADINGS}
-            found.setdefault(RUNS[name].parent, {})[name] = pairs
+        if is_ablation(row) and (parent := at_full.get(RUNS[name].parent)) is not None:
+            pairs = {m: tables.paired_difference(row, parent, m, resamples) for m in HEADINGS}
+            found.setdefault((parent.run_name, row.seeds), {})[name] = pairs
     return found
 
 
@@ -147,7 +148,7 @@ class Place:
 
 
 def places(rows: list[Row]) -> dict[tuple[str, float, str], Place]:
-    """By key, the place of every row that is no ablation, which has a single training seed."""
+    """By key, the place of every row that is no ablation."""
     rows = [row for row in rows if not is_ablation(row)]
     resamples = tables.resamples_of(rows)
 
@@ -217,11 +218,14 @@ As a share of plain LoRA's of the same training seeds, intervals over seeds and 
         lines = [[label, *(with_interval(own[m], signed=True) for m in AXES)] for label, own in found.items()]
         about = "Difference to what was trained with the true regions, paired by training seed and prompt:"
         parts[about] = tables.markdown_table(["", *AXES.values()], lines)
-    for parent, differences in ablation_differences(rows).items():
-        seeds = ", ".join(map(str, next(row.seeds for row in rows if row.run_name in differences)))
-        about = f'Ablations of "{RUNS[parent].label}", difference to it at training seed(s) {seeds}, paired by prompt:'
-        labels = {RUNS[name].label.removeprefix(f"{parent}, "): own for name, own in differences.items()}
-        parts[about] = tables.measure_table(HEADINGS, labels, signed=True)
+    for (parent, seeds), differences in ablation_differences(rows).items():
+        lines = []
+        for name, own in differences.items():
+            cells = [with_interval(own[m], signed=True) for m in HEADINGS]
+            lines.append([RUNS[name].label.removeprefix(f"{parent}, "), *cells])
+        of_seeds = f"training seed(s) {', '.join(map(str, seeds))}"
+        about = f'Ablations of "{RUNS[parent].label}", difference to it at {of_seeds}, paired by seed and prompt:'
+        parts[about] = tables.markdown_table(["", *HEADINGS.values()], lines)
     if found := below_plain_curve(rows):
         lines = []
         for label, own in found.items():
@@ -239,7 +243,7 @@ As a share of plain LoRA's of the same training seeds, intervals over seeds and 
 def explanation(args: argparse.Namespace) -> str:
     """What the table's numbers are, and the settings they were made with."""
     quiet, late = (", ".join(f"{name}={value}" for name, value in own.items()) for own in (QUIET, LATE))
-    most = ", ".join(f"*{run.label}*" for run in RUNS.values() if run.most_seeds is None)
+    most = ", ".join(f"*{run.label}*" for run in RUNS.values() if run.most_seeds is None and run.parent is None)
     return f"""\
 Settings: {tables.settings_text(args)},
 {args.stage1_steps + args.stage2_steps} for what has one stage; half a batch for what adds a row of its own to each
@@ -256,9 +260,9 @@ agreement of the probe's factors. With the base prompt alone, *change* is over t
 that shows the target unasked; guided and late rows have none (-), since both are about a target and the pipeline
 refuses them without one. A LoRA drawn late draws base prompts alone as in its row without that.
 
-All training seeds are behind {most};
-behind the other ways are the first {Run.most_seeds}, behind ablations the first. Brackets are 95 % intervals from
-{tables.RESAMPLES} resamples in which training seeds and prompts are both drawn anew: the same prompts for all rows,
+All training seeds are behind {most},
+and behind the ablations that a claim rests on; behind the other ways are the first {Run.most_seeds}, behind the other
+ablations the first. Brackets are 95 % intervals from {tables.RESAMPLES} resamples in which training seeds and prompts are both drawn anew: the same prompts for all rows,
 and each row's seeds from its own, alike for rows of as many seeds. Where there is one seed, prompts alone are drawn;
 with few, such an interval is rather too narrow. *Worst* is the training seed of the least response, or of the most
 excess pollution, by its mean over prompts and targets. ± is one standard error over prompts, after the mean over
@@ -320,7 +324,8 @@ def write_plane(args: argparse.Namespace, by_target: dict[str, list[Row]]) -> No
 
 
 def parse_args(input_args: Sequence[str] | None = None, description: str | None = __doc__) -> argparse.Namespace:
-    parser = drawing.make_parser(description, seeds=[101, 102, 103, 104, 105])
+    # Nothing was chosen on these seeds and prompts.
+    parser = drawing.make_parser(description, seeds=[301, 302, 303, 304, 305], prompt_seed=91117, num_prompts=64)
     about = "Which rows; the original model always is one."
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), help=about)
     parser.add_argument("--ablation_targets", nargs="+", choices=TARGETS, default=["blonde_hair"])

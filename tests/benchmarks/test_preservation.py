@@ -3,17 +3,20 @@
 import json
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from benchmarks.parts import runs
-from benchmarks.parts.drawing import ROOT, base_model_digest, make_parser
+from benchmarks.parts.drawing import ROOT, base_model_digest
 from benchmarks.parts.judging import Job, make_rows
 from benchmarks.parts.runs import (
     ABLATIONS,
+    BEFORE,
+    CHANGES,
+    CLAIMED,
     RUNS,
     WAYS,
     mask_folder,
@@ -46,6 +49,7 @@ from loras import LORA_WEIGHTS
 from toy_portraits.judge import MARGIN
 from toy_portraits.recipe import BASE_MODEL, BASES, LORA
 from toy_portraits.world import LABELS, SIZE, TARGETS, render, sample_factors
+from training.arguments import flat
 from training.arguments import parse_args as parse_training_args
 
 
@@ -139,7 +143,7 @@ def test_every_way_is_held_against_plain_loras_curve(rows):
 
 def test_every_way_is_a_share_of_plain_lora(rows):
     found = shares_of_plain(rows)
-    assert len(found) == 3 * len(WAYS) - 1
+    assert len(found) == 3 * len(WAYS) - 1 + len(CLAIMED)
     own = found["SPF-Portrait, composed"]
     assert own["response"].whole.value == pytest.approx(1) and list(own["response"].by_seed) == [0, 1]
     assert own["excess"].whole.value == pytest.approx(3 / 8, abs=0.02)
@@ -153,12 +157,22 @@ def test_every_way_is_a_share_of_plain_lora(rows):
 
 def test_ablations_are_compared_with_their_parent_at_their_seeds(rows):
     found = ablation_differences(rows)
-    assert {parent: set(names) for parent, names in found.items()} == {k: set(v) for k, v in ABLATIONS.items()}
-    assert found["paper"]["no_fine"]["response"] == {"mean": 0.0, "standard_error": 0.0}
-    # at both seeds the parent's mean is another
-    assert found["paper"]["no_fine"]["change_outside"] == {"mean": 0.0, "standard_error": 0.0}
+    expected = {
+        (parent, seeds): {name for name in names if (name in CLAIMED) == (len(seeds) == 2)}
+        for parent, names in ABLATIONS.items()
+        for seeds in ((0,), (0, 1))
+    }
+    assert {key: set(names) for key, names in found.items()} == expected
+    # Made up alike at each seed; over both seeds the parent's mean is another than at the first.
+    for key, name in {("paper", (0,)): "no_fine", ("composed", (0, 1)): "c_before"}.items():
+        for measure in ("response", "change_outside"):
+            assert astuple(found[key][name][measure]) == (0, 0, 0)
+    polluted = replace(row_of(rows, "c_before"), measures=dict(row_of(rows, "c_before").measures))
+    polluted.measures["excess"] = polluted.measures["excess"] + np.array([[1.0], [2.0]])
+    own = ablation_differences([row_of(rows, "composed"), polluted])["composed", (0, 1)]["c_before"]["excess"]
+    assert (own.value, own.low, own.high) == pytest.approx((1.5, 1, 2))
     without_paper = [row for row in rows if row.run_name != "paper"]
-    assert set(ablation_differences(without_paper)) == {"composed"}
+    assert {parent for parent, _ in ablation_differences(without_paper)} == {"composed"}
 
 
 def test_places_in_the_plane_and_what_knows_the_true_regions(rows):
@@ -224,7 +238,7 @@ def test_tables_and_pictures_are_written(tmp_path, names):
     assert places["original", ""]["worst"] == {"response": None, "excess": None}
     # three training seeds and one
     assert len(names) == 1 or (places["mask", ""]["worst"]["response"], places["no_text", ""]) == (0.7, None)
-    assert document["settings"]["prompt_seed"] == 90002
+    assert document["settings"]["prompt_seed"] == 91117
     text = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert "both branches of the" in text and "| SPF-Portrait, composed |" in text
     for way in ("guided", "late"):
@@ -281,8 +295,8 @@ def test_a_base_has_a_folder_of_its_own_and_its_name_in_the_tables(toy_xl):
     assert command[:2] == ["--pretrained_model_name_or_path", str(toy_xl)]
     assert command[2:4] == ["--clip_model_name_or_path", str(BASE_MODEL / "clip")]
     assert command[4:] == training_command(args, "red_hat", "plain", 1)[4:]
-    assert "toy Stable Diffusion, 96 prompts" in explanation(args) and "15 DDIM steps" in explanation(args)
-    assert "toy Stable Diffusion XL, 96 prompts" in explanation(other) and "15 Euler steps" in explanation(other)
+    assert "toy Stable Diffusion, 64 prompts" in explanation(args) and "15 DDIM steps" in explanation(args)
+    assert "toy Stable Diffusion XL, 64 prompts" in explanation(other) and "15 Euler steps" in explanation(other)
 
 
 @pytest.mark.slow
@@ -345,20 +359,21 @@ def test_masks_are_written_for_the_portraits_that_the_composed_run_saved(tmp_pat
     assert mask[labels[1] == LABELS.index("hair")].mean() > 250
 
 
-def test_the_claims_rows_have_five_seeds_the_other_ways_three_and_ablations_one():
+def test_what_is_claimed_has_five_seeds_the_other_ways_three_and_ablations_one():
     args = parse_args(["--targets", "red_hat", "--ablation_targets", "red_hat"])
     assert args.num_prompts >= 64
     seeds = {name: [seed for _, own, seed in chosen(args) if own == name] for name in RUNS}
-    first, every = [101, 102, 103], [101, 102, 103, 104, 105]
-    assert {name for name, own in seeds.items() if own == every} == {"plain", "stage1", "composed", "paper"}
-    assert all(own == first[:1] if RUNS[name].parent else own in (first, every) for name, own in seeds.items())
-    assert make_parser(None).parse_args([]).seeds == first
+    every = [301, 302, 303, 304, 305]
+    ways = {name for name in WAYS if seeds[name] == every}
+    assert ways == {"plain", "stage1", "composed", "paper"}
+    assert {name for name in RUNS.keys() - WAYS.keys() if seeds[name] == every} == CLAIMED
+    assert all(seeds[name] == every[: 1 if RUNS[name].parent else 3] for name in RUNS.keys() - ways - CLAIMED)
 
 
 def test_only_the_ablation_targets_get_the_ablations():
     args = parse_args(["--ablation_targets", "red_hat", "striped_shirt"])
     ablations = {(target, seed) for target, name, seed in chosen(args) if name == "no_text"}
-    assert ablations == {("red_hat", 101), ("striped_shirt", 101)}
+    assert ablations == {("red_hat", 301), ("striped_shirt", 301)}
     few = parse_args(["--runs", "paper", "plain", "--targets", "red_hat", "--seeds", "1"])
     assert [name for _, name, _ in chosen(few)] == ["plain", "paper"]
 
@@ -369,6 +384,13 @@ def test_every_ablation_changes_its_parents_flags_once():
     for run in RUNS.values():
         if run.parent is not None:
             assert run.flags.startswith(RUNS[run.parent].flags.removesuffix(" --save_alignment"))
+
+
+def test_all_changes_of_the_earlier_defaults_are_todays():
+    made = {name: value for _, own in CHANGES.values() for name, value in own.items()}
+    command = ["--pretrained_model_name_or_path", "model", "--train_data_dir", "portraits"]
+    today = flat(parse_training_args(command))
+    assert made.keys() == BEFORE.keys() and {name: today[name] for name in made} == made
 
 
 def test_a_finished_training_is_kept_and_one_of_other_flags_refused(tmp_path, started):
