@@ -103,8 +103,8 @@ def below_plain_curve(rows: list[Row]) -> dict[str, dict]:
 
 
 def shares_of_plain(rows: list[Row]) -> dict[str, dict[str, Share]]:
-    """By label and measure what every way to train and to draw has of plain LoRA, if there is one; so has an ablation of
-    several training seeds."""
+    """By label and measure what every way to train and to draw has of plain LoRA, if there is one, and what every
+    ablation of several training seeds has."""
     plain = next((row for row in rows if row.key == ("plain", 1.0, "")), None)
     ways = [row for row in rows if row.run_name in RUNS and row.strength == 1.0 and row is not plain]
     ways = [] if plain is None else [row for row in ways if not is_ablation(row) or len(row.seeds) > 1]
@@ -262,9 +262,9 @@ refuses them without one. A LoRA drawn late draws base prompts alone as in its r
 
 All training seeds are behind {most},
 and behind the ablations that a claim rests on; behind the other ways are the first {Run.most_seeds}, behind the other
-ablations the first. Brackets are 95 % intervals from {tables.RESAMPLES} resamples in which training seeds and prompts are both drawn anew: the same prompts for all rows,
-and each row's seeds from its own, alike for rows of as many seeds. Where there is one seed, prompts alone are drawn;
-with few, such an interval is rather too narrow. *Worst* is the training seed of the least response, or of the most
+ablations the first. Brackets are 95 % intervals from {tables.RESAMPLES} resamples in which training seeds and prompts
+are both drawn anew: the same prompts for all rows, and each row's seeds from its own, alike for rows of as many. Where
+there is one seed, prompts alone are drawn; with few, such an interval is rather too narrow. *Worst* is the training seed of the least response, or of the most
 excess pollution, by its mean over prompts and targets. ± is one standard error over prompts, after the mean over
 training seeds.
 

@@ -48,8 +48,8 @@ def rows_of(args, target: str, spots=SPOTS) -> list[Row]:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--seeds", "401", "104"], "--seeds 104: reported results are made with it; choose with others"),
-        (["--prompt_seed", "90002"], "--prompt_seed 90002: reported results are made with it; choose with another"),
+        (["--seeds", "401", "304"], "--seeds 304: reported results are made with it; choose with others"),
+        (["--prompt_seed", "91117"], "--prompt_seed 91117: reported results are made with it; choose with another"),
         (["--prompt_seed", "90301"], "--prompt_seed 90301: reported results are made with it"),
         (["--candidates", "wide"], '--candidates "wide": give a name of letters, digits, _ or -, then = and flags'),
         (["--candidates", "../x=--rank 8"], '--candidates "../x=--rank 8": give a name'),
