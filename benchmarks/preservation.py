@@ -264,9 +264,9 @@ All training seeds are behind {most},
 and behind the ablations that a claim rests on; behind the other ways are the first {Run.most_seeds}, behind the other
 ablations the first. Brackets are 95 % intervals from {tables.RESAMPLES} resamples in which training seeds and prompts
 are both drawn anew: the same prompts for all rows, and each row's seeds from its own, alike for rows of as many. Where
-there is one seed, prompts alone are drawn; with few, such an interval is rather too narrow. *Worst* is the training seed of the least response, or of the most
-excess pollution, by its mean over prompts and targets. ± is one standard error over prompts, after the mean over
-training seeds.
+there is one seed, prompts alone are drawn; with few, such an interval is rather too narrow. *Worst* is the training
+seed of the least response, or of the most excess pollution, by its mean over prompts and targets. ± is one standard
+error over prompts, after the mean over training seeds.
 
 ★ no row has at least this response at no more excess pollution (the Pareto front); ☆ only rows that know the true
 regions do. *On the front*: in how many of the resamples of seeds and prompts no row does, those with true masks left
