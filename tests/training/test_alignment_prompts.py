@@ -50,7 +50,8 @@ def test_thinned_out_prompts_are_those_the_losses_ask_about(world):
 def test_more_alignment_portraits_than_prompts(world, tmp_path, monkeypatch):
     alignments = watch(monkeypatch, script, "prepare_alignment")
     inputs = watch(monkeypatch, script, "check_inputs")
-    flags = {"num_alignment_images": 8, "max_train_samples": 3, "alignment_phrase_dropout": 0}
+    flags = {"num_alignment_images": 8, "max_train_samples": 3}
+    flags |= {"alignment_phrase_dropout": 0, "alignment_color_variation": 0}
     train(world, tmp_path / "output", **flags, stage1_steps=1, stage2_steps=1)
     pairs = inputs[0].pairs
     assert alignments[0].pair_index.tolist() == list(range(3, 11))

@@ -127,6 +127,7 @@ def make_flags(world: SimpleNamespace, output_dir: Path, **changes) -> list[str]
         "stage1_steps": 2,
         "stage2_steps": 2,
         "train_batch_size": 2,
+        "base_prompt_share": 0.6,  # with more, both rows of a batch may ask for no change
         "learning_rate": 0.01,
         "num_alignment_images": 3,
         "alignment_inference_steps": 2,
