@@ -164,7 +164,7 @@ def test_every_flag_named_in_the_prose_is_a_flag(capsys):
     assert len(named) > 40
     of_other_tools = {"--extra-index-url", "--help"}
     of_benchmarks = {"--num_prompts", "--seeds", "--sweeps", "--runs", "--ablation_targets", "--minutes", "--rounds"}
-    of_benchmarks |= {"--rows", "--stages", "--candidates", "--least_response", "--train_args"}
+    of_benchmarks |= {"--rows", "--stages", "--candidates", "--least_response", "--train_args", "--prompt_seed"}
     taken = set().union(*(flags_in_help(parse, capsys) for parse in PROGRAMS.values()))
     assert named - taken - of_other_tools - of_benchmarks == set()
 
