@@ -20,6 +20,7 @@ import torch
 from hub_server import HubServer
 from huggingface_hub import hf_hub_download
 from PIL import Image
+from playwright.sync_api import TimeoutError as PlaywrightTimeout
 from playwright.sync_api import expect, sync_playwright
 
 import app
@@ -437,12 +438,21 @@ class Page:
         self.page.get_by_label("Seed").fill(str(seed))
         if steps is not None:  # else as the page has them at first
             self.set_number("Steps", steps)
+        status = self.page.locator("#status").get_by_text(f"seed {seed},")
+        self.press_draw()
+        try:
+            status.wait_for(timeout=120_000)
+        except PlaywrightTimeout:
+            # Gradio's server drops an event now and then; a user presses again.
+            self.press_draw()
+            status.wait_for(timeout=180_000)
+        return {name: self.image(name) for name in ("original", "adapted", "sfcm", "overview")}
+
+    def press_draw(self):
+        """Not by the mouse: a button that moves while fields above it change their height may miss a click."""
         self.settle()
-        # Not by the mouse: a button that moves while fields above it change their height may miss a click.
         with self.page.expect_request("**/queue/join*", timeout=60_000):
             self.button.press("Enter")
-        self.page.locator("#status").get_by_text(f"seed {seed},").wait_for(timeout=300_000)
-        return {name: self.image(name) for name in ("original", "adapted", "sfcm", "overview")}
 
     def image(self, name):
         address = self.page.locator(f"#{name} img").get_attribute("src")

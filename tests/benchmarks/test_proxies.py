@@ -94,7 +94,7 @@ def test_without_guided_rows_there_is_no_region(tmp_path):
 def test_a_short_run_measures_what_was_drawn(tmp_path):
     shutil.copytree(LORA, tmp_path / "runs" / "blonde_hair" / "plain-seed5")
     flags = ["--output_dir", str(tmp_path), "--targets", "blonde_hair", "--runs", "plain", "--seeds", "5"]
-    flags += ["--num_prompts", "3", "--num_inference_steps", "2", "--workers", "1"]
+    flags += ["--num_prompts", "8", "--num_inference_steps", "2", "--workers", "1"]
     proxies.main(flags)
     found = json.loads((tmp_path / "proxies" / "results.json").read_text(encoding="utf-8"))["correlations"]
     lines = {(line["proxy"], line["truth"]): line for line in found}
