@@ -28,6 +28,7 @@ try:
     from .lora_layers import check_loadable  # noqa: F401
     from .pictures import captioned_pictures  # noqa: F401
     from .prompts import make_prompt_pair  # noqa: F401
+    from .region_guidance import keep_to_region  # noqa: F401
     from .sfcm import SFCM_MODES  # noqa: F401
     from .spf_arguments import CALL_DOC  # noqa: F401
     from .spf_call import SPFCall  # noqa: F401

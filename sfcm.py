@@ -17,33 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def _stretch(maps: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Map [low, high] to [0, 1]; zeros where the two differ by no more than rounding."""
-    span = high - low
-    # An interpolated or blurred flat map is flat up to rounding, which must not be stretched to a map of its own.
-    differs = span > 16 * torch.finfo(maps.dtype).eps * torch.maximum(low.abs(), high.abs())
-    return torch.where(differs, (maps - low) / torch.where(differs, span, 1), 0)
+# The sibling as a module of the package that a custom pipeline is, or as a module on the path.
+try:
+    from . import region_guidance
+except ImportError:
+    import region_guidance as region_guidance
+
+guidance_map, percentile_normalize = region_guidance.guidance_map, region_guidance.percentile_normalize
 
 
 def min_max_normalize(maps: Tensor) -> Tensor:
     """Stretch each map (..., H, W) to [0, 1]; a flat map becomes zeros. Source: [paper]; [ours] per sample."""
-    return _stretch(maps, maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True))
-
-
-def percentile_normalize(maps: Tensor, low: float = 0.05, high: float = 0.95) -> Tensor:
-    """Stretch each map (..., H, W) so that its `low` and `high` quantiles become 0 and 1, and cut what lies beyond.
-
-    A flat map becomes zeros. Source: [ours], less moved by single noisy pixels than extremes are.
-    """
-    flat = maps.flatten(-2).float()
-    bounds = torch.quantile(flat, torch.tensor([low, high], device=maps.device), dim=-1)[..., None, None]
-    return _stretch(maps, *bounds.to(maps.dtype)).clamp(0, 1)
-
-
-def blur(maps: Tensor, kernel_size: int = 3) -> Tensor:
-    """Box blur that repeats the border. Maps are (B, N, H, W), `kernel_size` is odd. Source: [ours]."""
-    margin = kernel_size // 2
-    return F.avg_pool2d(F.pad(maps, (margin,) * 4, mode="replicate"), kernel_size, stride=1)
+    return region_guidance.stretch(maps, maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True))
 
 
 def epsilon_scale(alphas_cumprod: Tensor | None, timesteps: Tensor, prediction_type: str) -> Tensor:
@@ -64,15 +49,6 @@ def epsilon_scale(alphas_cumprod: Tensor | None, timesteps: Tensor, prediction_t
     if prediction_type == "sample":
         return (alpha_bar / (1 - alpha_bar)).sqrt()
     raise ValueError(f"prediction_type must be 'epsilon', 'v_prediction' or 'sample', got {prediction_type!r}")
-
-
-def noise_difference(response_pred: Tensor, reference_pred: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-    """Mean absolute difference of the two paths' predicted noise, (B, 1, H, W) float32, not normalised.
-
-    Predictions are (B, C, H, W); `scale` is (B,), or one for all, from `epsilon_scale`. Source: [paper].
-    """
-    difference = (response_pred.float() - reference_pred.float()).abs().mean(1, keepdim=True)
-    return difference * torch.as_tensor(scale, device=difference.device).view(-1, 1, 1, 1)
 
 
 def phrase_attention_maps(
@@ -178,18 +154,6 @@ def free_regions(sfcm: Tensor, phrase_maps: Tensor, free_mask: Tensor) -> Tensor
     maps of (B, P, H, W) from `phrase_attention_maps`; `free_mask` is (B, P) bool. Source: [ours].
     """
     return torch.maximum(sfcm, (phrase_maps * free_mask[..., None, None]).amax(1, keepdim=True))
-
-
-def normalize_differences(differences: Tensor) -> Tensor:
-    """Blurred and stretched differences (B, D, H, W) in [0, 1], each by itself. Source: [ours]."""
-    return percentile_normalize(blur(differences))
-
-
-def guidance_map(differences: Tensor) -> Tensor:
-    """Where a prediction differs, (B, 1, H, W) in [0, 1]: the geometric mean of D `noise_difference`s (B, D, H, W), or
-    of means of them, each blurred and stretched. Source: [ours].
-    """
-    return normalize_differences(differences).prod(1, keepdim=True) ** (1 / differences.shape[1])
 
 
 @dataclass(frozen=True)

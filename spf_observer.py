@@ -17,11 +17,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 # The siblings as modules of the package that a custom pipeline is, or as modules on the path.
 try:
-    from . import adapters, attention_processors, prompts, sfcm
+    from . import adapters, attention_processors, prompts, region_guidance, sfcm
 except ImportError:
     import adapters as adapters
     import attention_processors as attention_processors
     import prompts as prompts
+    import region_guidance as region_guidance
     import sfcm as sfcm
 
 
@@ -146,7 +147,7 @@ class Observer:
     differences: list[Tensor] = field(default_factory=list)  # (B, D, H, W) of each call, as the attention
     attention: list[StepAttention] = field(default_factory=list)
     _store: attention_processors.CrossAttentionStore | None = None
-    _total: Tensor | float = 0.0
+    _map: region_guidance.RunningMap = field(default_factory=region_guidance.RunningMap)
     _closed: bool = False  # of the call of the denoiser that is under way
 
     @contextmanager
@@ -177,7 +178,7 @@ class Observer:
     def _take_rows(self, denoiser: nn.Module, args: tuple, output: tuple) -> tuple:
         response, reference = self._paths(output[0])
         held, scale = {"paths": reference, "words": output[0][-self.rows.images :]}, self.to_epsilon(args[1])
-        each = [sfcm.noise_difference(response, held[start], scale) for start in self.starts]
+        each = [region_guidance.noise_difference(response, held[start], scale) for start in self.starts]
         self.differences.append(torch.cat(each, 1))
         if self._store is not None:
             self.attention.append(self._take_attention())
@@ -197,17 +198,14 @@ class Observer:
     def _guided(self, response: Tensor, reference: Tensor) -> Tensor:
         """The response (B, C, H, W) kept to the reference outside of where the target responds.
 
-        It is `eps_ref + m * (eps_res - eps_ref)` with the soft mask `m = 1 - strength * (1 - SFCM^exponent)`; the SFCM
-        is of the means of all calls' normalised differences, and open where phrases are free.
+        The region is the running map to the power of the exponent, and open where phrases are free.
         """
         strength, exponent = self.guidance
-        self._total = self._total + sfcm.normalize_differences(self.differences[-1])
-        opened = sfcm.guidance_map(self._total / len(self.differences)) ** exponent
+        opened = self._map.add(self.differences[-1]) ** exponent
         if self.phrases.free.any():
             maps = self.attention[-1].reference_maps(self.phrases.weights, opened.shape[-2:])
             opened = sfcm.free_regions(opened, maps, self.phrases.free.to(opened.device))
-        mask = 1 - strength * (1 - opened)
-        return (reference + mask * (response - reference).float()).to(response.dtype)
+        return region_guidance.keep_to_region(response, reference, opened, strength)
 
     def maps(self, mode: str, has_map: bool, per_step: bool) -> dict[str, Any]:
         """The map fields of the pipeline's output, from what was seen in a run.

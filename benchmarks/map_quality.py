@@ -38,7 +38,8 @@ from families.prompt_embeds import PromptEmbeds
 from families.stable_diffusion import StableDiffusion
 from loras import LORA_WEIGHTS
 from prompts import phrase_mask
-from sfcm import SFCM_MODES, noise_difference, phrase_attention_maps
+from region_guidance import noise_difference
+from sfcm import SFCM_MODES, phrase_attention_maps
 from toy_portraits.judge import PortraitJudge, base_prompts
 from toy_portraits.learning import to_tensor
 from toy_portraits.pipelines import family_of

@@ -15,20 +15,21 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import sfcm
-from sfcm import SfcmMode, percentile_normalize, sfcm_averaged, taken_by_phrases
+from region_guidance import blur, guidance_map, percentile_normalize
+from sfcm import SfcmMode, sfcm_averaged, taken_by_phrases
 from training import flag_rules
 
 
 def sfcm_noise(difference: Tensor, phrase_maps: Tensor, distances: Tensor, phrase_mask: Tensor) -> Tensor:
     """The noise difference alone, blurred and percentile-normalised."""
-    return sfcm.guidance_map(difference)
+    return guidance_map(difference)
 
 
 def sfcm_product(difference: Tensor, phrase_maps: Tensor, distances: Tensor, phrase_mask: Tensor) -> Tensor:
     """The difference times `prod_p (1 - D'_p * M_p)`."""
     weights = sfcm.relative_distances(distances, phrase_mask)[..., None, None]
     kept = (1 - weights * phrase_maps).prod(1, keepdim=True)
-    return percentile_normalize(percentile_normalize(sfcm.blur(difference)) * kept)
+    return percentile_normalize(percentile_normalize(blur(difference)) * kept)
 
 
 def sfcm_attention(difference: Tensor, phrase_maps: Tensor, distances: Tensor, phrase_mask: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module or a folder by the first name of its imports. Each floor imports from those below it alone, a module of a
 # folder from its own folder as well.
 FLOORS = (
-    {"adapters", "attention_processors", "lora_layers", "wording", "sfcm", "pictures", "programs"},
-    {"prompts"},
+    {"adapters", "attention_processors", "lora_layers", "wording", "region_guidance", "pictures", "programs"},
+    {"prompts", "sfcm"},
     {"spf_arguments", "spf_observer"},
     {"spf_call"},
     {"loras", "pipeline_spf_portrait", "pipeline_spf_portrait_xl"},
@@ -25,7 +25,8 @@ FLOORS = (
 # The evaluation knows the toy world's targets, whose regions its renderer draws.
 ALSO = {("evaluation", "toy_portraits")}
 PURE = {
-    "wording": set(), "prompts": {"wording", "transformers"}, "sfcm": {"torch"}, "training/losses": {"torch"},
+    "wording": set(), "prompts": {"wording", "transformers"}, "sfcm": {"region_guidance", "torch"},
+    "region_guidance": {"torch"}, "training/losses": {"torch"},
     "evaluation/measures": {"numpy"}, "programs/console": {"tqdm"}, "programs/picture_files": {"PIL"},
     "programs/records": set(),
 }  # fmt: skip

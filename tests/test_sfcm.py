@@ -3,14 +3,11 @@
 import pytest
 import torch
 
+from region_guidance import blur, guidance_map, percentile_normalize
 from sfcm import (
     SFCM_MODES,
-    blur,
     free_regions,
-    guidance_map,
     min_max_normalize,
-    noise_difference,
-    percentile_normalize,
     phrase_attention_maps,
     relative_distances,
     sfcm_averaged,
@@ -63,35 +60,7 @@ def test_a_faint_map_is_still_a_map():
     torch.testing.assert_close(min_max_normalize(faint), torch.arange(4.0).view(1, 2, 2) / 3)
 
 
-def test_percentiles_cut_a_lone_pixel():
-    maps = torch.arange(101.0).view(1, 1, 101)
-    maps[..., -1] = 1000
-    normalized = percentile_normalize(maps)[0, 0]
-    # The quantiles of 0..100 at .05 and .95 are 5 and 95.
-    torch.testing.assert_close(normalized[[0, 5, 50, 95, 100]], torch.tensor([0, 0, 0.5, 1, 1]))
-    torch.testing.assert_close(percentile_normalize(maps, 0.0, 0.5)[0, 0, 25], torch.tensor(0.5))
-
-
-def test_blur_repeats_the_border():
-    maps = torch.zeros(1, 1, 4, 4)
-    maps[..., 0, 0] = 9
-    expected = torch.zeros(4, 4)
-    # The corner counts four times for itself: once as it is and three times as border.
-    expected[0, 0], expected[0, 1], expected[1, 0], expected[1, 1] = 4, 2, 2, 1
-    torch.testing.assert_close(blur(maps)[0, 0], expected)
-    torch.testing.assert_close(blur(torch.full((2, 3, 5, 7), 0.3), 5), torch.full((2, 3, 5, 7), 0.3))
-
-
 # ------------------------------------------------------------------------------------------------- its ingredients
-
-
-def test_noise_difference_by_hand():
-    reference = torch.zeros(1, 2, 1, 2, dtype=torch.float16)
-    response = torch.tensor([[[[1.0, -1.0]], [[-3.0, 0.0]]]], dtype=torch.float16)
-    difference = noise_difference(response, reference)
-    assert difference.dtype == torch.float32
-    # The mean of absolute values, so a plus and a minus do not cancel.
-    assert difference.tolist() == [[[[2.0, 0.5]]]]
 
 
 def test_phrase_map_of_one_token_is_its_column():

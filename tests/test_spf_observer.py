@@ -32,7 +32,8 @@ from pipeline_world import (
 
 from attention_processors import capture_cross_attention, phrase_map_resolution
 from prompts import make_prompt_pair, phrase_mask, tokenize_prompt_pair
-from sfcm import SFCM_MODES, free_regions, guidance_map, noise_difference, phrase_attention_maps
+from region_guidance import guidance_map, noise_difference
+from sfcm import SFCM_MODES, free_regions, phrase_attention_maps
 from spf_observer import RowLayout
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from attention_processors import CrossAttentionFeatures, phrase_map_resolution
 from families.noise_process import DDPM
 from programs.console import phase_bar
-from sfcm import SFCM_MODES, free_regions, noise_difference, phrase_attention_maps
+from region_guidance import noise_difference
+from sfcm import SFCM_MODES, free_regions, phrase_attention_maps
 from training.batches import Batch, send
 from training.dual_path import dual_path
 from training.flags import SFCM_TIMESTEPS, AlignmentFlags

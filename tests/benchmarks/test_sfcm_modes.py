@@ -6,7 +6,8 @@ from test_sfcm import make_inputs
 
 from benchmarks import sfcm_modes
 from benchmarks.sfcm_modes import LOST, sfcm_noise, sfcm_product
-from sfcm import SFCM_MODES, blur, percentile_normalize
+from region_guidance import blur, percentile_normalize
+from sfcm import SFCM_MODES
 from training import flag_rules
 
 

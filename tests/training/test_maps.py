@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from test_train import CARD, RUN_FILE, WEIGHTS, difference, files, train, watch
 
-from sfcm import SFCM_MODES, guidance_map, percentile_normalize
+from region_guidance import guidance_map, percentile_normalize
+from sfcm import SFCM_MODES
 from toy_portraits.recipe import BASE_MODEL
 from toy_portraits.world import TARGETS, render, sample_factors
 from training import maps
