@@ -426,6 +426,7 @@ QUOTED = [
     ("docs/results.md", "The paper's step, made cheaper", 0, "RESULTS.md", '"blonde hair"', 1),
     ("docs/results.md", "As strong as the target asks for", 0, "PRESENCE.md", "Mean over targets", 1),
     ("docs/results.md", "On the toy SDXL", 0, "RESULTS_SDXL.md", "Mean over targets", 1),
+    ("docs/results.md", "On the toy SDXL", 1, "RESULTS_SDXL.md", "Mean over targets", 1),
     ("docs/results.md", "Other ways to train", 0, "RESULTS_EARLIER.md", "Mean over targets", 1),
     ("docs/results.md", "What each choice is worth", 0, "RESULTS_EARLIER.md", '"blonde hair"', 1),
     ("docs/results.md", "What each choice is worth", 1, "RESULTS_EARLIER.md", '"blonde hair"', 1),
