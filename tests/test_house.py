@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # A module or a folder by the first name of its imports. Each floor imports from those below it alone, a module of a
-# folder from its own folder as well.
+# folder from its own folder as well. The nodes of ComfyUI find the one module that they take by its path.
 FLOORS = (
     {"adapters", "attention_processors", "lora_layers", "wording", "region_guidance", "pictures", "programs"},
     {"prompts", "sfcm"},
@@ -20,7 +20,7 @@ FLOORS = (
     {"families"},
     {"training", "evaluation"},
     {"train_spf_portrait_lora", "evaluate_spf_portrait", "app", "export_spf_portrait_lora", "toy_portraits",
-     "benchmarks", "tests"},
+     "benchmarks", "tests", "comfyui"},
 )  # fmt: skip
 # The evaluation knows the toy world's targets, whose regions its renderer draws.
 ALSO = {("evaluation", "toy_portraits")}

@@ -1,0 +1,2 @@
+def convert_lora(lora):
+    return lora
