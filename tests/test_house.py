@@ -19,8 +19,8 @@ FLOORS = (
     {"loras", "pipeline_spf_portrait", "pipeline_spf_portrait_xl"},
     {"families"},
     {"training", "evaluation"},
-    {"train_spf_portrait_lora", "evaluate_spf_portrait", "app", "export_spf_portrait_lora", "toy_portraits",
-     "benchmarks", "tests", "comfyui"},
+    {"train_spf_portrait_lora", "evaluate_spf_portrait", "draw_spf_portrait", "app", "export_spf_portrait_lora",
+     "toy_portraits", "benchmarks", "tests", "comfyui"},
 )  # fmt: skip
 # The evaluation knows the toy world's targets, whose regions its renderer draws.
 ALSO = {("evaluation", "toy_portraits")}

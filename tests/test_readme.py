@@ -23,6 +23,7 @@ from test_house import FLOORS, ROOT
 from torch.distributed.run import get_args_parser
 
 import app
+import draw_spf_portrait
 import evaluate_spf_portrait
 import export_spf_portrait_lora
 from benchmarks import choose, preservation
@@ -42,6 +43,7 @@ PROGRAMS = {
     "train_spf_portrait_lora.py": parse_args,
     "evaluate_spf_portrait.py": evaluate_spf_portrait.parse_args,
     "export_spf_portrait_lora.py": export_spf_portrait_lora.parse_args,
+    "draw_spf_portrait.py": draw_spf_portrait.parse_args,
     "app.py": app.parse_args,
     "toy_portraits.demo": demo.main,
 }
@@ -162,7 +164,7 @@ def test_every_flag_named_in_the_prose_is_a_flag(capsys):
         for flag in re.findall(r"(?<![\w-])--\w[\w-]*", code)
     }
     assert len(named) > 40
-    of_other_tools = {"--extra-index-url", "--help"}
+    of_other_tools = {"--extra-index-url", "--help", "--fp32-text-enc"}
     of_benchmarks = {"--num_prompts", "--seeds", "--sweeps", "--runs", "--ablation_targets", "--minutes", "--rounds"}
     of_benchmarks |= {"--rows", "--stages", "--candidates", "--least_response", "--train_args", "--prompt_seed"}
     taken = set().union(*(flags_in_help(parse, capsys) for parse in PROGRAMS.values()))
@@ -274,7 +276,7 @@ KNOWN = {
     "python export_spf_portrait_lora.py", "python benchmarks/preservation.py", "python benchmarks/choose.py",
     "python benchmarks/random_stable_diffusion.py", "ACCELERATE_USE_CPU=true python -m",
 }  # fmt: skip
-OTHER_TOOLS = {"pip", "python", ".", "hf", "pytest"}
+OTHER_TOOLS = {"pip", "python", ".", "hf", "ln", "pytest"}
 
 
 def test_the_configuration_file_is_one_accelerate_reads():

@@ -74,6 +74,8 @@ def comfyui(folder: Path) -> Iterator[Server]:
     command = [
         os.environ.get("COMFYUI_PYTHON", sys.executable), "main.py", "--cpu", "--port", str(port), "--base-directory",
         str(folder), "--disable-api-nodes", "--database-url", f"sqlite:///{folder}/comfyui.db",
+        # Else text encoders are held in half precision, on the CPU as well.
+        "--fp32-text-enc",
     ]  # fmt: skip
     log = folder / "comfyui.log"
     with log.open("w") as output:
