@@ -146,7 +146,7 @@ def read_lora(model, lora_name: str) -> dict[str, Tensor]:
     lora = comfy.lora_convert.convert_lora(comfy.utils.load_torch_file(path, safe_load=True))
     names = comfy.lora.model_lora_keys_unet(model.model, {})
     if not comfy.lora.load_lora(lora, names, log_missing=False):
-        kind = type(model.model).__name__
+        kind = type(model.model.model_config).__name__
         raise ValueError(f"{lora_name} has no weights under names that ComfyUI knows for {kind}.")
     if any(key.startswith(("lora_te", "text_encoder", "text_model")) for key in lora):
         logging.info(

@@ -52,6 +52,7 @@ class Patcher:
 
     def __init__(self):
         self.model, self.model_options, self.current_hooks = self, {}, None
+        self.model_config = self
         self.patchings, self.rows, self.lora_names = 0, [], {"lora_unet_a": "a.weight"}
         self.pattern = torch.rand(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
 
