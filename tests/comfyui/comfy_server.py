@@ -22,6 +22,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 COMFYUI = os.environ.get("COMFYUI_PATH")
+PYTHON = os.environ.get("COMFYUI_PYTHON", sys.executable)
 needs_comfyui = pytest.mark.skipif(COMFYUI is None, reason="COMFYUI_PATH names no checkout of ComfyUI")
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 
@@ -72,7 +73,7 @@ def comfyui(folder: Path) -> Iterator[Server]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
-        os.environ.get("COMFYUI_PYTHON", sys.executable), "main.py", "--cpu", "--port", str(port), "--base-directory",
+        PYTHON, "main.py", "--cpu", "--port", str(port), "--base-directory",
         str(folder), "--disable-api-nodes", "--database-url", f"sqlite:///{folder}/comfyui.db",
         # Else text encoders are held in half precision, on the CPU as well.
         "--fp32-text-enc",

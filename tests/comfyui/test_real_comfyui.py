@@ -5,12 +5,13 @@
 
 import json
 import statistics
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from comfy_server import COMFYUI, ROOT, comfyui, graph_of, needs_comfyui
+from comfy_server import COMFYUI, PYTHON, ROOT, comfyui, graph_of, needs_comfyui
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
@@ -243,3 +244,13 @@ def test_a_step_costs_about_what_its_predictions_do(world):
     ratios = {name: median / medians["stock"] for name, median in medians.items()}
     print(f"\nseconds of {STEPS} steps at 256x256: {medians}; of stock: {ratios}")
     assert ratios["words"] < 2.3 and ratios["paths"] < 1.8
+
+
+@pytest.mark.parametrize(("kind", "model"), [("sd3", "SD3"), ("flux", "Flux")])
+def test_transformers_of_flow_matching_are_drawn_with_too(tmp_path, kind, model):
+    command = [PYTHON, "transformers_script.py", COMFYUI, str(ROOT / "comfyui"), str(tmp_path), kind]
+    ran = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    found = json.loads(ran.stdout.splitlines()[-1])
+    print(f"\n{found}")
+    assert found["model"] == model and found["stock"] == 0 and found["calls"] == 4 and found["region"] == [0, 1]
+    assert found["lora"] > 1e-2 and found["guidance"] > 1e-2
