@@ -65,9 +65,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from families.pipelines import DrawingPipeline, load_drawing_pipeline
+from loras.finding import find_lora
 from loras.loading import load_lora
-from programs.loading import InputError, choose_device, without_false_alarms
+from programs.loading import InputError, choose_device, naming, without_false_alarms
 from programs.writing import whole
+from prompts import make_prompt_pair
 
 
 KINDS = ("original", "adapted", "map", "guided")  # the last only with guidance
@@ -83,16 +85,21 @@ def picture_paths(args: argparse.Namespace, seed: int) -> dict[str, Path]:
     return paths
 
 
+def target_of(args: argparse.Namespace) -> str | list[tuple[str, str]]:
+    """The target as the pipelines take it."""
+    return [(args.replaces, args.target)] if args.replaces else args.target
+
+
 def draw(pipeline: DrawingPipeline, args: argparse.Namespace, seed: int) -> dict[str, Image.Image]:
     """The pictures of a seed, by kind: all from the same noise, which is drawn on the CPU."""
 
     def call(guidance: float, compare: bool) -> BaseOutput:
         return pipeline(
-            args.prompt, target_prompt=[(args.replaces, args.target)] if args.replaces else args.target,
-            negative_prompt=args.negative_prompt, guidance_scale=args.guidance_scale, height=args.height,
-            width=args.width, num_inference_steps=args.num_inference_steps, compare=compare, return_sfcm=compare,
-            sfcm_guidance=guidance, sfcm_guidance_exponent=args.guidance_exponent,
-            adapter_in_unconditional=not args.no_lora_in_negative, generator=torch.Generator().manual_seed(seed),
+            args.prompt, target_prompt=target_of(args), negative_prompt=args.negative_prompt,
+            guidance_scale=args.guidance_scale, height=args.height, width=args.width,
+            num_inference_steps=args.num_inference_steps, compare=compare, return_sfcm=compare, sfcm_guidance=guidance,
+            sfcm_guidance_exponent=args.guidance_exponent, adapter_in_unconditional=not args.no_lora_in_negative,
+            generator=torch.Generator().manual_seed(seed),
         )  # fmt: skip
 
     found = call(0.0, compare=True)
@@ -121,12 +128,16 @@ def save(pictures: Mapping[str, Image.Image], paths: Mapping[str, Path], args: a
 
 def run(args: argparse.Namespace) -> Iterator[Path]:
     """Gives each file when it is written."""
+    # What may be wrong with prompts and files is found before the model is loaded.
+    make_prompt_pair(args.prompt, target_of(args))
+    with naming(args.lora):
+        lora = find_lora(args.lora)
     seeds = range(args.seed, args.seed + args.num_images)
     paths = {seed: picture_paths(args, seed) for seed in seeds}
     device = choose_device(args.device)
     args.dtype = args.dtype or ("float16" if device.startswith("cuda") else "float32")
     pipeline = load_drawing_pipeline(args.base, getattr(torch, args.dtype), "base", args.base_config)
-    load_lora(pipeline, args.lora, "lora")
+    load_lora(pipeline, args.lora, "lora", lora)
     pipeline.set_adapters("lora", args.lora_scale)
     pipeline.to(device)
     args.output_dir.mkdir(parents=True, exist_ok=True)

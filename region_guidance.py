@@ -82,7 +82,8 @@ def keep_to_region(response: Tensor, reference: Tensor, opened: Tensor, strength
     """A prediction (B, C, H, W) kept to the reference's outside of a region, in its own dtype.
 
     It is `reference + m * (response - reference)` with the soft mask `m = 1 - strength * (1 - opened)`; `opened` is
-    (B, 1, H, W), 1 where the response is free. At strength 0 it is the response.
+    (B, 1, H, W), 1 where the response is free. At strength 0 it is the response, up to
+    rounding.
     """
     mask = 1 - strength * (1 - opened)
     return (reference + mask * (response - reference).float()).to(response.dtype)

@@ -114,6 +114,20 @@ def test_a_wrong_flag_is_named(flags, message, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--lora", "no/such/lora.safetensors"], "no/such/lora.safetensors: no file or folder"),
+        (["--replaces", "a red hat"], "a red hat"),
+        (["--target", PROMPT], "target"),
+    ],
+)
+def test_wrong_input_is_found_before_the_model_is_loaded(tmp_path, flags, message):
+    flags = [*NEEDED, *FEW, "--output_dir", str(tmp_path / "out"), *flags, "--base", "no/such/folder"]
+    with pytest.raises(SystemExit, match=message):
+        draw_spf_portrait.main(parse_args(flags))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
         (["--base", "no/such/folder"], "--base no/such/folder"),
         (["--lora", "no/such/lora.safetensors"], "no/such/lora.safetensors"),
         (["--replaces", "a red hat"], "a red hat"),

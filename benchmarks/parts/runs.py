@@ -143,7 +143,7 @@ ABLATIONS = {
     },
 }
 FLAGS_OF_PARENTS = {"composed": COMPOSED, "paper": PAPER}
-# Ablations that a claim rests on or is to rest on, and so have all training seeds; the others have one.
+# Ablations that a claim rests on, and so have all training seeds; the others have one.
 CLAIMED = {"c_before", *CHANGES, "c_presence", "p_layers", "p_drawn", "p_every4", "p_cheap"}
 RUNS = WAYS | {
     name: Run(
