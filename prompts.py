@@ -3,7 +3,7 @@
 Strings and a tokenizer in, indices out; no tensors. A *target* is added to the base prompt or replaces one of its
 phrases.
 
-Legend: P base phrases, T text tokens (`tokenizer.model_max_length`).
+Legend: P base phrases, T text tokens.
 Paper: arXiv 2504.00396; what names no source is [ours].
 """
 
@@ -73,6 +73,7 @@ class PromptTokens:
     each_target_positions: tuple[tuple[int, ...], ...]
     base_positions: tuple[int, ...]  # matched base tokens in the base sequence, ascending, without BOS and padding
     full_positions: tuple[int, ...]  # the same tokens in the full sequence, in the same order
+    base_text: tuple[int, ...]  # all that hold words of the base prompt
     base_padding: tuple[int, ...]  # every position after the prompt's text: EOS and what pads it
     full_padding: tuple[int, ...]
 
@@ -245,27 +246,30 @@ def change_words(pair: PromptPair, changes: Sequence[tuple[wording.Span, str]]) 
     return make_prompt_pair(base_prompt, targets, base_phrases=phrases, free_phrases=free)
 
 
-def tokenize_prompt_pair(pair: PromptPair, tokenizer: PreTrainedTokenizerBase) -> PromptTokens:
+def tokenize_prompt_pair(
+    pair: PromptPair, tokenizer: PreTrainedTokenizerBase, length: int | None = None, *, cuts_targets: bool = False
+) -> PromptTokens:
     """Tokenize both prompts, find the phrases and targets in them, and align base with full tokens.
 
     A base token has a partner in the full sequence if it stands in the part of the prompt that both share; a target's
-    tokens, and those it replaces, have none. What does not fit into T, the tokenizer's `model_max_length`, is cut off
-    with a warning.
+    tokens, and those it replaces, have none. What does not fit into T, the `length`, by default the tokenizer's
+    `model_max_length`, is cut off with a warning.
 
     Raises ValueError: the tokenizer has no character offsets; a text is not in its prompt; a part of a target is cut
-        off.
+        off, unless `cuts_targets`.
 
     Source: [paper] base tokens and PAD; [ours] the alignment.
     """
-    base_ids, base_offsets, base_end = _encode(pair.base_prompt, tokenizer)
-    full_ids, full_offsets, full_end = _encode(pair.full_prompt, tokenizer)
+    base_ids, base_offsets, base_end = _encode(pair.base_prompt, tokenizer, length)
+    full_ids, full_offsets, full_end = _encode(pair.full_prompt, tokenizer, length)
+    length = len(base_ids)
     texts = [target.text for target in pair.target_prompts]
     target_spans = wording.locate_targets(pair.base_prompt, texts, pair.full_prompt)
     for text, (_, end) in zip(texts, target_spans):
-        if end > full_end:
+        if end > full_end and not cuts_targets:
             raise ValueError(
-                f"The target prompt {text!r} does not fit into the {tokenizer.model_max_length} tokens of the text "
-                f"encoder; shorten the full prompt {pair.full_prompt!r}."
+                f"The target prompt {text!r} does not fit into the {length} tokens of the text encoder; shorten the "
+                f"full prompt {pair.full_prompt!r}."
             )
     replaced_spans, phrase_spans = _base_spans(pair)
     phrase_positions = tuple(_positions(base_offsets, [span]) for span in phrase_spans)
@@ -274,11 +278,10 @@ def tokenize_prompt_pair(pair: PromptPair, tokenizer: PreTrainedTokenizerBase) -
         lost = [phrase for phrase, positions in zip(pair.base_phrases, phrase_positions) if not positions]
         logger.warning(
             "The base prompt is too long for %d tokens; cut off: %r; phrases without any token: %s.",
-            tokenizer.model_max_length, pair.base_prompt[base_end:], lost or "none",
+            length, pair.base_prompt[base_end:], lost or "none",
         )  # fmt: skip
     if full_end < len(pair.full_prompt) and texts:
-        lost = pair.full_prompt[full_end:]
-        logger.warning("The full prompt is too long for %d tokens; cut off: %r.", tokenizer.model_max_length, lost)
+        logger.warning("The full prompt is too long for %d tokens; cut off: %r.", length, pair.full_prompt[full_end:])
 
     # A target may share words with the base ("a green hat" for "a green jacket"): different marks never match.
     target_positions = _positions(full_offsets, target_spans)
@@ -294,13 +297,15 @@ def tokenize_prompt_pair(pair: PromptPair, tokenizer: PreTrainedTokenizerBase) -
         target_positions=target_positions,
         each_target_positions=tuple(_positions(full_offsets, [span]) for span in target_spans),
         base_positions=tuple(base_order[base] for base, _ in matches),
-        full_positions=tuple(full_order[full] for _, full in matches),
+        full_positions=tuple(full_order[full] for _, full in matches), base_text=tuple(base_order),
         base_padding=tuple(range(base_order[-1] + 1, len(base_ids))),
         full_padding=tuple(range(full_order[-1] + 1, len(full_ids))),
     )  # fmt: skip
 
 
-def locate_in_all(pair: PromptPair, tokenizers: Sequence[PreTrainedTokenizerBase]) -> PromptTokens:
+def locate_in_all(
+    pair: PromptPair, tokenizers: Sequence[PreTrainedTokenizerBase], *, cuts_targets: bool = False
+) -> PromptTokens:
     """`tokenize_prompt_pair` for a denoiser that is told each position of the text by several tokenizers at once.
 
     They may count words differently: where "!" is the padding of one, it is a token of its own there, and later words
@@ -311,15 +316,51 @@ def locate_in_all(pair: PromptPair, tokenizers: Sequence[PreTrainedTokenizerBase
     """
     first, *others = tokenizers
     texts = pair.base_prompt, pair.full_prompt
-    tokens = tokenize_prompt_pair(pair, first)
+    tokens = tokenize_prompt_pair(pair, first, cuts_targets=cuts_targets)
     for other in others:
         if other.model_max_length != first.model_max_length:
             lengths = first.model_max_length, other.model_max_length
             raise ValueError(f"The text encoders' tokenizers have different lengths: {lengths[0]} and {lengths[1]}.")
         # What all count alike is not told, nor warned of, twice.
         if any(_encode(text, first)[1:] != _encode(text, other)[1:] for text in texts):
-            tokens = _merge(tokens, tokenize_prompt_pair(pair, other))
+            tokens = _merge(tokens, tokenize_prompt_pair(pair, other, cuts_targets=cuts_targets))
     return tokens
+
+
+def locate_in_two_parts(
+    pair: PromptPair, tokenizers: Sequence[PreTrainedTokenizerBase], second: PreTrainedTokenizerBase | None,
+    length: int,
+) -> PromptTokens:  # fmt: skip
+    """`tokenize_prompt_pair` for a denoiser that is told the text twice: by several tokenizers at once, as of
+    `locate_in_all`, and behind these positions by a `second` one in `length` more, which hold nothing without it.
+
+    What stands in both parts counts in both. A target has to be whole in the longer one, or in the only one.
+
+    Raises ValueError: as `locate_in_all`.
+    """
+    first = locate_in_all(pair, tokenizers, cuts_targets=second is not None)
+    start = len(first.base_input_ids)
+    if second is None:
+        nothing = tuple(range(start, start + length))
+        return replace(
+            first, base_input_ids=first.base_input_ids + [0] * length,
+            full_input_ids=first.full_input_ids + [0] * length, base_padding=first.base_padding + nothing,
+            full_padding=first.full_padding + nothing,
+        )  # fmt: skip
+    behind = tokenize_prompt_pair(pair, second, length)
+
+    def shifted(positions: Sequence[int]) -> tuple[int, ...]:
+        return tuple(start + position for position in positions)
+
+    nested, ids = ("phrase_positions", "each_target_positions"), ("base_input_ids", "full_input_ids")
+    changed = {}
+    for name, own in vars(first).items():
+        other = getattr(behind, name)
+        if name in nested:
+            changed[name] = tuple(mine + shifted(theirs) for mine, theirs in zip(own, other, strict=True))
+        else:
+            changed[name] = own + (other if name in ids else shifted(other))
+    return PromptTokens(**changed)
 
 
 def _merge(first: PromptTokens, second: PromptTokens) -> PromptTokens:
@@ -335,6 +376,7 @@ def _merge(first: PromptTokens, second: PromptTokens) -> PromptTokens:
         first, phrase_positions=unions("phrase_positions"), each_target_positions=unions("each_target_positions"),
         target_positions=union(first.target_positions, second.target_positions),
         base_positions=tuple(base for base, _ in both), full_positions=tuple(full for _, full in both),
+        base_text=union(first.base_text, second.base_text),
         base_padding=tuple(sorted({*first.base_padding} & {*second.base_padding})),
         full_padding=tuple(sorted({*first.full_padding} & {*second.full_padding})),
     )  # fmt: skip
@@ -362,13 +404,15 @@ def _base_spans(pair: PromptPair) -> tuple[list[wording.Span], list[wording.Span
     return replaced, wording.locate(pair.base_prompt, pair.base_phrases, taken=replaced, share=True)
 
 
-def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], dict[int, wording.Span], int]:
+def _encode(
+    text: str, tokenizer: PreTrainedTokenizerBase, length: int | None = None
+) -> tuple[list[int], dict[int, wording.Span], int]:
     """Padded ids, the character span of each position that holds text, and the character where the text is cut."""
     if not tokenizer.is_fast:
         raise ValueError(f"{type(tokenizer).__name__} has no character offsets; use the fast tokenizer.")
     rows = tokenizer(
-        text, padding="max_length", truncation=True, return_overflowing_tokens=True, return_offsets_mapping=True,
-        return_special_tokens_mask=True,
+        text, padding="max_length", max_length=length, truncation=True, return_overflowing_tokens=True,
+        return_offsets_mapping=True, return_special_tokens_mask=True,
     )  # fmt: skip
     # The pad id may be EOS's or that of "!", so what is text is told by the mask and never by the id.
     contents = [
