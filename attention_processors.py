@@ -66,10 +66,10 @@ class CrossAttentionFeatures:
 
 
 class CrossAttentionStore:
-    """Keeps what the captured layers hand over while `recording` is on and the UNet's forward runs.
+    """Keeps what the captured layers hand over while `recording` is on and the denoiser's forward runs.
 
-    Gradient checkpointing recomputes layers in the backward, outside of the UNet's forward, so that nothing is stored
-    twice. Each recorded forward replaces what the one before left.
+    Gradient checkpointing recomputes layers in the backward, outside of the denoiser's forward, so that nothing is
+    stored twice. Each recorded forward replaces what the one before left.
     """
 
     def __init__(self) -> None:
@@ -86,6 +86,11 @@ class CrossAttentionStore:
         finally:
             self.recording = before
 
+    @property
+    def listening(self) -> bool:
+        """Whether what a layer hands over now is kept."""
+        return self.recording and self._latent_size is not None
+
     def pop(self) -> CrossAttentionFeatures:
         """Hand out the features of the last recorded forward, and forget them; a RuntimeError if there are none."""
         if not self._features.attention_probs:
@@ -97,7 +102,7 @@ class CrossAttentionStore:
 
     def add(self, name: str, attention_probs: Tensor, query: Tensor) -> None:
         """Called by a layer with its (B, S, T) and (B, N, S, D)."""
-        if not self.recording or self._latent_size is None:
+        if not self.listening:
             return
         # Each level has half the sides of the one before, rounded up.
         (height, width), tokens = self._latent_size, query.shape[2]
@@ -110,14 +115,15 @@ class CrossAttentionStore:
         self._features.attention_probs[name] = attention_probs
         self._features.queries[name] = query
 
-    def begin_forward(self, unet: nn.Module, args: tuple, kwargs: dict) -> None:
-        """A hook before each forward of the UNet."""
-        self._latent_size = tuple((args[0] if args else kwargs["sample"]).shape[-2:])
+    def begin_forward(self, denoiser: nn.Module, args: tuple, kwargs: dict) -> None:
+        """A hook before each forward of the denoiser, a UNet or a transformer."""
+        latents = args[0] if args else kwargs["sample" if "sample" in kwargs else "hidden_states"]
+        self._latent_size = tuple(latents.shape[-2:])
         if self.recording:
             self._features = CrossAttentionFeatures()
 
     def end_forward(self, *_) -> None:
-        """A hook after each forward of the UNet, also after an error."""
+        """A hook after each forward of the denoiser, also after an error."""
         self._latent_size = None
 
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # folder from its own folder as well. The nodes of ComfyUI find the one module that they take by its path.
 FLOORS = (
     {"adapters", "attention_processors", "lora_layers", "wording", "region_guidance", "pictures", "programs"},
-    {"prompts", "sfcm"},
+    {"prompts", "sfcm", "joint_attention"},
     {"spf_arguments", "spf_observer"},
     {"spf_call"},
     {"loras", "pipeline_spf_portrait", "pipeline_spf_portrait_xl"},
