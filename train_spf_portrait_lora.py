@@ -73,7 +73,7 @@ def prepare(flags: Flags, inputs: Inputs, accelerator: Accelerator) -> Parts:
     family, data, shown = inputs.family, flags.data, accelerator.is_local_main_process
     models = load_models(flags, inputs, accelerator)
     cache = TensorCache(None if flags.model.cache_dir is None else Path(flags.model.cache_dir) / "spf-portrait")
-    with models.at_work(*family.text_encoders):
+    with models.at_work(*family.text_encoders_of(models.pipeline)):
         table = make_prompt_table(
             family, models.pipeline, inputs.pairs, inputs.tokens, encoded=data.cache_text_embeddings, cache=cache,
             shown=shown,
@@ -90,8 +90,8 @@ def prepare(flags: Flags, inputs: Inputs, accelerator: Accelerator) -> Parts:
     if not data.cache_latents or (enhancement is not None and enhancement.decoder is models.pipeline.vae):
         used.append("vae")
     if not data.cache_text_embeddings:
-        used += family.text_encoders
-    # The UNet comes last, so that it need not share the device with what made these.
+        used += family.text_encoders_of(models.pipeline)
+    # The denoiser comes last, so that it need not share the device with what made these.
     models.keep(used)
     batches = BatchDrawer(
         flags.loop.seed, flags.loop.train_batch_size, accelerator.process_index, accelerator.num_processes,
@@ -118,7 +118,7 @@ def train_step(engine: Engine, models: Models, objectives: Sequence[Objective]) 
         for micro_step in engine.micro_steps:
             for objective in objectives:
                 last = micro_step == engine.micro_steps[-1] and objective is objectives[-1]
-                with engine.reducing(models.response_unet, last), objective.losses(micro_step) as losses:
+                with engine.reducing(models.response_denoiser, last), objective.losses(micro_step) as losses:
                     engine.backward(sum(objective.weights[name] * loss for name, loss in losses.items()))
                 for name, loss in losses.items():
                     means[name] = means.get(name, 0.0) + loss.detach() / len(engine.micro_steps)
@@ -204,7 +204,7 @@ def train_stage(
 
 def end_processes(models: Models, accelerator: Accelerator) -> None:
     """The distributed wrapper goes before the group of processes it talks to, which could else wait for itself."""
-    models.response_unet = models.unet
+    models.response_denoiser = models.denoiser
     accelerator.free_memory()
     accelerator.end_training()
 
@@ -246,7 +246,7 @@ def finish(flags: Flags, inputs: Inputs, parts: Parts, engine: Engine, repo_id: 
         logger.warning("The gradient scaler left out %d updates that were not finite", engine.skipped_updates)
     if accelerator.is_main_process:
         pictures = [validation_path(engine.global_step)] if flags.output.num_validation_images else []
-        is_dora = models.unet.peft_config["default"].use_dora
+        is_dora = models.denoiser.peft_config["default"].use_dora
         share(flags, inputs, pictures, repo_id, is_dora, presence)
         say_what_is_there(flags, inputs, engine.global_step, Path(__file__).with_name(inputs.family.hub.pipeline_file))
 
@@ -285,7 +285,7 @@ def train_in_folder(flags: Flags, inputs: Inputs, accelerator: Accelerator, reco
     logger.info("Loading %s", flags.model.pretrained_model_name_or_path)
     parts = prepare(flags, inputs, accelerator)
     models, resume = parts.models, None if inputs.resume is None else inputs.resume.state
-    models.response_unet = accelerator.prepare(models.unet)
+    models.response_denoiser = accelerator.prepare(models.denoiser)
     engine = Engine(accelerator, models.adapters.parameters("default"), flags.optimizer, flags.loop, resume)
     checkpoints = Checkpoints(flags, record, inputs, models, engine)
     if accelerator.is_main_process:

@@ -187,7 +187,7 @@ class Training:
     @property
     def kept(self) -> list[nn.Module]:
         """What stays on the device from the first step on."""
-        return [self.models.unet, *self.judges]
+        return [self.models.denoiser, *self.judges]
 
     @property
     def text_encoders(self) -> list[nn.Module]:
@@ -195,7 +195,7 @@ class Training:
 
     def inputs(self, rows: int) -> tuple[Tensor, Tensor, PromptEmbeds]:
         """Noisy latents (B, 4, H, W), timesteps (B,) and prompts."""
-        config, pooled = self.models.unet.config, self.models.family.pooled_dim(self.models.pipeline)
+        config, pooled = self.models.denoiser.config, self.models.family.pooled_dim(self.models.pipeline)
         states = torch.empty(rows, TOKENS, config.cross_attention_dim, dtype=HALF)
         prompts = PromptEmbeds(states, torch.empty(rows, pooled, dtype=HALF) if pooled else None)
         prompts = prompts.of(torch.empty(rows, 6))
@@ -217,7 +217,7 @@ class Training:
     @contextmanager
     def counting(self, *modules: nn.Module) -> Iterator[LiveBytes]:
         """Count what happens inside, on top of these modules; accelerate puts the UNet under autocast."""
-        unet = self.models.unet
+        unet = self.models.denoiser
         forward = convert_outputs_to_fp32(torch.autocast("cpu", HALF)(unet.forward))
         with like_cuda(), patch.object(unet, "forward", forward), LiveBytes(*modules) as counter:
             yield counter

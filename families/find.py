@@ -120,7 +120,7 @@ def check_model(
 def _warn_of_distilled(name: str, unet_config: Mapping[str, Any], scheduler: str) -> None:
     """Say that a model which was made to draw in a few steps is learned from badly."""
     by_name = _DISTILLED.search(Path(name).name)
-    if by_name is None and unet_config["time_cond_proj_dim"] is None and "LCM" not in scheduler:
+    if by_name is None and unet_config.get("time_cond_proj_dim") is None and "LCM" not in scheduler:
         return
     logger.warning(
         "--%s %s: seems to be distilled to a few steps%s; training undoes that, and its noise is not what it learned "

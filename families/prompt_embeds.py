@@ -27,6 +27,12 @@ class PromptEmbeds:
     def __getitem__(self, rows: Tensor | slice) -> PromptEmbeds:
         return PromptEmbeds(*(None if values is None else values[rows] for values in self._values()))
 
+    def to(self, device: torch.device) -> PromptEmbeds:
+        """The same on a device, without waiting for what a GPU still has to do."""
+        waits = torch.device(device).type != "cuda"
+        moved = (None if values is None else values.to(device, non_blocking=not waits) for values in self._values())
+        return PromptEmbeds(*moved)
+
     def of(self, time_ids: Tensor) -> PromptEmbeds:
         """The same prompts for pictures of these sizes and crops (B, 6)."""
         return replace(self, time_ids=time_ids)

@@ -18,15 +18,16 @@ from diffusers import (
     ConfigMixin,
     DDPMScheduler,
     DiffusionPipeline,
+    ModelMixin,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 from torch import Tensor, nn
-from transformers import AutoConfig, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import AutoConfig, CLIPTextModel, CLIPTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from attention_processors import CrossAttentionCapture, find_cross_attention_layers
 from families import hub_names
-from families.noise_process import DDPM
+from families.noise_process import DDPM, NoiseProcess
 from families.prompt_embeds import PromptEmbeds
 from pipeline_spf_portrait import SPFPortraitPipeline
 from programs.loading import check_model_name, load_tokenizer, naming_flag
@@ -45,29 +46,36 @@ class ModelFacts:
     """What is known of a model before its weights are loaded."""
 
     denoiser_config: dict[str, Any]
-    text_configs: tuple[CLIPTextConfig, ...]
-    tokenizers: tuple[CLIPTokenizer, ...]
+    text_configs: tuple[PretrainedConfig | None, ...]  # None for a text encoder that the model does not have
+    tokenizers: tuple[PreTrainedTokenizerBase | None, ...]  # likewise
     file: SingleFile | None  # that it is, if it is one
     side: int | None  # in pixels, of the pictures that it draws by itself, if its configuration says so
     side_multiple: int  # of pixels that each side of a picture must be a multiple of
-    num_train_timesteps: int
+    noise: NoiseProcess
 
 
 class StableDiffusion:
     """What is particular to this family; it has no state, and is used without an instance."""
 
+    title = "Stable Diffusion"
     pipeline_class: type[DiffusionPipeline] = SPFPortraitPipeline  # draws with it
     stock_class: type[DiffusionPipeline] = StableDiffusionPipeline  # diffusers' own
     # Arguments of `pipeline_class` when it is loaded for a training, and for pictures that are looked at.
     training_options: Mapping[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
     drawing_options: Mapping[str, Any] = {}
     sliced_vae = False  # whether the VAE takes one picture at a time
+    large_embeds = False  # whether the embeddings of all prompts are too many for the device
+    objectives: tuple[str, ...] = ("composed", "paper", "both")  # what stage 2 can learn
+    has_self_attention = True  # in layers of their own
+    noise_process: type[NoiseProcess] = DDPM
     hub = hub_names.STABLE_DIFFUSION
     # Names of the pipeline's components.
     denoiser = "unet"
+    denoiser_class: type[ModelMixin] = UNet2DConditionModel
     text_encoders: tuple[str, ...] = ("text_encoder",)
     tokenizers: tuple[str, ...] = ("tokenizer",)
     text_models: tuple[type[nn.Module], ...] = (CLIPTextModel,)  # classes of its text encoders
+    optional: tuple[str, ...] = ()  # text encoders that a model may be without
 
     @classmethod
     def check(
@@ -80,7 +88,7 @@ class StableDiffusion:
         Raises InputError: one line that names the flag, the value and the part of the model that does not fit.
         """
         hub, place = {"revision": revision, "cache_dir": cache_dir}, model if place is None else place
-        unet_config = _with_defaults(UNet2DConditionModel, denoiser_config)
+        unet_config = _with_defaults(cls.denoiser_class, denoiser_config)
         if vae is None:
             with naming_flag(MODEL, f"{model}, vae"):
                 vae_config = _with_defaults(AutoencoderKL, read_config(AutoencoderKL, place, subfolder="vae", **hub))
@@ -93,13 +101,16 @@ class StableDiffusion:
             config = read_config(DDPMScheduler, place, subfolder="scheduler", **hub)
         with naming_flag(MODEL, model):
             changed = {} if prediction_type is None else {"prediction_type": prediction_type}
-            process = DDPM(config.get("_class_name", "DDPMScheduler"), {**config, **changed})
+            noise = cls.noise_process(config.get("_class_name", "DDPMScheduler"), {**config, **changed})
+            parts = read_config(DiffusionPipeline, place, **hub)
         tokenizers, text_configs = [], []
         for tokenizer, text_encoder in zip(cls.tokenizers, cls.text_encoders, strict=True):
+            missing = text_encoder in cls.optional and (parts.get(text_encoder) or [None])[0] is None
             with naming_flag(MODEL, f"{model}, {tokenizer}"):
-                tokenizers.append(load_tokenizer(place, subfolder=tokenizer, **hub))
+                tokenizers.append(None if missing else load_tokenizer(place, subfolder=tokenizer, **hub))
             with naming_flag(MODEL, f"{model}, {text_encoder}"):
-                text_configs.append(AutoConfig.from_pretrained(place, subfolder=text_encoder, **hub))
+                found = None if missing else AutoConfig.from_pretrained(place, subfolder=text_encoder, **hub)
+                text_configs.append(found)
         scale = 2 ** (len(vae_config["block_out_channels"]) - 1)  # each level but the first halves the sides
         return ModelFacts(
             denoiser_config=unet_config,
@@ -107,9 +118,19 @@ class StableDiffusion:
             file=file,
             tokenizers=tuple(tokenizers),
             side=side * scale if isinstance(side := unet_config["sample_size"], int) else None,
-            side_multiple=scale * 2 ** (len(unet_config["block_out_channels"]) - 1),
-            num_train_timesteps=process.num_train_timesteps,
+            side_multiple=scale * cls.latent_multiple(unet_config),
+            noise=noise,
         )
+
+    @staticmethod
+    def latent_multiple(denoiser_config: Mapping[str, Any]) -> int:
+        """What each side of the latents must be a multiple of: each level of a UNet but the last halves them."""
+        return 2 ** (len(denoiser_config["block_out_channels"]) - 1)
+
+    @classmethod
+    def text_encoders_of(cls, pipeline: DiffusionPipeline) -> tuple[str, ...]:
+        """Names of the text encoders that a pipeline has."""
+        return tuple(name for name in cls.text_encoders if getattr(pipeline, name) is not None)
 
     @classmethod
     def vae_dtype(cls, vae: AutoencoderKL, dtype: torch.dtype) -> torch.dtype:
@@ -202,4 +223,4 @@ def _check_decoder(flag: str, name: str, kind: type, unet_config: dict, cache_di
 
 def _check_latents(config: dict[str, Any], unet_config: dict[str, Any]) -> None:
     if config["latent_channels"] != unet_config["in_channels"]:
-        raise ValueError(f"has {config['latent_channels']} latent channels, the UNet {unet_config['in_channels']}")
+        raise ValueError(f"has {config['latent_channels']} latent channels, the denoiser {unet_config['in_channels']}")

@@ -29,6 +29,7 @@ _TIME_IDS = 6  # numbers of a picture's size and crop
 class StableDiffusionXL(StableDiffusion):
     """What it has of its own; it has no state, and is used without an instance."""
 
+    title = "Stable Diffusion XL"
     pipeline_class = SPFPortraitXLPipeline
     stock_class = StableDiffusionXLPipeline
     training_options = drawing_options = {"add_watermarker": False}  # else it changes the pixels that are compared

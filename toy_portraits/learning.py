@@ -85,18 +85,22 @@ class Training:
             print(f"{line} {spent:.0f}s, {left:.0f}s left", flush=True)
 
 
-def build_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
-    """A real CLIP byte-pair tokenizer; each word of the world is one token, any other word is spelled in pieces."""
+def world_phrases() -> list[str]:
+    """All that captions of the world are made of."""
     words = ["a photo of", "a portrait of", "with", "in", "wearing", "and", "jacket shirt", "hat", "hair"]
     words += ["background", "glasses"]
-    words += list(SEXES) + list(HAIR_COLORS) + list(CLOTHES) + list(BACKGROUNDS) + [t.prompt for t in TARGETS.values()]
+    return words + [*SEXES, *HAIR_COLORS, *CLOTHES, *BACKGROUNDS] + [target.prompt for target in TARGETS.values()]
+
+
+def build_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
+    """A real CLIP byte-pair tokenizer; each word of the world is one token, any other word is spelled in pieces."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit()])
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
         vocab_size=2000, min_frequency=1, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
     )
-    bpe.train_from_iterator(words, trainer)
+    bpe.train_from_iterator(world_phrases(), trainer)
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     tokens = alphabet + [letter + "</w>" for letter in alphabet] + ["".join(pair) for pair in merges]
     tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]

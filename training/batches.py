@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from families.noise_process import DDPM
+from families.noise_process import NoiseProcess
 from training.portraits import Portraits, Taken, TrainingPortraits
 from training.prompt_table import BASE, EMPTY, FULL
 from training.training_set import bucketed_batch_indices, derive_seed
@@ -18,7 +18,8 @@ from training.training_set import bucketed_batch_indices, derive_seed
 class Batch:
     """One step's rows on this process.
 
-    Index, kinds and `cpu_timesteps` lie on the CPU, where reading them waits for no GPU; all else lies on the device.
+    Index, kinds, rows and `cpu_timesteps` lie on the CPU, where reading them waits for no GPU; all else lies on the
+    device.
     """
 
     index: Tensor  # (B,) the portraits, as places in their latents
@@ -43,7 +44,7 @@ class BatchDrawer:
     process_index: int
     num_processes: int
     pairs: int  # how many pairs of prompts the prompt table has
-    noise: DDPM
+    noise: NoiseProcess
     device: torch.device
 
     @property
@@ -96,13 +97,12 @@ class BatchDrawer:
         place = (torch.randperm(size, generator=generator) + torch.rand(size, generator=generator)) / size
         kinds = torch.where(place < unchanged_share / 3, EMPTY, torch.where(place < unchanged_share, BASE, FULL))[own]
         noise = torch.randn(size, *latents.shape[1:], generator=generator)
-        density = self.noise.timestep_density(timestep_power)
-        timesteps = torch.multinomial(density, size, replacement=True, generator=generator)[own]
+        timesteps = self.noise.draw_timesteps(size, timestep_power, generator)[own]
         if noise_offset:
             noise = noise + noise_offset * torch.randn(size, latents.shape[1], 1, 1, generator=generator)
         cpu_timesteps, timesteps, noise = timesteps, send(timesteps, self.device), send(noise[own], self.device)
-        pairs = pair_index[send(index % len(pair_index), self.device)]
-        rows = send(kinds * self.pairs, self.device) + pairs
+        pairs = pair_index[index % len(pair_index)]
+        rows, pairs = kinds * self.pairs + pairs, send(pairs, self.device)
         noisy_latents = self.noise.add_noise(latents, noise, timesteps)
         time_ids = send(time_ids, self.device)
         return Batch(

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from transformers import CLIPImageProcessorPil, CLIPModel
 
-from families.noise_process import DDPM
+from families.noise_process import NoiseProcess
 from programs.console import phase_bar
 from programs.loading import load_tokenizer, naming_flag
 from prompts import PromptPair
@@ -119,7 +119,7 @@ class Enhancement:
                 bar.update()
         self._image_embeds = torch.cat(embeds)
 
-    def drawn(self, timesteps: Tensor, micro_step: int, noise: DDPM) -> Tensor:
+    def drawn(self, timesteps: Tensor, micro_step: int, noise: NoiseProcess) -> Tensor:
         """Places (K,) of this process's rows that the batch's loss is computed of: with "drawn" each by a chance of
         alpha_bar_t, else all. `timesteps` (B,) and they lie on the CPU. Source: [ours].
         """
@@ -130,7 +130,7 @@ class Enhancement:
         place = torch.rand(count, generator=generator)[first : first + len(timesteps)]
         return (place < noise.signal(timesteps)).nonzero().flatten()
 
-    def loss(self, batch: Batch, model_pred: Tensor, noise: DDPM, micro_step: int) -> Tensor:
+    def loss(self, batch: Batch, model_pred: Tensor, noise: NoiseProcess, micro_step: int) -> Tensor:
         """Of the one-step prediction, with the weight alpha_bar_t or of rows drawn by it, which is the same on average
         [ours]: at high t the prediction is noise.
 

@@ -13,7 +13,6 @@ INTERPOLATION_MODES = ("lanczos", "bicubic", "bilinear", "box", "hamming", "near
 ENHANCEMENT_LOSSES = ("difference", "direct")
 SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 TRACKERS = tuple("all aim tensorboard wandb comet_ml mlflow clearml dvclive swanlab trackio".split())
-SFCM_TIMESTEPS = (600, 950)  # at latents of 64 x 64
 # Ways to keep the portrait that add a row that keeps a prediction to each training portrait's.
 WITH_KEPT_ROWS = ("prior", "dop", "cat")
 
@@ -312,7 +311,8 @@ class AlignmentFlags(FlagGroup):
     sfcm_noise_samples: int = flag(4, "Noise samples a portrait's map is averaged over.", "at least 1")
     sfcm_timesteps: tuple[int, int] | None = flag(
         None,
-        "Lowest and highest timestep of those samples; else 600 to 950, and higher above 64x64 latents.",
+        "Lowest and highest timestep of those samples; else 600 to 950, for Stable Diffusion 3 700 to 920, and higher "
+        "above 64x64 latents.",
         metavar=("LOW", "HIGH"),
     )
     sfcm_refresh_steps: int = flag(
@@ -326,7 +326,7 @@ class AlignmentFlags(FlagGroup):
     )
 
     def check(self) -> None:
-        low, high = self.sfcm_timesteps or SFCM_TIMESTEPS
+        low, high = self.sfcm_timesteps or (0, 1)
         refuse(not 0 <= low < high, f"--sfcm_timesteps must be two rising timesteps, got {[low, high]}")
         both = self.sfcm_dir is not None and self.sfcm_refresh_steps
         refuse(both, "--sfcm_refresh_steps would replace the maps of --sfcm_dir")

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from attention_processors import CrossAttentionFeatures, phrase_map_resolution
-from families.noise_process import DDPM
+from families.noise_process import NoiseProcess
 from programs.console import phase_bar
 from region_guidance import noise_difference
 from sfcm import SFCM_MODES, free_regions, phrase_attention_maps
 from training.batches import Batch, send
 from training.dual_path import dual_path
-from training.flags import SFCM_TIMESTEPS, AlignmentFlags
+from training.flags import AlignmentFlags
 from training.models import Models
 from training.portraits import Portraits
 from training.prompt_table import FULL, PromptTable
@@ -52,11 +52,11 @@ class MapMaker:
 
     def _averaged(self, portraits: Portraits, members: Sequence[int]) -> Tensor:
         """The SFCMs (B, 1, H, W) of portraits of one size."""
-        models, flags, rows = self._models, self._flags, portraits.pair_index[list(members)]
+        models, flags, places = self._models, self._flags, portraits.pair_index[list(members)]
         latents = torch.stack([portraits.latents[i] for i in members])
         low, high = flags.sfcm_timesteps or timesteps_at(latents.shape[-2:], models.noise)
         count = flags.sfcm_noise_samples
-        asked = rows, portraits.time_ids[list(members)]
+        asked = places, portraits.time_ids[list(members)]
         reference_embeds, response_embeds = self._table.reference(*asked), self._table.response(*asked)
         # Each portrait has its own generator, so that the size of a batch does not change its map.
         generators = [torch.Generator().manual_seed(derive_seed(self._seed, f"map {i}")) for i in members]
@@ -65,7 +65,7 @@ class MapMaker:
             noise = torch.stack([torch.randn(latents.shape[1:], generator=own) for own in generators])
             # One timestep from each part of the range, so that few samples cover it.
             place = (sample + torch.cat([torch.rand(1, generator=own) for own in generators])) / count
-            timesteps = (low + place * (high - low)).long().to(models.device)
+            timesteps = models.noise.between(low, high, place).to(models.device)
             noisy_latents = models.noise.add_noise(latents, noise.to(models.device), timesteps)
             with (
                 models.capture.store() as store,
@@ -82,7 +82,7 @@ class MapMaker:
             difference = difference + torch.cat(each, 1)
             probs += features.attention_probs.values()
             resolutions += features.resolutions.values()
-        return self._make(rows, difference, probs, resolutions)
+        return self._make(send(places, models.device), difference, probs, resolutions)
 
     def _make(
         self, rows: Tensor, difference: Tensor, attention_probs: Sequence[Tensor],
@@ -116,7 +116,7 @@ class MapMaker:
         return sfcm * send(batch.kinds == FULL, sfcm.device)[:, None, None, None]
 
 
-def timesteps_at(size: tuple[int, int], noise: DDPM) -> tuple[int, int]:
+def timesteps_at(size: tuple[int, int], noise: NoiseProcess) -> tuple[int, int]:
     """The range of timesteps for latents of (H, W) where no flag gives one.
 
     With twice the side a region has four times the latents, and is seen through twice the noise: so above the size
@@ -127,8 +127,8 @@ def timesteps_at(size: tuple[int, int], noise: DDPM) -> tuple[int, int]:
     """
     factor = math.sqrt(math.prod(size)) / 64
     if factor <= 1:
-        return SFCM_TIMESTEPS
-    low, high = (noise.scaled(timestep, factor) for timestep in SFCM_TIMESTEPS)
+        return noise.map_timesteps
+    low, high = (noise.scaled(timestep, factor) for timestep in noise.map_timesteps)
     return low, high
 
 

@@ -1,4 +1,4 @@
-"""The models of a training run: loaded from safetensors alone, the LoRA on the UNet, and what lies on the device.
+"""The models of a training run: loaded from safetensors alone, the LoRA on the denoiser, and what lies on the device.
 
 Legend: B batch, C channels, H/W latent size, H'/W' size in pixels.
 Source: [ours].
@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator, cpu_offload_with_hook
 from accelerate.hooks import UserCpuOffloadHook
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
 from diffusers.models.attention_processor import XFormersAttnProcessor
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
 from adapters import Adapters
-from families.noise_process import DDPM
 from families.prompt_embeds import PromptEmbeds
 from families.stable_diffusion import StableDiffusion
 from loras.finding import find_lora
@@ -76,13 +75,14 @@ def _load(inputs: Inputs, model: ModelFlags, dtype: torch.dtype, **parts: Any) -
 
 
 @torch.no_grad()
-def load_adapter(pipeline: DiffusionPipeline, path: str | Path) -> None:
+def load_adapter(family: type[StableDiffusion], pipeline: DiffusionPipeline, path: str | Path) -> None:
     """Load the LoRA in a file or folder as the one in training, with the rank, alpha, layers and numbers it has."""
+    denoiser = getattr(pipeline, family.denoiser)
     load_lora(pipeline, str(path), "default")
-    train_in_float32(pipeline.unet, "default")
+    train_in_float32(denoiser, "default")
     # PEFT has rounded it to the dtype of the layers it was added to.
-    for name, layer in read_lora(find_lora(str(path))).layers["unet"].items():
-        module = pipeline.unet.get_submodule(name)
+    for name, layer in read_lora(find_lora(str(path))).layers[family.denoiser].items():
+        module = denoiser.get_submodule(name)
         module.lora_A["default"].weight.copy_(layer.down)
         module.lora_B["default"].weight.copy_(layer.up)
         if layer.magnitude is not None:
@@ -90,22 +90,23 @@ def load_adapter(pipeline: DiffusionPipeline, path: str | Path) -> None:
             magnitude.copy_(layer.magnitude.view_as(magnitude))
 
 
-def train_in_float32(unet: UNet2DConditionModel, added: str) -> None:
+def train_in_float32(denoiser: ModelMixin, added: str) -> None:
     """Bring an adapter that was added to float32, where PEFT gives it the dtype of its layers; "default" is trained,
     and nothing else.
     """
-    for name, parameter in unet.named_parameters():
+    for name, parameter in denoiser.named_parameters():
         if ".lora_" in name and f".{added}." in name:
             # A copy: what was loaded may be a view into its file, which a checkpoint has to let go of.
             parameter.data = parameter.data.to(torch.float32, copy=True)
         parameter.requires_grad_(".lora_" in name and ".default." in name)
 
 
-def lora_config(family: type[StableDiffusion], args: LoraFlags, unet: UNet2DConditionModel) -> LoraConfig:
-    """LoRA on the projections of the cross-attention layers, of all attention layers, or on the layers named."""
+def lora_config(family: type[StableDiffusion], args: LoraFlags, denoiser: ModelMixin) -> LoraConfig:
+    """LoRA on the attention that the family says, on all attention layers, or on the layers named."""
     return LoraConfig(
         r=args.rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, use_dora=args.use_dora,
-        init_lora_weights="gaussian", target_modules=args.lora_layers or family.lora_targets(unet, args.lora_target),
+        init_lora_weights="gaussian",
+        target_modules=args.lora_layers or family.lora_targets(denoiser, args.lora_target),
     )  # fmt: skip
 
 
@@ -116,19 +117,19 @@ class Models:
 
     Attributes:
         pipeline: draws with the models as they are.
-        unet, response_unet: its UNet, with the adapter "default", which is trained, and its distributed wrapper, if
-            any.
+        denoiser, response_denoiser: its UNet or transformer, with the adapter "default", which is trained, and its
+            distributed wrapper, if any.
         noise: of training.
-        adapters, capture: switch the adapters, and capture the attention, of `unet`.
+        adapters, capture: switch the adapters, and capture the attention, of `denoiser`.
     """
 
     def __init__(
         self, family: type[StableDiffusion], pipeline: DiffusionPipeline, device: torch.device
     ) -> None:
         self.family, self.pipeline, self.device = family, pipeline, device
-        self.unet = self.response_unet = getattr(pipeline, family.denoiser)
-        self.noise = DDPM(type(pipeline.scheduler).__name__, pipeline.scheduler.config)
-        self.adapters, self.capture = Adapters(self.unet), family.capture(self.unet)
+        self.denoiser = self.response_denoiser = getattr(pipeline, family.denoiser)
+        self.noise = family.noise_process(type(pipeline.scheduler).__name__, pipeline.scheduler.config)
+        self.adapters, self.capture = Adapters(self.denoiser), family.capture(self.denoiser)
         self._kept: frozenset[str] = frozenset()
 
     def keep(self, names: Sequence[str]) -> None:
@@ -154,19 +155,19 @@ class Models:
     @contextmanager
     def drawing(self) -> Iterator[None]:
         """Inside, the pipeline draws: each of its models that no step uses comes onto the device when it is called,
-        and leaves it before the next one or the UNet is.
+        and leaves it before the next one or the denoiser is.
         """
         hooks: list[UserCpuOffloadHook] = []
 
-        def make_room(unet: torch.nn.Module, args: tuple) -> None:
-            """A model leaves when the next of them is called, and the UNet, which stays, is none of them."""
+        def make_room(denoiser: torch.nn.Module, args: tuple) -> None:
+            """A model leaves when the next of them is called, and the denoiser, which stays, is none of them."""
             for hook in hooks:
                 if next(hook.model.parameters()).device.type != "cpu":
                     hook.offload()
 
-        alone = self.unet.register_forward_pre_hook(make_room)
+        alone = self.denoiser.register_forward_pre_hook(make_room)
         try:
-            for name in (*self.family.text_encoders, "vae"):  # in the order of their calls
+            for name in (*self.family.text_encoders_of(self.pipeline), "vae"):  # in the order of their calls
                 if name not in self._kept:
                     model, last = getattr(self.pipeline, name), hooks[-1] if hooks else None
                     hooks.append(cpu_offload_with_hook(model, self.device, prev_module_hook=last)[1])
@@ -181,12 +182,12 @@ class Models:
                 torch.cuda.empty_cache()
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
-        """What the UNet predicts, (B, C, H, W), with the adapters that are active."""
-        return self.family.predict(self.unet, noisy_latents, timesteps, embeds)
+        """What the denoiser predicts, (B, C, H, W), with the adapters that are active."""
+        return self.family.predict(self.denoiser, noisy_latents, timesteps, embeds)
 
     def respond(self, noisy_latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
         """The same through the distributed wrapper: the one forward of a step that a gradient flows through."""
-        return self.family.predict(self.response_unet, noisy_latents, timesteps, embeds)
+        return self.family.predict(self.response_denoiser, noisy_latents, timesteps, embeds)
 
     def to_latents(self, pixels: Tensor) -> Tensor:
         """Latents (B, C, H, W) float32 of pictures (B, 3, H', W') in [-1, 1]; nothing in them is random."""
@@ -194,18 +195,18 @@ class Models:
 
     def lora(self, adapter: str = "default") -> dict[str, Tensor]:
         """The weights of an adapter under PEFT's names."""
-        return get_peft_model_state_dict(self.unet, adapter_name=adapter)
+        return get_peft_model_state_dict(self.denoiser, adapter_name=adapter)
 
     def add_teacher(self, state: dict[str, Tensor]) -> None:
         """Add stage 1's LoRA as a second, frozen adapter beside the one in training."""
-        unet = self.unet
+        denoiser = self.denoiser
         with without_warning("Already found a `peft_config` attribute"):  # a second adapter is what is meant
-            unet.add_adapter(unet.peft_config["default"], STAGE1_ADAPTER)
-        unet.set_adapter("default")
-        train_in_float32(unet, STAGE1_ADAPTER)
-        set_peft_model_state_dict(unet, state, adapter_name=STAGE1_ADAPTER)
-        unet.eval()  # the new adapter's dropout is on when it is made
-        self.adapters = Adapters(unet)
+            denoiser.add_adapter(denoiser.peft_config["default"], STAGE1_ADAPTER)
+        denoiser.set_adapter("default")
+        train_in_float32(denoiser, STAGE1_ADAPTER)
+        set_peft_model_state_dict(denoiser, state, adapter_name=STAGE1_ADAPTER)
+        denoiser.eval()  # the new adapter's dropout is on when it is made
+        self.adapters = Adapters(denoiser)
 
     @torch.no_grad()
     def bring_to_zero(self) -> None:
@@ -243,30 +244,31 @@ def decoded_without_autocast(vae: AutoencoderKL) -> Iterator[None]:
 
 
 def load_models(flags: Flags, inputs: Inputs, accelerator: Accelerator) -> Models:
-    """The base model on the CPU, frozen, with a new LoRA on its UNet, or an earlier one that goes on.
+    """The base model on the CPU, frozen, with a new LoRA on its denoiser, or an earlier one that goes on.
 
     Raises InputError: weights are missing, damaged or a pickle.
     """
     family, model = inputs.family, flags.model
     earlier = flags.lora.stage1_lora_path if inputs.resume is None else inputs.resume.folder
     pipeline = load_base_model(inputs, model, weight_dtype(accelerator))
-    unet = getattr(pipeline, family.denoiser)
-    for name in (family.denoiser, "vae", *family.text_encoders):
+    denoiser = getattr(pipeline, family.denoiser)
+    for name in (family.denoiser, "vae", *family.text_encoders_of(pipeline)):
         getattr(pipeline, name).requires_grad_(False)
     if earlier is None:
-        unet.add_adapter(lora_config(family, flags.lora, unet))
-        train_in_float32(unet, "default")
+        denoiser.add_adapter(lora_config(family, flags.lora, denoiser))
+        train_in_float32(denoiser, "default")
     else:
-        load_adapter(pipeline, earlier)
+        load_adapter(family, pipeline, earlier)
     if family.sliced_vae:
         pipeline.vae.enable_slicing()
     if model.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+        denoiser.enable_gradient_checkpointing()
     if model.enable_xformers_memory_efficient_attention:
         # In self-attention alone: cross-attention is captured, which its kernels cannot be.
-        own = unet.attn_processors.items()
-        unet.set_attn_processor({name: XFormersAttnProcessor() if ".attn1." in name else kept for name, kept in own})
-    unet.eval()  # the LoRA's dropout is on in the training forward alone
+        own = denoiser.attn_processors.items()
+        processors = {name: XFormersAttnProcessor() if ".attn1." in name else kept for name, kept in own}
+        denoiser.set_attn_processor(processors)
+    denoiser.eval()  # the LoRA's dropout is on in the training forward alone
     return Models(family, pipeline, accelerator.device)
 
 

@@ -29,8 +29,8 @@ from training.training_set import Sample, TrainingSet, derive_seed
 class Portraits:
     """M portraits that both paths are aligned on, or whose predictions are kept."""
 
-    latents: Sequence[torch.Tensor]  # (C, H, W) float32 on the device, scaled as the UNet expects them
-    pair_index: torch.Tensor  # (M,) which pair of prompts belongs to each
+    latents: Sequence[torch.Tensor]  # (C, H, W) float32 on the device, scaled as the denoiser expects them
+    pair_index: torch.Tensor  # (M,) which pair of prompts belongs to each, on the CPU
     time_ids: torch.Tensor  # (M, 6) float32, size and crop, on the device
     buckets: tuple[int, ...]  # which size each has
     sfcm: Sequence[torch.Tensor] | None = None  # (1, H, W) float32 in [0, 1], once the bank is filled
@@ -61,7 +61,7 @@ class TrainingPortraits:
             seed=flags.loop.seed, repeats=flags.data.repeats, random_flip=flags.pictures.random_flip,
             center_crop=flags.pictures.center_crop, interpolation=flags.pictures.image_interpolation_mode,
         )  # fmt: skip
-        self.pair_index, self.latents = torch.arange(count, device=models.device), None
+        self.pair_index, self.latents = torch.arange(count), None
         self._models, self._workers, self._pixels = models, flags.data.dataloader_num_workers, None
 
     @property
@@ -139,10 +139,10 @@ def draw_latents(
         height, width: in pixels.
         advance: told how many were drawn, each time some are.
 
-    Returns: (len(prompts), C, H, W) float32 on the CPU, scaled as the UNet takes them, without gradient.
+    Returns: (len(prompts), C, H, W) float32 on the CPU, scaled as the denoiser takes them, without gradient.
     """
-    scale, latents = pipeline.vae_scale_factor, []
-    shape = (pipeline.unet.config.in_channels, height // scale, width // scale)
+    scale, denoiser, latents = pipeline.vae_scale_factor, pipeline.unet, []
+    shape = (denoiser.config.in_channels, height // scale, width // scale)
     for start in range(0, len(prompts), batch_size):
         chunk = list(prompts[start : start + batch_size])
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + batch_size]]
@@ -150,7 +150,7 @@ def draw_latents(
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
         output = pipeline(
             chunk, height=height, width=width, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
-            latents=noise.to(pipeline.unet.device, pipeline.unet.dtype), generator=generators, output_type="latent",
+            latents=noise.to(denoiser.device, denoiser.dtype), generator=generators, output_type="latent",
         )  # fmt: skip
         latents.append(output.images.float().cpu())
         advance(len(chunk))
@@ -183,7 +183,7 @@ def draw_portraits(flags: Flags, inputs: Inputs, models: Models, accelerator: Ac
             )  # fmt: skip
             latents += accelerator.gather(drawn.to(models.device))[: len(group)]
     time_ids = torch.tensor([whole_picture(inputs.sizes[bucket]) for bucket in buckets], device=models.device)
-    return Portraits(latents, torch.arange(first, len(inputs.pairs), device=models.device), time_ids, buckets)
+    return Portraits(latents, torch.arange(first, len(inputs.pairs)), time_ids, buckets)
 
 
 def portraits_of(state: Mapping[str, Any], device: torch.device) -> Portraits | None:
@@ -196,4 +196,5 @@ def portraits_of(state: Mapping[str, Any], device: torch.device) -> Portraits | 
     for name in ("latents", "sfcm"):
         if own[name] is not None:
             own[name] = [tensor.to(device) for tensor in own[name]]
-    return Portraits(**own | {name: own[name].to(device) for name in ("pair_index", "time_ids")})
+    places = {"pair_index": own["pair_index"].cpu(), "time_ids": own["time_ids"].to(device)}
+    return Portraits(**own | places)

@@ -126,7 +126,7 @@ class Presence:
 
     def at(self, strength: float) -> float:
         """The presence in portraits of the full prompts, drawn with the LoRA in training so many times as strong."""
-        with self._models.adapters.only("default"), adapter_scales(self._models.unet, {"default": strength}):
+        with self._models.adapters.only("default"), adapter_scales(self._models.denoiser, {"default": strength}):
             similarity = self._drawn([pair.full_prompt for pair in self._pairs])
         return (similarity - self.original) / (self.stage1 - self.original)
 

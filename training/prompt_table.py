@@ -50,8 +50,8 @@ class PromptTable:
     encode: Callable[[torch.Tensor], PromptEmbeds]  # of tokens (B, T) on the device
     prompt_ids: torch.Tensor  # (U, T) tokens of the U different prompts, of each tokenizer one after another
     prompt_embeds: PromptEmbeds | None  # of all U, or None where each step encodes its own
-    reference_rows: torch.Tensor  # (R,) rows of the two above
-    response_rows: torch.Tensor  # (R,)
+    reference_rows: torch.Tensor  # (R,) rows of the two above, on the CPU
+    response_rows: torch.Tensor  # (R,) likewise
     phrase_weights: torch.Tensor  # (N, P, T)
     phrase_mask: torch.Tensor  # (N, P) bool
     free_mask: torch.Tensor  # (N, P) bool, those of them that may change along with the target
@@ -59,19 +59,20 @@ class PromptTable:
     positions: TokenPositions
 
     def reference(self, rows: torch.Tensor, time_ids: torch.Tensor) -> PromptEmbeds:
-        """The reference prompts of rows (B,), for portraits with `time_ids` (B, 6)."""
+        """The reference prompts of rows (B,), given on the CPU, for portraits with `time_ids` (B, 6)."""
         return self._embeds(self.reference_rows[rows]).of(time_ids)
 
     def response(self, rows: torch.Tensor, time_ids: torch.Tensor) -> PromptEmbeds:
-        """The response prompts of rows (B,), for portraits with `time_ids` (B, 6)."""
+        """The response prompts of such rows."""
         return self._embeds(self.response_rows[rows]).of(time_ids)
 
     @torch.no_grad()
     def _embeds(self, prompts: torch.Tensor) -> PromptEmbeds:
+        device = self.prompt_ids.device
         if self.prompt_embeds is not None:
-            return self.prompt_embeds[prompts]
+            return self.prompt_embeds[prompts.to(self.prompt_embeds.states.device)].to(device)
         unique, places = prompts.unique(return_inverse=True)
-        return self.encode(self.prompt_ids[unique])[places]
+        return self.encode(self.prompt_ids[unique.to(device)])[places.to(device)]
 
 
 @torch.no_grad()
@@ -82,7 +83,7 @@ def make_prompt_table(
     """Lay out the token positions of N pairs of prompts, and encode each prompt once if it is to be `encoded`.
 
     Args:
-        pipeline: the diffusion model; the table lies on the device of its text encoder.
+        pipeline: the diffusion model; the table lies on the device of its text encoder, but for large embeddings.
         cache: where text embeddings are looked up and kept.
         shown: whether a bar shows it.
 
@@ -90,17 +91,19 @@ def make_prompt_table(
     """
     device, count = getattr(pipeline, family.text_encoders[0]).device, len(pairs)
     tokenizers = [getattr(pipeline, name) for name in family.tokenizers]
-    length, tokenize = tokenizers[0].model_max_length, partial(family.tokenize, tokenizers)
+    length, tokenize = len(pair_tokens[0].base_input_ids), partial(family.tokenize, tokenizers)
     base, empty = tokenize([pair.base_prompt for pair in pairs]), tokenize([""]) * count
     reference, response = base + base + empty, tokenize([pair.full_prompt for pair in pairs]) + base + empty
     unique = {ids: row for row, ids in enumerate(dict.fromkeys(reference + response))}
     all_ids = torch.tensor(list(unique), device=device)
 
-    # Set against itself, every token of a prompt between BOS and its padding matches.
-    own = [range(1, tokens.base_padding[0]) for tokens in pair_tokens] + [()] * count
+    # Set against itself, every token of a prompt's text matches.
+    own = [tokens.base_text for tokens in pair_tokens] + [()] * count
     base_places = [tokens.base_positions for tokens in pair_tokens] + own
     full_places = [tokens.full_positions for tokens in pair_tokens] + own
-    base_padding, empty_padding = [tokens.base_padding for tokens in pair_tokens], [range(1, length)] * count
+    base_padding = [tokens.base_padding for tokens in pair_tokens]
+    # The empty prompt has padding in the place of any text.
+    empty_padding = [(*tokens.base_text, *tokens.base_padding) for tokens in pair_tokens]
     full_padding = [tokens.full_padding for tokens in pair_tokens]
     positions = TokenPositions(
         _padded(base_places),
@@ -118,8 +121,8 @@ def make_prompt_table(
         encode=partial(family.encode, pipeline),
         prompt_ids=all_ids,
         prompt_embeds=_encode_once(family, pipeline, all_ids, length, cache, shown) if encoded else None,
-        reference_rows=torch.tensor([unique[ids] for ids in reference], device=device),
-        response_rows=torch.tensor([unique[ids] for ids in response], device=device),
+        reference_rows=torch.tensor([unique[ids] for ids in reference]),
+        response_rows=torch.tensor([unique[ids] for ids in response]),
         phrase_weights=weights.to(device),
         # A phrase that was cut off is nowhere in the image, like the padding of a shorter prompt.
         phrase_mask=weights.any(-1).to(device),
@@ -133,7 +136,9 @@ def _encode_once(
     family: type[StableDiffusion], pipeline: DiffusionPipeline, ids: torch.Tensor, length: int, cache: TensorCache,
     shown: bool,
 ) -> PromptEmbeds:  # fmt: skip
-    """Text embeddings of the U prompts `ids`, on their device, from the cache as far as it has them."""
+    """Text embeddings of the U prompts `ids`, from the cache as far as it has them; on the device of `ids`, or on the
+    CPU where they are large.
+    """
 
     def compute(missing: Sequence[int]) -> Iterator[torch.Tensor]:
         with phase_bar("prompts", len(missing), "prompt", shown) as bar:
@@ -142,12 +147,12 @@ def _encode_once(
                 bar.update(len(chunk))
 
     # Only a file outlives the models that made it.
-    names = () if cache.folder is None else family.text_encoders
+    names = () if cache.folder is None else family.text_encoders_of(pipeline)
     models = [module_fingerprint(getattr(pipeline, name)) for name in names]
     if (zeros := pipeline.config.get("force_zeros_for_empty_prompt")) is not None:
         models.append(zeros)
     keys = [fingerprint("text embedding", *models, tuple(row)) for row in ids.tolist()]
-    packed = torch.stack(cache.get_or_compute(keys, compute)).to(ids.device)
+    packed = torch.stack(cache.get_or_compute(keys, compute)).to("cpu" if family.large_embeds else ids.device)
     return PromptEmbeds.unpacked(packed, length, family.pooled_dim(pipeline))
 
 

@@ -29,7 +29,8 @@ logger = get_logger(__name__)
 def save_lora(models: Models, folder: Path) -> None:
     """Write the LoRA in diffusers' format with its metadata, whole or not at all."""
     # peft's names, for all layers: a loader tells the naming by the first one.
-    write_diffusers_lora(folder, {"unet": (models.lora(), models.unet.peft_config["default"])})
+    config = models.denoiser.peft_config["default"]
+    write_diffusers_lora(folder, {models.family.denoiser: (models.lora(), config)})
 
 
 def save_result(models: Models, folder: Path, output_dir: Path, accelerator: Accelerator) -> None:

@@ -26,7 +26,7 @@ def draw_validation(flags: Flags, inputs: Inputs, models: Models, engine: Engine
         "guidance_scale": output.validation_guidance_scale, "height": height, "width": width,
     }  # fmt: skip
     rows = []
-    # accelerate's UNet answers in float32; autocast brings that to the dtype of the other models.
+    # accelerate's denoiser answers in float32; autocast brings that to the dtype of the other models.
     with (
         phase_bar("validation pictures", output.num_validation_images, "row") as bar, models.drawing(),
         models.adapters.only("default"), accelerator.autocast(),

@@ -53,7 +53,7 @@ def prepare(input_args: list[str], steps: int) -> Run:
     accelerator, inputs = trainer.make_accelerator(flags.model.mixed_precision, flags.output), check_inputs(flags)
     parts = trainer.prepare(flags, inputs, accelerator)
     models = parts.models
-    models.response_unet = accelerator.prepare(models.unet)
+    models.response_denoiser = accelerator.prepare(models.denoiser)
     engine = Engine(accelerator, models.adapters.parameters("default"), flags.optimizer, flags.loop, None)
     run = Run.make(flags, replace(parts, alignment=prepare_alignment(flags, inputs, parts, accelerator)), engine)
     for objective in run.objectives[2]:

@@ -120,7 +120,7 @@ def test_a_step_of_a_tiny_unet_which_stays_as_it_was(checkpointing):
     for objective in ("composed", "both"):
         flags = f"--train_batch_size 2 --stage2_objective {objective} --enhancement_loss none {checkpointing}"
         with training(flags, MODELS["sd"]._replace(make_unet=tiny_unet, side=16)) as run:
-            unet, loras = run.models.unet, run.models.adapters.names
+            unet, loras = run.models.denoiser, run.models.adapters.names
             processors = {name: type(processor) for name, processor in unet.attn_processors.items()}
             peaks[objective], plain = step_peak(run), step_peak(run, [diffusion_backward])
         assert "forward" not in vars(unet) and loras == ["default", "stage1"]

@@ -3,9 +3,9 @@
 import diffusers
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from families.noise_process import DDPM, MAX_NOISE_TO_SIGNAL
+from families.noise_process import DDPM, MAX_NOISE_TO_SIGNAL, FlowMatching
 
 
 BOTH = pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -112,3 +112,95 @@ def test_a_schedule_without_betas_is_refused(name):
 def test_another_prediction_is_refused(kind):
     with pytest.raises(ValueError, match=f"no training for prediction_type '{kind}'"):
         DDPM("UniPCMultistepScheduler", {"prediction_type": kind})
+
+
+# ------------------------------------------------------------------------------------------------------ flow matching
+
+
+def flow(shift: float = 3.0) -> FlowMatching:
+    return FlowMatching("FlowMatchEulerDiscreteScheduler", FlowMatchEulerDiscreteScheduler(shift=shift).config)
+
+
+def test_flow_is_noised_as_the_scheduler_does():
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    latents, noise = random(3, 4, 8, 8), random(3, 4, 8, 8, seed=1)
+    timesteps = scheduler.timesteps[[10, 400, 900]]
+    expected = scheduler.scale_noise(latents, timesteps, noise)
+    torch.testing.assert_close(flow().add_noise(latents, noise, timesteps), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flow_original_sample_inverts_the_noising(dtype):
+    latents, noise, timesteps = random(3, 4, 8, 8), random(3, 4, 8, 8, seed=1), torch.tensor([1.0, 500.5, 990.0])
+    noisy_latents, target = (method(latents, noise, timesteps) for method in (flow().add_noise, flow().target))
+    predicted = flow().original_sample(noisy_latents, target.to(dtype), timesteps)
+    assert predicted.dtype == torch.float32
+    torch.testing.assert_close(predicted, latents, atol=1e-5 if dtype == torch.float32 else 2e-2, rtol=0)
+
+
+def test_flow_differences_become_those_of_noise():
+    """Of two velocities at the same noisy latents, by the noise that each of them says is in them."""
+    process, noisy_latents, timesteps = flow(), random(2, 4, 8, 8), torch.tensor([300.0, 925.0])
+    first, second = random(2, 4, 8, 8, seed=1), random(2, 4, 8, 8, seed=2)
+    sigmas = (timesteps / 1000).view(-1, 1, 1, 1)
+
+    def noise(velocity: torch.Tensor) -> torch.Tensor:
+        return (noisy_latents - (1 - sigmas) * process.original_sample(noisy_latents, velocity, timesteps)) / sigmas
+
+    scale = process.epsilon_scale(timesteps).view(-1, 1, 1, 1)
+    torch.testing.assert_close(scale * (first - second), noise(first) - noise(second), atol=1e-5, rtol=1e-5)
+    assert process.epsilon_scale(torch.tensor([1000.0])) > 0  # else a map of pure noise alone would be empty
+
+
+def test_flow_timesteps_have_a_shifted_logit_normal_density():
+    """Half of the noise's places lie below one half, and there the noise's share is shift / (1 + shift)."""
+    process, generator = flow(shift=3.0), torch.Generator().manual_seed(0)
+    drawn = process.draw_timesteps(20_000, 0.0, generator)
+    assert drawn.median().item() == pytest.approx(750, abs=5) and 0 < drawn.min() and drawn.max() < 1000
+    place = (drawn / 1000) / (3 - 2 * drawn / 1000)
+    normal = torch.logit(place)
+    assert normal.mean().item() == pytest.approx(0, abs=0.03) and normal.std().item() == pytest.approx(1, abs=0.03)
+    again = process.draw_timesteps(20_000, 0.0, torch.Generator().manual_seed(0))
+    assert torch.equal(drawn, again)
+
+
+def test_flow_power_draws_higher_noise_up_to_the_bound():
+    process = flow()
+    plain, powered = process.timestep_density(0.0), process.timestep_density(1.5)
+    ratios = (process.timesteps / (1000 - process.timesteps)) ** 2
+    torch.testing.assert_close(powered / plain, ratios.clamp(max=MAX_NOISE_TO_SIGNAL) ** 1.5, rtol=1e-3, atol=0)
+
+
+def test_flow_maps_are_made_at_the_noise_of_stable_diffusion():
+    """Both ranges of timesteps have the same noise over signal, within a tenth."""
+    table, process = make(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"), flow()
+    for own, other in zip(process.map_timesteps, table.map_timesteps, strict=True):
+        signal = table.signal(torch.tensor([other]))
+        ratio = ((1 - signal) / signal).sqrt().item()
+        assert own / (1000 - own) == pytest.approx(ratio, rel=0.1)
+    twice = process.scaled(700, 2.0)
+    assert twice / (1000 - twice) == pytest.approx(2 * 700 / 300, rel=0.01)
+    assert process.between(700, 900, torch.tensor([0.25])).tolist() == [750.0]
+
+
+def test_flow_signal_and_what_it_has_not():
+    assert flow().signal(torch.tensor([0.0, 500.0, 1000.0])).tolist() == [1.0, 0.5, 0.0]
+    with pytest.raises(ValueError, match="min-SNR"):
+        flow().min_snr_weights(torch.tensor([500.0]), 5.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "line"),
+    [
+        ("EulerDiscreteScheduler", {}, "EulerDiscreteScheduler, which is not that of flow matching"),
+        ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}, "use_dynamic_shifting"),
+    ],
+)
+def test_noise_that_is_not_of_flow_matching_is_refused(name, config, line):
+    with pytest.raises(ValueError, match=line):
+        FlowMatching(name, config)
+
+
+def test_a_flow_is_no_table_of_betas():
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler, which has no betas"):
+        DDPM("FlowMatchEulerDiscreteScheduler", {"shift": 3.0})

@@ -71,7 +71,7 @@ def test_what_is_known_without_weights(tmp_path):
     family, facts = check_model(str(configs_only(tmp_path)))
     assert family is StableDiffusion
     assert facts.denoiser_config["in_channels"] == 4 and facts.denoiser_config["addition_embed_type"] is None
-    assert facts.num_train_timesteps == 1000 and facts.text_configs[0].model_type == "clip_text_model"
+    assert facts.noise.num_train_timesteps == 1000 and facts.text_configs[0].model_type == "clip_text_model"
     config = json.loads((BASE_MODEL / "vae" / "config.json").read_text())
     levels = len(config["block_out_channels"]) + len(facts.denoiser_config["block_out_channels"])
     assert facts.side_multiple == 2 ** (levels - 2)
@@ -84,7 +84,7 @@ def test_what_is_known_without_weights(tmp_path):
     [
         ({"unet/config": {"addition_embed_type": "image"}}, {}, ", unet: the UNet2DConditionModel of a Stable"),
         ({"unet/config": {"in_channels": 9}}, {}, ", unet: it takes 9 channels and not 4"),
-        ({"vae/config": {"latent_channels": 16}}, {}, ", vae: has 16 latent channels, the UNet 4"),
+        ({"vae/config": {"latent_channels": 16}}, {}, ", vae: has 16 latent channels, the denoiser 4"),
         (
             {"scheduler/scheduler_config": {"prediction_type": "sample"}},
             {},

@@ -56,7 +56,7 @@ def test_what_is_known_without_weights(folder, tmp_path):
     family, facts = check_model(changed(folder, tmp_path))
     assert family is StableDiffusionXL and family.pipeline_class is SPFPortraitXLPipeline
     assert [config.hidden_size for config in facts.text_configs] == [16, 12] and len(facts.tokenizers) == 2
-    assert facts.side_multiple == 4 and facts.num_train_timesteps == 1000
+    assert facts.side_multiple == 4 and facts.noise.num_train_timesteps == 1000
 
 
 @pytest.mark.parametrize(

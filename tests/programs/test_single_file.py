@@ -88,7 +88,7 @@ def test_half_precision_and_parts(world):
 def test_what_is_known_without_weights_is_that_of_the_folder(world):
     folder, file = check_model(str(world.folder)), check_model(str(world.file), base_config=str(world.config))
     assert folder[0] is file[0]
-    for name in ("denoiser_config", "side_multiple", "num_train_timesteps"):
+    for name in ("denoiser_config", "side_multiple", "side"):
         before, after = getattr(folder[1], name), getattr(file[1], name)
         if isinstance(before, dict):
             before, after = ({k: v for k, v in one.items() if not k.startswith("_")} for one in (before, after))

@@ -196,7 +196,7 @@ def test_without_a_weight_the_teacher_is_not_asked_for_the_base_prompt(world, tm
     batches, step = [], script.train_step
 
     def train_step(engine, models, objectives):
-        hook = models.unet.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
+        hook = models.denoiser.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
         try:
             return step(engine, models, objectives)
         finally:

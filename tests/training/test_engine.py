@@ -196,7 +196,7 @@ def test_a_gradient_that_explodes_is_not_taken(world, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="'gradient' is (nan|inf) at step 0"):
         train(world, tmp_path / "output", stage1_steps=1, stage2_steps=0)
     assert files(tmp_path / "output") == {RUN_FILE}
-    assert all(torch.isfinite(parameter).all() for parameter in runs[0].models.unet.parameters())
+    assert all(torch.isfinite(parameter).all() for parameter in runs[0].models.denoiser.parameters())
 
 
 @pytest.mark.parametrize("objective, name", [("composed", "composed"), ("paper", "text_consistent")])

@@ -160,7 +160,7 @@ def test_a_convolutions_dora_starts_stage_2_as_the_original_model(world, tmp_pat
     @torch.no_grad()
     def compare(self, state=None):
         prepare(self, state)
-        unet, preds = self.models.unet, []
+        unet, preds = self.models.denoiser, []
         latents, embeds = torch.randn(1, 4, 4, 4), torch.randn(1, 77, unet.config.cross_attention_dim)
         for name in ("default", None):
             with self.models.adapters.only(name):

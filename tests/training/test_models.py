@@ -68,9 +68,9 @@ def test_models_come_onto_the_device_one_after_another_to_draw(world, monkeypatc
         encoder, away = models.pipeline.text_encoder, []
         monkeypatch.setattr(type(encoder), "parameters", lambda self: iter([torch.empty(0, device="meta")]))
         moves.clear()
-        models.unet.register_forward_hook(lambda unet, args, output: away.extend(moves))
-        embeds = torch.zeros(1, 77, models.unet.config.cross_attention_dim)
-        models.unet(torch.zeros(1, 4, 8, 8), 1, embeds)
+        models.denoiser.register_forward_hook(lambda unet, args, output: away.extend(moves))
+        embeds = torch.zeros(1, 77, models.denoiser.config.cross_attention_dim)
+        models.denoiser(torch.zeros(1, 4, 8, 8), 1, embeds)
         assert ("text_encoder", "cpu") in away and ("vae", "cpu") not in away
         monkeypatch.undo()
         moves = places(models, monkeypatch)
@@ -83,7 +83,7 @@ def test_pictures_are_decoded_without_autocast(world, flags):
     """As they are for users; CUDA's would have norms in float32, which takes memory."""
     models, seen = prepared(world, mixed_precision="bf16", **flags).parts.models, []
     models.pipeline.vae.decoder.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
-    models.unet.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    models.denoiser.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
     options = {"num_inference_steps": 1, "output_type": "np", "height": 16, "width": 16}
     with models.drawing(), torch.autocast("cpu", torch.bfloat16):
         models.pipeline("a woman, a hat", **options)
@@ -136,9 +136,9 @@ def test_dora(world, tmp_path, monkeypatch, objective):
         if engine.global_step == 2 and objective == "composed":
             call = (latents, torch.tensor([500]), runs[0].table.prompt_embeds.states[:1])
             with torch.no_grad():
-                adapted = models.unet(*call).sample
+                adapted = models.denoiser(*call).sample
                 with models.adapters.only(None):
-                    states.append((adapted, models.unet(*call).sample))
+                    states.append((adapted, models.denoiser(*call).sample))
         return step(engine, models, objectives)
 
     monkeypatch.setattr(script, "train_step", predict_and_step)
@@ -153,7 +153,7 @@ def test_dora(world, tmp_path, monkeypatch, objective):
     # Stage 1 starts at the norms of the weights, and so does stage 2 from zero.
     norms = {
         f"unet.{name}.lora_magnitude_vector": layer.get_base_layer().weight.norm(dim=1)
-        for name, layer in runs[0].models.unet.named_modules()
+        for name, layer in runs[0].models.denoiser.named_modules()
         if isinstance(layer, BaseTunerLayer)
     }
     moved = max((state[name].flatten() - norms[name.removesuffix(".weight")]).abs().max() for name in magnitudes)
@@ -181,7 +181,7 @@ def test_dropout_is_on_in_the_training_forward_alone(world, tmp_path, monkeypatc
     assert not any(mode.get(STAGE1_ADAPTER) for _, mode in modes)
     drawn = [mode["default"] for grad, mode in modes if not grad]
     assert False in drawn and len(drawings) == 3
-    assert not any(module.training for module in runs[0].models.unet.modules())
+    assert not any(module.training for module in runs[0].models.denoiser.modules())
     assert difference(output, trained(**steps)) > 1e-4
     again = train(world, tmp_path / "again", **flags)
     assert difference(output, again) == 0
@@ -216,7 +216,7 @@ def test_xformers_in_self_attention(world, tmp_path, monkeypatch, trained):
     runs = watch_runs(monkeypatch)
     flags = {"enable_xformers_memory_efficient_attention": True, "stage2_objective": "both", **SMOOTH}
     output = train(world, tmp_path / "output", num_validation_images=1, **flags)
-    processors = runs[0].models.unet.attn_processors
+    processors = runs[0].models.denoiser.attn_processors
     kinds = {(name.split(".")[-2], type(processor).__name__) for name, processor in processors.items()}
     assert kinds == {("attn1", "XFormersAttnProcessor"), ("attn2", "AttnProcessor2_0")} and calls
     assert difference(output, trained(stage2_objective="both", **SMOOTH)) < 1e-4
@@ -241,7 +241,7 @@ def test_bfloat16_keeps_lora_and_losses_in_float32(world, tmp_path, trained, mon
     monkeypatch.setattr(Accelerator, "backward", lambda self, loss: dtypes.add(loss.dtype) or backward(self, loss))
     output = train(world, tmp_path / "output", mixed_precision="bf16", stage2_objective=objective, **flags)
     assert dtypes == {torch.float32}
-    unet = runs[0].models.unet
+    unet = runs[0].models.denoiser
     assert {p.dtype for p in unet.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for name, p in unet.named_parameters() if ".lora_" not in name} == {torch.bfloat16}
     state = load_file(output / WEIGHTS)

@@ -69,8 +69,8 @@ def test_an_objective_has_the_losses_it_weighs_and_teaches_the_lora_alone(world,
     pipeline, enhancement = models.pipeline, run.parts.enhancement
     frozen = [pipeline.vae, pipeline.text_encoder, *([] if enhancement is None else [enhancement.clip])]
     assert not any(parameter.grad is not None for model in frozen for parameter in model.parameters())
-    taught = {name for name, parameter in models.unet.named_parameters() if parameter.grad is not None}
-    lora = {name for name, _ in models.unet.named_parameters() if ".default." in name}
+    taught = {name for name, parameter in models.denoiser.named_parameters() if parameter.grad is not None}
+    lora = {name for name, _ in models.denoiser.named_parameters() if ".default." in name}
     # Fine-grained and text-consistent losses end at the last attention's queries and keys.
     assert taught <= lora and (taught == lora or name == "paper")
     gradients = [parameter.grad for parameter in models.adapters.parameters("default") if parameter.grad is not None]
@@ -200,18 +200,18 @@ def test_the_teacher_goes_through_a_checkpoint(world, monkeypatch):
     """The student is left as the checkpoint's LoRA has it."""
     first, second = ready(world), prepared(world)
     teacher = one_of("composed", first)
-    targets, student = watch(monkeypatch, Composed, "target"), adapter_state(second.parts.models.unet, "default")
+    targets, student = watch(monkeypatch, Composed, "target"), adapter_state(second.parts.models.denoiser, "default")
     going_on = Composed(second.flags, replace(second.parts, alignment=first.parts.alignment))
     going_on.prepare({name: value.clone() for name, value in teacher.state().items()})
     assert difference(going_on.state(), teacher.state()) == 0
-    assert difference(adapter_state(second.parts.models.unet, "default"), student) == 0
+    assert difference(adapter_state(second.parts.models.denoiser, "default"), student) == 0
     assert any(value.abs().max() > 0 for name, value in teacher.state().items() if "lora_B" in name)
     for objective in (teacher, going_on):
         with objective.losses(STAGE2):
             pass
     assert torch.equal(*targets)
     for run in (first, second):
-        for name, parameter in run.parts.models.unet.named_parameters():
+        for name, parameter in run.parts.models.denoiser.named_parameters():
             assert parameter.requires_grad == (".lora_" in name and f".{STAGE1_ADAPTER}." not in name), name
 
 

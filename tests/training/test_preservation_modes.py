@@ -67,7 +67,7 @@ def test_a_row_beside_each_training_portrait(world, tmp_path, monkeypatch, way):
 
     def prepare_and_watch(*args) -> Parts:
         parts = prepare(*args)
-        parts.models.unet.register_forward_pre_hook(
+        parts.models.denoiser.register_forward_pre_hook(
             lambda module, given: forwards.append(given) if torch.is_grad_enabled() else None
         )
         return parts
@@ -79,7 +79,7 @@ def test_a_row_beside_each_training_portrait(world, tmp_path, monkeypatch, way):
     assert files(output) == {WEIGHTS, CARD, RUN_FILE} and len(losses) == len(kept) == len(forwards) == 4
     assert set(losses[0]) == {"diffusion", "preservation"}
     assert objective.weights == {"diffusion": 1.0, "preservation": 3.0}
-    assert list(models.unet.peft_config) == ["default"]
+    assert list(models.denoiser.peft_config) == ["default"]
     latents, timesteps, embeds = forwards[1]
     assert len(latents) == 4 and torch.equal(latents[2:], kept[1].noisy_latents)
     assert torch.equal(embeds[2:], kept[1].embeds.states) and torch.equal(timesteps[2:], kept[1].timesteps)

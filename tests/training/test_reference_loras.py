@@ -202,7 +202,7 @@ def test_the_new_lora_alone_is_saved_and_trained(earlier, on_top):
     for folder in (output, output / "stage1", output / "checkpoint-3"):
         names = load_file(folder / WEIGHTS).keys()
         assert len(names) == LAYERS * 4 * 2 and all(".attn2." in name for name in names)
-    assert all(".default." in name for name, value in run.models.unet.named_parameters() if value.requires_grad)
+    assert all(".default." in name for name, value in run.models.denoiser.named_parameters() if value.requires_grad)
 
 
 @pytest.mark.slow

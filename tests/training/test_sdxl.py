@@ -106,7 +106,7 @@ def test_each_row_is_told_its_own_picture(xl_world):
 
     portraits = script.prepare_alignment(run.flags, run.inputs, parts, run.accelerator)
     assert portraits.time_ids.tolist() == [list(whole_picture((16, 16)))] * 3
-    parts.models.unet.register_forward_pre_hook(
+    parts.models.denoiser.register_forward_pre_hook(
         lambda unet, args, kwargs: told.append(kwargs["added_cond_kwargs"]["time_ids"].tolist()), with_kwargs=True
     )
     parts.maps.fill_bank(portraits, 2, False)
@@ -257,7 +257,7 @@ def first_losses(world, **changes):
         with objective.losses(4) as losses:
             sum(losses.values()).backward()
             values |= {name: loss.item() for name, loss in losses.items()}
-    gradients = {name: own.grad.clone() for name, own in models.unet.named_parameters() if own.grad is not None}
+    gradients = {name: own.grad.clone() for name, own in models.denoiser.named_parameters() if own.grad is not None}
     return values, gradients
 
 
@@ -284,7 +284,7 @@ def test_without_its_adapters_it_is_the_original_model_to_the_bit(xl_world):
     expected = StableDiffusionXL.predict(original, batch.noisy_latents, batch.timesteps, embeds)
     with models.adapters.only(None):
         assert torch.equal(models.predict(batch.noisy_latents, batch.timesteps, embeds), expected)
-    with original_rows(models.unet, range):
+    with original_rows(models.denoiser, range):
         assert torch.equal(models.predict(batch.noisy_latents, batch.timesteps, embeds), expected)
     assert not torch.allclose(models.predict(batch.noisy_latents, batch.timesteps, embeds), expected)
 

@@ -336,7 +336,7 @@ def test_the_lora_file_holds_the_trained_weights_in_float32(world, tmp_path, mon
     saved = load_file(train(world, tmp_path / "output") / WEIGHTS)
     assert len(saved) == LAYERS * 4 * 2
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
-    assert difference(saved, adapter_state(runs[0].models.unet, "default")) == 0
+    assert difference(saved, adapter_state(runs[0].models.denoiser, "default")) == 0
     assert all(".attn2." in name and name.startswith("unet.") for name in saved)
 
 
@@ -346,13 +346,13 @@ def test_only_the_adapter_in_training_moves(world, tmp_path, monkeypatch):
 
     def prepare_and_copy(*args):
         runs.append(prepare(*args))
-        before.update({name: value.clone() for name, value in runs[0].models.unet.state_dict().items()})
+        before.update({name: value.clone() for name, value in runs[0].models.denoiser.state_dict().items()})
         return runs[0]
 
     monkeypatch.setattr(script, "prepare", prepare_and_copy)
     output = train(world, tmp_path / "output", stage2_objective="both", num_validation_images=1, validation_steps=1)
     models = runs[0].models
-    unet = models.unet
+    unet = models.denoiser
     after = unet.state_dict()
     moved = {name for name, value in before.items() if not torch.equal(after[name], value)}
     assert moved == {name for name in before if ".default." in name}
@@ -413,7 +413,7 @@ def test_an_earlier_lora_takes_stage_1s_place(world, trained, tmp_path, monkeypa
     names = ["default"] if flags["stage2_objective"] == "paper" else ["default", STAGE1_ADAPTER]
 
     def copy_and_step(engine, models, objectives):
-        states.append({name: adapter_state(models.unet, name) for name in names})
+        states.append({name: adapter_state(models.denoiser, name) for name in names})
         return step(engine, models, objectives)
 
     monkeypatch.setattr(script, "train_step", copy_and_step)
@@ -431,6 +431,6 @@ def test_an_earlier_lora_takes_stage_1s_place(world, trained, tmp_path, monkeypa
     for state in states:
         if STAGE1_ADAPTER in state:
             assert difference(state[STAGE1_ADAPTER], earlier) == 0
-    scales = [layer.scaling for layer in runs[0].models.unet.modules() if isinstance(layer, BaseTunerLayer)]
+    scales = [layer.scaling for layer in runs[0].models.denoiser.modules() if isinstance(layer, BaseTunerLayer)]
     assert {scale for scaling in scales for scale in scaling.values()} == {2.0}
     assert difference(output, stage1) > 0.005

@@ -20,7 +20,7 @@ from training.objectives.objective import Parts
 
 
 class KeptRows(NamedTuple):
-    """What the UNet is given, and what it should answer: latents and target (B, C, H, W), embeds (B, T, E)."""
+    """What the denoiser is given, and what it should answer: latents and target (B, C, H, W), embeds (B, T, E)."""
 
     noisy_latents: torch.Tensor
     timesteps: torch.Tensor
@@ -45,7 +45,7 @@ class KeepingRows(Diffusion):
     def prepare(self, state: Mapping[str, torch.Tensor] | None = None) -> None:
         models = self.models
         if self.method.preservation == "cat":
-            with models.at_work(*models.family.text_encoders):
+            with models.at_work(*models.family.text_encoders_of(models.pipeline)):
                 self.unrelated_embeds = models.family.encode(models.pipeline, self.unrelated_ids.to(models.device))
 
     @contextmanager

@@ -49,7 +49,7 @@ class Paper(Objective):
             yield {
                 "text_consistent": text_consistent_loss(
                     list(response.attention_probs.values()), list(reference.attention_probs.values()), resolutions,
-                    sfcm, *(places[batch.rows] for places in table.positions),
+                    sfcm, *(places[send(batch.rows, models.device)] for places in table.positions),
                 ).mean(),
                 "fine_grained": fine_grained_loss(
                     list(response.queries.values()), list(reference.queries.values()), resolutions, sfcm
