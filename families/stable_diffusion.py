@@ -67,6 +67,7 @@ class StableDiffusion:
     large_embeds = False  # whether the embeddings of all prompts are too many for the device
     objectives: tuple[str, ...] = ("composed", "paper", "both")  # what stage 2 can learn
     has_self_attention = True  # in layers of their own
+    has_kohya_names = True  # whether a LoRA for it has names in kohya's format
     noise_process: type[NoiseProcess] = DDPM
     hub = hub_names.STABLE_DIFFUSION
     # Names of the pipeline's components.

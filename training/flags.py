@@ -141,7 +141,10 @@ class LoraFlags(FlagGroup):
 
     rank: int = flag(16, "Rank of the LoRA.", "at least 1")
     lora_alpha: float | None = flag(None, "The LoRA is scaled by alpha / rank; the rank if not given.", "above 0")
-    lora_target: str = flag("cross", "Cross-attention projections, or self-attention's too.", choices=("cross", "all"))
+    lora_target: str = flag(
+        "cross", "Projections of cross-attention (of Stable Diffusion 3 the image's), or of all attention.",
+        choices=("cross", "all"),
+    )  # fmt: skip
     lora_layers: list[str] | None = flag(
         None, "Instead of --lora_target: ends of names, as in attn2.to_k,attn2.to_v.", type=names_of, nargs=None
     )
@@ -416,7 +419,9 @@ class SharingFlags(FlagGroup):
     hub_private_repo: bool = flag(False, "Make the repository private.")
     hub_license: str | None = flag(None, "Licence the model card names; the published base model's if not given.")
     output_kohya_format: bool | None = flag(
-        None, "Write the LoRA for ComfyUI and A1111, too; if not given, on with --push_to_hub but for DoRA."
+        None,
+        "Write the LoRA for ComfyUI and A1111, too; if not given, on with --push_to_hub but for DoRA and for Stable "
+        "Diffusion 3, whose LoRAs ComfyUI reads as they are.",
     )
 
     def check(self) -> None:

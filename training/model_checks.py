@@ -39,6 +39,10 @@ def check_models(flags: Flags) -> tuple[type[StableDiffusion], ModelFacts]:
     weighed = method.snr_gamma is not None and isinstance(facts.noise, FlowMatching)
     refuse(weighed, f"--snr_gamma weighs noise by a table of betas, and {family.title} is of flow matching")
     refuse(
+        flags.asked["output_kohya_format"] and not family.has_kohya_names,
+        f"--output_kohya_format: a LoRA for {family.title} has no names in it, and ComfyUI reads diffusers' own",
+    )
+    refuse(
         model.enable_xformers_memory_efficient_attention and not family.has_self_attention,
         f"--enable_xformers_memory_efficient_attention is for self-attention layers, and {family.title} has none of "
         "its own",

@@ -85,7 +85,8 @@ def share(
     """
     output_dir, base_model = Path(flags.output.output_dir), flags.model.pretrained_model_name_or_path
     sharing, pair, names = flags.sharing, inputs.validation_pair, inputs.family.hub
-    if sharing.output_kohya_format:
+    has_kohya = sharing.output_kohya_format and inputs.family.has_kohya_names
+    if has_kohya:
         save_kohya_lora(output_dir / LORA_WEIGHTS, output_dir / KOHYA_WEIGHTS)
     facts = CardFacts(
         base_model=f"path/to/{Path(base_model).resolve().name}" if Path(base_model).exists() else base_model,
@@ -93,11 +94,11 @@ def share(
         example_prompt=pair.full_prompt, base_prompt=pair.base_prompt, example_target=pair.target_argument,
         settings=published_settings(flags, inputs, presence),
         pictures=tuple(pictures), licence=sharing.hub_license or names.licence, repo_id=repo_id,
-        has_kohya=sharing.output_kohya_format, is_dora=is_dora, earlier_loras=inputs.references,
+        has_kohya=has_kohya, is_dora=is_dora, earlier_loras=inputs.references,
     )  # fmt: skip
     write_model_card(output_dir, facts, names, inputs.base_file)
     if repo_id is not None:
-        files = [*pictures, *([KOHYA_WEIGHTS] if sharing.output_kohya_format else [])]
+        files = [*pictures, *([KOHYA_WEIGHTS] if has_kohya else [])]
         try:
             address = push_lora(output_dir, repo_id, sharing.hub_token, pipeline_code(names), files)
         except (OSError, ValueError) as error:
