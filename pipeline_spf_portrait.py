@@ -33,6 +33,7 @@ try:
     from .sfcm import SFCM_MODES  # noqa: F401
     from .spf_arguments import Request  # noqa: F401
     from .spf_call import SPFCall  # noqa: F401
+    from .spf_lora import LoraPipeline  # noqa: F401
     from .spf_observer import Observer  # noqa: F401
     from .wording import find_weights  # noqa: F401
 except ImportError:
@@ -83,11 +84,7 @@ class SPFPortraitPipeline(spf_call.SPFCall, StableDiffusionPipeline):
     @wraps(StableDiffusionPipeline.__init__)  # from which diffusers reads the components
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        if spf_call.is_xl(self.unet):
-            raise ValueError(
-                "The UNet is of Stable Diffusion XL: use pipeline_spf_portrait_xl.py instead of "
-                "pipeline_spf_portrait.py."
-            )
+        spf_call.check_family(self.unet, spf_call.FIRST)
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)

@@ -32,6 +32,7 @@ try:
     from .sfcm import SFCM_MODES  # noqa: F401
     from .spf_arguments import CALL_DOC  # noqa: F401
     from .spf_call import SPFCall  # noqa: F401
+    from .spf_lora import LoraPipeline  # noqa: F401
     from .spf_observer import Observer  # noqa: F401
     from .wording import find_weights  # noqa: F401
 except ImportError:
@@ -78,11 +79,7 @@ class SPFPortraitXLPipeline(spf_call.SPFCall, StableDiffusionXLPipeline):
         super().__init__(*args, **kwargs)
         if self.unet is None:
             return
-        if not spf_call.is_xl(self.unet):
-            raise ValueError(
-                "The UNet is not of Stable Diffusion XL: for 1.x and 2.x use pipeline_spf_portrait.py instead of "
-                "pipeline_spf_portrait_xl.py."
-            )
+        spf_call.check_family(self.unet, spf_call.XL)
         if self.text_encoder_2 is not None:
             unet, pooled = self.unet.config, self.text_encoder_2.config.projection_dim
             count = (unet.projection_class_embeddings_input_dim - pooled) / unet.addition_time_embed_dim

@@ -7,11 +7,9 @@ Paper: arXiv 2504.00396; what names no source is [ours].
 
 import inspect
 import itertools
-import logging
 import os
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -21,27 +19,30 @@ import PIL.Image
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.loaders.lora_base import _fetch_state_dict
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
-from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
-from peft.tuners.tuners_utils import BaseTunerLayer
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 
 # The siblings as modules of the package that a custom pipeline is, or as modules on the path.
 try:
-    from . import adapters, lora_layers, pictures, prompts, sfcm, spf_arguments, spf_observer
+    from . import attention_processors, pictures, prompts, sfcm, spf_arguments, spf_lora, spf_observer
 except ImportError:
-    import adapters as adapters
-    import lora_layers as lora_layers
+    import attention_processors as attention_processors
     import pictures as pictures
     import prompts as prompts
     import sfcm as sfcm
     import spf_arguments as spf_arguments
+    import spf_lora as spf_lora
     import spf_observer as spf_observer
 
+# The files of the pipelines, and whose denoisers they are for.
+FIRST, XL, THIRD = "pipeline_spf_portrait.py", "pipeline_spf_portrait_xl.py", "pipeline_spf_portrait_3.py"
+FAMILIES = {FIRST: "Stable Diffusion 1.x or 2.x", XL: "Stable Diffusion XL", THIRD: "Stable Diffusion 3"}
 Embeds = tuple[Tensor, ...]  # all tensors that a family makes of a prompt, (B, ...) each
-_OTHER_PROMPTS = ("prompt_2", "negative_prompt", "negative_prompt_2")  # those of them that a family has
+# Those of them that a family has.
+_OTHER_PROMPTS = ("prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3")
 
 
 @dataclass
@@ -74,7 +75,7 @@ class SPFPortraitPipelineOutput(StableDiffusionPipelineOutput):
     target_maps: Tensor | None = None
 
 
-class SPFCall:
+class SPFCall(spf_lora.LoraPipeline):
     """What a stock pipeline becomes with targets, references and maps; the class of a family derives from both.
 
     Components, loading, saving and all that is not named here are the stock pipeline's. The family's class has
@@ -86,10 +87,14 @@ class SPFCall:
     - `_extra_rows(args, kwargs, rows, own, appended, closed, stock)`: the arguments of a call of the denoiser, with
       the rows that the `RowLayout` appends; `own` are the embeds of all rows before these, `appended` those of each
       appended group. While the gate is `closed`, `own` stand in place of what the call itself has.
+
+    Beside these a family says how its attention is captured and where a prompt stands in the denoiser's text.
     """
 
     _tokenizers = ("tokenizer",)  # names; all of them count the denoiser's text tokens
     _clip = ("text_encoder", "tokenizer")  # names of what measures the distances of phrases and targets
+    # Of a denoiser, a context whose store records its attention to the text.
+    _capture = staticmethod(attention_processors.capture_cross_attention)
 
     def _draw(self, **stock) -> Any:
         request = spf_arguments.Request(**{own.name: stock.pop(own.name) for own in fields(spf_arguments.Request)})
@@ -109,7 +114,8 @@ class SPFCall:
         )  # fmt: skip
         with ExitStack() as stack:
             active = stack.enter_context(self._adapters(request, targets))
-            guided = stock["guidance_scale"] > 1 and self.unet.config.time_cond_proj_dim is None
+            # A denoiser that is told the scale itself has no negative rows.
+            guided = stock["guidance_scale"] > 1 and self._denoiser.config.get("time_cond_proj_dim") is None
             encode = partial(self._encode, guided=guided, stock=stock)
             embeds, negatives = encode(texts[0] if isinstance(prompt, str) else texts)
             if request.splits_rows:
@@ -135,7 +141,9 @@ class SPFCall:
                 guidance = request.sfcm_guidance, request.sfcm_guidance_exponent
                 observer = spf_observer.Observer(rows, phrases, extend, self._to_epsilon, guidance, closed_at, starts)
                 looks = request.return_sfcm or (request.observed and phrases.free.any())
-                stack.enter_context(observer.watch(uncompiled(self.unet), with_attention=bool(looks)))
+                stack.enter_context(
+                    observer.watch(spf_lora.uncompiled(self._denoiser), self._capture if looks else None)
+                )
             stock = stock | self._stock_prompts(embeds, negatives) | {"num_images_per_prompt": 1}
             output = super().__call__(**stock)
         if not (request.compare or request.return_sfcm):
@@ -181,17 +189,26 @@ class SPFCall:
             pairs = [prompts.without_target(text, own) for text, own in zip(base, base_phrases, strict=True)]
         spf_arguments.warn_of_weights(full)
         spf_arguments.warn_of_targets(pairs)
-        tokenizers = [own for name in self._tokenizers if (own := getattr(self, name)) is not None]
-        tokens = [prompts.locate_in_all(pair, tokenizers) for pair in pairs]
+        tokens = [self._locate(pair, stock) for pair in pairs]
         # A call without maps may come without a text encoder on the device.
         if request.observed:
             rows = zip(pairs, tokens, self._phrase_distances(pairs, tokens), strict=True)
             phrases = spf_observer.phrases_of(row for row in rows for _ in range(per_prompt))
-            texts = itertools.product([*full, *base], tokenizers)
-            if any(self.maybe_convert_prompt(text, tokenizer) != text for text, tokenizer in texts):
-                # The prompts as they are tokenized have to be those that are drawn, else the maps are of other words.
-                raise ValueError("The SFCM does not work with textual inversions of several vectors.")
+            self._check_inversions([*full, *base])
         return full, targets, phrases, per_prompt * count
+
+    def _text_tokenizers(self) -> list[PreTrainedTokenizerBase]:
+        return [own for name in self._tokenizers if (own := getattr(self, name)) is not None]
+
+    def _locate(self, pair: prompts.PromptPair, stock: dict[str, Any]) -> prompts.PromptTokens:
+        """Where a pair's phrases and targets stand in the text that the denoiser is told."""
+        return prompts.locate_in_all(pair, self._text_tokenizers())
+
+    def _check_inversions(self, texts: Sequence[str]) -> None:
+        """The prompts as they are tokenized have to be those that are drawn, else the maps are of other words."""
+        convert = getattr(self, "maybe_convert_prompt", None)  # not every family has textual inversions
+        if convert and any(convert(*own) != own[0] for own in itertools.product(texts, self._text_tokenizers())):
+            raise ValueError("The SFCM does not work with textual inversions of several vectors.")
 
     @staticmethod
     def visualize(output: SPFPortraitPipelineOutput, index: int = 0, columns: int = 4) -> PIL.Image.Image:
@@ -244,39 +261,6 @@ class SPFCall:
         twin = stock(**self.components, **{name: self.config[name] for name in options if name in self.config})
         twin.save_pretrained(save_directory, **kwargs)
 
-    def load_lora_weights(
-        self, pretrained_model_name_or_path_or_dict: str | dict[str, Tensor], adapter_name: str | None = None, **kwargs
-    ) -> None:
-        """Load a LoRA as the stock pipeline does, with its arguments, in diffusers' or kohya's format.
-
-        Raises:
-            `ValueError`: it is for another architecture, damaged, or has numbers that are none; nothing was loaded.
-        """
-        given = pretrained_model_name_or_path_or_dict
-        weights, metadata = _read_lora(given, **kwargs)
-        family = lora_layers.kohya_family(weights)
-        state, alphas = self.lora_state_dict(weights, **self._lora_options(), **kwargs)
-        name = "The LoRA" if isinstance(given, dict) else f"The LoRA {given}"
-        if kwargs.get("weight_name") is not None:
-            name += f"/{kwargs['weight_name']}"
-        models = {key: getattr(self, key) for key in self._lora_loadable_modules}
-        modules = {key: dict(uncompiled(model).named_modules()) for key, model in models.items() if model is not None}
-        try:
-            lora_layers.check_loadable(state, alphas, metadata, modules, family)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        with _without_false_alarms():
-            super().load_lora_weights(given, adapter_name=adapter_name, **kwargs)
-
-    @classmethod
-    def load_lora_into_text_encoder(cls, state_dict: dict[str, Tensor], *args, **kwargs) -> None:
-        """As the stock pipeline does, and a DoRA with its magnitudes."""
-        super().load_lora_into_text_encoder(lora_layers.with_whole_names(state_dict), *args, **kwargs)
-
-    def _lora_options(self) -> dict[str, Any]:
-        """What the stock pipeline itself tells `lora_state_dict` of its models."""
-        return {}
-
     def _check_stock_inputs(self, prompt: Any, stock: dict[str, Any]) -> None:
         """What the stock call checks, before anything is encoded."""
         given, callback = stock | {"prompt": prompt}, stock["callback_on_step_end"]
@@ -285,50 +269,6 @@ class SPFCall:
         if not (given["height"] and given["width"]):
             given |= {"height": 8, "width": 8}  # the stock call takes its own size if one of the two is missing
         self.check_inputs(**{name: given.get(name) for name in inspect.signature(self.check_inputs).parameters})
-
-    def _adapted_models(self) -> list[torch.nn.Module]:
-        """The models that a LoRA can be in."""
-        return [model for name in self._lora_loadable_modules if (model := getattr(self, name)) is not None]
-
-    def _adapted_layers(self) -> list[BaseTunerLayer]:
-        modules = (module for model in self._adapted_models() for module in model.modules())
-        return [module for module in modules if isinstance(module, BaseTunerLayer)]
-
-    @contextmanager
-    def _adapters(
-        self, request: spf_arguments.Request, targets: Sequence[spf_arguments.Target]
-    ) -> Iterator[list[str]]:
-        """Inside, the adapters of a call are active, as strong as it says; gives their names in order."""
-        models = self._adapted_models()
-        layers = [module for module in self._adapted_layers() if not module.disable_adapters]
-        active = list(dict.fromkeys(name for layer in layers for name in layer.active_adapters))
-        with ExitStack() as stack:
-            if isinstance(request.target_prompt, dict):
-                active = list(request.target_prompt)
-                known = list(dict.fromkeys(name for model in models for name in getattr(model, "peft_config", {})))
-                unknown = [name for name in active if name not in known]
-                if unknown:
-                    raise ValueError(
-                        f"`target_prompt` names the adapters {unknown}, but loaded are {known}: call "
-                        "`load_lora_weights(…, adapter_name=…)` first."
-                    )
-                for model in models:
-                    own = [name for name in active if name in getattr(model, "peft_config", {})]
-                    stack.enter_context(adapters.active_adapters(model, own))
-            if request.target_scale is not None:
-                factors = spf_arguments.scale_factors(request.target_scale, active, targets)
-                for model in models:
-                    stack.enter_context(adapters.adapter_scales(model, factors))
-            yield active
-
-    @contextmanager
-    def _original_text_encoders(self) -> Iterator[None]:
-        """Inside, prompts are encoded without adapters."""
-        with ExitStack() as stack:
-            for model in self._adapted_models():
-                if model is not self.unet:
-                    stack.enter_context(adapters.original_rows(model, range))
-            yield
 
     def _to_epsilon(self, timestep: Tensor) -> Tensor:
         """What makes a difference of two predictions at a timestep one of predicted noise."""
@@ -361,12 +301,12 @@ class SPFCall:
 
     def _twin_noise(self, count: int, dtype: torch.dtype, stock: dict[str, Any]) -> dict[str, Any]:
         """Latents and generators of a run of both halves, with equal noise in them, drawn as the stock call would."""
-        latents, generator, unet = stock["latents"], stock["generator"], self.unet.config
+        latents, generator, denoiser = stock["latents"], stock["generator"], self._denoiser.config
         if latents is None:
-            sides = [unet.sample_size] * 2 if isinstance(unet.sample_size, int) else unet.sample_size
+            sides = [denoiser.sample_size] * 2 if isinstance(denoiser.sample_size, int) else denoiser.sample_size
             if stock["height"] and stock["width"]:
                 sides = [stock[side] // self.vae_scale_factor for side in ("height", "width")]
-            latents = randn_tensor((count, unet.in_channels, *sides), generator, self._execution_device, dtype)
+            latents = randn_tensor((count, denoiser.in_channels, *sides), generator, self._execution_device, dtype)
         return {"latents": torch.cat([latents, latents]), "generator": _pair_generators(generator, count)}
 
     def _phrase_distances(
@@ -380,47 +320,21 @@ class SPFCall:
             return sfcm.clip_distances(*clip, pairs, tokens, self._execution_device)
 
 
-def _read_lora(
-    given: str | os.PathLike | dict[str, Tensor], *, use_safetensors: bool | None = None, **kwargs
-) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """A LoRA's tensors under the names that its file has, and its metadata, as `lora_state_dict` finds them."""
-    if isinstance(given, dict):
-        return dict(given), None
-    names = ("weight_name", "local_files_only", "cache_dir", "proxies", "token", "revision", "subfolder")
-    return _fetch_state_dict(
-        given,
-        use_safetensors=use_safetensors in (None, True),
-        allow_pickle=use_safetensors is None,
-        force_download=kwargs.get("force_download", False),
-        user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
-        **{name: kwargs.get(name) for name in names},
-    )
+def check_family(denoiser: torch.nn.Module | None, own: str) -> None:
+    """Raise a ValueError, which names the right file, if a denoiser is not that of the file `own`'s family; a pipeline
+    that only encodes prompts may have none.
+    """
+    if denoiser is not None and (found := _file_of(denoiser.config)) != own:
+        kind = "transformer" if found == THIRD else "UNet"
+        raise ValueError(f"The {kind} is of {FAMILIES[found]}: use {found} instead of {own}.")
 
 
-def is_xl(unet: torch.nn.Module | None) -> bool:
-    """Whether a UNet is told pooled embeddings and sizes; not where a pipeline has none."""
-    return unet is not None and unet.config.get("addition_embed_type") == "text_time"
-
-
-def uncompiled(model: torch.nn.Module) -> torch.nn.Module:
-    """The model itself, with its layers under their own names, where `torch.compile` has wrapped it."""
-    return model._orig_mod if is_compiled_module(model) else model
-
-
-@contextmanager
-def _without_false_alarms() -> Iterator[None]:
-    """Inside, nothing is said of what is no fault in a LoRA that was checked: no part of it is for a text encoder, or
-    there is an earlier one beside it."""
-
-    def other(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("No LoRA keys associated to")
-
-    speaker = logging.getLogger("diffusers.loaders.lora_base")
-    speaker.addFilter(other)
-    with warnings.catch_warnings(), ExitStack() as stack:
-        stack.callback(speaker.removeFilter, other)
-        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
-        yield
+def _file_of(config: Mapping[str, Any]) -> str:
+    """The file of the pipeline that a denoiser with this configuration is for."""
+    if "caption_projection_dim" in config and "pos_embed_max_size" in config:
+        return THIRD
+    # Only Stable Diffusion XL's UNet is told pooled embeddings and sizes.
+    return XL if config.get("addition_embed_type") == "text_time" else FIRST
 
 
 def _join(first: Embeds, second: Embeds) -> Embeds:

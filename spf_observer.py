@@ -6,7 +6,7 @@ Paper: arXiv 2504.00396.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,9 @@ except ImportError:
     import prompts as prompts
     import region_guidance as region_guidance
     import sfcm as sfcm
+
+# Of a denoiser, a context with the store of its attention to the text.
+Capture = Callable[[nn.Module], AbstractContextManager[attention_processors.CrossAttentionStore]]
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,13 @@ def phrases_of(rows: Iterable[tuple[prompts.PromptPair, prompts.PromptTokens, Te
     )
 
 
+def _timestep(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """The one timestep, (), of a call of the denoiser: a UNet is told it after the latents, a transformer by name and
+    once for each row.
+    """
+    return (args[1] if len(args) > 1 else kwargs["timestep"]).reshape(-1)[0]
+
+
 @dataclass(frozen=True)
 class StepAttention:
     """Cross-attention of one call of the denoiser, or the mean over several: (B, S, T) float32 at one (h, w)."""
@@ -151,22 +161,24 @@ class Observer:
     _closed: bool = False  # of the call of the denoiser that is under way
 
     @contextmanager
-    def watch(self, denoiser: nn.Module, with_attention: bool) -> Iterator[None]:
-        """Inside, the denoiser is called as the stock pipeline calls it, and this looks on."""
+    def watch(self, denoiser: nn.Module, capture: Capture | None) -> Iterator[None]:
+        """Inside, the denoiser is called as the stock pipeline calls it, and this looks on; at its attention to the
+        text, too, if it is told how to `capture` that.
+        """
         with ExitStack() as stack:
-            if with_attention:
-                self._store = stack.enter_context(attention_processors.capture_cross_attention(denoiser))
+            if capture is not None:
+                self._store = stack.enter_context(capture(denoiser))
                 stack.enter_context(self._store.record())
             stack.callback(denoiser.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
             if self.rows.appended:
-                stack.callback(denoiser.register_forward_hook(self._take_rows).remove)
+                stack.callback(denoiser.register_forward_hook(self._take_rows, with_kwargs=True).remove)
             stack.enter_context(
                 adapters.original_rows(denoiser, lambda size: self.rows.of_the_original(size, self._closed))
             )
             yield
 
     def _begin(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-        self._closed = self.closed_at(args[1])
+        self._closed = self.closed_at(_timestep(args, kwargs))
         return self.extend(args, kwargs, self._closed)
 
     def _paths(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,9 +187,10 @@ class Observer:
         response, reference = self.rows.response(own), rows[len(own) :][: self.rows.images]
         return (reference, response) if self._closed else (response, reference)
 
-    def _take_rows(self, denoiser: nn.Module, args: tuple, output: tuple) -> tuple:
+    def _take_rows(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any], output: tuple) -> tuple:
         response, reference = self._paths(output[0])
-        held, scale = {"paths": reference, "words": output[0][-self.rows.images :]}, self.to_epsilon(args[1])
+        held = {"paths": reference, "words": output[0][-self.rows.images :]}
+        scale = self.to_epsilon(_timestep(args, kwargs))
         each = [region_guidance.noise_difference(response, held[start], scale) for start in self.starts]
         self.differences.append(torch.cat(each, 1))
         if self._store is not None:

@@ -15,6 +15,7 @@ FLOORS = (
     {"adapters", "attention_processors", "lora_layers", "wording", "region_guidance", "pictures", "programs"},
     {"prompts", "sfcm", "joint_attention"},
     {"spf_arguments", "spf_observer"},
+    {"spf_lora"},
     {"spf_call"},
     {"loras", "pipeline_spf_portrait", "pipeline_spf_portrait_xl"},
     {"families"},
