@@ -22,12 +22,23 @@ _SIDES = {"A": "down", "B": "up"}
 # What PEFT has numbers of its own for where metadata leaves it out.
 _NEEDED = {"r": int, "lora_alpha": (int, float), "target_modules": (str, list)}
 _ANOTHER = "is for another architecture: {}; it needs a model as it was trained on"
-# The families that a LoRA can be for.
-STABLE_DIFFUSION, SDXL = "Stable Diffusion 1.x or 2.x", "SDXL"
+# The families that a LoRA can be for; of Flux none is read, but its layers begin like those of Stable Diffusion 3.
+STABLE_DIFFUSION, SDXL, SD3, FLUX = "Stable Diffusion 1.x or 2.x", "SDXL", "Stable Diffusion 3", "Flux"
+# A pipeline's components that can have a LoRA.
+DENOISERS, TEXT_ENCODERS = ("unet", "transformer"), ("text_encoder", "text_encoder_2")
 # What no UNet of Stable Diffusion 1.x and 2.x has: micro-conditioning, and several blocks in a transformer.
 _OF_SDXL = re.compile(r"add_embedding\b.*|.*\.transformer_blocks\.[1-9].*")
 _KOHYA_SDXL = re.compile("lora_te[12]_|lora_unet_(input_blocks|middle_block|output_blocks|label_emb)_")
 _PROMPT_WIDTHS = {2048: SDXL, 1024: STABLE_DIFFUSION, 768: STABLE_DIFFUSION}
+# What no transformer of Stable Diffusion 3 has, and what both have of different widths. Other models than Flux have
+# the same names and widths, but more blocks.
+_OF_FLUX = re.compile(r"single_transformer_blocks\..*|x_embedder|time_text_embed\.guidance_embedder\..*")
+_FLUX_WIDTH, _FLUX_BLOCKS = 3072, {"transformer_blocks": 19, "single_transformer_blocks": 38}
+_OF_WIDTH = re.compile(
+    r"transformer_blocks\.\d+\."
+    r"(attn\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)|ff(_context)?\.net\.0\.proj|norm1(_context)?\.linear)"
+)
+_ORIGINAL_SD3 = re.compile(r"(lora_unet_|(model\.)?diffusion_model\.)joint_blocks[._]")
 
 
 @dataclass(frozen=True)
@@ -44,7 +55,7 @@ class LoraLayer:
         return len(self.down)
 
 
-# By model, "unet", "text_encoder" and "text_encoder_2", and by the layer's name in it.
+# By model, one of DENOISERS and TEXT_ENCODERS, and by the layer's name in it.
 Layers = dict[str, dict[str, LoraLayer]]
 
 
@@ -55,7 +66,7 @@ def parse_key(key: str) -> tuple[str, str, str] | None:
         return None
     model, name, side = match[1], match[2].removeprefix("text_model.").replace(".processor.", "."), match[3]
     # As the layers are called, whichever version of diffusers and transformers wrote it.
-    if model == "unet":
+    if model in DENOISERS:
         name = re.sub(r"\.to_out$", ".to_out.0", name)
     else:
         name = re.sub(r"\.to_(q|k|v|out)$", r".\1_proj", name)
@@ -90,7 +101,7 @@ def _alpha_of(metadata: Mapping[str, Any], model: str, layer: str) -> Any:
     try:
         key = get_pattern_key(pattern, layer)
         # A pattern may be the whole name that the layer has where it lies in a `text_model`.
-        key = key if key in pattern or model == "unet" else get_pattern_key(pattern, f"text_model.{layer}")
+        key = key if key in pattern or model in DENOISERS else get_pattern_key(pattern, f"text_model.{layer}")
     except re.error as error:
         raise ValueError(f"its metadata {model}.alpha_pattern has a name that is no pattern ({error})") from error
     return pattern.get(key, metadata.get(f"{model}.lora_alpha"))
@@ -141,7 +152,12 @@ def with_whole_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def find_family(lora: Layers) -> str | None:
-    """STABLE_DIFFUSION or SDXL, as names and widths of layers tell; None where they fit both."""
+    """STABLE_DIFFUSION, SDXL, SD3 or FLUX, as names and widths of layers tell; None where they fit several.
+
+    Two text encoders alone are SDXL's and Stable Diffusion 3's alike, and called SDXL's.
+    """
+    if "transformer" in lora:
+        return FLUX if _is_flux(lora["transformer"]) else SD3
     unet = lora.get("unet", {})
     if "text_encoder_2" in lora or any(map(_OF_SDXL.fullmatch, unet)):
         return SDXL
@@ -149,34 +165,60 @@ def find_family(lora: Layers) -> str | None:
     return next((_PROMPT_WIDTHS[width] for width in widths if width in _PROMPT_WIDTHS), None)
 
 
+def _is_flux(transformer: Mapping[str, LoraLayer]) -> bool:
+    for name in transformer:
+        block, _, rest = name.partition(".")
+        number = rest.partition(".")[0]
+        if number.isdecimal() and int(number) >= _FLUX_BLOCKS.get(block, math.inf):
+            return False
+    return any(
+        _OF_FLUX.fullmatch(name) or (_OF_WIDTH.fullmatch(name) and layer.down.shape[1] == _FLUX_WIDTH)
+        for name, layer in transformer.items()
+    )
+
+
 def kohya_family(keys: Iterable[str]) -> str | None:
-    """STABLE_DIFFUSION or SDXL, as names in kohya's format tell; None where both have the same, and for other names.
+    """STABLE_DIFFUSION, SDXL or SD3, as names that begin with "lora_" tell; None where families share them, and for
+    other names.
 
     They tell more than what diffusers makes of them, which calls SDXL's first text encoder as the one of Stable
     Diffusion.
     """
     keys = list(keys)
+    if any(map(_ORIGINAL_SD3.match, keys)):
+        return SD3
     # Some trainers give Stable Diffusion's blocks their original names, too.
     if any(key.startswith("lora_te_") for key in keys):
         return STABLE_DIFFUSION
     return SDXL if any(map(_KOHYA_SDXL.match, keys)) else None
 
 
+def check_names(keys: Iterable[str]) -> None:
+    """Refuse the names of LoRAs of Stable Diffusion 3 that diffusers passes over.
+
+    Raises ValueError: they are of the original model, as sd-scripts has them, or of T5; one line.
+    """
+    for key in keys:
+        if _ORIGINAL_SD3.match(key):
+            raise ValueError(
+                f"a {SD3} LoRA with the original model's names, as sd-scripts writes them ({key!r}), which diffusers "
+                "does not read: its own begin with 'transformer.'"
+            )
+        if key.startswith("text_encoder_3."):
+            raise ValueError(f"has layers of T5 ({key!r}), and diffusers loads no LoRA into text_encoder_3")
+
+
 def check_fits(
     lora: Layers, models: Mapping[str, Mapping[str, torch.nn.Module]], family: str | None = None
 ) -> None:  # fmt: skip
-    """Compare a LoRA's layers and shapes with the modules by name of the UNet and of text encoders, by the names that
-    they have in a pipeline; they need no weights.
+    """Compare a LoRA's layers and shapes with the modules by name of the UNet or transformer and of text encoders, by
+    the names that they have in a pipeline; they need no weights.
 
     `family` is what a LoRA is known to be for; by default what `find_family` tells.
 
     Raises ValueError: it is a LoRA of another model; one line.
     """
-    family = family or find_family(lora)
-    has_sizes = any(name.startswith("add_embedding") for name in models.get("unet", {}))
-    own = SDXL if has_sizes or "text_encoder_2" in models else STABLE_DIFFUSION
-    if family not in (None, own):
-        raise ValueError(f"this is {'an' if family == SDXL else 'a'} {family} LoRA, and the base model is {own}")
+    _check_family(lora, models, family or find_family(lora))
     for model, group in lora.items():
         # Beside an earlier LoRA, the layer itself is a `base_layer`. Some versions of transformers have a
         # CLIPTextModel whose layers lie in a `text_model`, and others do not.
@@ -195,6 +237,19 @@ def check_fits(
                     raise ValueError(_ANOTHER.format(f"{model}.{name} has {features} features, not {others}"))
 
 
+def _check_family(lora: Layers, models: Mapping[str, Mapping[str, torch.nn.Module]], family: str | None) -> None:
+    if "transformer" in models:
+        # Here a UNet's layers tell a LoRA of SDXL: names of two text encoders do not.
+        own, is_other = SD3, "unet" in lora or family not in (None, SD3, SDXL)
+    else:
+        has_sizes = any(name.startswith("add_embedding") for name in models.get("unet", {}))
+        own = SDXL if has_sizes or "text_encoder_2" in models else STABLE_DIFFUSION
+        is_other = family not in (None, own)
+    if is_other:
+        kind = "LoRA of a UNet" if family is None else f"{family} LoRA"
+        raise ValueError(f"this is {'an' if family == SDXL else 'a'} {kind}, and the base model is {own}")
+
+
 def check_loadable(
     tensors: Mapping[str, Tensor], alphas: Mapping[str, Any] | None, metadata: Mapping[str, Any] | None,
     models: Mapping[str, Mapping[str, torch.nn.Module]], family: str | None = None,
@@ -210,8 +265,12 @@ def check_loadable(
             f"holds a textual inversion beside its layers ({embedding!r}), and diffusers reads none of both: "
             "export_spf_portrait_lora.py writes the LoRA without it"
         )
+    check_names(tensors)
     lora = parse_layers(tensors, metadata)
     if not lora:
+        # diffusers leaves kohya's names as they are where a transformer has none.
+        if "transformer" in models and any(key.startswith(("lora_unet_", "lora_te")) for key in tensors):
+            _check_family({"unet": {}}, models, family)
         raise ValueError("has no LoRA layer that is known here")
     for layer, alpha in (alphas or {}).items():
         read_alpha(alpha, layer)

@@ -10,10 +10,10 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from lora_layers import Layers, check_fits
+from lora_layers import DENOISERS, TEXT_ENCODERS, Layers, check_fits
 from loras.finding import find_lora
 from loras.reading import read_lora
 from loras.writing import save_diffusers_lora
@@ -22,7 +22,7 @@ from programs.loading import naming
 
 logger = logging.getLogger(__name__)
 
-LoraPipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
+LoraPipeline = StableDiffusionPipeline | StableDiffusionXLPipeline | StableDiffusion3Pipeline
 # Why a DoRA is not trained on top of another LoRA.
 DORA_ON_TOP = (
     "its magnitude would be trained for the weights with the earlier LoRA in them, and where both are loaded side by "
@@ -62,7 +62,7 @@ def load_lora(pipeline: LoraPipeline, source: str, adapter_name: str, path: Path
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, naming(source), _quiet_libraries():
         path = path or find_lora(source)
         lora = read_lora(path)
-        parts = ("unet", "text_encoder", "text_encoder_2")
+        parts = (*DENOISERS, *TEXT_ENCODERS)
         models = {name: pipeline.components[name] for name in parts if pipeline.components.get(name) is not None}
         check_fits(lora.layers, {name: dict(model.named_modules()) for name, model in models.items()}, lora.family)
         if not lora.reads_as_meant:
@@ -92,7 +92,7 @@ def load_lora(pipeline: LoraPipeline, source: str, adapter_name: str, path: Path
 
 @torch.no_grad()
 def _put_magnitudes(lora: Layers, models: Mapping[str, torch.nn.Module], adapter_name: str) -> None:
-    """What a DoRA's layers have, into the models; a stock pipeline loads it with the UNet's layers alone."""
+    """What a DoRA's layers have, into the models; a stock pipeline leaves it out of a text encoder's."""
     for model, group in lora.items():
         modules = {name.removeprefix("text_model."): module for name, module in models[model].named_modules()}
         for name, layer in group.items():

@@ -13,7 +13,10 @@ from torch import Tensor
 
 from lora_layers import (
     EMBEDDING,
+    FLUX,
+    TEXT_ENCODERS,
     Layers,
+    check_names,
     find_family,
     kohya_family,
     make_layer,
@@ -26,9 +29,14 @@ from loras.kohya_names import parse_kohya_key
 
 _LAYERS = {
     "unet": re.compile(r"(down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding|add_embedding)\b.*"),
-    "text_encoder": re.compile(r"encoder\.layers\..+"),
+    "transformer": re.compile(
+        r"transformer_blocks\.\d+\.(attn|attn2|ff|ff_context|norm1|norm1_context)\..+|"
+        r"(pos_embed|context_embedder|time_text_embed|norm_out|proj_out)\b.*"
+    ),
+    "text_encoder": re.compile(r"encoder\.layers\..+|text_projection"),  # the last of Stable Diffusion 3
     "text_encoder_2": re.compile(r"encoder\.layers\..+|text_projection"),
 }
+_FAMILIES = "Stable Diffusion 1.x, 2.x, XL or 3"
 
 
 @dataclass(frozen=True)
@@ -36,11 +44,12 @@ class LoraFile:
     """A LoRA as it lies in a file."""
 
     layers: Layers
-    family: str | None  # STABLE_DIFFUSION or SDXL; None where nothing in the file tells
+    family: str | None  # STABLE_DIFFUSION, SDXL or SD3; None where nothing in the file tells
     is_kohya: bool  # whether it has names of kohya's format
     note: str  # what to say of textual inversions that lie beside it; empty if there are none
     # Whether diffusers takes each layer's rank and alpha as they are here. Where metadata leaves one out, PEFT has a
-    # number of its own; without any metadata both take the rank as alpha.
+    # number of its own; without any metadata both take the rank as alpha, but diffusers finds that of a text encoder's
+    # layers by their names in its own model alone, and of a projection it finds none.
     reads_as_meant: bool
 
     @property
@@ -52,7 +61,7 @@ class LoraFile:
 def read_lora(path: Path) -> LoraFile:
     """Read a `.safetensors` file of either format.
 
-    Raises ValueError: it is damaged, or no LoRA of Stable Diffusion 1.x, 2.x or XL; one line without the path.
+    Raises ValueError: it is damaged, or no LoRA of Stable Diffusion 1.x, 2.x, XL or 3; one line without the path.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -63,20 +72,27 @@ def read_lora(path: Path) -> LoraFile:
         raise ValueError(f"no safetensors file, and a pickle is not read ({error})") from error
     if not tensors:
         raise ValueError("holds no LoRA")
+    check_names(tensors)
     is_kohya = any(name.startswith(("lora_unet_", "lora_te")) for name in tensors)
     for key in tensors if not is_kohya else ():
         place = parse_key(key)
         if place is None or place[0] not in _LAYERS:
-            raise ValueError(f"{key!r} is no LoRA weight of Stable Diffusion's UNet or text encoder")
+            known = "Stable Diffusion's UNet or text encoder, nor of its transformer"
+            raise ValueError(f"{key!r} is no LoRA weight of {known}")
     layers = _read_kohya(tensors) if is_kohya else parse_layers(tensors, metadata)
+    family = find_family(layers) or kohya_family(tensors)
+    if family == FLUX:
+        raise ValueError(f"this is a {FLUX} LoRA, and only those of {_FAMILIES} are read")
     for model, group in layers.items():
         for layer in group:
             if not _LAYERS[model].fullmatch(layer):
-                raise ValueError(f"{layer!r} is no layer of Stable Diffusion 1.x, 2.x or XL ({model})")
+                raise ValueError(f"{layer!r} is no layer of {_FAMILIES} ({model})")
     words = ", ".join(dict.fromkeys(key.removeprefix(EMBEDDING).split(".")[0] for key in embeddings))
     note = f"holds a textual inversion ({words}), which is left out: only the LoRA is read" if embeddings else ""
-    lacks = metadata and any(missing_metadata(metadata, model) for model in layers)
-    family = find_family(layers) or kohya_family(tensors)
+    if metadata:
+        lacks = any(missing_metadata(metadata, model) for model in layers)
+    else:
+        lacks = not layers.keys().isdisjoint(TEXT_ENCODERS) and not any("lora_magnitude" in key for key in tensors)
     return LoraFile(layers, family, is_kohya, note, not (is_kohya or embeddings or lacks))
 
 

@@ -6,15 +6,18 @@ from statistics import mode
 
 import safetensors.torch
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import StableDiffusion3Pipeline, StableDiffusionXLPipeline
 from peft import LoraConfig
 
-from lora_layers import SDXL, LoraLayer
+from lora_layers import SD3, SDXL, TEXT_ENCODERS, LoraLayer
 from loras import LORA_WEIGHTS
 from loras.kohya_names import in_text_model, kohya_names
 from loras.reading import read_lora
 from programs.loading import naming
 from programs.writing import sort_header, whole
+
+
+NO_KOHYA = f"{SD3} has no LoRA in kohya's format: ComfyUI reads diffusers' own file"
 
 
 def save_kohya_lora(lora: Path, path: Path) -> None:
@@ -27,10 +30,12 @@ def save_kohya_lora(lora: Path, path: Path) -> None:
     No common reader treats a DoRA's magnitude as PEFT does: diffusers drops `dora_scale`, ComfyUI divides by the norm
     of the original weight alone, A1111 by that of columns.
 
-    Raises ValueError: `read_lora` cannot read it; one line that begins with its path.
+    Raises ValueError: `read_lora` cannot read it, or it is for Stable Diffusion 3; one line that begins with its path.
     """
     with naming(str(lora)):
         content = read_lora(lora)
+        if content.family == SD3:
+            raise ValueError(NO_KOHYA)
     layers, names = content.layers, kohya_names(content.layers, content.family)
     alpha = mode(layer.alpha for group in layers.values() for layer in group.values())
     state, ranks, widths = {}, set(), set()
@@ -76,8 +81,8 @@ def save_diffusers_lora(lora: Path, folder: Path) -> Path:
 def write_diffusers_lora(folder: Path, models: Mapping[str, tuple[dict[str, torch.Tensor], LoraConfig]]) -> Path:
     """Write a LoRA as diffusers does, the same in each process, into a folder that is made; returns the file.
 
-    `models` are those of "unet", "text_encoder" and "text_encoder_2" with a LoRA: its tensors under PEFT's names, and
-    its configuration.
+    `models` are those of "unet" or "transformer", "text_encoder" and "text_encoder_2" with a LoRA: its tensors under
+    PEFT's names, and its configuration.
     """
     options = {}
     for model, (state, config) in models.items():
@@ -86,8 +91,9 @@ def write_diffusers_lora(folder: Path, models: Mapping[str, tuple[dict[str, torc
         options |= {f"{model}_lora_layers": state, f"{model}_lora_adapter_metadata": metadata}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LORA_WEIGHTS
+    kind = StableDiffusion3Pipeline if "transformer" in models else StableDiffusionXLPipeline
     with whole(path) as file:
-        StableDiffusionXLPipeline.save_lora_weights(file.parent, **options)
+        kind.save_lora_weights(file.parent, **options)
         sort_header(file)
     return path
 
@@ -102,10 +108,10 @@ def _peft_state(model: str, group: Mapping[str, LoraLayer]) -> tuple[dict[str, t
         alpha_pattern={name: layer.alpha for name, layer in group.items() if layer.alpha != alpha},
         target_modules=list(group),
     )
-    # transformers 5 has the layers of a CLIPTextModelWithProjection, and not of a CLIPTextModel, in a `text_model`;
-    # the names above are patterns, and fit both.
+    # transformers 5 has the layers of a CLIPTextModelWithProjection, and not of a CLIPTextModel, in a `text_model`.
+    # diffusers takes that away for the other, and the names above are patterns, which fit both.
     state = {
-        f"{in_text_model(name) if model == 'text_encoder_2' else name}.{key}.weight": tensor.contiguous()
+        f"{in_text_model(name) if model in TEXT_ENCODERS else name}.{key}.weight": tensor.contiguous()
         for name, layer in group.items()
         for key, tensor in (("lora_A", layer.down), ("lora_B", layer.up))
     }

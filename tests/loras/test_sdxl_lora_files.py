@@ -228,7 +228,7 @@ def test_a_layer_under_two_names_is_refused(world, tmp_path):
 def test_a_block_that_no_original_unet_has_is_refused(tmp_path, name):
     path, layer = tmp_path / "x.safetensors", f"lora_unet_{name}"
     save_file({f"{layer}.lora_down.weight": torch.ones(2, 4), f"{layer}.lora_up.weight": torch.ones(4, 2)}, path)
-    with pytest.raises(ValueError, match="is no layer of Stable Diffusion 1.x, 2.x or XL"):
+    with pytest.raises(ValueError, match="is no layer of Stable Diffusion 1.x, 2.x, XL or 3"):
         read_lora(path)
 
 
