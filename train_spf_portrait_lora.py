@@ -153,7 +153,7 @@ def train_stages(
     if resume is None:
         with stop.at_once():
             if method.preservation == "prior":
-                parts = replace(parts, alignment=draw_portraits(flags, inputs, models, accelerator))
+                parts = replace(parts, alignment=draw_portraits(flags, inputs, models, parts.table, accelerator))
             draw_validation(flags, inputs, models, engine)
     else:
         logger.info("Going on from %s", resume.folder)

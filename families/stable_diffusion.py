@@ -65,6 +65,7 @@ class StableDiffusion:
     drawing_options: Mapping[str, Any] = {}
     sliced_vae = False  # whether the VAE takes one picture at a time
     large_embeds = False  # whether the embeddings of all prompts are too many for the device
+    large_text_encoders: tuple[str, ...] = ()  # of those that are no smaller than the denoiser, the names
     objectives: tuple[str, ...] = ("composed", "paper", "both")  # what stage 2 can learn
     has_self_attention = True  # in layers of their own
     has_kohya_names = True  # whether a LoRA for it has names in kohya's format

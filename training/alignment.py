@@ -22,7 +22,7 @@ def prepare_alignment(flags: Flags, inputs: Inputs, parts: Parts, accelerator: A
     """The portraits both paths are aligned on, with their SFCMs where the mode averages over noise samples."""
     models, sources = parts.models, []
     if flags.alignment.alignment_source != "data":
-        sources.append(draw_portraits(flags, inputs, models, accelerator))
+        sources.append(draw_portraits(flags, inputs, models, parts.table, accelerator))
     if flags.alignment.alignment_source != "generated":
         sources.append(parts.training.as_alignment())
     portraits = Portraits(

@@ -5,7 +5,8 @@ Source: [ours].
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,7 @@ class Models:
                 if name not in self._kept:
                     model, last = getattr(self.pipeline, name), hooks[-1] if hooks else None
                     hooks.append(cpu_offload_with_hook(model, self.device, prev_module_hook=last)[1])
-            with decoded_without_autocast(self.pipeline.vae):
+            with decoded_without_autocast(self.pipeline.vae), self._giving_way():
                 yield
         finally:
             alone.remove()
@@ -180,6 +181,26 @@ class Models:
                 hook.remove()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    @contextmanager
+    def _giving_way(self) -> Iterator[None]:
+        """Inside, the denoiser leaves the device while a text encoder that is no smaller works, and is there again
+        afterwards, since a pipeline asks it where to draw.
+        """
+        names = [name for name in self.family.large_text_encoders if name not in self._kept]
+
+        def leave(*_: object) -> None:
+            self.denoiser.to("cpu")
+
+        def come_back(encoder: torch.nn.Module, *_: object) -> None:
+            encoder.to("cpu")
+            self.denoiser.to(self.device)
+
+        with ExitStack() as stack:
+            for encoder in filter(None, map(partial(getattr, self.pipeline), names)):
+                stack.callback(encoder.register_forward_pre_hook(leave).remove)
+                stack.callback(encoder.register_forward_hook(come_back, always_call=True).remove)
+            yield
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
         """What the denoiser predicts, (B, C, H, W), with the adapters that are active."""

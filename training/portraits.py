@@ -5,6 +5,7 @@ Legend: B batch, C channels, H/W latent size, N training portraits, M alignment 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from training.caches import TensorCache, fingerprint, module_fingerprint
 from training.inputs import Inputs
 from training.models import Models
 from training.pixels import whole_picture
+from training.prompt_table import PromptTable
 from training.training_set import Sample, TrainingSet, derive_seed
 
 
@@ -131,34 +133,44 @@ def draw_latents(
     pipeline: DiffusionPipeline, prompts: Sequence[str], *, seeds: Sequence[int], num_inference_steps: int,
     guidance_scale: float, height: int, width: int, batch_size: int,
     advance: Callable[[int], object] = lambda count: None,
+    encoded: Callable[[slice], Mapping[str, torch.Tensor]] | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Draw one portrait per prompt, `batch_size` at once, by the adapters that are active, and keep its latents.
 
     Args:
+        encoded: the pipeline's arguments in place of some of the prompts, where they are encoded already.
         seeds: of each portrait's noise, drawn on the CPU, so that neither the batch size nor the device changes it.
         height, width: in pixels.
         advance: told how many were drawn, each time some are.
 
     Returns: (len(prompts), C, H, W) float32 on the CPU, scaled as the denoiser takes them, without gradient.
     """
-    scale, denoiser, latents = pipeline.vae_scale_factor, pipeline.unet, []
+    scale, latents = pipeline.vae_scale_factor, []
+    denoiser = getattr(pipeline, "transformer", None) or pipeline.unet
     shape = (denoiser.config.in_channels, height // scale, width // scale)
     for start in range(0, len(prompts), batch_size):
-        chunk = list(prompts[start : start + batch_size])
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + batch_size]]
+        rows = slice(start, start + batch_size)
+        asked = {"prompt": list(prompts[rows])} if encoded is None else encoded(rows)
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[rows]]
         # In half precision some versions of torch draw other and much coarser noise.
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
         output = pipeline(
-            chunk, height=height, width=width, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
-            latents=noise.to(denoiser.device, denoiser.dtype), generator=generators, output_type="latent",
+            **asked, height=height, width=width, num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale, latents=noise.to(denoiser.device, denoiser.dtype), generator=generators,
+            output_type="latent",
         )  # fmt: skip
         latents.append(output.images.float().cpu())
-        advance(len(chunk))
+        advance(len(generators))
     return torch.cat(latents)
 
 
-def draw_portraits(flags: Flags, inputs: Inputs, models: Models, accelerator: Accelerator) -> Portraits:
-    """Portraits of the original model from base prompts, shared between the processes, each from a seed of its own."""
+def draw_portraits(
+    flags: Flags, inputs: Inputs, models: Models, table: PromptTable, accelerator: Accelerator
+) -> Portraits:
+    """Portraits of the original model from base prompts, shared between the processes, each from a seed of its own.
+
+    The prompts' embeddings are the table's where text encoders are too large to come and go for each batch.
+    """
     first, processes = len(inputs.rows), accelerator.num_processes
     pairs, buckets, own_flags = inputs.pairs[first:], inputs.buckets[first:], flags.alignment
     # The places of those of one size, and how many of them a process draws: each as many, the last ones perhaps some
@@ -174,12 +186,14 @@ def draw_portraits(flags: Flags, inputs: Inputs, models: Models, accelerator: Ac
             start = accelerator.process_index * share
             own = [group[min(i, len(group) - 1)] for i in range(start, start + share)]
             height, width = inputs.sizes[buckets[group[0]]]
+            rows = torch.tensor(own) + first
             drawn = draw_latents(
                 models.pipeline, [pairs[i].base_prompt for i in own],
                 seeds=[derive_seed(flags.loop.seed, f"alignment portrait {i}") for i in own],
                 num_inference_steps=own_flags.alignment_inference_steps,
                 guidance_scale=own_flags.alignment_guidance_scale, height=height, width=width,
                 batch_size=2 * flags.loop.train_batch_size, advance=bar.update,
+                encoded=partial(table.drawn, rows) if models.family.large_embeds else None,
             )  # fmt: skip
             latents += accelerator.gather(drawn.to(models.device))[: len(group)]
     time_ids = torch.tensor([whole_picture(inputs.sizes[bucket]) for bucket in buckets], device=models.device)

@@ -66,6 +66,17 @@ class PromptTable:
         """The response prompts of such rows."""
         return self._embeds(self.response_rows[rows]).of(time_ids)
 
+    def drawn(self, pairs: torch.Tensor, rows: slice) -> dict[str, torch.Tensor]:
+        """The arguments of a pipeline that draws the base prompts of some of the pairs (B,), with the empty prompt as
+        the negative one.
+        """
+        chosen, count = pairs[rows], len(self.reference_rows) // 3
+        embeds, empty = (self._embeds(self.reference_rows[kind * count + chosen]) for kind in (BASE, EMPTY))
+        asked = {"prompt_embeds": embeds.states, "negative_prompt_embeds": empty.states}
+        if embeds.pooled is not None:
+            asked |= {"pooled_prompt_embeds": embeds.pooled, "negative_pooled_prompt_embeds": empty.pooled}
+        return asked
+
     @torch.no_grad()
     def _embeds(self, prompts: torch.Tensor) -> PromptEmbeds:
         device = self.prompt_ids.device

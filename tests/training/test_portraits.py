@@ -34,7 +34,7 @@ def process(index: int = 0, count: int = 1, shares: list | None = None) -> Simpl
 
 def draw_share(run: SimpleNamespace, accelerator: SimpleNamespace) -> Portraits:
     """What one process makes of a run's alignment portraits."""
-    return draw_portraits(run.flags, run.inputs, run.parts.models, accelerator)
+    return draw_portraits(run.flags, run.inputs, run.parts.models, run.parts.table, accelerator)
 
 
 @pytest.mark.parametrize("source, counts", [("generated", (3, 0)), ("data", (0, 6)), ("both", (3, 6))])
