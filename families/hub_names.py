@@ -16,3 +16,11 @@ STABLE_DIFFUSION_XL = HubNames(
     tags=("text-to-image", "stable-diffusion-xl", "stable-diffusion-xl-diffusers", *_TAGS),
     licence="openrail++",
 )
+STABLE_DIFFUSION_3 = HubNames(
+    pipeline="StableDiffusion3Pipeline",
+    pipeline_file="pipeline_spf_portrait_3.py",
+    tags=("text-to-image", "sd3", "sd3-diffusers", *_TAGS),
+    dtype="bfloat16",  # what its publisher draws 3.5 in
+    licence="stabilityai-ai-community",
+    licence_link="https://huggingface.co/stabilityai/stable-diffusion-3.5-medium/blob/main/LICENSE.md",
+)

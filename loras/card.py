@@ -31,6 +31,8 @@ class HubNames:
     pipeline_file: str  # of the custom pipeline, in this repository
     tags: tuple[str, ...]
     licence: str  # of the published base model, as the Hub spells it; that of a LoRA where its user names none
+    dtype: str = "float16"  # of torch, that the examples load it in
+    licence_link: str = ""  # where the text of a licence is that the Hub has no word for
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,11 @@ def write_model_card(folder: Path, facts: CardFacts, names: HubNames, file: Sing
     if config and Path(config).is_dir():
         config = f"path/to/{Path(config).resolve().name}"
     targets, is_on_hub = list(dict.fromkeys(facts.targets)), is_hub_id(facts.base_model)
+    licence = {"license": facts.licence}
+    if names.licence_link and facts.licence == names.licence:
+        licence = {"license": "other", "license_name": names.licence, "license_link": names.licence_link}
     data = ModelCardData(
-        base_model=facts.base_model if is_on_hub else None, license=facts.licence, inference=True,
+        base_model=facts.base_model if is_on_hub else None, **licence, inference=True,
         instance_prompt=", ".join(targets),
         widget=[{"text": facts.example_prompt, "output": {"url": picture}} for picture in facts.pictures] or None,
     )  # fmt: skip
@@ -103,6 +108,7 @@ def write_model_card(folder: Path, facts: CardFacts, names: HubNames, file: Sing
         settings=[(_cell(f"--{name}"), _cell(value)) for name, value in facts.settings.items() if value is not None],
         weights=LORA_WEIGHTS,
         kohya=Path(KOHYA_WEIGHTS).stem,
+        licence_link=licence.get("license_link"),
         inline=_inline,
         quote=quote,
         repr=repr,
