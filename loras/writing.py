@@ -12,12 +12,23 @@ from peft import LoraConfig
 from lora_layers import SD3, SDXL, TEXT_ENCODERS, LoraLayer
 from loras import LORA_WEIGHTS
 from loras.kohya_names import in_text_model, kohya_names
-from loras.reading import read_lora
+from loras.reading import LoraFile, read_lora
 from programs.loading import naming
 from programs.writing import sort_header, whole
 
 
-NO_KOHYA = f"{SD3} has no LoRA in kohya's format: ComfyUI reads diffusers' own file"
+def check_kohya(lora: LoraFile) -> None:
+    """Refuse a LoRA that nothing reads in kohya's format.
+
+    ComfyUI reads one of Stable Diffusion 3 in diffusers' format, but takes the rank for each alpha.
+
+    Raises ValueError: it is one; a line that says what to do.
+    """
+    if lora.family == SD3:
+        strengths = {layer.alpha / layer.rank for group in lora.layers.values() for layer in group.values()}
+        own = ", at strength {:g}".format(*strengths) if len(strengths) == 1 else ", with alphas that are its ranks"
+        own = "" if strengths == {1.0} else own
+        raise ValueError(f"{SD3} has no LoRA in kohya's format: ComfyUI reads diffusers' own file{own}")
 
 
 def save_kohya_lora(lora: Path, path: Path) -> None:
@@ -34,8 +45,7 @@ def save_kohya_lora(lora: Path, path: Path) -> None:
     """
     with naming(str(lora)):
         content = read_lora(lora)
-        if content.family == SD3:
-            raise ValueError(NO_KOHYA)
+        check_kohya(content)
     layers, names = content.layers, kohya_names(content.layers, content.family)
     alpha = mode(layer.alpha for group in layers.values() for layer in group.values())
     state, ranks, widths = {}, set(), set()

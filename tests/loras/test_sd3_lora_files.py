@@ -453,7 +453,13 @@ def test_what_is_damaged_is_one_line_with_file_and_layer(world, tmp_path):
 
 
 def test_there_is_no_form_of_kohyas(world, tmp_path):
-    said = f"{world.lora}: Stable Diffusion 3 has no LoRA in kohya's format: ComfyUI reads diffusers' own file"
-    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
-        save_kohya_lora(world.lora, tmp_path / "x.safetensors")
-    assert not list(tmp_path.iterdir())
+    """ComfyUI knows no metadata of it: what is no rank there is a strength."""
+    for number, (changes, end) in enumerate((
+        ({"lora_alpha": 2}, ""), ({}, ", at strength 0.5"),
+        ({"alpha_pattern": {"to_q": 2}}, ", with alphas that are its ranks"),
+    )):  # fmt: skip
+        lora = save_sd3_lora(world.sd3, tmp_path / str(number), {"transformer": changes}, models=("transformer",))
+        said = f"{lora}: Stable Diffusion 3 has no LoRA in kohya's format: ComfyUI reads diffusers' own file{end}"
+        with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+            save_kohya_lora(lora, tmp_path / "x.safetensors")
+    assert not (tmp_path / "x.safetensors").exists()
