@@ -20,7 +20,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--lora", action="append", required=True, help=about + "the Hub; several are given by repeating the flag.")
     about = "Strength of each --lora, in their order; 1 for all if not given."
     add("--scale", type=float, action="append", help=about)
-    about = "Stable Diffusion 1.x, 2.x or XL to fuse with: a folder, a Hub id, or one .safetensors file."
+    about = "Stable Diffusion 1.x, 2.x, XL or 3 to fuse with: a folder, a Hub id, or, not of 3, one .safetensors file."
     add("--base_model", type=in_home, help=about)
     add("--base_config", type=in_home, help=BASE_CONFIG)
     about = "Base model with the LoRAs fused into it: a folder, or one .safetensors file (ComfyUI, A1111)."
@@ -57,11 +57,12 @@ import torch
 from safetensors.torch import save_file
 
 from families.find import find_base
+from lora_layers import TEXT_ENCODERS
 from loras import LORA_WEIGHTS
 from loras.finding import find_lora
 from loras.loading import merge_loras
 from loras.reading import read_lora
-from loras.writing import save_diffusers_lora, save_kohya_lora
+from loras.writing import check_kohya, save_diffusers_lora, save_kohya_lora
 from programs.loading import InputError, cast_models, load_pipeline, naming
 from programs.original_layout import file_metadata, one_file
 from programs.writing import sort_header, whole
@@ -104,6 +105,8 @@ def convert(args: argparse.Namespace) -> Path:
         raise InputError(f"--{flag}: {path} is in {wanted} format already")
     if args.output_diffusers:
         return save_diffusers_lora(path, args.output_diffusers)
+    with naming(f"--output_kohya: {path}"):
+        check_kohya(lora)
     if lora.is_dora:
         _warn(
             f"{path} is a DoRA; what reads kohya's format applies its magnitude in another way than it was trained, "
@@ -120,10 +123,15 @@ def _warn(message: str) -> None:
 
 def merge(args: argparse.Namespace) -> Path:
     """Write the base model with the LoRAs fused into its weights, which are summed in float32, and return where."""
-    base = find_base(args.base_model, "base_model", base_config=args.base_config)
-    pipeline = load_pipeline(base.family.stock_class, args.base_model, torch.float32, file=base.file)
+    base, dtype = find_base(args.base_model, "base_model", base_config=args.base_config), getattr(torch, args.dtype)
+    if base.family.denoiser != "unet" and args.output_merged.suffix == ".safetensors":
+        raise InputError(f"--output_merged {args.output_merged}: a model with a transformer is written into a folder")
+    # T5, the largest of all, is as it is to be written: no LoRA is on it.
+    others = {name: dtype for name in base.family.text_encoders if name not in TEXT_ENCODERS}
+    loaded = {"default": torch.float32, **others} if others else torch.float32
+    pipeline = load_pipeline(base.family.stock_class, args.base_model, loaded, file=base.file)
     merge_loras(pipeline, args.lora, args.scale or [1.0] * len(args.lora))
-    cast_models(pipeline, getattr(torch, args.dtype))
+    cast_models(pipeline, dtype)
     with whole(args.output_merged) as place:
         if args.output_merged.suffix == ".safetensors":
             save_file(one_file(pipeline), place, file_metadata(pipeline))

@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    DiffusionPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
@@ -18,7 +23,7 @@ from programs.console import without_warning
 from programs.single_file import SingleFile
 
 
-Pipeline = TypeVar("Pipeline", bound=StableDiffusionPipeline | StableDiffusionXLPipeline)
+Pipeline = TypeVar("Pipeline", bound=StableDiffusionPipeline | StableDiffusionXLPipeline | StableDiffusion3Pipeline)
 # How a model that is one file ends, as other programs keep it.
 _SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
@@ -79,14 +84,15 @@ def check_model_name(name: str, kind: str | None = None) -> None:
 
 
 def load_pipeline(
-    kind: type[Pipeline], name: str, dtype: torch.dtype, flag: str = "base_model", *, file: SingleFile | None = None,
-    **options: Any,
+    kind: type[Pipeline], name: str, dtype: torch.dtype | dict[str, torch.dtype], flag: str = "base_model", *,
+    file: SingleFile | None = None, **options: Any,
 ) -> Pipeline:  # fmt: skip
     """A pipeline of this class, on the CPU, from the folder, id or file that a flag names and `find_base` looked at.
 
     A pickle is not read.
 
     Args:
+        dtype: of all models, or by component, with those of all others under "default".
         file: what was found of it, if it is one file.
         options: further arguments of `from_pretrained` or `from_single_file`: other components, None for none.
 
@@ -102,7 +108,9 @@ def load_pipeline(
             raise ValueError(f"{error}{pickles if '.safetensors' in str(error) else ''}") from error
 
 
-def _load_single_file(kind: type[Pipeline], file: SingleFile, dtype: torch.dtype, options: dict[str, Any]) -> Pipeline:
+def _load_single_file(
+    kind: type[Pipeline], file: SingleFile, dtype: torch.dtype | dict[str, torch.dtype], options: dict[str, Any]
+) -> Pipeline:
     for part in file.layout.text_encoders:
         load_tokenizer(file.folder, subfolder=part.replace("text_encoder", "tokenizer"))
     if file.scheduler:
