@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from diffusers import (
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
 from programs.console import without_warning
 from programs.single_file import SingleFile
@@ -47,10 +47,12 @@ def naming(subject: str) -> Iterator[None]:
         raise InputError(f"{subject}: {' '.join(str(error).split())}") from error
 
 
-def load_tokenizer(name: str, **kwargs: str | None) -> CLIPTokenizer:
-    """A CLIP tokenizer; a ValueError where its files are missing and transformers makes up an empty one."""
-    tokenizer = CLIPTokenizer.from_pretrained(name, **kwargs)
-    if len(tokenizer) < 256:
+def load_tokenizer(
+    name: str, kind: type[PreTrainedTokenizerBase] = CLIPTokenizer, **kwargs: str | None
+) -> PreTrainedTokenizerBase:
+    """A tokenizer; a ValueError where its files are missing and transformers makes up one without words."""
+    tokenizer = kind.from_pretrained(name, **kwargs)
+    if len(tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)) < 26:
         raise ValueError(f"a tokenizer of {len(tokenizer)} tokens, so its files are missing")
     return tokenizer
 
@@ -102,10 +104,20 @@ def load_pipeline(
         if file is not None:
             return _load_single_file(kind, file, dtype, options)
         try:
+            options = _left_out(kind, name, options) | options
             return kind.from_pretrained(name, dtype=dtype, use_safetensors=True, **options)
         except OSError as error:
             pickles = " (pickles, such as .bin, are not read: save the model in safetensors)"
             raise ValueError(f"{error}{pickles if '.safetensors' in str(error) else ''}") from error
+
+
+def _left_out(kind: type[Pipeline], name: str, options: Mapping[str, Any]) -> dict[str, None]:
+    """What a Stable Diffusion 3 that was saved without T5 has none of; its class takes that for missing files, unless
+    it is told so.
+    """
+    where = {key: options[key] for key in ("revision", "cache_dir", "token") if key in options}
+    index = kind.load_config(name, **where)
+    return {part: None for part in ("text_encoder_3", "tokenizer_3") if index.get(part) == [None, None]}
 
 
 def _load_single_file(
