@@ -65,8 +65,9 @@ CALL_DOC = """\
             sfcm_guidance_start (`float`, *optional*):
                 The noise level above which the original model draws the base prompt alone, without the LoRA and the
                 target, so that it decides layout and light. A ratio of deviations, noise over signal, `sqrt((1 -
-                alpha_bar) / alpha_bar)`, which means the same at every schedule: in Stable Diffusion's own 14.6 at
-                timestep 999, 5.1 at 800, 3.3 at 700 and 1.6 at 500. `None` has the LoRA at all steps. It needs
+                alpha_bar) / alpha_bar)` or, of flow matching, `sigma / (1 - sigma)`, which means the same at every
+                schedule: in Stable Diffusion's own 14.6 at timestep 999, 5.1 at 800, 3.3 at 700 and 1.6 at 500; in
+                Stable Diffusion 3 4.0 at 800, 2.3 at 700 and 1.0 at 500. `None` has the LoRA at all steps. It needs
                 neither `sfcm_guidance` nor more rows. Maps, and that of `sfcm_guidance`, count the steps above it
                 with what the LoRA would change there.
             adapter_in_unconditional (`bool`, defaults to `True`):
@@ -83,7 +84,7 @@ CALL_DOC = """\
         Raises:
             `ValueError`: before the first step, for arguments that do not go together and for prompts that
             `prompts.py` rejects, such as a target that is cut off; for `sfcm_guidance_start` with a scheduler whose
-            timesteps are no places in a table of noise, as those of flow matching and EDM.
+            timesteps do not tell the noise, as those of EDM and, but in Stable Diffusion 3, of flow matching.
 
         Source: [paper] the two paths and the map; [ours] drawing them in one batch, and guidance with the map.
 """

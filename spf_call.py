@@ -324,15 +324,20 @@ def check_family(denoiser: torch.nn.Module | None, own: str) -> None:
     """Raise a ValueError, which names the right file, if a denoiser is not that of the file `own`'s family; a pipeline
     that only encodes prompts may have none.
     """
-    if denoiser is not None and (found := _file_of(denoiser.config)) != own:
-        kind = "transformer" if found == THIRD else "UNet"
-        raise ValueError(f"The {kind} is of {FAMILIES[found]}: use {found} instead of {own}.")
+    if denoiser is None or (found := _file_of(denoiser.config)) == own:
+        return
+    if found is None:
+        raise ValueError(f"A {type(spf_lora.uncompiled(denoiser)).__name__} is no model of {FAMILIES[own]}.")
+    kind = "transformer" if found == THIRD else "UNet"
+    raise ValueError(f"The {kind} is of {FAMILIES[found]}: use {found} instead of {own}.")
 
 
-def _file_of(config: Mapping[str, Any]) -> str:
-    """The file of the pipeline that a denoiser with this configuration is for."""
+def _file_of(config: Mapping[str, Any]) -> str | None:
+    """The file of the pipeline that a denoiser with this configuration is for; None if there is none."""
     if "caption_projection_dim" in config and "pos_embed_max_size" in config:
         return THIRD
+    if "cross_attention_dim" not in config:
+        return None
     # Only Stable Diffusion XL's UNet is told pooled embeddings and sizes.
     return XL if config.get("addition_embed_type") == "text_time" else FIRST
 

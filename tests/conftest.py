@@ -80,6 +80,30 @@ def bare_xl_world(tokenizer):
     return XLWorld(tokenizer, lora=False)
 
 
+@pytest.fixture
+def own_sd3_world():
+    """The same of Stable Diffusion 3, see `sd3_world.py`."""
+    from sd3_world import SD3World
+
+    return SD3World()
+
+
+@pytest.fixture(scope="session")
+def sd3_world():
+    """The same, shared: no test may change it."""
+    from sd3_world import SD3World
+
+    return SD3World()
+
+
+@pytest.fixture(scope="session")
+def bare_sd3_world():
+    """The same without a LoRA and without T5, shared: no test may change it."""
+    from sd3_world import SD3World
+
+    return SD3World(with_t5=False, lora=False)
+
+
 @pytest.fixture(scope="session")
 def toy_xl_folder(tmp_path_factory):
     from toy_bases import write_toy_xl

@@ -1,6 +1,7 @@
 """Tiny pipelines of random components of the real classes: ours, the stock one, and the original model's."""
 
 import copy
+import math
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from transformers import (
 
 from pipeline_spf_portrait import SPFPortraitPipeline
 from pipeline_spf_portrait_xl import SPFPortraitXLPipeline
+from prompts import tokenize_prompt_pair
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,17 +113,19 @@ def lora_config(modules=ATTENTION, **kwargs):
 
 
 class World:
-    """Ours and the stock pipeline on the same weights, with the LoRA in the UNet, and the stock one without it."""
+    """Ours and the stock pipeline on the same weights, with the LoRA in the denoiser, and the stock one without it."""
 
     classes = SPFPortraitPipeline, StableDiffusionPipeline
     make_components = staticmethod(make_components)
+    denoiser, attention = "unet", ATTENTION  # a component's name, and which of its layers the LoRA is in
+    steps = 2  # of a run that is looked at step by step
 
-    def __init__(self, tokenizer, lora=True, **unet_arguments):
-        components = self.make_components(tokenizer, **unet_arguments)
-        adapted = {**components, "unet": copy.deepcopy(components["unet"])}
+    def __init__(self, tokenizer, lora=True, **arguments):
+        components = self.make_components(tokenizer, **arguments)
+        adapted = {**components, self.denoiser: copy.deepcopy(components[self.denoiser])}
         if lora:
             torch.manual_seed(1)
-            adapted["unet"].add_adapter(lora_config(), "style")
+            adapted[self.denoiser].add_adapter(lora_config(self.attention), "style")
         self.ours, self.stock = (kind(**adapted) for kind in self.classes)
         self.original = self.classes[1](**components)
         for pipeline in (self.ours, self.stock, self.original):
@@ -131,6 +135,22 @@ class World:
         for pipeline in (self.ours, self.stock, self.original):
             pipeline.scheduler = copy.deepcopy(scheduler)
 
+    def predict(self, pipeline, text, latents, timestep, size=None):
+        """What a pipeline's denoiser predicts for a prompt, alone."""
+        return pipeline.unet(latents, timestep, **self.conditions(pipeline, text, size)).sample
+
+    def locate(self, pair):
+        """Where a pair's phrases stand in the text that the denoiser is told, and the length of that."""
+        return tokenize_prompt_pair(pair, self.ours.tokenizer), 77
+
+    def noise_ratio(self, timestep):
+        """Deviations of noise over signal."""
+        signal = float(self.ours.scheduler.alphas_cumprod[round(float(timestep))])
+        return math.sqrt((1 - signal) / signal)
+
+    def scale(self, timestep):
+        """What makes a difference of predictions one of predicted noise."""
+        return 1.0
 
     @staticmethod
     def conditions(pipeline, text, size=None):
@@ -150,7 +170,8 @@ class XLWorld(World):
     make_components = staticmethod(make_xl_components)
 
     @staticmethod
-    def conditions(pipeline, text, size=(16, 16)):
+    def conditions(pipeline, text, size=None):
+        size = size or (16, 16)
         states, _, pooled, _ = pipeline.encode_prompt(text, None, "cpu", 1, False)
         added = {"text_embeds": pooled, "time_ids": torch.tensor([[*size, 0.0, 0.0, *size]])}
         return {"encoder_hidden_states": states, "added_cond_kwargs": added}
@@ -161,7 +182,12 @@ class XLWorld(World):
         return pipeline.text_encoder_2(ids).text_embeds
 
 
+def denoiser_of(pipeline):
+    return pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
+
+
 def text_encoder_names(pipeline):
+    """Those that a LoRA can be in."""
     return [name for name in ("text_encoder", "text_encoder_2") if hasattr(pipeline, name)]
 
 
@@ -224,11 +250,13 @@ def state(pipeline):
     """All that a call may not leave behind: processors, hooks, the adapters' state and what is trainable."""
     names = text_encoder_names(pipeline)
     if len(names) > 1:
-        pipeline.encode_prompt("", device="cpu")  # from the first time on transformers keeps hooks of its own there
-    models = [pipeline.unet, *(getattr(pipeline, name) for name in names)]
+        texts = [""] * (3 if hasattr(pipeline, "text_encoder_3") else 1)
+        # From the first time on transformers keeps hooks of its own there.
+        pipeline.encode_prompt(*texts, device="cpu")
+    models = [denoiser_of(pipeline), *(getattr(pipeline, name) for name in names)]
     modules = [module for model in models for module in model.modules()]
     return (
-        {name: id(processor) for name, processor in pipeline.unet.attn_processors.items()},
+        {name: id(processor) for name, processor in models[0].attn_processors.items()},
         [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in modules],
         [(m.active_adapters, m.disable_adapters, dict(m.scaling)) for m in modules if isinstance(m, BaseTunerLayer)],
         [parameter.requires_grad for model in models for parameter in model.parameters()],
@@ -237,8 +265,11 @@ def state(pipeline):
 
 def lora_file(world, folder, change=None, **kwargs):
     """The world's LoRA as a file, its layers changed."""
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(world.ours.unet, adapter_name="style"))
+    layers = get_peft_model_state_dict(denoiser_of(world.ours), adapter_name="style")
+    if world.denoiser == "unet":  # a transformer's layers keep PEFT's names
+        layers = convert_state_dict_to_diffusers(layers)
     layers = change(layers) if change else layers
-    config = {"r": 2, "lora_alpha": 8, "target_modules": ATTENTION}
-    world.stock.save_lora_weights(folder, layers, unet_lora_adapter_metadata=config, **kwargs)
+    config = {"r": 2, "lora_alpha": 8, "target_modules": world.attention}
+    metadata = {f"{world.denoiser}_lora_adapter_metadata": config}
+    world.stock.save_lora_weights(folder, layers, **metadata, **kwargs)
     return folder

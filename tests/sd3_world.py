@@ -1,4 +1,4 @@
-"""A tiny Stable Diffusion 3 of random components of the real classes, and a random LoRA for it."""
+"""A tiny Stable Diffusion 3 of random components of the real classes, a random LoRA for it, and pipelines of them."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from pipeline_world import World, lora_config
 from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
@@ -14,6 +15,9 @@ from transformers import (
     T5EncoderModel,
     T5Tokenizer,
 )
+
+from pipeline_spf_portrait_3 import SPFPortrait3Pipeline
+from prompts import locate_in_two_parts
 
 
 TOKENIZERS = Path(__file__).resolve().parents[1] / "toy_portraits" / "base_model_xl"
@@ -73,17 +77,19 @@ def make_sd3_components(with_t5: bool = True, **config) -> dict:
     return components | {"scheduler": FlowMatchEulerDiscreteScheduler(shift=2.0)}
 
 
-def lora_config(modules=JOINT_ATTENTION, **kwargs) -> LoraConfig:
-    return LoraConfig(r=2, lora_alpha=8, target_modules=modules, init_lora_weights=False, **kwargs)
+def joint_lora(**kwargs) -> LoraConfig:
+    return lora_config(JOINT_ATTENTION, **kwargs)
 
 
 def write_sd3(folder: Path, with_t5: bool = True, **config) -> Path:
-    """Write the whole pipeline as a folder."""
+    """Write the whole pipeline as a folder; without T5, diffusers loads it where that is said once more:
+    `from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)`.
+    """
     StableDiffusion3Pipeline(**make_sd3_components(with_t5, **config)).save_pretrained(folder)
     return folder
 
 
-def write_sd3_lora(folder: Path, seed: int = 0, modules=JOINT_ATTENTION, **config) -> Path:
+def write_sd3_lora(folder: Path, seed: int = 0, modules: str = JOINT_ATTENTION, **config) -> Path:
     """Write a random LoRA for that transformer, strong enough to be seen, in diffusers' format."""
     transformer = make_transformer(**config)
     torch.manual_seed(seed)
@@ -94,3 +100,43 @@ def write_sd3_lora(folder: Path, seed: int = 0, modules=JOINT_ATTENTION, **confi
         transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
     )
     return folder
+
+
+class SD3World(World):
+    """Ours and the stock pipeline with the LoRA in the transformer, and the stock one without it."""
+
+    classes = SPFPortrait3Pipeline, StableDiffusion3Pipeline
+    denoiser, attention = "transformer", JOINT_ATTENTION
+    steps = 5  # the last of them is short
+
+    def __init__(self, with_t5=True, lora=True, **config):
+        super().__init__(None, lora, with_t5=with_t5, **config)
+
+    @staticmethod
+    def make_components(tokenizer, **arguments):
+        return make_sd3_components(**arguments)
+
+    @staticmethod
+    def conditions(pipeline, text, size=None):
+        states, _, pooled, _ = pipeline.encode_prompt(text, None, None, "cpu", 1, False)
+        return {"encoder_hidden_states": states, "pooled_projections": pooled}
+
+    def predict(self, pipeline, text, latents, timestep, size=None):
+        rows = {"hidden_states": latents, "timestep": timestep.expand(len(latents))}
+        return pipeline.transformer(**rows, **self.conditions(pipeline, text)).sample
+
+    def locate(self, pair):
+        tokenizers = [self.ours.tokenizer, self.ours.tokenizer_2]
+        return locate_in_two_parts(pair, tokenizers, self.ours.tokenizer_3, 256), 32 + 256
+
+    def noise_ratio(self, timestep):
+        sigma = float(timestep) / 1000
+        return sigma / max(1 - sigma, 2**-12)
+
+    def scale(self, timestep):
+        return max(1 - float(timestep) / 1000, 2**-12)
+
+    @staticmethod
+    def clip_embeds(pipeline, texts):
+        ids = pipeline.tokenizer_2(texts, padding="max_length", return_tensors="pt").input_ids
+        return pipeline.text_encoder_2(ids).text_embeds

@@ -17,7 +17,7 @@ FLOORS = (
     {"spf_arguments", "spf_observer"},
     {"spf_lora"},
     {"spf_call"},
-    {"loras", "pipeline_spf_portrait", "pipeline_spf_portrait_xl"},
+    {"loras", "pipeline_spf_portrait", "pipeline_spf_portrait_xl", "pipeline_spf_portrait_3"},
     {"families"},
     {"training", "evaluation"},
     {"train_spf_portrait_lora", "evaluate_spf_portrait", "draw_spf_portrait", "app", "export_spf_portrait_lora",

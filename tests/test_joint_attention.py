@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
 from diffusers.models.attention_processor import JointAttnProcessor2_0, PAGJointAttnProcessor2_0
-from sd3_world import T5_WIDTH, lora_config, make_transformer
+from sd3_world import T5_WIDTH, joint_lora, make_transformer
 from tiny_unet import hook_count, make_unet
 from torch import nn
 
@@ -46,7 +46,7 @@ def transformer():
 @pytest.fixture
 def adapted(transformer):
     torch.manual_seed(1)
-    transformer.add_adapter(lora_config(), "style")
+    transformer.add_adapter(joint_lora(), "style")
     return transformer
 
 
@@ -77,7 +77,7 @@ def test_it_is_the_joint_softmax_renormalised_over_the_text(norm, size):
     """With a LoRA on both projections, in every layer; the last one has no text of its own to give on."""
     own, (height, width) = make_transformer(qk_norm=norm), size
     torch.manual_seed(1)
-    own.add_adapter(lora_config())
+    own.add_adapter(joint_lora())
     capture = JointAttentionCapture(own)
     with torch.no_grad(), capture.store(capture.layers) as store, store.record():
         predict(own, **told(size))
@@ -121,7 +121,7 @@ def test_capture_changes_no_output(adapted, gradient):
     """To the bit, and the dropout of a LoRA in training draws what it draws without."""
     adapted.train()
     torch.manual_seed(1)
-    adapted.add_adapter(lora_config(lora_dropout=0.5), "dropping")
+    adapted.add_adapter(joint_lora(lora_dropout=0.5), "dropping")
     adapted.set_adapter("dropping")
 
     def draw(**kwargs):

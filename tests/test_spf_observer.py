@@ -26,11 +26,12 @@ from pipeline_world import (
     add_text_encoder_lora,
     assert_close,
     assert_equal,
+    denoiser_of,
     draw,
     state,
 )
 
-from attention_processors import capture_cross_attention, phrase_map_resolution
+from attention_processors import phrase_map_resolution
 from prompts import make_prompt_pair, phrase_mask, tokenize_prompt_pair
 from region_guidance import guidance_map, noise_difference
 from sfcm import SFCM_MODES, free_regions, phrase_attention_maps
@@ -59,10 +60,10 @@ def test_every_row_of_the_batch_has_its_owner(layout, batch, response, original)
     assert layout.of_the_original(batch, closed=True) == own.tolist()
 
 
-def seen(unet, *inputs, **conditions):
-    """What a UNet predicts, and its cross-attention at the maps' resolution."""
-    with torch.no_grad(), capture_cross_attention(unet) as store, store.record():
-        prediction = unet(*inputs, **conditions).sample
+def seen(world, pipeline, *inputs):
+    """What a pipeline's denoiser predicts of a prompt, and its attention to the text at the maps' resolution."""
+    with torch.no_grad(), type(world.ours)._capture(denoiser_of(pipeline)) as store, store.record():
+        prediction = world.predict(pipeline, *inputs)
     features = store.pop()
     resolution = phrase_map_resolution(features.resolutions)
     layers = features.at_resolution(resolution).attention_probs.values()
@@ -72,20 +73,17 @@ def seen(unet, *inputs, **conditions):
 def expected_maps(world, prompt, latents_of_steps, mode):
     """The maps of one prompt and image, computed step by step with separate UNet calls."""
     pair = make_prompt_pair(prompt, TARGET)
-    tokens = tokenize_prompt_pair(pair, world.ours.tokenizer)
-    weights = torch.tensor([phrase_mask(tokens.phrase_positions, 77)])
-
-    def told(pipeline, text):
-        return world.conditions(pipeline, text, (24, 16))
-
+    tokens, length = world.locate(pair)
+    weights = torch.tensor([phrase_mask(tokens.phrase_positions, length)])
     differences, probs = [], []
     with torch.no_grad():
         for latents, timestep in zip(latents_of_steps, world.ours.scheduler.timesteps, strict=True):
-            response = world.ours.unet(latents, timestep, **told(world.ours, pair.full_prompt)).sample
-            start, attention, resolution = seen(world.original.unet, latents, timestep, **told(world.original, prompt))
-            words = world.ours.unet(latents, timestep, **told(world.ours, prompt)).sample
+            response = world.predict(world.ours, pair.full_prompt, latents, timestep, (24, 16))
+            start, attention, resolution = seen(world, world.original, prompt, latents, timestep, (24, 16))
+            words = world.predict(world.ours, prompt, latents, timestep, (24, 16))
             starts = {"averaged_target": [words], "averaged_both": [start, words]}.get(mode, [start])
-            differences.append(torch.cat([noise_difference(response, own) for own in starts], 1))
+            scale = world.scale(timestep)
+            differences.append(torch.cat([noise_difference(response, own, scale) for own in starts], 1))
             probs.append(attention)
         embeds = world.clip_embeds(world.original, [*pair.base_phrases, TARGET])
     difference = torch.stack(differences).mean(0)
@@ -103,7 +101,7 @@ def check_sfcm(world, sfcm_mode, compare, guidance_scale, **others):
         return {}
 
     arguments = {"height": 24, "width": 16, "guidance_scale": guidance_scale, "negative_prompt": "bad"}
-    arguments |= {"num_inference_steps": 2, **others}
+    arguments |= {"num_inference_steps": world.steps, **others}
     plain = draw(world.ours, BASE, target_prompt=TARGET, callback_on_step_end=remember, **arguments)
     before = state(world.ours)
     arguments.update(target_prompt=TARGET, return_sfcm=True, compare=compare, sfcm_mode=sfcm_mode)
@@ -210,8 +208,7 @@ def test_targets_have_maps_of_the_portraits_own_attention(world):
     tokens = tokenize_prompt_pair(pair, world.ours.tokenizer)
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     world.ours.scheduler.set_timesteps(1)
-    embeds = world.ours.encode_prompt(pair.full_prompt, "cpu", 1, False)[0]
-    _, probs, resolution = seen(world.ours.unet, latents, world.ours.scheduler.timesteps[0], embeds)
+    _, probs, resolution = seen(world, world.ours, pair.full_prompt, latents, world.ours.scheduler.timesteps[0])
     weights = torch.tensor([phrase_mask(tokens.each_target_positions, 77)])
     expected = phrase_attention_maps([probs], [resolution], weights, (8, 8))
     assert_close(output.target_maps, expected, 1e-3)
@@ -289,33 +286,28 @@ def denoise(
     world, prompt, *, guide=0.0, exponent=2.0, mode="averaged_target", negative_lora=True, free=(), scale=5.0,
     gate=math.inf,
 ):  # fmt: skip
-    """What a call computes, step by step with separate calls of the UNets: latents after two steps."""
+    """What a call computes, step by step with separate calls of the denoisers: latents after the last step."""
     ours, original = world.ours, world.original
     pair = make_prompt_pair(prompt, TARGET, free_phrases=free)
-    tokens = tokenize_prompt_pair(pair, ours.tokenizer)
-    weights = torch.tensor([phrase_mask(tokens.phrase_positions, 77)])
+    tokens, length = world.locate(pair)
+    weights = torch.tensor([phrase_mask(tokens.phrase_positions, length)])
     is_free = torch.tensor([[phrase in free for phrase in pair.base_phrases]])
-
-    def predict(pipeline, text, latents, timestep):
-        return pipeline.unet(latents, timestep, **world.conditions(pipeline, text)).sample
-
     latents, total = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), 0
-    ours.scheduler.set_timesteps(2)
+    ours.scheduler.set_timesteps(world.steps)
     for i, timestep in enumerate(ours.scheduler.timesteps):
-        response = predict(ours, pair.full_prompt, latents, timestep)
-        reference, probs, resolution = seen(original.unet, latents, timestep, **world.conditions(original, prompt))
-        words = predict(ours, prompt, latents, timestep)
+        response = world.predict(ours, pair.full_prompt, latents, timestep)
+        reference, probs, resolution = seen(world, original, prompt, latents, timestep)
+        words = world.predict(ours, prompt, latents, timestep)
         starts = {"averaged_target": [words], "averaged": [reference], "averaged_both": [reference, words]}[mode]
         total = total + torch.stack([guidance_map(noise_difference(response, own)) for own in starts])
         each = [guidance_map(own) for own in total / (i + 1)]
         sfcm = math.prod(each) ** (exponent / len(each))
         maps = phrase_attention_maps([probs], [resolution], weights, (8, 8))
         mask = 1 - guide * (1 - free_regions(sfcm, maps, is_free))
-        signal = float(ours.scheduler.alphas_cumprod[timestep])
-        closed = math.sqrt((1 - signal) / signal) > gate
+        closed = world.noise_ratio(timestep) > gate
         guided = reference + (0 if closed else mask) * (response - reference)
         if scale > 1:
-            negative = predict(ours if negative_lora and not closed else original, "bad", latents, timestep)
+            negative = world.predict(ours if negative_lora and not closed else original, "bad", latents, timestep)
             guided = negative + scale * (guided - negative)
         latents = ours.scheduler.step(guided, timestep, latents).prev_sample
     return latents
@@ -353,7 +345,8 @@ GUIDANCES = [
 
 def check_guidance(world, expected, arguments):
     before, scale = state(world.ours), expected.get("scale", 5.0)
-    stock = {"num_inference_steps": 2, "output_type": "latent", "negative_prompt": "bad", "guidance_scale": scale}
+    stock = {"num_inference_steps": world.steps, "output_type": "latent", "guidance_scale": scale}
+    stock["negative_prompt"] = "bad"
     arguments = {"target_prompt": TARGET, **stock, **arguments}
     output = draw(world.ours, BASE, **arguments)
     with torch.no_grad():
@@ -410,12 +403,12 @@ GATED_SCHEDULERS = [
 def check_that_references_part_when_the_gate_opens(world, scheduler, **guidance):
     """With 2 prompts, 2 images each: until then portraits are the references, and after it they are not."""
     world.use_scheduler(scheduler)
-    apart, ratios, signal = [], [], scheduler.alphas_cumprod
+    apart, ratios = [], []
 
     def look(pipeline, step, timestep, tensors):
         portraits, references = tensors["latents"].chunk(2)
         apart.append((portraits - references).abs().amax((1, 2, 3)))
-        ratios.append(float((1 / signal[round(float(timestep))] - 1).sqrt()))
+        ratios.append(world.noise_ratio(timestep))
         return {}
 
     arguments = {"target_prompt": TARGET, "compare": True, "callback_on_step_end": look, "num_inference_steps": 5}
