@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 
 from families.stable_diffusion import MODEL, ModelFacts, StableDiffusion, read_config
+from families.stable_diffusion_3 import StableDiffusion3
 from families.stable_diffusion_xl import StableDiffusionXL
 from programs.loading import check_model_name, naming_flag
 from programs.single_file import SingleFile, find_single_file
@@ -19,7 +20,7 @@ from programs.single_file import SingleFile, find_single_file
 
 logger = logging.getLogger(__name__)
 
-_KNOWN = "known are Stable Diffusion 1.x, 2.x and XL"
+_KNOWN = "known are Stable Diffusion 1.x, 2.x, XL, 3 and 3.5"
 
 # Models that draw in a few steps say so in their names, and hardly anywhere else: in words of their own, or with a
 # capital inside of a longer one.
@@ -45,6 +46,8 @@ def find_family(model_index: Mapping[str, Any], denoiser_config: Mapping[str, An
     """
     kind, pipeline = denoiser_config.get("_class_name", "UNet2DConditionModel"), model_index.get("_class_name")
     told = denoiser_config.get("addition_embed_type")
+    if kind == "SD3Transformer2DModel":
+        return _find_family_3(model_index, denoiser_config)
     if kind != "UNet2DConditionModel" or told not in (None, "text_time"):
         raise ValueError(f"the {kind} of a {pipeline}; {_KNOWN}")
     channels = denoiser_config.get("in_channels", 4)
@@ -58,6 +61,17 @@ def find_family(model_index: Mapping[str, Any], denoiser_config: Mapping[str, An
     if first is None and second == "transformers":
         raise ValueError("the refiner of Stable Diffusion XL, which only goes over pictures: use its base model")
     raise ValueError(f"the {kind} of a {pipeline}, with other text encoders than Stable Diffusion XL's; {_KNOWN}")
+
+
+def _find_family_3(model_index: Mapping[str, Any], denoiser_config: Mapping[str, Any]) -> type[StableDiffusion3]:
+    taken, given = (denoiser_config.get(name) for name in ("in_channels", "out_channels"))
+    if given is not None and taken != given:
+        raise ValueError(f"it takes {taken} channels and gives {given}: no model for text to image")
+    parts = zip(StableDiffusion3.text_encoders, StableDiffusion3.tokenizers, strict=True)
+    for name in (name for pair in parts if pair[0] not in StableDiffusion3.optional for name in pair):
+        if (model_index.get(name) or (None,))[0] is None:
+            raise ValueError(f"a Stable Diffusion 3 without its {name}, by which phrases are found")
+    return StableDiffusion3
 
 
 def find_base(
@@ -117,10 +131,10 @@ def check_model(
     return base.family, facts
 
 
-def _warn_of_distilled(name: str, unet_config: Mapping[str, Any], scheduler: str) -> None:
+def _warn_of_distilled(name: str, denoiser_config: Mapping[str, Any], scheduler: str) -> None:
     """Say that a model which was made to draw in a few steps is learned from badly."""
     by_name = _DISTILLED.search(Path(name).name)
-    if by_name is None and unet_config.get("time_cond_proj_dim") is None and "LCM" not in scheduler:
+    if by_name is None and denoiser_config.get("time_cond_proj_dim") is None and "LCM" not in scheduler:
         return
     logger.warning(
         "--%s %s: seems to be distilled to a few steps%s; training undoes that, and its noise is not what it learned "

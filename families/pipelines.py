@@ -1,14 +1,21 @@
 """The pipeline that draws with a base model, for programs that train nothing. [ours]"""
 
 import torch
+from diffusers import DiffusionPipeline, ModelMixin
 
 from families.find import find_base
 from pipeline_spf_portrait import SPFPortraitPipeline
+from pipeline_spf_portrait_3 import SPFPortrait3Pipeline
 from pipeline_spf_portrait_xl import SPFPortraitXLPipeline
 from programs.loading import load_pipeline
 
 
-DrawingPipeline = SPFPortraitPipeline | SPFPortraitXLPipeline
+DrawingPipeline = SPFPortraitPipeline | SPFPortraitXLPipeline | SPFPortrait3Pipeline
+
+
+def denoiser_of(pipeline: DiffusionPipeline) -> ModelMixin:
+    """The UNet or the transformer of a pipeline of any known family, diffusers' own or one of this project."""
+    return getattr(pipeline, "transformer", None) or pipeline.unet
 
 
 def load_drawing_pipeline(

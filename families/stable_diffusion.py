@@ -76,6 +76,7 @@ class StableDiffusion:
     denoiser_class: type[ModelMixin] = UNet2DConditionModel
     text_encoders: tuple[str, ...] = ("text_encoder",)
     tokenizers: tuple[str, ...] = ("tokenizer",)
+    tokenizer_classes: Mapping[str, type[PreTrainedTokenizerBase]] = {}  # of those that are not CLIP's
     text_models: tuple[type[nn.Module], ...] = (CLIPTextModel,)  # classes of its text encoders
     optional: tuple[str, ...] = ()  # text encoders that a model may be without
 
@@ -109,7 +110,8 @@ class StableDiffusion:
         for tokenizer, text_encoder in zip(cls.tokenizers, cls.text_encoders, strict=True):
             missing = text_encoder in cls.optional and (parts.get(text_encoder) or [None])[0] is None
             with naming_flag(MODEL, f"{model}, {tokenizer}"):
-                tokenizers.append(None if missing else load_tokenizer(place, subfolder=tokenizer, **hub))
+                kind = cls.tokenizer_classes.get(tokenizer, CLIPTokenizer)
+                tokenizers.append(None if missing else load_tokenizer(place, kind, subfolder=tokenizer, **hub))
             with naming_flag(MODEL, f"{model}, {text_encoder}"):
                 found = None if missing else AutoConfig.from_pretrained(place, subfolder=text_encoder, **hub)
                 text_configs.append(found)

@@ -12,7 +12,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from transformers import CLIPTokenizer
+from transformers import PreTrainedTokenizerBase
 
 from families.stable_diffusion import ModelFacts, StableDiffusion
 from loras.loading import ReferenceLora
@@ -152,11 +152,11 @@ def read_pairs(
 
 
 def tokenize_unrelated(
-    family: type[StableDiffusion], tokenizers: Sequence[CLIPTokenizer], prompts: Sequence[str]
+    family: type[StableDiffusion], tokenizers: Sequence[PreTrainedTokenizerBase | None], prompts: Sequence[str]
 ) -> torch.Tensor:
     """Tokens (U, T) of prompts that have nothing to do with the target; a ValueError if one does not fit."""
     for prompt in prompts:
-        for tokenizer in tokenizers:
+        for tokenizer in filter(None, tokenizers):
             count, most = len(tokenizer(prompt).input_ids), tokenizer.model_max_length
             refuse(count > most, f"--unrelated_prompts: {prompt!r} has {count} tokens, more than {most}")
     return torch.tensor(family.tokenize(tokenizers, prompts))

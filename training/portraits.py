@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from torch.utils.data import DataLoader
 
+from families.pipelines import denoiser_of
 from programs.console import phase_bar
 from programs.interruption import leave_stop_signals
 from programs.loading import InputError
@@ -146,7 +147,7 @@ def draw_latents(
     Returns: (len(prompts), C, H, W) float32 on the CPU, scaled as the denoiser takes them, without gradient.
     """
     scale, latents = pipeline.vae_scale_factor, []
-    denoiser = getattr(pipeline, "transformer", None) or pipeline.unet
+    denoiser = denoiser_of(pipeline)
     shape = (denoiser.config.in_channels, height // scale, width // scale)
     for start in range(0, len(prompts), batch_size):
         rows = slice(start, start + batch_size)
