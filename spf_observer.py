@@ -1,7 +1,7 @@
 """What a call sees beside its own rows of the batch: the original model's prediction and attention, and their maps.
 
 Legend: B images of one call, C latent channels, H/W latent size, S = h*w image tokens of a layer, T text tokens,
-P base phrases, K targets, N calls of the denoiser in a run.
+U those of them that are kept, P base phrases, K targets, N calls of the denoiser in a run.
 Paper: arXiv 2504.00396.
 """
 
@@ -78,8 +78,11 @@ class Phrases:
 
     texts: list[tuple[str, ...]]
     targets: list[tuple[str, ...]]  # of each image, none without a target
-    weights: Tensor  # (B, P, T), each row averages over a phrase's tokens in the base prompt
-    target_weights: Tensor  # (B, K, T), the same of the targets in the full prompt
+    # Of T text tokens the U that stand for any phrase or target: no other's attention is kept, which of hundreds of
+    # tokens and thousands of places would be by far the most.
+    columns: Tensor
+    weights: Tensor  # (B, P, U), each row averages over a phrase's tokens in the base prompt
+    target_weights: Tensor  # (B, K, U), the same of the targets in the full prompt
     free: Tensor  # (B, P) bool, the phrases that may change
     distances: Tensor  # (B, P), zeros without a target
 
@@ -95,15 +98,19 @@ def phrases_of(rows: Iterable[tuple[prompts.PromptPair, prompts.PromptTokens, Te
     length = len(tokens[0].base_input_ids)
 
     def weights(positions: Iterable[Sequence[Sequence[int]]]) -> Tensor:
-        masks = [torch.tensor(prompts.phrase_mask(own, length)) for own in positions]
+        masks = [torch.tensor(prompts.phrase_mask(own, length)).view(-1, length) for own in positions]
         return pad_sequence(masks, batch_first=True)
 
+    base_weights = weights(own.phrase_positions for own in tokens)
+    target_weights = weights(own.each_target_positions for own in tokens)
+    columns = torch.cat([base_weights, target_weights], 1).any(0).any(0).nonzero().flatten()
     free = [torch.tensor([phrase in pair.free_phrases for phrase in pair.base_phrases]) for pair in pairs]
     return Phrases(
         texts=[pair.base_phrases for pair in pairs],
         targets=[tuple(target.text for target in pair.target_prompts) for pair in pairs],
-        weights=weights(own.phrase_positions for own in tokens),
-        target_weights=weights(own.each_target_positions for own in tokens),
+        columns=columns,
+        weights=base_weights[..., columns],
+        target_weights=target_weights[..., columns],
         free=pad_sequence(free, batch_first=True),
         distances=pad_sequence(list(distances), batch_first=True),
     )
@@ -118,7 +125,7 @@ def _timestep(args: tuple, kwargs: dict[str, Any]) -> Tensor:
 
 @dataclass(frozen=True)
 class StepAttention:
-    """Cross-attention of one call of the denoiser, or the mean over several: (B, S, T) float32 at one (h, w)."""
+    """Cross-attention of one call of the denoiser, or the mean over several: (B, S, U) float32 at one (h, w)."""
 
     reference: Tensor
     response: Tensor
@@ -205,7 +212,9 @@ class Observer:
         features = self._store.pop()
         resolution = attention_processors.phrase_map_resolution(features.resolutions)
         layers = features.at_resolution(resolution).attention_probs.values()
-        response, reference = (torch.stack(path).mean(0) for path in zip(*map(self._paths, layers)))
+        columns = self.phrases.columns.to(self.differences[-1].device)
+        paths = zip(*(self._paths(probs[..., columns]) for probs in layers))
+        response, reference = (torch.stack(path).mean(0) for path in paths)
         return StepAttention(reference, response, resolution)
 
     def _guided(self, response: Tensor, reference: Tensor) -> Tensor:
