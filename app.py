@@ -28,7 +28,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=FlagFormatter)
     add, given = parser.add_argument, os.environ.get
     about = (
-        "Stable Diffusion 1.x, 2.x or XL: a folder, a Hub id, or one .safetensors file; the toy world's if not set."
+        "Stable Diffusion 1.x, 2.x, XL, 3 or 3.5: a folder, Hub id, or .safetensors file; the toy world's if not set."
     )
     add("--base_model", type=in_home, default=given("SPF_BASE_MODEL"), help=about)
     add("--base_config", type=in_home, default=given("SPF_BASE_CONFIG"), help=BASE_CONFIG)

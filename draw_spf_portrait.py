@@ -12,7 +12,7 @@ from programs.console import BASE_CONFIG, DTYPES, FlagFormatter, import_librarie
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=FlagFormatter)
     add = parser.add_argument
-    about = "Stable Diffusion 1.x, 2.x or XL: a folder, a Hub id, or one .safetensors file."
+    about = "Stable Diffusion 1.x, 2.x, XL, 3 or 3.5: a folder, a Hub id, or a .safetensors file."
     add("--base", type=in_home, required=True, help=about)
     add("--base_config", type=in_home, help=BASE_CONFIG)
     about = "A .safetensors file in diffusers' or kohya's format, a folder with one, or user/name or an address of "

@@ -73,10 +73,10 @@ def prepare(flags: Flags, inputs: Inputs, accelerator: Accelerator) -> Parts:
     family, data, shown = inputs.family, flags.data, accelerator.is_local_main_process
     models = load_models(flags, inputs, accelerator)
     cache = TensorCache(None if flags.model.cache_dir is None else Path(flags.model.cache_dir) / "spf-portrait")
-    with models.at_work(*family.text_encoders_of(models.pipeline)):
+    with models.encoding():
         table = make_prompt_table(
-            family, models.pipeline, inputs.pairs, inputs.tokens, encoded=data.cache_text_embeddings, cache=cache,
-            shown=shown,
+            family, models.pipeline, inputs.pairs, inputs.tokens, device=models.device,
+            encoded=data.cache_text_embeddings, cache=cache, shown=shown,
         )  # fmt: skip
     training, enhancement, used = TrainingPortraits(flags, inputs, models, accelerator), None, [family.denoiser]
     presence = Presence(flags, inputs, models, accelerator) if uses_presence(flags) else None

@@ -1,15 +1,16 @@
 """How much GPU memory trainings ask for, estimated on a machine without one: `python benchmarks/estimate_memory.py`.
 
 It prints the presets of docs/training.md, or a training of the flags that it is given (of SDXL with `--model sdxl`),
-with the configuration of Stable Diffusion 1.5 at 512x512 or of SDXL at 1024x1024, and all caches. The phases of a
+with the configuration of Stable Diffusion 1.5 at 512x512, or of SDXL or SD3.5-medium at 1024x1024, and all caches. The
+phases of a
 training are run on tensors that have shapes and dtypes but no content (torch's `FakeTensorMode`), while the bytes of
 all storages alive at once are counted. The most of all phases is what it prints:
 
-- prompts: the text encoders alone, and a chunk of prompts;
+- prompts: the text encoders alone, all or one after another, and a chunk of prompts;
 - portraits: the VAE alone encodes a portrait;
-- drawing: the UNet predicts alignment portraits with guidance; each text encoder comes and goes before it;
-- decoding: two validation pictures by the VAE without autocast, beside the UNet, at once unless it is SDXL's;
-- mapping: both paths of the UNet, captured, for the SFCMs;
+- drawing: the denoiser predicts alignment portraits with guidance; each text encoder comes and goes before it;
+- decoding: two validation pictures by the VAE without autocast, beside the denoiser; at once of SD 1.5 alone;
+- mapping: both paths of the denoiser, captured, for the SFCMs;
 - a step: forward and backward of each term of the loss, with every row of the batch asking for the target.
 
 `PHASES` has a function for each, which says first which models lie on the device.
@@ -40,7 +41,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from accelerate.utils import convert_outputs_to_fp32
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -52,9 +53,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from adapters import Adapters
 from benchmarks.parts.tables import markdown_table
-from benchmarks.random_stable_diffusion import make_clip, make_pipeline, make_unet, make_xl_pipeline, make_xl_unet
+from benchmarks.random_stable_diffusion import (
+    make_3_pipeline,
+    make_3_transformer,
+    make_clip,
+    make_pipeline,
+    make_unet,
+    make_xl_pipeline,
+    make_xl_unet,
+)
 from families.prompt_embeds import PromptEmbeds
 from families.stable_diffusion import StableDiffusion
+from families.stable_diffusion_3 import StableDiffusion3
 from families.stable_diffusion_xl import StableDiffusionXL
 from training.arguments import parse_args, uses_enhancement
 from training.dual_path import DualPathOutput, dual_path
@@ -66,8 +76,8 @@ from training.prompt_table import embed_pixels
 
 HALF = torch.bfloat16
 GIB, MIB = 2**30, 2**20
-TOKENS = 77
-PROMPTS = 32  # that the trainer encodes at once
+TOKENS, T5_TOKENS = 77, 256
+PROMPTS = 32  # that the trainer encodes at once, or half as many by a large text encoder
 MATCHED_TOKENS = 24  # of the base prompt; they hardly count
 # What CUDA's autocast computes in float32, and a CPU's does not.
 UPCAST = ((F, "group_norm"), (F, "layer_norm"), (F, "softmax"), (Tensor, "softmax"))
@@ -85,20 +95,31 @@ PRESETS_XL = {
 }
 
 
+PRESETS_3 = {
+    16: "--train_batch_size 4 --gradient_checkpointing",
+    24: "--train_batch_size 1 --gradient_accumulation_steps 4",
+}
+
+
 class Model(NamedTuple):
     """A base model that is counted, at a size of its latents."""
 
     title: str
     family: type[StableDiffusion]
-    make_unet: Callable[[], UNet2DConditionModel]
-    make_pipeline: Callable[[UNet2DConditionModel], DiffusionPipeline]
+    make_denoiser: Callable[[], ModelMixin]
+    make_pipeline: Callable[[ModelMixin], DiffusionPipeline]
     side: int
     presets: dict[int, str]
+    tokens: tuple[int, ...] = (TOKENS,)  # of each text encoder that the denoiser is told one after another
 
 
 MODELS = {
     "sd": Model("Stable Diffusion 1.5, 512x512", StableDiffusion, make_unet, make_pipeline, 64, PRESETS),
     "sdxl": Model("SDXL, 1024x1024", StableDiffusionXL, make_xl_unet, make_xl_pipeline, 128, PRESETS_XL),
+    "sd3": Model(
+        "SD3.5-medium, 1024x1024", StableDiffusion3, make_3_transformer, make_3_pipeline, 128, PRESETS_3,
+        (TOKENS, T5_TOKENS),
+    ),
 }
 REQUIRED = ("--pretrained_model_name_or_path", "model", "--train_data_dir", "portraits")
 # The flags whose memory is counted; accumulation needs none.
@@ -183,6 +204,7 @@ class Training:
     judges: list[nn.Module]
     rows: int
     side: int
+    tokens: tuple[int, ...]
 
     @property
     def kept(self) -> list[nn.Module]:
@@ -193,10 +215,16 @@ class Training:
     def text_encoders(self) -> list[nn.Module]:
         return [getattr(self.models.pipeline, name) for name in self.models.family.text_encoders]
 
+    def encode(self, encoder: nn.Module, rows: int) -> None:
+        """Prompts, by a text encoder; the last one of several counts tokens of its own."""
+        length = self.tokens[-1] if encoder is self.text_encoders[-1] else self.tokens[0]
+        encoder(torch.zeros(rows, length, dtype=torch.long), output_hidden_states=True)
+
     def inputs(self, rows: int) -> tuple[Tensor, Tensor, PromptEmbeds]:
-        """Noisy latents (B, 4, H, W), timesteps (B,) and prompts."""
+        """Noisy latents (B, C, H, W), timesteps (B,) and prompts."""
         config, pooled = self.models.denoiser.config, self.models.family.pooled_dim(self.models.pipeline)
-        states = torch.empty(rows, TOKENS, config.cross_attention_dim, dtype=HALF)
+        width = config.get("cross_attention_dim") or config["joint_attention_dim"]
+        states = torch.empty(rows, sum(self.tokens), width, dtype=HALF)
         prompts = PromptEmbeds(states, torch.empty(rows, pooled, dtype=HALF) if pooled else None)
         prompts = prompts.of(torch.empty(rows, 6))
         latents = torch.empty(rows, config.in_channels, self.side, self.side)
@@ -216,10 +244,10 @@ class Training:
 
     @contextmanager
     def counting(self, *modules: nn.Module) -> Iterator[LiveBytes]:
-        """Count what happens inside, on top of these modules; accelerate puts the UNet under autocast."""
-        unet = self.models.denoiser
-        forward = convert_outputs_to_fp32(torch.autocast("cpu", HALF)(unet.forward))
-        with like_cuda(), patch.object(unet, "forward", forward), LiveBytes(*modules) as counter:
+        """Count what happens inside, on top of these modules; accelerate puts the denoiser under autocast."""
+        denoiser = self.models.denoiser
+        forward = convert_outputs_to_fp32(torch.autocast("cpu", HALF)(denoiser.forward))
+        with like_cuda(), patch.object(denoiser, "forward", forward), LiveBytes(*modules) as counter:
             yield counter
 
 
@@ -232,31 +260,35 @@ def training(flags: str, model: Model = MODELS["sd"]) -> Iterator[Training]:
     """
     given = parse_args([*REQUIRED, "--mixed_precision", "bf16", *shlex.split(flags)])
     with torch.device("meta"):
-        pipeline, clip = model.make_pipeline(model.make_unet()), make_clip()
+        pipeline, clip = model.make_pipeline(model.make_denoiser()), make_clip()
         del clip.text_model, clip.text_projection
-        unet = pipeline.unet
+        denoiser = getattr(pipeline, model.family.denoiser)
         encoders = [getattr(pipeline, name) for name in model.family.text_encoders]
-        halves = [module.bfloat16() for module in (unet, pipeline.vae, *encoders, clip)]
+        halves = [module.bfloat16() for module in (denoiser, pipeline.vae, *encoders, clip)]
         for module in halves:
             module.requires_grad_(False).eval()
-        unet.add_adapter(lora_config(model.family, given.lora, unet))
-        train_in_float32(unet, "default")
+        denoiser.add_adapter(lora_config(model.family, given.lora, denoiser))
+        train_in_float32(denoiser, "default")
         if model.family.sliced_vae:
             pipeline.vae.enable_slicing()
         if given.model.gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
+            denoiser.enable_gradient_checkpointing()
         models = Models(model.family, pipeline, torch.device("cpu"))
         if given.method.stage2_objective != "paper":
             models.add_teacher(models.lora())
     with FakeTensorMode():
+        made: dict[Tensor, Tensor] = {}  # what two layers share they share again
         for part in (part for module in halves for part in module.modules()):
             for name, own in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
-                empty = torch.empty(own.shape, dtype=own.dtype)
-                setattr(part, name, nn.Parameter(empty, own.requires_grad) if isinstance(own, nn.Parameter) else empty)
-        models.adapters = Adapters(unet)
+                if own not in made:
+                    made[own] = torch.empty(own.shape, dtype=own.dtype)
+                    if isinstance(own, nn.Parameter):
+                        made[own] = nn.Parameter(made[own], own.requires_grad)
+                setattr(part, name, made[own])
+        models.adapters = Adapters(denoiser)
         judges = [pipeline.vae, clip] if uses_enhancement(given.method, given.paper) else []
         objective, rows = given.method.stage2_objective, given.loop.train_batch_size
-        yield Training(objective, models, clip, judges, rows, model.side)
+        yield Training(objective, models, clip, judges, rows, model.side, model.tokens)
 
 
 # ------------------------------------------------------------------------------------------------ phases of a training
@@ -264,11 +296,13 @@ def training(flags: str, model: Model = MODELS["sd"]) -> Iterator[Training]:
 
 @torch.no_grad()
 def prompts_peak(run: Training) -> int:
-    """A chunk of prompts, encoded by all text encoders."""
-    with run.counting(*run.text_encoders) as counter:
-        for encoder in run.text_encoders:
-            encoder(torch.zeros(PROMPTS, TOKENS, dtype=torch.long), output_hidden_states=True)
-    return counter.peak
+    """A chunk of prompts, encoded by all text encoders, or by each alone where one is no smaller than the denoiser."""
+    alone, peaks = bool(run.models.family.large_text_encoders), []
+    for encoder in run.text_encoders:
+        with run.counting(*([encoder] if alone else run.text_encoders)) as counter:
+            run.encode(encoder, PROMPTS // 2 if alone else PROMPTS)
+        peaks.append(counter.peak)
+    return max(peaks)
 
 
 @torch.no_grad()
@@ -283,11 +317,12 @@ def portraits_peak(run: Training) -> int:
 @torch.no_grad()
 def drawing_peak(run: Training) -> int:
     """Two batches' alignment portraits, for which guidance doubles the rows; one text encoder at a time beside the
-    UNet."""
-    peaks = []
-    for encoder in run.text_encoders:
-        with run.counting(*run.kept, encoder) as counter:
-            encoder(torch.zeros(2 * run.rows, TOKENS, dtype=torch.long), output_hidden_states=True)
+    denoiser, which gives way to one that is no smaller."""
+    peaks, family = [], run.models.family
+    for name, encoder in zip(family.text_encoders, run.text_encoders, strict=True):
+        kept = run.judges if name in family.large_text_encoders else run.kept
+        with run.counting(*kept, encoder) as counter:
+            run.encode(encoder, 2 * run.rows)
         peaks.append(counter.peak)
     with run.counting(*run.kept) as counter, run.models.adapters.only(None):
         run.predict(4 * run.rows)
@@ -299,7 +334,7 @@ def decoding_peak(run: Training) -> int:
     """Two validation pictures, decoded at once unless the family's VAE takes one at a time; without autocast."""
     vae = run.models.pipeline.vae
     with run.counting(*run.kept, vae) as counter:
-        vae.decode(torch.empty(2, 4, run.side, run.side, dtype=HALF), return_dict=False)
+        vae.decode(torch.empty(2, vae.config.latent_channels, run.side, run.side, dtype=HALF), return_dict=False)
     return counter.peak
 
 
@@ -399,7 +434,7 @@ def count(model: Model, flags: str) -> tuple[int, str]:
         sizes = {name: peak(run) for name, peak in PHASES.items()}
         most = max(sizes.values())
         sizes["a step of a plain LoRA"] = step_peak(run, [diffusion_backward])
-        frozen = ("unet", "vae", *run.models.family.text_encoders)
+        frozen = (model.family.denoiser, "vae", *model.family.text_encoders)
         sizes |= {name: parameter_bytes(getattr(run.models.pipeline, name)) for name in frozen}
         sizes["clip"] = parameter_bytes(run.clip)
         trained = sum(map(torch.numel, run.models.adapters.parameters("default")))
@@ -411,7 +446,7 @@ def main(input_args: Sequence[str] | None = None) -> None:
     epilog = "Its other flags are a training's."
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=epilog, allow_abbrev=False)
     titles = ", ".join(f"{name}: {model.title}" for name, model in MODELS.items())
-    parser.add_argument("--model", choices=MODELS, help=f"{titles}; both without training flags, else sd.")
+    parser.add_argument("--model", choices=MODELS, help=f"{titles}; all without training flags, else sd.")
     options, others = parser.parse_known_args(input_args)
     asked = shlex.join(others)
     own, default = (parse_args([*REQUIRED, *shlex.split(flags)]).asked for flags in (asked, ""))

@@ -20,8 +20,11 @@ import torch
 from diffusers import (
     AutoencoderKL,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     ModelMixin,
     PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -34,6 +37,8 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
 )
 
 
@@ -62,6 +67,14 @@ UNET_XL = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,  # 1280 of the pooled prompt, and six numbers
 }
+# SD3.5-medium's.
+TRANSFORMER_3 = {"sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24}
+TRANSFORMER_3 |= {"num_attention_heads": 24, "attention_head_dim": 64, "caption_projection_dim": 1536}
+TRANSFORMER_3 |= {"joint_attention_dim": 4096, "pooled_projection_dim": 2048, "pos_embed_max_size": 384}
+TRANSFORMER_3 |= {"dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm"}
+# The encoder of T5-XXL 1.1.
+T5_XXL = {"d_model": 4096, "d_kv": 64, "num_heads": 64, "d_ff": 10240, "num_layers": 24, "vocab_size": 32128}
+T5_XXL |= {"feed_forward_proj": "gated-gelu", "is_encoder_decoder": False, "use_cache": False}
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
 
@@ -70,7 +83,7 @@ def make_unet() -> UNet2DConditionModel:
     return UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
 
 
-def make_vae(**others: int | float) -> AutoencoderKL:
+def make_vae(**others: int | float | bool) -> AutoencoderKL:
     """84M parameters, and 8 pixels a latent."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
@@ -103,6 +116,25 @@ def make_xl_pipeline(
         text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**TEXT_2)), tokenizer=tokenizer,
         tokenizer_2=tokenizer_2, unet=unet, scheduler=scheduler, force_zeros_for_empty_prompt=True,
         add_watermarker=False,
+    )  # fmt: skip
+
+
+def make_3_transformer() -> SD3Transformer2DModel:
+    """2244M parameters."""
+    return SD3Transformer2DModel(**TRANSFORMER_3)
+
+
+def make_3_pipeline(transformer: SD3Transformer2DModel) -> StableDiffusion3Pipeline:
+    """The transformer with its VAE of 16 channels, and text encoders of 124M, 695M and 4762M parameters."""
+    with torch.device("cpu"):  # as of SDXL's
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    vae = make_vae(sample_size=1024, latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609,
+                   use_quant_conv=False, use_post_quant_conv=False)  # fmt: skip
+    return StableDiffusion3Pipeline(
+        vae=vae, text_encoder=CLIPTextModelWithProjection(CLIPTextConfig(**TEXT)),
+        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**TEXT_2)),
+        text_encoder_3=T5EncoderModel(T5Config(**T5_XXL)), tokenizer=None, tokenizer_2=None, tokenizer_3=None,
+        transformer=transformer, scheduler=scheduler,
     )  # fmt: skip
 
 

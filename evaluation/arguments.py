@@ -25,7 +25,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     about = "Is my LoRA clean? What it moves besides its target, against the original model's own portraits."
     parser = argparse.ArgumentParser("evaluate_spf_portrait.py", description=about, formatter_class=FlagFormatter)
     add = parser.add_argument
-    about = "Stable Diffusion 1.x, 2.x or XL: a folder, a Hub id, or one .safetensors file."
+    about = "Stable Diffusion 1.x, 2.x, XL, 3 or 3.5: a folder, a Hub id, or a .safetensors file."
     add("--pretrained_model_name_or_path", type=in_home, help=about)
     add("--base_config", type=in_home, help=BASE_CONFIG)
     about = "A file, a folder, or a Hub id, diffusers' or kohya's; may be repeated."

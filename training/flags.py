@@ -31,7 +31,8 @@ class ModelFlags(FlagGroup):
     """The models, and how they compute."""
 
     pretrained_model_name_or_path: str = path(
-        MISSING, "Stable Diffusion 1.x, 2.x or XL in safetensors: a folder, an id of the Hub, or one file."
+        MISSING,
+        "Stable Diffusion 1.x, 2.x, XL, 3 or 3.5 in safetensors: a folder, an id of the Hub, or, but for 3, one file.",
     )
     base_config: str | None = path(None, BASE_CONFIG)
     revision: str | None = flag(None, "Revision of the Hub id, with one file of the configuration's.")
@@ -117,8 +118,9 @@ class PictureFlags(FlagGroup):
 
     resolution: int | None = flag(
         None,
-        "Side of the training pictures, for SD 1.5 a multiple of 64 pixels, for SDXL of 32; the middle is cut out. "
-        "Else as the model draws by itself: 512 for SD 1.5, 1024 for SDXL.",
+        "Side of the training pictures, for SD 1.5 a multiple of 64 pixels, for SDXL of 32, for SD3 of 16; the middle "
+        "is cut out. "
+        "Else as the model draws by itself: 512 for SD 1.5, 1024 for SDXL and SD3.",
         "at least 1",
     )
     aspect_ratio_buckets: str | None = flag(

@@ -154,6 +154,26 @@ class Models:
                 torch.cuda.empty_cache()
 
     @contextmanager
+    def encoding(self) -> Iterator[None]:
+        """Inside, prompts are encoded: all text encoders lie on the device, or, where one of them is no smaller than
+        the denoiser, each while it works.
+        """
+        names = self.family.text_encoders_of(self.pipeline)
+        if not set(names) & set(self.family.large_text_encoders):
+            with self.at_work(*names):
+                yield
+            return
+        with ExitStack() as stack:
+            if self.device.type == "cuda":
+                stack.callback(torch.cuda.empty_cache)
+            for model in (getattr(self.pipeline, name) for name in names if name not in self._kept):
+                _, hook = cpu_offload_with_hook(model, self.device)
+                stack.callback(hook.remove)
+                stack.callback(hook.offload)
+                stack.callback(model.register_forward_hook(lambda *_, hook=hook: hook.offload()).remove)
+            yield
+
+    @contextmanager
     def drawing(self) -> Iterator[None]:
         """Inside, the pipeline draws: each of its models that no step uses comes onto the device when it is called,
         and leaves it before the next one or the denoiser is.

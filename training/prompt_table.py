@@ -89,18 +89,20 @@ class PromptTable:
 @torch.no_grad()
 def make_prompt_table(
     family: type[StableDiffusion], pipeline: DiffusionPipeline, pairs: Sequence[PromptPair],
-    pair_tokens: Sequence[PromptTokens], *, encoded: bool = True, cache: TensorCache = NO_CACHE, shown: bool = True,
+    pair_tokens: Sequence[PromptTokens], *, device: torch.device | None = None, encoded: bool = True,
+    cache: TensorCache = NO_CACHE, shown: bool = True,
 ) -> PromptTable:  # fmt: skip
     """Lay out the token positions of N pairs of prompts, and encode each prompt once if it is to be `encoded`.
 
     Args:
-        pipeline: the diffusion model; the table lies on the device of its text encoder, but for large embeddings.
+        pipeline: the diffusion model.
+        device: where the table lies, but for large embeddings; by default where the text encoder does.
         cache: where text embeddings are looked up and kept.
         shown: whether a bar shows it.
 
     Source: [paper] phrases, PAD and distances; [ours] the rows that ask for no change, and phrases that may change.
     """
-    device, count = getattr(pipeline, family.text_encoders[0]).device, len(pairs)
+    device, count = device or getattr(pipeline, family.text_encoders[0]).device, len(pairs)
     tokenizers = [getattr(pipeline, name) for name in family.tokenizers]
     length, tokenize = len(pair_tokens[0].base_input_ids), partial(family.tokenize, tokenizers)
     base, empty = tokenize([pair.base_prompt for pair in pairs]), tokenize([""]) * count
@@ -153,7 +155,7 @@ def _encode_once(
 
     def compute(missing: Sequence[int]) -> Iterator[torch.Tensor]:
         with phase_bar("prompts", len(missing), "prompt", shown) as bar:
-            for chunk in ids[list(missing)].split(32):
+            for chunk in ids[list(missing)].split(16 if family.large_text_encoders else 32):
                 yield from family.encode(pipeline, chunk).packed()
                 bar.update(len(chunk))
 

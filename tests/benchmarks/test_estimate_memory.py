@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
+from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from test_house import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -14,6 +14,7 @@ from benchmarks.estimate_memory import (
     MODELS,
     PHASES,
     PRESETS,
+    PRESETS_3,
     PRESETS_XL,
     UPCAST,
     LiveBytes,
@@ -119,7 +120,7 @@ def test_a_step_of_a_tiny_unet_which_stays_as_it_was(checkpointing):
     peaks = {}
     for objective in ("composed", "both"):
         flags = f"--train_batch_size 2 --stage2_objective {objective} --enhancement_loss none {checkpointing}"
-        with training(flags, MODELS["sd"]._replace(make_unet=tiny_unet, side=16)) as run:
+        with training(flags, MODELS["sd"]._replace(make_denoiser=tiny_unet, side=16)) as run:
             unet, loras = run.models.denoiser, run.models.adapters.names
             processors = {name: type(processor) for name, processor in unet.attn_processors.items()}
             peaks[objective], plain = step_peak(run), step_peak(run, [diffusion_backward])
@@ -130,6 +131,13 @@ def test_a_step_of_a_tiny_unet_which_stays_as_it_was(checkpointing):
     assert peaks["both"] > 1.1 * plain
 
 
+def tiny_3_transformer() -> SD3Transformer2DModel:
+    return SD3Transformer2DModel(
+        num_layers=3, num_attention_heads=2, attention_head_dim=8, caption_projection_dim=16, in_channels=16,
+        out_channels=16, dual_attention_layers=(0,), qk_norm="rms_norm", pooled_projection_dim=2048,
+    )  # fmt: skip
+
+
 def tiny_xl_unet() -> UNet2DConditionModel:
     added = {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 1280 + 6 * 8}
     return tiny_unet(addition_embed_type="text_time", **added)
@@ -138,15 +146,17 @@ def tiny_xl_unet() -> UNet2DConditionModel:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_phase_counts_the_models_that_lie_on_the_device_in_it(name):
-    unet = {"sd": tiny_unet, "sdxl": tiny_xl_unet}[name]
-    with training("--train_batch_size 1", MODELS[name]._replace(make_unet=unet, side=8)) as run:
+    make = {"sd": tiny_unet, "sdxl": tiny_xl_unet, "sd3": tiny_3_transformer}[name]
+    with training("--train_batch_size 1", MODELS[name]._replace(make_denoiser=make, side=8)) as run:
         peaks = {phase: peak(run) for phase, peak in PHASES.items()}
         texts = [parameter_bytes(encoder) for encoder in run.text_encoders]
-        vae, denoiser = (parameter_bytes(getattr(run.models.pipeline, part)) for part in ("vae", "unet"))
-    assert len(texts) == {"sd": 1, "sdxl": 2}[name]
-    assert sum(texts) < peaks["prompts"] < 1.5 * sum(texts)
-    # One text encoder at a time, and none of them where there is a picture.
-    assert denoiser + max(texts) < peaks["drawing"] < denoiser + 1.1 * max(texts)
+        vae, denoiser = map(parameter_bytes, (run.models.pipeline.vae, run.models.denoiser))
+    assert len(texts) == {"sd": 1, "sdxl": 2, "sd3": 3}[name]
+    prompts = max(texts) if name == "sd3" else sum(texts)
+    assert prompts < peaks["prompts"] < 1.5 * prompts
+    # One text encoder at a time, and none of them where there is a picture; T5, which is larger, without the denoiser.
+    beside = 0 if name == "sd3" else denoiser
+    assert beside + max(texts) < peaks["drawing"] < beside + 1.1 * max(texts)
     assert vae < peaks["portraits"] < denoiser + vae + min(texts) and denoiser + vae < peaks["decoding"]
     assert denoiser < peaks["mapping"] < vae > peaks["a step"] > denoiser
 
@@ -167,7 +177,7 @@ def test_the_documented_presets_are_the_ones_estimated():
     rows = re.findall(r"^\| (\d+) GB \| `(.*?)` \|(?: [\d.]+ GiB \|){3}$", page, re.MULTILINE)
     assert {int(card): flags for card, flags in rows} == PRESETS
     rows = re.findall(r"^\| (\d+) GB \| `(.*?)` \| [\d.]+ GiB \|(?: [\d.]+ \|){6}$", page, re.MULTILINE)
-    assert {int(card): flags for card, flags in rows} == PRESETS_XL
+    assert [(int(card), flags) for card, flags in rows] == [*PRESETS_XL.items(), *PRESETS_3.items()]
     assert "`python benchmarks/estimate_memory.py`" in page
 
 
@@ -175,7 +185,7 @@ def test_what_is_counted_is_chosen_by_name(capsys, monkeypatch):
     monkeypatch.setattr(estimate_memory, "count", lambda model, flags: (2**30 * len(model.presets), flags))
     estimate_memory.main([])
     both = capsys.readouterr().out
-    assert both.count("counted") == 2 and "| 12 | `" in both and "SDXL, 1024x1024:" in both
+    assert both.count("counted") == 3 and "| 12 | `" in both and "SDXL, 1024x1024:" in both
     assert f"`{PRESETS[16]}`" in both and all(f"`{flags}`" in both for flags in MODELS["sdxl"].presets.values())
     estimate_memory.main(["--model", "sdxl", "--rank", "8"])
     given = capsys.readouterr().out

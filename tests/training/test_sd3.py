@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import UserCpuOffloadHook
 from diffusers import StableDiffusion3Pipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
@@ -272,10 +273,30 @@ def test_large_embeddings_stay_on_the_cpu_and_text_encoders_are_let_go(sd3_world
         monkeypatch.setattr(kind, "to", to)
     parts = prepared(sd3_world).parts
     order = [name for name, place in moves if not place.startswith("torch.")]
-    encoders = ["CLIPTextModelWithProjection"] * 2 + ["T5EncoderModel"]
-    assert order == [*encoders, *encoders, "AutoencoderKL", "AutoencoderKL", "SD3Transformer2DModel"]
+    assert order[order.index("AutoencoderKL") :] == ["AutoencoderKL", "AutoencoderKL", "SD3Transformer2DModel"]
     assert parts.models._kept == {"transformer"} and parts.table.prompt_embeds.states.device.type == "cpu"
     assert parts.models.pipeline.vae.use_slicing
+
+
+def test_text_encoders_come_one_after_another(sd3_world, monkeypatch):
+    """Each leaves before the next one computes."""
+    models, events = prepared(sd3_world).parts.models, []
+    pipeline, offload = models.pipeline, UserCpuOffloadHook.offload
+    names = {id(getattr(pipeline, name)): name for name in StableDiffusion3.text_encoders}
+    for name in names.values():
+        getattr(pipeline, name).register_forward_pre_hook(lambda *_, name=name: events.append(("computes", name)))
+
+    def leave(self):
+        events.append(("leaves", names[id(self.model)]))
+        offload(self)
+
+    monkeypatch.setattr(UserCpuOffloadHook, "offload", leave)
+    tokenizers = [getattr(pipeline, name) for name in StableDiffusion3.tokenizers]
+    ids = torch.tensor(StableDiffusion3.tokenize(tokenizers, [""]))
+    with models.encoding():
+        StableDiffusion3.encode(pipeline, ids)
+        assert events == [(event, name) for name in names.values() for event in ("computes", "leaves")]
+    assert not any(hasattr(getattr(pipeline, name), "_hf_hook") for name in names.values())
 
 
 def test_the_transformer_gives_way_to_t5(sd3_world, monkeypatch):

@@ -45,7 +45,7 @@ class KeepingRows(Diffusion):
     def prepare(self, state: Mapping[str, torch.Tensor] | None = None) -> None:
         models = self.models
         if self.method.preservation == "cat":
-            with models.at_work(*models.family.text_encoders_of(models.pipeline)):
+            with models.encoding():
                 self.unrelated_embeds = models.family.encode(models.pipeline, self.unrelated_ids.to(models.device))
 
     @contextmanager
