@@ -37,6 +37,7 @@ _LAYERS = {
     "text_encoder_2": re.compile(r"encoder\.layers\..+|text_projection"),
 }
 _FAMILIES = "Stable Diffusion 1.x, 2.x, XL or 3"
+_NO_WEIGHT = "is no LoRA weight of Stable Diffusion's UNet or text encoder, nor of its transformer"
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,7 @@ def read_lora(path: Path) -> LoraFile:
     for key in tensors if not is_kohya else ():
         place = parse_key(key)
         if place is None or place[0] not in _LAYERS:
-            known = "Stable Diffusion's UNet or text encoder, nor of its transformer"
-            raise ValueError(f"{key!r} is no LoRA weight of {known}")
+            raise ValueError(f"{key!r} {_NO_WEIGHT}")
     layers = _read_kohya(tensors) if is_kohya else parse_layers(tensors, metadata)
     family = find_family(layers) or kohya_family(tensors)
     if family == FLUX:
@@ -86,7 +86,8 @@ def read_lora(path: Path) -> LoraFile:
     for model, group in layers.items():
         for layer in group:
             if not _LAYERS[model].fullmatch(layer):
-                raise ValueError(f"{layer!r} is no layer of {_FAMILIES} ({model})")
+                wrong = f"is no layer of {_FAMILIES} ({model})" if is_kohya else _NO_WEIGHT
+                raise ValueError(f"{layer!r} {wrong}")
     words = ", ".join(dict.fromkeys(key.removeprefix(EMBEDDING).split(".")[0] for key in embeddings))
     note = f"holds a textual inversion ({words}), which is left out: only the LoRA is read" if embeddings else ""
     if metadata:

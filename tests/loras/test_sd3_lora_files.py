@@ -403,7 +403,7 @@ NAMES = {
     "diffusion_model.joint_blocks.0.x_block.attn.qkv": "the original model's names, as sd-scripts writes them",
     "text_encoder_3.encoder.block.0.layer.0.SelfAttention.q": "has layers of T5",
     "diffusion_model.transformer_blocks.0.attn.to_q": "is no LoRA weight of Stable Diffusion's",
-    "transformer.joint_transformer_blocks.0.attn.to_q": "is no layer of Stable Diffusion",
+    "transformer.joint_transformer_blocks.0.attn.to_q": "is no LoRA weight of Stable Diffusion's",
     "transformer_blocks.0.attn.to_q": "is no LoRA weight of Stable Diffusion's",
     "lora_te3_encoder_block_0_layer_0_SelfAttention_q": "is no weight that a LoRA of Stable Diffusion",
 }
