@@ -37,8 +37,9 @@ sys.path.insert(0, str(ROOT))
 
 PRECISIONS = ("float32", "tf32", "bf16", "fp16")
 HALVES = ("bf16", "fp16")
+DTYPES = ("float32", *HALVES)
 # The rows on the toy: a part of their names, and the base.
-TOYS = {"": "sd", "SDXL/": "sdxl"}
+TOYS = {"": "sd", "SDXL/": "sdxl", "SD3/": "sd3"}
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "xformers", "bitsandbytes")
 START, END = 90, 30  # seconds that a process may take until its first row, and after its last one
 PATIENCE = {"cuda": 1, "cpu": 10}  # a CPU may take so many times as long
@@ -96,14 +97,16 @@ ROWS = [
     *(
         Row(f"training/SDXL/{objective}/{precision}", own("training"), (objective, precision, "sdxl"))
         for objective in ("composed", "paper")
-        for precision in ("float32", *HALVES)
+        for precision in DTYPES
     ),
     *(Row(f"training/SDXL/VAE/{precision}", own("vae"), (precision,)) for precision in HALVES),
     *(
-        Row(f"training/SDXL/pictures, {kind}/{precision}", own("validation"), (precision, flags), device="cuda")
+        Row(f"training/{name}pictures, {kind}/{precision}", own("validation"), (precision, flags, base), device="cuda")
+        for name, base in list(TOYS.items())[1:]
         for kind, flags in {"models lent": "", "models kept": "--no-cache_latents --no-cache_text_embeddings"}.items()
         for precision in HALVES
     ),
+    *(Row(f"training/SD3/{precision}", own("training"), ("composed", precision, "sd3")) for precision in DTYPES),
     *(
         Row(f"resume/{name}{precision}", own("resume"), (precision, base), limit=90)
         for name, base in TOYS.items()
@@ -112,7 +115,7 @@ ROWS = [
     *(
         Row(f"pipeline/{name}{precision}", own("pipeline"), (precision, "", base))
         for name, base in TOYS.items()
-        for precision in ("float32", *HALVES)
+        for precision in DTYPES
     ),
     Row("pipeline/fp16/model offload", own("pipeline"), ("fp16", "offload"), device="cuda"),
     Row("pipeline/fp16/sequential offload", own("pipeline"), ("fp16", "sequential"), device="cuda"),
@@ -132,10 +135,10 @@ ROWS = [
 ]
 # What stands above the table of each section.
 SECTIONS = {
-    "training": "Training on the toy, or on the toy SDXL. `norm` and `cosine` are of stage 2's update of the LoRA, "
-    "against float32's. SDXL's VAE is in float32 where the others are in fp16; `decoded` is the largest difference of "
-    "what it makes while pictures are drawn, in autocast, from what it makes alone.",
-    "resume": "Runs of both objectives that stop and go on; the largest difference of the LoRA's numbers, and of two "
+    "training": "Training on the toy, or on that of SDXL or SD3. `norm` and `cosine` are of stage 2's update of the "
+    "LoRA, against float32's. SDXL's VAE is in float32 where the others are in fp16; `decoded` is the largest "
+    "difference of what it makes while pictures are drawn, in autocast, from what it makes alone.",
+    "resume": "Runs of all objectives that stop and go on; the largest difference of the LoRA's numbers, and of two "
     "runs that nothing stopped.",
     "pipeline": "The pipeline on the toy against float32 on the CPU: differences of pixels and of maps in [0, 1], "
     "largest and mean. `halves` compares `compare` with two separate calls of the same kind.",

@@ -29,6 +29,7 @@ from benchmarks.estimate_memory import GIB, PRESETS
 from benchmarks.gpu import MODELS, ROOT, STEPS, Bench, Result
 from benchmarks.parts import trainer
 from benchmarks.random_stable_diffusion import write_model
+from families.pipelines import denoiser_of
 from loras import LORA_WEIGHTS
 from toy_portraits.pipelines import family_of, load_base
 from toy_portraits.recipe import BASE_MODEL, LORA, training_flags
@@ -139,11 +140,11 @@ def vae(bench: Bench, precision: str) -> Result:
     return Result(cells, [fault for fault, is_well in sound.items() if not is_well])
 
 
-def validation(bench: Bench, precision: str, flags: str) -> Result:
-    """The pictures that a training of SDXL draws of itself, with its other models lent to the device or kept there."""
+def validation(bench: Bench, precision: str, flags: str, base: str) -> Result:
+    """The pictures that a training draws of itself, with its other models lent to the device or kept there."""
     name = f"pictures-{precision}-{'kept' if flags else 'lent'}"
     pictures = "--num_validation_images 1 --validation_inference_steps 4"
-    output = run_toy(bench, name, precision, f"{pictures} {flags}", "sdxl") / "validation"
+    output = run_toy(bench, name, precision, f"{pictures} {flags}", base) / "validation"
     spread = {path.name: float(np.asarray(Image.open(path)).std()) for path in sorted(output.glob("*.png"))}
     # One that is not finite is black.
     faults = [f"{name} is one colour" for name, value in spread.items() if value < 20]
@@ -175,9 +176,9 @@ def option(bench: Bench, package: str) -> Result:
 
 
 def resume(bench: Bench, precision: str, base: str = "sd") -> Result:
-    """A run that goes on from inside of stage 1, and from inside of stage 2, against one that nothing stopped."""
+    """A run of all objectives that goes on from inside of each stage, against one that nothing stopped."""
     half = bench.steps // 2
-    flags = f"--stage2_objective both --checkpointing_steps {half}"
+    flags = f"--stage2_objective {family_of(base).objectives[-1]} --checkpointing_steps {half}"
     torch.use_deterministic_algorithms(True, warn_only=True)
     run = partial(run_toy, bench, precision=precision, base=base)
     whole, again = (run(f"resume-{precision}-{name}", flags=flags) for name in ("whole", "again"))
@@ -210,8 +211,9 @@ PIXELS = {"float32": 0.001, "bf16": 0.01, "fp16": 0.002}
 def draw(pipeline: DiffusionPipeline, **options: Any) -> Any:
     """Two portraits of fixed noise, which some versions of torch draw in another way in half precision."""
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
-    config, side = pipeline.unet.config, pipeline.unet.config.sample_size
-    noise = torch.stack([torch.randn(config.in_channels, side, side, generator=own) for own in generators])
+    config = denoiser_of(pipeline).config
+    shape = config.in_channels, config.sample_size, config.sample_size
+    noise = torch.stack([torch.randn(shape, generator=own) for own in generators])
     options |= {"num_images_per_prompt": 2, "num_inference_steps": PICTURE_STEPS, "guidance_scale": 5.0}
     noise = noise.to(pipeline.text_encoder.dtype)
     return pipeline(PROMPT, generator=generators, latents=noise, output_type="np", **options)
@@ -224,7 +226,7 @@ def draw_all(pipeline: DiffusionPipeline, few: bool = False) -> dict[str, np.nda
     found["portrait alone"] = draw(pipeline, target_prompt=WANTED).images
     if not few:
         guided = draw(pipeline, target_prompt=WANTED, sfcm_guidance=1.0, adapter_in_unconditional=False)
-        with active_adapters(pipeline.unet, None):
+        with active_adapters(denoiser_of(pipeline), None):
             found["original alone"] = draw(pipeline).images
         found = {"map": both.sfcm.numpy(), **found, "guided": guided.images}
     return found
@@ -238,8 +240,9 @@ def load_toy(base: str, dtype: torch.dtype, device: str = "cpu", way: str = "") 
         pipeline.load_lora_weights(LORA)
     else:
         torch.manual_seed(0)
-        layers = family_of(base).lora_targets(pipeline.unet, "cross")
-        pipeline.unet.add_adapter(LoraConfig(r=4, lora_alpha=2, init_lora_weights=False, target_modules=layers))
+        denoiser = denoiser_of(pipeline)
+        layers = family_of(base).lora_targets(denoiser, "cross")
+        denoiser.add_adapter(LoraConfig(r=4, lora_alpha=2, init_lora_weights=False, target_modules=layers))
     if way == "offload":
         pipeline.enable_model_cpu_offload()
     elif way == "sequential":

@@ -1,9 +1,10 @@
 """Is the map right? `python benchmarks/map_quality.py` holds maps against regions that are known.
 
 Portraits are rendered, so that the region of a target and of each phrase is known to the pixel. They are noised at
-timesteps of several bands, the UNet predicts for base and full prompt with and without a LoRA, and every SFCM mode
-makes its map. A second part takes the maps of the pipeline while it draws, and the regions from the probe. The LoRAs
-are those of `benchmarks/preservation.py`.
+timesteps of several bands, the denoiser predicts for base and full prompt with and without a LoRA, and every SFCM mode
+makes its map. Where all layers have one resolution, phrases are looked for in each of them. A second part takes the
+maps of the pipeline while it draws, and the regions from the probe. The LoRAs are those of
+`benchmarks/preservation.py`.
 
 Legend: B portraits, h/w map size (16x16), N noise samples, P base phrases, T text tokens, K training seeds.
 Source: [ours].
@@ -26,16 +27,18 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from adapters import active_adapters
-from attention_processors import CrossAttentionFeatures, capture_cross_attention, phrase_map_resolution
+from attention_processors import CrossAttentionCapture, CrossAttentionFeatures
 from benchmarks import sfcm_modes
 from benchmarks.parts import drawing, judging, regions, tables
 from benchmarks.parts.drawing import Picture, Pipeline, prompt_pairs
 from benchmarks.parts.regions import KINDS, Scenes, map_separation, phrase_games
 from benchmarks.parts.runs import RUNS, run_folder, train_all
 from benchmarks.parts.tables import Summary, cell, markdown_table, number
-from families.noise_process import DDPM
+from families.noise_process import NoiseProcess
+from families.pipelines import denoiser_of
 from families.prompt_embeds import PromptEmbeds
 from families.stable_diffusion import StableDiffusion
+from joint_attention import JointAttentionCapture
 from loras import LORA_WEIGHTS
 from prompts import phrase_mask
 from region_guidance import noise_difference
@@ -50,12 +53,12 @@ from training.prompt_table import PromptTable, make_prompt_table
 
 Band = tuple[int, int]  # lowest and highest timestep
 Samples = Sequence[tuple[torch.Tensor, torch.Tensor]]
-# Maps (N, B, h, w) by adapter ("original": none), name and detail; and of phrases (B, P, h, w) by resolution.
+Capture = CrossAttentionCapture | JointAttentionCapture
+# Maps (N, B, h, w) by adapter ("original": none), name and detail; and of phrases (B, P, h, w) by layers.
 Maps = dict[tuple[str, str, str], np.ndarray]
 PhraseMaps = dict[str, np.ndarray]
 
-TRAINING_BAND = (600, 950)  # the trainer's default --sfcm_timesteps
-BANDS = ((0, 200), (200, 400), (400, 600), (600, 800), (800, 1000), TRAINING_BAND)
+FIFTHS = ((0, 200), (200, 400), (400, 600), (600, 800), (800, 1000))
 GENERATED = (0, 0)  # stands for all steps of a drawing
 PORTRAIT_SEED = 70101  # of renders, their prompts and noise
 PICTURED = 2  # portraits a target in the picture
@@ -72,17 +75,31 @@ LABELS_OF_RUNS |= {name: RUNS[name].label for name in ("plain", "stage1", "compo
 
 @torch.no_grad()
 def predict(
-    family: type[StableDiffusion], unet: torch.nn.Module, adapter: str, latents: torch.Tensor, timesteps: torch.Tensor,
-    embeds: PromptEmbeds,
+    family: type[StableDiffusion], denoiser: torch.nn.Module, adapter: str, latents: torch.Tensor,
+    timesteps: torch.Tensor, embeds: PromptEmbeds,
 ) -> tuple[torch.Tensor, CrossAttentionFeatures]:  # fmt: skip
-    """The UNet's prediction and cross-attention with one adapter on, or with none ("original")."""
-    names = None if adapter == ORIGINAL else adapter
-    with active_adapters(unet, names), capture_cross_attention(unet) as store, store.record():
-        model_pred = family.predict(unet, latents, timesteps, embeds)
+    """The denoiser's prediction and the attention of all its layers with one adapter on, or none ("original")."""
+    names, capture = None if adapter == ORIGINAL else adapter, family.capture(denoiser)
+    with active_adapters(denoiser, names), capture.store(capture.layers) as store, store.record():
+        model_pred = family.predict(denoiser, latents, timesteps, embeds)
         return model_pred, store.pop()
 
 
-def noise_samples(count: int, band: Band, shape: Sequence[int]) -> Samples:
+def layer_groups(capture: Capture, resolutions: dict[str, tuple[int, int]], size: Sequence[int]) -> dict[str, list]:
+    """The layers whose maps are looked at together, by what they are called: those of a resolution, or each where all
+    have the same; the first group is what is used for latents of (h, w).
+    """
+    used, sizes = capture.phrase_map_layers(tuple(size)), sorted(set(resolutions.values()))
+    if len(sizes) == 1:
+        numbers = [int(name.split(".")[1]) for name in used]
+        text = f"{min(numbers)}-{max(numbers)} (used)"
+        return {f"blocks {text}": used} | {f"block {name.split('.')[1]}": [name] for name in resolutions}
+    own = {f"{h}x{w}": [name for name, found in resolutions.items() if found == (h, w)] for h, w in sizes}
+    (text,) = [text for text, names in own.items() if set(names) == set(used)]
+    return {f"{text} (used)": own.pop(text)} | own
+
+
+def noise_samples(count: int, band: Band, shape: Sequence[int], process: NoiseProcess) -> Samples:
     """Noise (B, *shape) and timesteps (B,) of each sample.
 
     A portrait's noise depends on its number alone, and each sample's timestep is from its own part of the band, as in
@@ -94,7 +111,7 @@ def noise_samples(count: int, band: Band, shape: Sequence[int]) -> Samples:
         noise = torch.stack([torch.randn(*shape, generator=own) for own in generators])
         offsets = torch.cat([torch.rand(1, generator=own) for own in generators])
         place = (sample + offsets) / NOISES
-        samples.append((noise, (band[0] + place * (band[1] - band[0])).long()))
+        samples.append((noise, process.between(*band, place)))
     return samples
 
 
@@ -116,14 +133,19 @@ class Inputs:
         latents = family.to_latents(pipeline.vae, to_tensor(scenes.images))
         tokenizers = [getattr(pipeline, name) for name in family.tokenizers]
         tokens = [family.locate(pair, tokenizers) for pair in pairs]
-        table, length = make_prompt_table(family, pipeline, pairs, tokens), tokenizers[0].model_max_length
+        table, length = make_prompt_table(family, pipeline, pairs, tokens), len(tokens[0].base_input_ids)
         weights = torch.tensor([phrase_mask([row.target_positions], length) for row in tokens], device=pipeline.device)
         return cls(family, pipeline, latents, table, weights)
+
+    @property
+    def process(self) -> NoiseProcess:
+        scheduler = self.pipeline.scheduler
+        return self.family.noise_process(type(scheduler).__name__, scheduler.config)
 
     def maps(self, band: Band, adapters: Sequence[str], batch_size: int) -> tuple[Maps, PhraseMaps]:
         """All maps of a band, so many portraits at a time."""
         count = len(self.latents)
-        samples = noise_samples(count, band, self.latents.shape[1:])
+        samples = noise_samples(count, band, self.latents.shape[1:], self.process)
         chunks = [slice(start, start + batch_size) for start in range(0, count, batch_size)]
         maps, phrases = zip(*(self._chunk(rows, samples, adapters) for rows in chunks))
         return (
@@ -132,12 +154,11 @@ class Inputs:
         )
 
     def _chunk(self, rows: slice, samples: Samples, adapters: Sequence[str]) -> tuple[Maps, PhraseMaps]:
-        scheduler, table, latents = self.pipeline.scheduler, self.table, self.latents[rows]
+        process, table, latents = self.process, self.table, self.latents[rows]
         sizes = torch.tensor([whole_picture((SIZE, SIZE))] * len(latents), device=latents.device)
-        asked = torch.arange(len(self.latents), device=latents.device)[rows], sizes
+        asked = torch.arange(len(self.latents))[rows], sizes
         base, full = table.reference(*asked), table.response(*asked)
-        process = DDPM(type(scheduler).__name__, scheduler.config)
-        predicted = partial(predict, self.family, self.pipeline.unet)
+        predicted = partial(predict, self.family, denoiser_of(self.pipeline))
         references, responses = [], {name: [] for name in adapters}
         # By adapter, and what its response is held against, as in `SfcmMode`.
         differences = {(name, start): [] for name in adapters for start in ("paths", "words")}
@@ -150,22 +171,25 @@ class Inputs:
                 response_pred, features = predicted(name, noisy, steps, full)
                 responses[name].append(features)
                 start_pred = reference_pred if name == ORIGINAL else predicted(name, noisy, steps, base)[0]
-                differences[name, "paths"].append(noise_difference(response_pred, reference_pred))
-                differences[name, "words"].append(noise_difference(response_pred, start_pred))
+                for start, own in (("paths", reference_pred), ("words", start_pred)):
+                    scale = process.epsilon_scale(steps)
+                    differences[name, start].append(noise_difference(response_pred, own, scale))
 
         resolutions = references[0].resolutions
-        used = phrase_map_resolution(resolutions)
+        groups = layer_groups(self.family.capture(denoiser_of(self.pipeline)), resolutions, latents.shape[-2:])
+        used = next(iter(groups))
         weights, distances, present = table.phrase_weights[rows], table.distances[rows], table.phrase_mask[rows]
 
-        def attention(features: Sequence[CrossAttentionFeatures], of: torch.Tensor, size: tuple) -> torch.Tensor:
-            layers = [probs for one in features for probs in one.at_resolution(size).attention_probs.values()]
-            return phrase_attention_maps(layers, [size] * len(layers), of, latents.shape[-2:])
+        def attention(features: Sequence[CrossAttentionFeatures], of: torch.Tensor, group: str) -> torch.Tensor:
+            layers = [one.attention_probs[name] for one in features for name in groups[group]]
+            sizes = [resolutions[name] for name in groups[group]] * len(features)
+            return phrase_attention_maps(layers, sizes, of, latents.shape[-2:])
 
         def sfcm(mode: str, name: str, phrases: torch.Tensor, chosen: slice) -> np.ndarray:
             taken = [torch.stack(differences[name, own][chosen]).mean(0) for own in MODES[mode].differences]
             return MODES[mode].compute(torch.cat(taken, 1), phrases, distances, present)[:, 0].cpu().numpy()
 
-        phrases = {size: attention(references, weights, size) for size in sorted(set(resolutions.values()))}
+        phrases = {group: attention(references, weights, group) for group in groups}
         each = [(attention([own], weights, used), slice(i, i + 1)) for i, own in enumerate(references)]
         maps: Maps = {}
         for name in adapters:
@@ -174,8 +198,7 @@ class Inputs:
                 maps[name, mode, ONE] = np.stack([sfcm(mode, name, *own) for own in each])
             words = attention(responses[name], self.target_weights[rows], used)
             maps[name, TARGET_WORDS, ""] = words.cpu().numpy().swapaxes(0, 1)
-        shown = {size: f"{size[0]}x{size[1]}" + (" (used)" if size == used else "") for size in phrases}
-        return maps, {shown[size]: own.cpu().numpy() for size, own in phrases.items()}
+        return maps, {group: own.cpu().numpy() for group, own in phrases.items()}
 
 
 def draw_scenes(
@@ -207,7 +230,7 @@ class Row(NamedTuple):
     band: Band
     run_name: str  # whose Response Path it is
     map_name: str  # an SFCM mode, `TARGET_WORDS`, or a kind of phrase
-    detail: str  # the number of noise samples of an SFCM, the resolution of a phrase's map
+    detail: str  # the number of noise samples of an SFCM, the layers of a phrase's map
     measures: dict[str, np.ndarray]  # (K, B) each, NaN where a portrait has no such region or phrase
 
 
@@ -220,8 +243,8 @@ def map_pictures(inputs: Inputs, scenes: Scenes, target_name: str, adapter: str)
     """Per portrait its pictures: the region, the default map of each band, the maps of words and phrases."""
     target, pairs = TARGETS[target_name].prompt, prompt_pairs(scenes.prompts)
     rows = [[Picture(f"{target}?", scenes.images[i], None, scenes.drawn[i])] for i in range(len(pairs))]
-    columns = {band: (f"SFCM, t {band_text(band)}", DEFAULT_MODE, MANY) for band in BANDS}
-    columns[TRAINING_BAND] = f"words: {target}", TARGET_WORDS, ""
+    columns = {band: (f"SFCM, t {band_text(band)}", DEFAULT_MODE, MANY) for band in FIFTHS}
+    columns[inputs.process.map_timesteps] = f"words: {target}", TARGET_WORDS, ""
     for band, (caption, *key) in columns.items():
         maps, phrase_maps = inputs.maps(band, [adapter], len(pairs))
         for i, row in enumerate(rows):
@@ -243,9 +266,9 @@ def measure_target(target_name: str, args: argparse.Namespace) -> tuple[list[Row
     scenes = regions.render_scenes(target_name, args.num_prompts, PORTRAIT_SEED)
     phrases = [pair.base_phrases for pair in prompt_pairs(scenes.prompts)]
     with drawing.loras_on(pipeline, list(folders)):
-        pipeline.unet.requires_grad_(False)
+        denoiser_of(pipeline).requires_grad_(False)
         inputs = Inputs.make(args.base, pipeline, scenes)
-        for band in BANDS:
+        for band in (*FIFTHS, inputs.process.map_timesteps):
             maps, phrase_maps = inputs.maps(band, [ORIGINAL, *runs], args.batch_size)
             for (adapter, name, detail), own in maps.items():
                 key = band, runs.get(adapter, ORIGINAL), name, detail
@@ -255,7 +278,7 @@ def measure_target(target_name: str, args: argparse.Namespace) -> tuple[list[Row
                     found[band, ORIGINAL, kind, shown] = [game]
             print(f"{target_name}, t {band_text(band)}: measured", flush=True)
         for adapter, run in runs.items():
-            pipeline.unet.set_adapters(adapter)
+            denoiser_of(pipeline).set_adapters(adapter)
             drawn, maps = draw_scenes(pipeline, judge, target_name, args)
             found.setdefault((GENERATED, run, "averaged", ""), []).append(map_separation(maps[None], drawn))
             print(f"{target_name}, {adapter}: measured", flush=True)
@@ -272,7 +295,12 @@ def measure_target(target_name: str, args: argparse.Namespace) -> tuple[list[Row
 
 
 def band_text(band: Band) -> str:
-    return f"{band[0]}-{band[1]}" + (" (training's)" if band == TRAINING_BAND else "")
+    return f"{band[0]}-{band[1]}" + ("" if band in FIFTHS else " (training's)")
+
+
+def bands_of(args: argparse.Namespace) -> tuple[Band, ...]:
+    """All bands; that of the training's timesteps comes last."""
+    return (*FIFTHS, family_of(args.base).noise_process.map_timesteps)
 
 
 def in_out(summary: Summary) -> str:
@@ -283,11 +311,11 @@ def by_band_section(found: dict[tuple, Summary], args: argparse.Namespace) -> st
     """The first LoRA's default map in each band."""
     lines = []
     for target in args.targets:
-        own = [found[target, band, args.runs[0], DEFAULT_MODE, MANY] for band in BANDS]
+        own = [found[target, band, args.runs[0], DEFAULT_MODE, MANY] for band in bands_of(args)]
         lines.append([TARGETS[target].prompt, "inside / outside", *map(in_out, own)])
         lines.append(["", "AUC", *(cell(summary, "auc") for summary in own)])
     text = f"\n## In short\n\n`{DEFAULT_MODE}`, {MANY}, {LABELS_OF_RUNS[args.runs[0]]}, by timesteps:\n\n"
-    return text + markdown_table(["", "", *map(band_text, BANDS)], lines)
+    return text + markdown_table(["", "", *map(band_text, bands_of(args))], lines)
 
 
 def training_section(found: dict[tuple, Summary], args: argparse.Namespace) -> str:
@@ -296,7 +324,7 @@ def training_section(found: dict[tuple, Summary], args: argparse.Namespace) -> s
     for target in args.targets:
         for run in args.runs:
             keys = [(DEFAULT_MODE, MANY), *others, (TARGET_WORDS, "")]
-            default, *rest = (found[(target, TRAINING_BAND, run, *key)] for key in keys)
+            default, *rest = (found[(target, bands_of(args)[-1], run, *key)] for key in keys)
             rest.append(found[target, GENERATED, run, "averaged", ""])
             cells = [cell(default, name) for name in ("inside", "outside", "auc")]
             lines.append([TARGETS[target].prompt, LABELS_OF_RUNS[run], *cells, *(cell(own, "auc") for own in rest)])
@@ -313,7 +341,7 @@ def game_section(rows: Sequence[Row]) -> str:
         if row.map_name in KINDS:
             games.setdefault((row.band, row.map_name, row.detail), []).append(row.measures)
     text = "\n## The pointing game\n\nBase phrases in the Reference Path, over all targets and noises.\n"
-    for band in BANDS:
+    for band in dict.fromkeys(key[0] for key in games):
         lines = []
         for key in sorted((key for key in games if key[0] == band), key=lambda key: KINDS.index(key[1])):
             names, own = games[key][0], games[key]

@@ -99,6 +99,9 @@ def find_single_file(
 
 def _find_layout(shapes: Mapping[str, tuple[int, ...]]) -> Layout:
     known = ", ".join(layout.name for layout in reversed(LAYOUTS))
+    # With the prefix of a whole model, or without, as a transformer alone.
+    if any(key.removeprefix(UNET).startswith("joint_blocks.") for key in shapes):
+        raise ValueError("a Stable Diffusion 3 in one file, which is not read: give its folder, or its id of the Hub")
     if _FIRST not in shapes:
         raise ValueError(f"no base model in one file ({_FIRST} is missing); known are {known}")
     # Playground v2.5 has SDXL's names for everything else.

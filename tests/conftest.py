@@ -111,6 +111,28 @@ def toy_xl_folder(tmp_path_factory):
     return write_toy_xl(tmp_path_factory.mktemp("toy_xl"))
 
 
+@pytest.fixture(scope="session")
+def toy_3_folder(tmp_path_factory):
+    from toy_bases import write_toy_3
+
+    return write_toy_3(tmp_path_factory.mktemp("toy_3"))
+
+
+@pytest.fixture
+def toy_3(toy_3_folder, monkeypatch):
+    """The base `sd3` is a random one, see `toy_bases.py`; its folder."""
+    from toy_portraits.recipe import BASES
+
+    monkeypatch.setitem(BASES, "sd3", BASES["sd3"]._replace(folder=toy_3_folder))
+    return toy_3_folder
+
+
+@pytest.fixture
+def toy_bases(toy_xl, toy_3):
+    """The bases but the first are random ones; their folders by name."""
+    return {"sdxl": toy_xl, "sd3": toy_3}
+
+
 @pytest.fixture
 def toy_xl(toy_xl_folder, monkeypatch):
     """The base `sdxl` is a random one, see `toy_bases.py`; its folder."""

@@ -194,7 +194,7 @@ def test_the_map_table_lists_the_modes_that_are_no_benchmarks():
 def test_the_ablations_and_presets_are_flags_the_trainer_takes():
     presets = re.findall(r"^\| \d+ GB \| `(--.*?)` \| [\d.]+ GiB \|", doc("training.md"), re.MULTILINE)
     ablations = re.findall(r"^\| [^|]+ \| `(--.*?)` \|", section(doc("results.md"), "What each choice is worth"), re.M)
-    assert len(presets) == 7 and len(ablations) > 20
+    assert len(presets) == 9 and len(ablations) > 20
     for flags in [*presets, *ablations]:
         parse_args([*MODEL, "--train_data_dir", "portraits", "--mixed_precision", "bf16", *shlex.split(flags)])
 

@@ -1,13 +1,30 @@
-"""A toy SDXL whose UNet and second text encoder are random, of the embedded one's classes, and random LoRAs."""
+"""Toy bases that are random but for what they share with the first, of the real classes, and random LoRAs."""
 
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+)
 
+from loras.writing import write_diffusers_lora
+from toy_portraits.build_3 import build_t5_tokenizer
 from toy_portraits.pipelines import family_of
 from toy_portraits.recipe import BASE_MODEL, BASES
 
@@ -41,15 +58,46 @@ def write_toy_xl(folder: Path) -> Path:
     return folder
 
 
+def write_toy_3(folder: Path) -> Path:
+    """Write the folder of a toy Stable Diffusion 3 likewise."""
+    torch.manual_seed(0)
+    tokenizers = [CLIPTokenizer.from_pretrained(BASE_MODEL / "tokenizer") for _ in range(2)]
+    tokenizers.append(build_t5_tokenizer())
+    clips = []
+    for tokenizer, width in zip(tokenizers[:2], (32, 16)):
+        config = CLIPTextConfig(
+            hidden_size=width, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, projection_dim=width,
+            vocab_size=len(tokenizer), max_position_embeddings=tokenizer.model_max_length, initializer_factor=3.0,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        clips.append(CLIPTextModelWithProjection(config))
+    config = T5Config(
+        vocab_size=len(tokenizers[2]), d_model=48, d_kv=8, num_heads=2, d_ff=32, num_layers=1, dropout_rate=0.0,
+        feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False,
+    )  # fmt: skip
+    vae = AutoencoderKL.from_pretrained(BASE_MODEL / "vae")
+    vae.register_to_config(shift_factor=0.1)
+    transformer = SD3Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=3, num_attention_heads=2,
+        attention_head_dim=8, caption_projection_dim=16, joint_attention_dim=48, pooled_projection_dim=32 + 16,
+        pos_embed_max_size=12, dual_attention_layers=(0,), qk_norm="rms_norm",
+    )  # fmt: skip
+    StableDiffusion3Pipeline(
+        transformer=transformer, vae=vae, text_encoder=clips[0], text_encoder_2=clips[1],
+        text_encoder_3=T5EncoderModel(config), tokenizer=tokenizers[0], tokenizer_2=tokenizers[1],
+        tokenizer_3=tokenizers[2], scheduler=FlowMatchEulerDiscreteScheduler(shift=2.0),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
 def write_random_lora(folder: Path, seed: int = 0, base: str = "sd") -> Path:
-    """Write a random LoRA on a base's UNet, strong enough to be seen."""
-    unet = UNet2DConditionModel.from_pretrained(BASES[base].folder / "unet")
+    """Write a random LoRA on a base's denoiser, strong enough to be seen."""
+    family = family_of(base)
+    denoiser = family.denoiser_class.from_pretrained(BASES[base].folder / family.denoiser)
     torch.manual_seed(seed)
-    modules = ["attn2.to_v", "attn2.to_out.0"]
-    unet.add_adapter(LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, target_modules=modules))
-    family_of(base).pipeline_class.save_lora_weights(
-        folder,
-        unet_lora_layers=get_peft_model_state_dict(unet),
-        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
-    )
+    modules = [name for name in family.lora_targets(denoiser, "cross") if name.endswith(("to_v", "to_out.0"))]
+    denoiser.add_adapter(LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, target_modules=modules))
+    state, config = get_peft_model_state_dict(denoiser), denoiser.peft_config["default"]
+    write_diffusers_lora(folder, {family.denoiser: (state, config)})
     return folder

@@ -25,6 +25,7 @@ class ToyBase(NamedTuple):
 BASES = {
     "sd": ToyBase(BASE_MODEL, "toy Stable Diffusion", "DDIM"),
     "sdxl": ToyBase(HERE / "base_model_xl", "toy Stable Diffusion XL", "Euler"),
+    "sd3": ToyBase(HERE / "base_model_3", "toy Stable Diffusion 3", "FlowMatchEuler"),
 }
 LORA = HERE / "loras" / "blonde_hair"  # what the flags below make of the training set blonde_hair
 # A model this small takes a higher learning rate than Stable Diffusion; all else of the method is its default.

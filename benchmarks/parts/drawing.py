@@ -24,6 +24,7 @@ from diffusers.utils import logging as diffusers_logging
 from matplotlib.figure import Figure
 from PIL import Image
 
+from families.pipelines import denoiser_of
 from loras import LORA_WEIGHTS
 from pictures import overlay_heat_map
 from pipeline_spf_portrait import SPFPortraitPipeline
@@ -123,17 +124,18 @@ def adapter_name(folder: Path) -> str:
 
 @contextmanager
 def loras_on(pipeline: Pipeline, folders: Sequence[Path], strength: float = 1.0) -> Iterator[None]:
-    """Inside, these LoRAs, stacked, are on the UNet; none of them is left afterwards."""
-    names = [adapter_name(folder) for folder in folders]
+    """Inside, these LoRAs, stacked, are on the denoiser; none of them is left afterwards."""
+    names, denoiser = [adapter_name(folder) for folder in folders], denoiser_of(pipeline)
+    model = next(name for name, part in pipeline.components.items() if part is denoiser)
     try:
         for name, folder in zip(names, folders, strict=True):
-            pipeline.unet.load_lora_adapter(str(folder), weight_name=LORA_WEIGHTS, adapter_name=name, prefix="unet")
+            denoiser.load_lora_adapter(str(folder), weight_name=LORA_WEIGHTS, adapter_name=name, prefix=model)
         if names:
-            pipeline.unet.set_adapters(names, [strength] * len(names))
+            denoiser.set_adapters(names, [strength] * len(names))
         yield
     finally:
         if names:
-            pipeline.unet.unload_lora()
+            denoiser.unload_lora()
 
 
 def prompt_pairs(prompts: Sequence[ToyPrompt]) -> list[PromptPair]:

@@ -45,7 +45,7 @@ def test_what_the_renderer_draws_is_as_its_caption_says_and_nothing_else(judge):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("base", BASES)
-def test_both_bases_are_measured(base, toy_xl, tmp_path, capsys):
+def test_every_base_is_measured(base, toy_bases, tmp_path, capsys):
     flags = ["--base", base, "--num_prompts", "4", "--targets", "red_hat", "blonde_hair", "--num_inference_steps", "2"]
     base_model.main([*flags, "--output_dir", str(tmp_path)])
     text = (tmp_path / "base_model" / "table.md").read_text(encoding="utf-8")

@@ -256,6 +256,18 @@ def test_rows_of_sdxl_train_resume_and_draw_it(bench, toy_xl, monkeypatch):
 
 
 @pytest.mark.slow
+def test_rows_of_stable_diffusion_3_train_resume_and_draw_it(bench, toy_3, monkeypatch):
+    """A random one."""
+    monkeypatch.setattr(gpu_rows, "PICTURE_STEPS", 2)
+    result = gpu_rows.training(bench, "composed", "float32", "sd3")
+    assert result.verdict == OK and result.cells["norm"] == "1.0000"
+    assert gpu_rows.resume(bench, "float32", "sd3").verdict == OK
+    assert gpu_rows.validation(bench, "float32", "", "sd3").cells.keys() == {"spread"}
+    result = gpu_rows.pipeline(bench, "float32", "", "sd3")
+    assert result.verdict == OK and set(result.cells) == {"map", "portrait", "original", "guided", "halves"}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", "bfloat16"), ("fp16", "float32")])
 def test_the_vae_of_sdxl_is_not_in_float16(bench, toy_xl, precision, dtype, monkeypatch):
     result = gpu_rows.vae(bench, precision)

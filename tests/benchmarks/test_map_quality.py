@@ -9,17 +9,16 @@ import torch
 from toy_bases import write_random_lora
 
 from adapters import Adapters
-from attention_processors import capture_cross_attention
 from benchmarks.map_quality import (
-    BANDS,
     DEFAULT_MODE,
+    FIFTHS,
     MODES,
     ORIGINAL,
     TARGET_WORDS,
-    TRAINING_BAND,
     Inputs,
     Row,
     game_section,
+    layer_groups,
     main,
     noise_samples,
     parse_args,
@@ -39,6 +38,8 @@ from benchmarks.parts.regions import (
     render_scenes,
     separation,
 )
+from families.noise_process import DDPM
+from families.pipelines import denoiser_of
 from toy_portraits.pipelines import family_of
 from toy_portraits.recipe import BASES
 from toy_portraits.world import LABELS, SIZE, TARGETS, render, sample_factors
@@ -189,37 +190,44 @@ def test_a_phrase_of_another_world_is_refused():
 
 
 def test_noise_belongs_to_the_portrait_and_timesteps_cover_the_band():
-    few, many = (noise_samples(count, (200, 400), (4, 16, 16)) for count in (2, 5))
+    process = DDPM("DDPMScheduler", {})
+    few, many = (noise_samples(count, (200, 400), (4, 16, 16), process) for count in (2, 5))
     for sample, ((noise, steps), (others, other_steps)) in enumerate(zip(few, many)):
         assert torch.equal(noise, others[:2]) and torch.equal(steps, other_steps[:2])
         assert (steps >= 200 + 50 * sample).all() and (steps < 250 + 50 * sample).all()
     assert not torch.equal(few[0][0], few[1][0])
-    assert all((steps < 1000).all() for _, steps in noise_samples(64, (800, 1000), (1,)))
+    assert all((steps < 1000).all() for _, steps in noise_samples(64, (800, 1000), (1,), process))
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_both_predictions_are_those_of_the_training(base, toy_xl, tmp_path):
+def test_both_predictions_are_those_of_the_training(base, toy_bases, tmp_path):
     (pipeline, _), scenes, family = judging.tools("cpu", base), render_scenes("striped_shirt", 2, 5), family_of(base)
     folders = [write_random_lora(tmp_path / name, seed, base) for seed, name in enumerate(("first", "second"))]
-    unet = pipeline.unet
+    denoiser = denoiser_of(pipeline)
     first, second = map(adapter_name, folders)
     with loras_on(pipeline, folders):
         inputs, timesteps = Inputs.make(base, pipeline, scenes), torch.tensor([700, 300])
         table, latents = inputs.table, inputs.latents
         sizes = torch.tensor([[SIZE, SIZE, 0.0, 0.0, SIZE, SIZE]] * 2)
         base, full = (of(torch.arange(2), sizes) for of in (table.reference, table.response))
-        reference, features = predict(family, unet, ORIGINAL, latents, timesteps, base)
-        response, _ = predict(family, unet, second, latents, timesteps, full)
-        assert not torch.allclose(predict(family, unet, first, latents, timesteps, full)[0], response)
-        adapters, asked = Adapters(unet), partial(family.predict, unet, latents, timesteps)
-        with torch.no_grad(), capture_cross_attention(unet) as store, store.record():
+        reference, features = predict(family, denoiser, ORIGINAL, latents, timesteps, base)
+        response, _ = predict(family, denoiser, second, latents, timesteps, full)
+        assert not torch.allclose(predict(family, denoiser, first, latents, timesteps, full)[0], response)
+        adapters, asked = Adapters(denoiser), partial(family.predict, denoiser, latents, timesteps)
+        capture = family.capture(denoiser)
+        with torch.no_grad(), capture.store(capture.layers) as store, store.record():
             with adapters.only(None):
                 assert torch.equal(asked(base), reference)
             for name, probs in store.pop().attention_probs.items():
                 assert torch.equal(features.attention_probs[name], probs)
             with adapters.only(second):
                 assert torch.equal(asked(full), response)
-    assert not getattr(unet, "peft_config", None)
+    groups = layer_groups(capture, features.resolutions, latents.shape[-2:])
+    used, *others = groups
+    assert used.endswith("(used)") and set(groups[used]) == set(capture.phrase_map_layers((16, 16)))
+    assert {name for own in groups.values() for name in own} == set(capture.layers)
+    assert len(others) == (1 if family.denoiser == "unet" else len(capture.layers))
+    assert not getattr(denoiser, "peft_config", None)
 
 
 def test_several_maps_of_a_portrait_are_judged_one_by_one():
@@ -240,23 +248,23 @@ def test_a_picture_has_its_captions_and_is_written(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("base", BASES)
-def test_a_run_writes_tables_numbers_and_a_picture(base, toy_xl, trained, tmp_path):
+def test_a_run_writes_tables_numbers_and_a_picture(base, toy_bases, trained, tmp_path):
     few = ["--num_prompts", "3", "--num_inference_steps", "2", "--batch_size", "2", "--workers", "1"]
     few += ["--targets", "striped_shirt", "--runs", "composed", "stage1"]
     main(parse_args([*few, "--base", base, "--output_dir", str(tmp_path)]))
     folder = tmp_path / "map_quality"
     document = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    rows = document["rows"]
+    rows, used = document["rows"], "blocks 1-1" if base == "sd3" else "8x8"
     assert len(document["loras"]) == 2 and document["settings"]["prompt_seed"] == 70201
     for run_name in ("composed", "stage1", ORIGINAL):
         own = [row for row in rows if row["run"] == run_name]
         default = [row for row in own if (row["map"], row["detail"]) == (DEFAULT_MODE, "one noise")]
-        assert [tuple(row["timesteps"]) for row in default] == list(BANDS) and TRAINING_BAND in BANDS
+        assert [tuple(row["timesteps"]) for row in default] == [*FIFTHS, family_of(base).noise_process.map_timesteps]
         assert {row["map"] for row in own} >= {*MODES, TARGET_WORDS}
     generated = [row for row in rows if row["timesteps"] == [0, 0]]
     assert [(row["run"], row["map"]) for row in generated] == [("composed", "averaged"), ("stage1", "averaged")]
     for row in rows:
         assert 0 <= row["measures"]["auc"]["mean"] <= 1 and row["measures"]["auc"]["prompts"] <= 3
     text = (folder / "table.md").read_text(encoding="utf-8")
-    assert "## In short" in text and "## The pointing game" in text and "| person, 8x8 (used) |" in text
+    assert "## In short" in text and "## The pointing game" in text and f"| person, {used} (used) |" in text
     assert "nan" not in text and (folder / "map_quality.png").is_file()

@@ -300,8 +300,8 @@ def test_a_base_has_a_folder_of_its_own_and_its_name_in_the_tables(toy_xl):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("base", ["sd", "sdxl"])
-def test_a_short_run_trains_judges_and_keeps_to_its_base(tmp_path, trained, toy_xl, base):
+@pytest.mark.parametrize("base", BASES)
+def test_a_short_run_trains_judges_and_keeps_to_its_base(tmp_path, trained, toy_bases, base):
     flags = ["--output_dir", str(tmp_path), "--targets", "blonde_hair", "--seeds", "5", "--workers", "1"]
     flags += ["--num_prompts", "3", "--num_inference_steps", "2", "--runs", "plain", "stage1", "composed", "paper"]
     main(parse_args([*flags, "--base", base]))

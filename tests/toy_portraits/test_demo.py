@@ -6,6 +6,7 @@ from PIL import Image
 from toy_bases import write_random_lora
 
 from families.stable_diffusion import StableDiffusion
+from families.stable_diffusion_3 import StableDiffusion3
 from families.stable_diffusion_xl import StableDiffusionXL
 from toy_portraits import demo
 from toy_portraits.pipelines import family_of, load_base
@@ -13,7 +14,7 @@ from toy_portraits.recipe import BASE_MODEL, BASES, CLIP, training_flags
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_the_demo_trains_the_base_it_is_given_and_ends_with_the_pictures(base, toy_xl, tmp_path, monkeypatch, capsys):
+def test_the_demo_trains_its_base_and_ends_with_the_pictures(base, toy_bases, tmp_path, monkeypatch, capsys):
     commands = []
 
     def train(command, check):
@@ -39,8 +40,8 @@ def test_the_recipe_differs_in_the_base_alone(toy_xl):
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_a_base_is_what_its_entry_says(base, toy_xl):
+def test_a_base_is_what_its_entry_says(base, toy_bases):
     pipeline = load_base(base)
-    family = {"sd": StableDiffusion, "sdxl": StableDiffusionXL}[base]
+    family = {"sd": StableDiffusion, "sdxl": StableDiffusionXL, "sd3": StableDiffusion3}[base]
     assert family is family_of(base) and type(pipeline) is family.pipeline_class and pipeline.dtype == torch.float32
     assert type(pipeline.scheduler).__name__.startswith(BASES[base].sampler)

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -766,19 +767,32 @@ def test_a_full_disk_ends_the_program_with_one_line(world, whole_run, forks, tmp
 # -------------------------------------------------------------------------------------------------------- kills
 
 
+class KillRuns(NamedTuple):
+    """How many runs are killed, on which toy base, in which precision, with portraits how large."""
+
+    count: int
+    base: str
+    precision: str
+    resolution: int
+
+
 # In bf16, which most CPUs are slow at, few of small portraits.
-KILL_RUNS = {"no": 20, "bf16": 4}
-PORTRAITS = {"no": 64, "bf16": 32}
+KILL_RUNS = {
+    "float32": KillRuns(20, "sd", "no", 64),
+    "bf16": KillRuns(4, "sd", "bf16", 32),
+    "SD3": KillRuns(6, "sd3", "no", 64),
+}
 # The first of them, whose kills wait for a checkpoint, or a LoRA, that is being written.
 AIMED = {number: "checkpoint" for number in range(8)} | {number: "LoRA" for number in (8, 9)}
 TOY_STEPS = 6  # of each stage
 
 
-def toy_flags(output: Path, precision: str) -> list[str]:
+def toy_flags(output: Path, kind: str) -> list[str]:
     """The toy's default, with few and small steps."""
+    _, base, precision, resolution = KILL_RUNS[kind]
     small = {
         "mixed_precision": precision,
-        "resolution": PORTRAITS[precision],
+        "resolution": resolution,
         "stage1_steps": TOY_STEPS,
         "stage2_steps": TOY_STEPS,
         "checkpointing_steps": 1,
@@ -793,21 +807,21 @@ def toy_flags(output: Path, precision: str) -> list[str]:
         "output_dir": output,
         "resume_from_checkpoint": "latest",
     }
-    return [*training_flags("red_hat"), *(f"--{name}={value}" for name, value in small.items())]
+    return [*training_flags("red_hat", base), *(f"--{name}={value}" for name, value in small.items())]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(forks, tmp_path_factory, worker_id) -> Callable[[str], SimpleNamespace]:
-    """The run of a precision that nobody kills, and how long it took; one for all processes of tests."""
+    """The run of a kind that nobody kills, and how long it took; one for all processes of tests."""
 
-    def own(precision: str) -> SimpleNamespace:
+    def own(kind: str) -> SimpleNamespace:
         base = tmp_path_factory.getbasetemp()
-        shared = (base if worker_id == "master" else base.parent) / f"kills-{precision}"
+        shared = (base if worker_id == "master" else base.parent) / f"kills-{kind}"
         shared.mkdir(exist_ok=True)
         with FileLock(shared / "lock"):
             if not (shared / "seconds").exists():
                 started = time.monotonic()
-                run = forks.start(toy_flags(shared / "output", precision))
+                run = forks.start(toy_flags(shared / "output", kind))
                 assert run.wait() == 0, run.stderr
                 (shared / "seconds").write_text(str(time.monotonic() - started))
         seconds = float((shared / "seconds").read_text())
@@ -844,13 +858,13 @@ def wait_for_a_write(run: Run, output: Path, what: str, skip: int, delay: float)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "precision, number", [(precision, number) for precision, count in KILL_RUNS.items() for number in range(count)]
+    "kind, number", [(kind, number) for kind, runs in KILL_RUNS.items() for number in range(runs.count)]
 )
-def test_a_killed_run_ends_as_if_it_had_not_been(undisturbed, forks, tmp_path, precision, number):
+def test_a_killed_run_ends_as_if_it_had_not_been(undisturbed, forks, tmp_path, kind, number):
     """SIGKILL at any time, up to three times, and again with the same command each time."""
-    reference = undisturbed(precision)
+    reference = undisturbed(kind)
     chance, output = random.Random(number), tmp_path / "output"
-    aim = AIMED.get(number) if precision == "no" else None
+    aim = AIMED.get(number) if kind == "float32" else None
     facts = {"kills": 0, "in a checkpoint": 0, "in a LoRA": 0, "anew": 0, "stage 1": 0, "border": 0, "stage 2": 0}
     wanted = chance.randint(1, 3)
 
@@ -858,7 +872,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(undisturbed, forks, tmp_path, p
         return aim is not None and facts[f"in a {aim}"] == 0
 
     for attempt in range(30):
-        run = forks.start(toy_flags(output, precision))
+        run = forks.start(toy_flags(output, kind))
         # Also after the kills that were wanted, if no run was hit as it should be.
         kill = facts["kills"] < wanted or missed(facts)
         if kill and aim is not None:
@@ -892,7 +906,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(undisturbed, forks, tmp_path, p
         break
     assert facts["kills"] and not missed(facts), facts
     assert results(output) == results(reference.output)
-    record(reference.shared / "runs.json", number, facts, KILL_RUNS[precision])
+    record(reference.shared / "runs.json", number, facts, KILL_RUNS[kind].count)
 
 
 def record(path: Path, number: int, facts: dict[str, int], wanted: int) -> None:
