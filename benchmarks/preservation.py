@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.parts import drawing, judging, plane, tables
 from benchmarks.parts.judging import LATE, QUIET, Job
 from benchmarks.parts.plane import Point, Series
-from benchmarks.parts.runs import ORACLES, RUNS, Run, Training, run_folder, train_all
+from benchmarks.parts.runs import ORACLES, RUNS, Run, Training, run_folder, train_all, trainable
 from benchmarks.parts.tables import Row, Share, number, with_interval, with_worst
 from evaluation.measures import Estimate
 from toy_portraits.recipe import FLAGS
@@ -326,10 +326,15 @@ def write_plane(args: argparse.Namespace, by_target: dict[str, list[Row]]) -> No
 def parse_args(input_args: Sequence[str] | None = None, description: str | None = __doc__) -> argparse.Namespace:
     # Nothing was chosen on these seeds and prompts.
     parser = drawing.make_parser(description, seeds=[301, 302, 303, 304, 305], prompt_seed=91117, num_prompts=64)
-    about = "Which rows; the original model always is one."
-    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), help=about)
+    about = "Which rows, by default all that the base can be trained by; the original model always is one."
+    parser.add_argument("--runs", nargs="+", choices=RUNS, help=about)
     parser.add_argument("--ablation_targets", nargs="+", choices=TARGETS, default=["blonde_hair"])
-    return drawing.read_flags(parser, input_args)
+    args = drawing.read_flags(parser, input_args)
+    known = trainable(args.base)
+    args.runs = known if args.runs is None else args.runs
+    if lost := [name for name in args.runs if name not in known]:
+        parser.error(f"--runs {' '.join(lost)}: --base {args.base} is not trained with the paper's objective")
+    return args
 
 
 def main(args: argparse.Namespace) -> None:

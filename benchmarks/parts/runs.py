@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from benchmarks import sfcm_modes
 from benchmarks.parts.drawing import ROOT, base_model_digest, file_digest
 from loras import LORA_WEIGHTS
 from toy_portraits.judge import PortraitJudge, target_region
+from toy_portraits.pipelines import family_of
 from toy_portraits.probe import CLASS_FACTORS, PIXEL_FACTORS
 from toy_portraits.recipe import FLAGS, training_flags
 from toy_portraits.world import TARGETS, ToyTarget, render, sample_factors
@@ -156,6 +158,15 @@ RUNS = WAYS | {
     for parent, changes in ABLATIONS.items()
     for name, (label, flags) in changes.items()
 }
+_OF_THE_PAPER = re.compile(r"--stage2_objective (paper|both)\b")
+
+
+def trainable(base: str) -> list[str]:
+    """The runs that a base can be trained by: none with the paper's objective where its family has none."""
+    whole = "paper" in family_of(base).objectives
+    return [name for name, run in RUNS.items() if whole or not _OF_THE_PAPER.search(run.flags)]
+
+
 # How far localisation can go: each is held against what has the true masks.
 ORACLES = {"mask": ("composed", "paper"), "composed_mask": ("composed",)}
 

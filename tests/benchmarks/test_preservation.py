@@ -303,17 +303,27 @@ def test_a_base_has_a_folder_of_its_own_and_its_name_in_the_tables(toy_xl):
 @pytest.mark.parametrize("base", BASES)
 def test_a_short_run_trains_judges_and_keeps_to_its_base(tmp_path, trained, toy_bases, base):
     flags = ["--output_dir", str(tmp_path), "--targets", "blonde_hair", "--seeds", "5", "--workers", "1"]
-    flags += ["--num_prompts", "3", "--num_inference_steps", "2", "--runs", "plain", "stage1", "composed", "paper"]
+    runs = ["plain", "stage1", "composed", *(["paper"] if base != "sd3" else [])]
+    flags += ["--num_prompts", "3", "--num_inference_steps", "2", "--runs", *runs]
     main(parse_args([*flags, "--base", base]))
     document = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     rows = [(row["run"], row["strength"], row["way"]) for row in document["targets"]["blonde_hair"]["rows"]]
-    assert len(rows) == len(set(rows)) == 1 + 4 + 3 + 2 * 4
+    assert len(rows) == len(set(rows)) == 1 + 9 + 3 * (len(runs) - 2)
     assert {("composed", 1.0, way) for way in ("", "guided", "late")} < set(rows)
     assert document["settings"]["base"] == base and document["base_model"] == base_model_digest(base)
     assert BASES[base].title in (tmp_path / "table.md").read_text(encoding="utf-8")
-    assert len(trained) == 4 and all(str(BASES[base].folder) in command for command in trained.values())
+    assert len(trained) == len(runs) and all(str(BASES[base].folder) in command for command in trained.values())
     with pytest.raises(ValueError, match="was trained with other flags or from another model"):
-        main(parse_args([*flags, "--base", "sd" if base == "sdxl" else "sdxl"]))
+        main(parse_args([*flags, "--base", "sd" if base != "sd" else "sdxl"]))
+
+
+def test_a_base_without_the_papers_objective_has_no_such_runs(toy_3, capsys):
+    own = parse_args(["--base", "sd3"]).runs
+    assert {"plain", "composed", "c_gamma1", "composed_mask"} < set(own)
+    assert set(RUNS) - set(own) == {"both", *(n for n, run in RUNS.items() if "paper" in (n, run.parent))}
+    with pytest.raises(SystemExit):
+        parse_args(["--base", "sd3", "--runs", "composed", "paper", "both"])
+    assert "--runs paper both: --base sd3 is not trained with the paper's objective" in capsys.readouterr().err
 
 
 def test_what_is_needed_is_trained_first():
