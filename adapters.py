@@ -42,7 +42,7 @@ class Adapters:
         if list(getattr(self._model, "peft_config", {})) != self.names:
             raise RuntimeError("an adapter was added or deleted: Adapters has to be made again")
         if unknown := [name for name in names if name not in self.names]:
-            raise ValueError(f"unknown adapters {unknown}; the UNet has {self.names}")
+            raise ValueError(f"unknown adapters {unknown}; the model has {self.names}")
         kind = type(self._model).__name__
         if any(layer.merged for layer in self.layers):
             raise ValueError(f"A LoRA is fused into the weights of {kind}: call `unfuse_lora()` first.")
@@ -91,7 +91,7 @@ class Adapters:
         """
         self.check([name for name in names if name != BASE_ROW])
         if not self.layers:
-            raise ValueError("the UNet has no adapter: there is nothing for the rows to choose from")
+            raise ValueError("the model has no adapter: there is nothing for the rows to choose from")
 
         def pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             return args, {**kwargs, "adapter_names": list(names)}

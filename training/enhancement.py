@@ -134,7 +134,7 @@ class Enhancement:
         """Of the one-step prediction, with the weight alpha_bar_t or of rows drawn by it, which is the same on average
         [ours]: at high t the prediction is noise.
 
-        The portraits are decoded and seen one after another, beside the UNet's graph.
+        The portraits are decoded and seen one after another, beside the denoiser's graph.
         """
         drawn = self.drawn(batch.cpu_timesteps, micro_step, noise)
         if not len(drawn):
