@@ -29,13 +29,12 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -44,14 +43,13 @@ from accelerate.utils import convert_outputs_to_fp32
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 from transformers import CLIPImageProcessorPil, CLIPModel
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from adapters import Adapters
+from benchmarks.parts.counting import HALF, LiveBytes, like_cuda
 from benchmarks.parts.tables import markdown_table
 from benchmarks.random_stable_diffusion import (
     make_3_pipeline,
@@ -74,13 +72,10 @@ from training.models import STAGE1_ADAPTER, Models, lora_config, train_in_float3
 from training.prompt_table import embed_pixels
 
 
-HALF = torch.bfloat16
 GIB, MIB = 2**30, 2**20
 TOKENS, T5_TOKENS = 77, 256
 PROMPTS = 32  # that the trainer encodes at once, or half as many by a large text encoder
 MATCHED_TOKENS = 24  # of the base prompt; they hardly count
-# What CUDA's autocast computes in float32, and a CPU's does not.
-UPCAST = ((F, "group_norm"), (F, "layer_norm"), (F, "softmax"), (Tensor, "softmax"))
 # The documentation's rows: GB of the card, and the flags besides --mixed_precision.
 PRESETS = {
     8: "--train_batch_size 1 --gradient_accumulation_steps 4 --gradient_checkpointing",
@@ -128,67 +123,6 @@ COUNTED = {
     *("stage2_objective", "enhancement_loss", "lambda_enh"),
     *("rank", "lora_alpha", "lora_target", "lora_layers", "lora_dropout", "use_dora"),
 }
-
-
-# ----------------------------------------------------------------------------------------------------- what is counted
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts storages that operations made inside of it, and those it is told of: the bytes now, and the most."""
-
-    def __init__(self, *modules: nn.Module) -> None:
-        """Counts the modules' tensors from the beginning."""
-        super().__init__()
-        self.live = self.peak = 0
-        self._counted: set[int] = set()
-        for module in modules:
-            for tensor in (*module.parameters(), *module.buffers()):
-                self.count(tensor)
-
-    def count(self, tensor: Tensor) -> None:
-        """Count a tensor's storage until it is freed; views of one storage count once."""
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._counted:
-            return
-        self._counted.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        # The storage outlives its last Python name if autograd has saved it, and its finalizer waits as long.
-        weakref.finalize(storage, self._forget, key, size).atexit = False
-
-    def _forget(self, key: int, size: int) -> None:
-        self._counted.discard(key)
-        self.live -= size
-
-    def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, Tensor):
-                self.count(leaf)
-        return output
-
-
-@contextmanager
-def like_cuda() -> Iterator[None]:
-    """Inside, autocast on a CPU takes half precision as float32 where CUDA's does."""
-
-    def upcast(value: Any) -> Any:
-        return value.float() if isinstance(value, Tensor) and value.dtype == HALF else value
-
-    def in_float32(function: Callable) -> Callable:
-        def wrapped(*args: Any, **kwargs: Any) -> Tensor:
-            if torch.is_autocast_enabled("cpu"):
-                args, kwargs = tree_map(upcast, (args, kwargs))
-            return function(*args, **kwargs)
-
-        return wrapped
-
-    # A torch function mode would be off while checkpointing recomputes.
-    with ExitStack() as stack:
-        for owner, name in UPCAST:
-            stack.enter_context(patch.object(owner, name, in_float32(getattr(owner, name))))
-        yield
 
 
 # -------------------------------------------------------------------------------------------------------------- models

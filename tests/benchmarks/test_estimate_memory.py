@@ -16,14 +16,12 @@ from benchmarks.estimate_memory import (
     PRESETS,
     PRESETS_3,
     PRESETS_XL,
-    UPCAST,
-    LiveBytes,
     diffusion_backward,
-    like_cuda,
     parameter_bytes,
     step_peak,
     training,
 )
+from benchmarks.parts.counting import UPCAST, LiveBytes, like_cuda
 
 
 KIB = 1024

@@ -98,11 +98,13 @@ def test_a_dora_is_loaded_with_its_magnitudes(world, tmp_path):
     assert difference(stock_run(own), draw_sd3(world.sd3, ours(path))) == 0.0
 
 
-@pytest.mark.parametrize("form", ["", ", kohya"])
-@pytest.mark.parametrize(("of", "base"), [(SDXL, SD3), (STABLE_DIFFUSION, SD3), (SD3, STABLE_DIFFUSION), (SD3, SDXL)])
-def test_a_lora_of_another_family_is_called_by_its_name(world, of, base, form):
-    if of == SD3 and form:
-        pytest.skip("it has no other form")
+# That of Stable Diffusion 3 has no other form.
+OTHERS = [(SDXL, form, SD3) for form in ("", ", kohya")] + [(STABLE_DIFFUSION, form, SD3) for form in ("", ", kohya")]
+OTHERS += [(SD3, "", STABLE_DIFFUSION), (SD3, "", SDXL)]
+
+
+@pytest.mark.parametrize(("of", "form", "base"), OTHERS)
+def test_a_lora_of_another_family_is_called_by_its_name(world, of, form, base):
     path, pipeline = world.loras[of + form], world.bases[base]
     said = f"this is {'an' if of == SDXL else 'a'} {of} LoRA, and the base model is {base}"
 
