@@ -23,4 +23,5 @@ STABLE_DIFFUSION_3 = HubNames(
     dtype="bfloat16",  # what its publisher draws 3.5 in
     licence="stabilityai-ai-community",
     licence_link="https://huggingface.co/stabilityai/stable-diffusion-3.5-medium/blob/main/LICENSE.md",
+    transformer="SD3Transformer2DModel",
 )

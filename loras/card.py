@@ -33,6 +33,7 @@ class HubNames:
     licence: str  # of the published base model, as the Hub spells it; that of a LoRA where its user names none
     dtype: str = "float16"  # of torch, that the examples load it in
     licence_link: str = ""  # where the text of a licence is that the Hub has no word for
+    transformer: str = ""  # diffusers' class for a base model's file, where that is the transformer and no more
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,14 @@ def loading_code(
 ) -> str:  # fmt: skip
     """Python that loads a base model by the class of its family, with further `options` of it, such as a dtype.
 
-    Of one in a file, `config` is where its configurations are. What its file says of the prediction is in no other.
+    Of one in a file, `config` is where its configurations are, and the models that are not in it. What its file says
+    of the prediction is in no other.
     """
     if file is None:
         return f"{names.pipeline}.from_pretrained({base_model!r}{options})"
+    if names.transformer:
+        read = f"{names.transformer}.from_single_file({base_model!r}, config={config!r}, subfolder='transformer'"
+        return f"{names.pipeline}.from_pretrained({config!r}, transformer={read}{options}){options})"
     scheduler = ""
     if file.scheduler:
         said = "".join(f", {name}={value!r}" for name, value in file.scheduler.items())
@@ -102,7 +107,7 @@ def write_model_card(folder: Path, facts: CardFacts, names: HubNames, file: Sing
         hub=names,
         one_file=file is not None,
         load=partial(loading_code, names, facts.base_model, file, config),
-        classes=[names.pipeline] if file is None or not file.scheduler else [SCHEDULER, names.pipeline],
+        classes=_classes(names, file),
         names=[f"earlier_{i}" for i in range(1, len(facts.earlier_loras) + 1)],
         scales=[lora.scale for lora in facts.earlier_loras],
         settings=[(_cell(f"--{name}"), _cell(value)) for name, value in facts.settings.items() if value is not None],
@@ -117,6 +122,12 @@ def write_model_card(folder: Path, facts: CardFacts, names: HubNames, file: Sing
     with whole(path) as file:
         populate_model_card(card, list(names.tags)).save(file)
     return path
+
+
+def _classes(names: HubNames, file: SingleFile | None) -> list[str]:
+    """Those of diffusers that `loading_code` names."""
+    others = [] if file is None else [*([SCHEDULER] if file.scheduler else []), names.transformer]
+    return [*filter(None, others), names.pipeline]
 
 
 def _inline(text: object) -> str:

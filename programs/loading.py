@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from diffusers import (
     DiffusionPipeline,
+    SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -101,8 +102,10 @@ def load_pipeline(
     Raises InputError: it cannot be loaded, or has weights in pickles alone.
     """
     with naming_flag(flag, name):
-        if file is not None:
+        if file is not None and file.layout.is_whole:
             return _load_single_file(kind, file, dtype, options)
+        if file is not None:
+            name, options = file.config, _with_transformer(file, dtype, options)
         try:
             options = _left_out(kind, name, options) | options
             return kind.from_pretrained(name, dtype=dtype, use_safetensors=True, **options)
@@ -131,6 +134,20 @@ def _load_single_file(
         # Such a file has none, whatever its configurations say.
         options = {"safety_checker": None, "requires_safety_checker": False} | options
     return kind.from_single_file(file.path, config=file.folder, dtype=dtype, local_files_only=True, **options)
+
+
+def _with_transformer(
+    file: SingleFile, dtype: torch.dtype | dict[str, torch.dtype], options: dict[str, Any]
+) -> dict[str, Any]:
+    """What `from_pretrained` is told of a pipeline whose transformer is a file, unless the options have another."""
+    if "transformer" in options:
+        return {**file.hub, **options}
+    own = dtype.get("transformer", dtype["default"]) if isinstance(dtype, dict) else dtype
+    with without_false_alarms():
+        transformer = SD3Transformer2DModel.from_single_file(
+            file.path, config=file.folder, subfolder="transformer", dtype=own, local_files_only=True
+        )
+    return {**file.hub, **options, "transformer": transformer}
 
 
 @contextmanager

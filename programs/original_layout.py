@@ -1,13 +1,14 @@
 """Names and shapes of weights in one file, as the models were published and as A1111 and ComfyUI read them.
 
-A file has all models of a pipeline, each under a prefix. A tensor has another shape than in diffusers where the
-original has a convolution for a linear layer, or one matrix for three.
+A file has all models of a pipeline, each under a prefix; of Stable Diffusion 3 the transformer is read from it alone.
+A tensor has another shape than in diffusers where the original has a convolution for a linear layer, or one matrix for
+three.
 Source: [ours]; the names are those that diffusers' `single_file_utils` reads.
 """
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers import DiffusionPipeline
@@ -26,8 +27,13 @@ class Layout:
     """A family as one file has it."""
 
     name: str
-    repository: str  # of the Hub, where the published model's configurations are
+    repository: str | None  # of the Hub, where the published model's configurations are; None if none is like it
     text_encoders: Mapping[str, str]  # components of the pipeline, each with its prefix
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all models are read from the file, and not the transformer alone."""
+        return bool(self.text_encoders)
 
 
 LAYOUTS = (
@@ -42,6 +48,13 @@ LAYOUTS = (
     ),
 )  # fmt: skip
 XL, SD2, SD1 = LAYOUTS
+SD3 = Layout("Stable Diffusion 3", None, {})
+# Of Stable Diffusion 3 by the number of blocks, and whether some have a second attention.
+PUBLISHED_3 = {
+    (24, False): replace(SD3, repository="stabilityai/stable-diffusion-3-medium-diffusers"),
+    (24, True): replace(SD3, repository="stabilityai/stable-diffusion-3.5-medium"),
+    (38, False): replace(SD3, repository="stabilityai/stable-diffusion-3.5-large"),
+}
 
 _RESNET = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3",
@@ -62,6 +75,31 @@ _OPEN_CLIP_LAYER = {
     "layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
     "self_attn.out_proj": "attn.out_proj",
 }  # fmt: skip
+_TRANSFORMER_ENDS = {
+    "pos_embed.proj": "x_embedder.proj", "context_embedder": "context_embedder", "proj_out": "final_layer.linear",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+}  # fmt: skip
+# Of a block, by tokens of the picture and of the text.
+_TRANSFORMER_BLOCK = {
+    "norm1.linear": "x_block.adaLN_modulation.1", "norm1_context.linear": "context_block.adaLN_modulation.1",
+    "ff.net.0.proj": "x_block.mlp.fc1", "ff.net.2": "x_block.mlp.fc2",
+    "ff_context.net.0.proj": "context_block.mlp.fc1", "ff_context.net.2": "context_block.mlp.fc2",
+    "attn.to_out.0": "x_block.attn.proj", "attn.to_add_out": "context_block.attn.proj",
+    "attn.norm_q": "x_block.attn.ln_q", "attn.norm_k": "x_block.attn.ln_k",
+    "attn.norm_added_q": "context_block.attn.ln_q", "attn.norm_added_k": "context_block.attn.ln_k",
+    "attn2.to_out.0": "x_block.attn2.proj", "attn2.norm_q": "x_block.attn2.ln_q", "attn2.norm_k": "x_block.attn2.ln_k",
+}  # fmt: skip
+# One matrix there, three here.
+_TRANSFORMER_QKV = {
+    "attn.to_q": ("x_block.attn.qkv", ("attn.to_q", "attn.to_k", "attn.to_v")),
+    "attn.add_q_proj": ("context_block.attn.qkv", ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
+    "attn2.to_q": ("x_block.attn2.qkv", ("attn2.to_q", "attn2.to_k", "attn2.to_v")),
+}  # fmt: skip
+_TRANSFORMER_REST = {layer for _, layers in _TRANSFORMER_QKV.values() for layer in layers[1:]}
 
 _KIND = r"(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)"
 _IN_BLOCK = re.compile(rf"(down|mid|up)_blocks?(?:\.(\d+))?\.{_KIND}")
@@ -182,6 +220,36 @@ def _open_clip_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif found[2] not in ("self_attn.k_proj", "self_attn.v_proj"):
             layer = _named(_OPEN_CLIP_LAYER, found[2], "text encoder")
             weights[f"transformer.resblocks.{found[1]}.{layer}.{found[3]}"] = tensor
+    return weights
+
+
+def transformer_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a transformer of Stable Diffusion 3 as a file with it alone has them, without a prefix; meta tensors
+    as well.
+
+    Raises ValueError: a layer that the original model does not have.
+    """
+    last = max(int(name.split(".")[1]) for name in state if name.startswith("transformer_blocks."))
+    weights = {}
+    for name, tensor in state.items():
+        layer, end = name.rsplit(".", 1)
+        found = re.fullmatch(r"(transformer_blocks\.(\d+)\.)(.+)", layer)
+        own = layer if found is None else found[3]
+        # The shift comes before the scale where nothing else is modulated: behind the blocks, and in the last one's
+        # text, which is not gone on with.
+        if own == "norm_out.linear" or (own == "norm1_context.linear" and int(found[2]) == last):
+            tensor = torch.cat(tensor.chunk(2)[::-1])
+        if name == "pos_embed.pos_embed":
+            weights["pos_embed"] = tensor
+        elif found is None:
+            weights[f"{_named(_TRANSFORMER_ENDS, own, 'transformer')}.{end}"] = tensor
+        elif own in _TRANSFORMER_QKV:
+            new, layers = _TRANSFORMER_QKV[own]
+            three = torch.cat([state[f"{found[1]}{part}.{end}"] for part in layers])
+            weights[f"joint_blocks.{found[2]}.{new}.{end}"] = three
+        elif own not in _TRANSFORMER_REST:
+            new = _named(_TRANSFORMER_BLOCK, own, "transformer")
+            weights[f"joint_blocks.{found[2]}.{new}.{end}"] = tensor
     return weights
 
 
