@@ -4,15 +4,13 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 from pipeline_world import make_components
-from safetensors.torch import save_file
 from sd3_world import make_sd3_components, write_sd3
 from transformers import CLIPTokenizer
 
-from families.find import check_model, find_base, find_family
+from families.find import check_model, find_family
 from families.pipelines import denoiser_of, load_drawing_pipeline
 from families.stable_diffusion_3 import T5_TOKENS, StableDiffusion3, t5_length
 from pipeline_spf_portrait_3 import SPFPortrait3Pipeline
-from programs.loading import InputError
 from prompts import make_prompt_pair
 from toy_portraits.recipe import BASE_MODEL
 
@@ -50,14 +48,6 @@ def test_it_is_found_with_t5_and_without():
 def test_what_is_none_is_refused(index, config, line):
     with pytest.raises(ValueError, match=line):
         find_family(INDEX | index, TRANSFORMER | config)
-
-
-@pytest.mark.parametrize("prefix", ["model.diffusion_model.", ""])
-def test_one_file_is_refused_by_name(tmp_path, prefix):
-    path = tmp_path / "sd3.5_medium.safetensors"
-    save_file({f"{prefix}joint_blocks.0.x_block.attn.qkv.weight": torch.zeros(1)}, path)
-    with pytest.raises(InputError, match="a Stable Diffusion 3 in one file, which is not read: give its folder"):
-        find_base(str(path), "base_model")
 
 
 def test_what_is_known_without_weights(tmp_path):

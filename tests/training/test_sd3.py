@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate.hooks import UserCpuOffloadHook
-from diffusers import StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sd3_world import write_sd3, write_sd3_lora
 from test_train import CARD, WEIGHTS, copy_model, difference, files, prepared, train, watch, watch_runs
 
@@ -22,6 +22,7 @@ from adapters import original_rows
 from families.stable_diffusion_3 import T5_TOKENS, StableDiffusion3
 from joint_attention import JointAttentionCapture
 from pipeline_spf_portrait_3 import SPFPortrait3Pipeline
+from programs.original_layout import transformer_weights
 from sfcm import SFCM_MODES
 from training.engine import Engine
 from training.objectives import make_objectives
@@ -255,6 +256,52 @@ def test_steps_capture_no_attention(sd3_world, tmp_path, monkeypatch):
 def test_every_map_can_be_trained_with(sd3_world, tmp_path, mode):
     output = train(sd3_world, tmp_path / "output", sfcm_mode=mode)
     assert all(value.isfinite().all() for value in load_file(output / WEIGHTS).values())
+
+
+# ------------------------------------------------------------------------------------- its transformer in one file
+
+
+@pytest.fixture(scope="session")
+def file(sd3_world, tmp_path_factory):
+    """Its transformer in the original layout."""
+    file = tmp_path_factory.mktemp("sd3") / "transformer.safetensors"
+    tensors = transformer_weights(load(sd3_world).transformer.state_dict())
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+    return file
+
+
+@pytest.mark.parametrize("options", [{}, {"mixed_precision": "bf16", "num_validation_images": 1}], ids=["", "bf16"])
+def test_a_training_from_its_transformer_in_a_file_is_that_of_the_folder(
+    sd3_world, file, tmp_path, caplog, options
+):
+    """Another LoRA is merged first, in float32; the whole text is read without the transformer."""
+    caplog.set_level("INFO")
+    if not options:
+        options = {"reference_lora": write_sd3_lora(tmp_path / "earlier"), "reference_lora_scale": 0.5}
+    one = {"pretrained_model_name_or_path": file, "base_config": sd3_world.model}
+    folder = train(sd3_world, tmp_path / "folder", **options)
+    single = train(sd3_world, tmp_path / "single", **options, **one)
+    assert difference(folder, single) == 0.0 and difference(single / "stage1", single) > 0.005
+    pictures = [(path.name, path.read_bytes()) for path in sorted((folder / "validation").glob("*.png"))]
+    assert pictures == [(path.name, path.read_bytes()) for path in sorted((single / "validation").glob("*.png"))]
+    card, name = (single / CARD).read_text(encoding="utf-8"), sd3_world.model.name
+    read = "SD3Transformer2DModel.from_single_file("
+    assert f"{read}'path/to/{file.name}', config='path/to/{name}', subfolder='transformer', dtype=torch.b" in card
+    assert str(file.parent) not in card and str(sd3_world.model.parent) not in card
+    if "reference_lora" not in options:
+        own = f"from_pretrained({str(sd3_world.model)!r}, transformer={read}{str(file)!r}, config="
+        assert f"Draw: pipe = DiffusionPipeline.from_pipe(StableDiffusion3Pipeline.{own}" in caplog.text
+
+
+def test_a_dry_run_on_its_transformer_in_a_file_reads_no_weight_of_it(
+    sd3_world, file, tmp_path, capsys, monkeypatch
+):
+    printed = []
+    monkeypatch.setattr(SD3Transformer2DModel, "from_single_file", lambda *given, **named: pytest.fail("was read"))
+    for changes in ({}, {"pretrained_model_name_or_path": file, "base_config": sd3_world.model}):
+        train(sd3_world, tmp_path / "output", dry_run=True, **changes)
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] and "CLIP distance" in printed[0]
 
 
 # ----------------------------------------------------------------------------------------------------------- memory
