@@ -20,7 +20,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--lora", action="append", required=True, help=about + "the Hub; several are given by repeating the flag.")
     about = "Strength of each --lora, in their order; 1 for all if not given."
     add("--scale", type=float, action="append", help=about)
-    about = "Stable Diffusion 1.x, 2.x, XL or 3 to fuse with: a folder, a Hub id, or, not of 3, one .safetensors file."
+    about = (
+        "Stable Diffusion 1.x, 2.x, XL or 3 to fuse with: a folder, a Hub id, or one .safetensors file, which of 3 is "
+        "the transformer."
+    )
     add("--base_model", type=in_home, help=about)
     add("--base_config", type=in_home, help=BASE_CONFIG)
     about = "Base model with the LoRAs fused into it: a folder, or one .safetensors file (ComfyUI, A1111)."

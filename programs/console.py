@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 
 DTYPES = ("float32", "float16", "bfloat16")  # of weights, as flags name them
 BASE_CONFIG = (
-    "Folder or Hub id with the configuration of a base model in one file; its family's published one if not given."
+    "Folder or Hub id with the configuration of a base model in one file, and, where that is the transformer of "
+    "Stable Diffusion 3, with all other models; its family's published one if not given."
 )
 # What every program imports. The import itself reports packages that are not installed and that nothing here needs.
 LIBRARIES = ("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "peft", "transformers.models.clip")

@@ -32,7 +32,8 @@ class ModelFlags(FlagGroup):
 
     pretrained_model_name_or_path: str = path(
         MISSING,
-        "Stable Diffusion 1.x, 2.x, XL, 3 or 3.5 in safetensors: a folder, an id of the Hub, or, but for 3, one file.",
+        "Stable Diffusion 1.x, 2.x, XL, 3 or 3.5 in safetensors: a folder, an id of the Hub, or one file, which of 3 "
+        "and 3.5 is the transformer.",
     )
     base_config: str | None = path(None, BASE_CONFIG)
     revision: str | None = flag(None, "Revision of the Hub id, with one file of the configuration's.")
