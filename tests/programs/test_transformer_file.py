@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from test_original_layout import difference
 
 import app
 import draw_spf_portrait
+import evaluate_spf_portrait
 import export_spf_portrait_lora
 from draw_spf_portrait import parse_args
 from families.find import check_model, find_base
@@ -217,6 +219,19 @@ def test_it_is_drawn_with(world, tmp_path):
         assert np.array_equal(before, after)
 
 
+def test_an_evaluation_measures_the_same(tmp_path):
+    sizes = {"sample_size": 32, "pos_embed_max_size": 32}  # for pictures as large as the judge's
+    folder, lora = write_sd3(tmp_path / "model", **sizes), write_sd3_lora(tmp_path / "lora", **sizes)
+    file, pictures = write_file(tmp_path / NAME, folder), []
+    flags = ["--toy", "blonde_hair", "--lora", str(lora), "--max_prompts", "1", "--num_seeds", "1", "--device", "cpu"]
+    flags += ["--num_inference_steps", "1", "--num_resamples", "1", "--pretrained_model_name_or_path"]
+    for name, own in (("folder", [folder]), ("file", [file, "--base_config", folder])):
+        evaluate_spf_portrait.main([*flags, *map(str, own), "--output_dir", str(tmp_path / name)])
+        found = sorted((tmp_path / name / "pictures").rglob("*.png"))
+        pictures.append([(path.name, path.read_bytes()) for path in found])
+    assert pictures[0] == pictures[1] and len(pictures[0]) == 4
+
+
 def test_a_page_is_built_on_it(world, monkeypatch):
     built = []
     launched = SimpleNamespace(launch=lambda **options: None)
@@ -256,8 +271,9 @@ def test_the_code_of_its_card_runs(world, tmp_path):
         f"print(type(pipe).__name__)\n"
     )
     run = subprocess.run(
-        [sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
-    )
+        [sys.executable, "-P", "-c", code], cwd=tmp_path, env=os.environ | {"HF_HOME": str(tmp_path / "hub")},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip().splitlines()[-1] == "SPFPortrait3Pipeline"
     expected = load(world.folder, kind=StableDiffusion3Pipeline)
