@@ -100,7 +100,8 @@ def find_single_file(
     """What a base model's name says if it is a file, None for a folder or an id of the Hub.
 
     Args:
-        base_config: folder or id of the Hub with the configurations; None for the family's published repository.
+        base_config: folder or id of the Hub with the configurations, and with the models that are not in the file;
+            None for the family's published repository.
         without: components that come from elsewhere, or are not needed.
 
     Raises ValueError, OSError: no such file, a pickle, no base model, or one that does not fit its configurations.
