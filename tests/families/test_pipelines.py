@@ -129,4 +129,4 @@ def test_a_family_that_is_not_known_says_which_are(tmp_path):
     (folder / "transformer").mkdir(parents=True)
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
     said = refusal(folder)
-    assert "is a FluxPipeline; known are Stable Diffusion 1.x, 2.x and XL" in said
+    assert "is a FluxPipeline; known are Stable Diffusion 1.x, 2.x, XL, 3 and 3.5" in said

@@ -331,7 +331,7 @@ def test_a_model_with_a_part_missing(forked_refusal, world, tmp_path, part):
     [
         ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, ["'sample'"]),
         ("unet/config.json", {"in_channels": 9}, ["unet: it takes 9 channels", "no model for text to image"]),
-        ("unet/config.json", {"addition_embed_type": "text_time"}, ["Stable Diffusion 1.x, 2.x and XL"]),
+        ("unet/config.json", {"addition_embed_type": "text_time"}, ["Stable Diffusion 1.x, 2.x, XL, 3 and 3.5"]),
         ("vae/config.json", {"latent_channels": 16}, ["16 latent channels, the denoiser 4"]),
     ],
     ids=["prediction type", "inpainting", "SDXL's UNet alone", "latents"],
