@@ -143,7 +143,7 @@ def test_an_earlier_lora_is_not_rounded(world, whole_bf16_run, tmp_path, monkeyp
         save_kohya_lora(earlier, given)
 
     def copy_and_step(engine, own, objectives):
-        states.append({name: adapter_state(own.unet, name) for name in ("default", models.STAGE1_ADAPTER)})
+        states.append({name: adapter_state(own.denoiser, name) for name in ("default", models.STAGE1_ADAPTER)})
         return step(engine, own, objectives)
 
     monkeypatch.setattr(script, "train_step", copy_and_step)
@@ -200,9 +200,9 @@ def test_a_scaler_leaves_out_what_is_not_finite_and_goes_on(world, tmp_path, sca
     def watched(engine, own, objectives):
         engines.append(engine)
         schedules.append(engine.lr_scheduler.last_epoch)
-        before = adapter_state(own.unet, "default")
+        before = adapter_state(own.denoiser, "default")
         losses = step(engine, own, objectives)
-        moved = difference(adapter_state(own.unet, "default"), before) > 0
+        moved = difference(adapter_state(own.denoiser, "default"), before) > 0
         assert moved == math.isfinite(losses["diffusion"])
         return losses
 

@@ -176,7 +176,7 @@ def test_each_part_of_a_checkpoint_is_needed(world, whole_run, tmp_path, monkeyp
         # Of stage 1: the first step of a warm-up moves nothing.
         earlier = whole / f"checkpoint-{BORDER - 1}" / WEIGHTS
         load = models.load_adapter
-        monkeypatch.setattr(models, "load_adapter", lambda pipeline, _: load(pipeline, earlier))
+        monkeypatch.setattr(models, "load_adapter", lambda family, pipeline, _: load(family, pipeline, earlier))
     else:
         state, other = read_state(folder), read_state(whole / f"checkpoint-{step - 1}")
         if without == "alignment":
