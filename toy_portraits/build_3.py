@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import time
 from pathlib import Path
 
@@ -219,7 +220,7 @@ def new_transformer(encoders: list) -> SD3Transformer2DModel:
 
 
 def save_pipeline(base: Path, transformer, vae, encoders, tokenizers, scheduler) -> None:
-    """Write the SD3 folder in float16, which halves it; diffusers reads it as float32."""
+    """Write the SD3 folder in float16, which halves it, and is read as float32 where no other dtype is asked for."""
     models = [copy.deepcopy(model).half() for model in (vae, transformer, *encoders)]
     models[0].register_to_config(_name_or_path=None)  # the folder it was loaded from is of no use elsewhere
     pipeline = StableDiffusion3Pipeline(
@@ -234,6 +235,11 @@ def save_pipeline(base: Path, transformer, vae, encoders, tokenizers, scheduler)
         scheduler=scheduler,
     )
     pipeline.save_pretrained(base, safe_serialization=True)
+    # transformers reads weights in the dtype of their configuration, and diffusers all others in float32.
+    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        path = base / name / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8")) | {"dtype": "float32"}
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:

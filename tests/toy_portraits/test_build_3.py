@@ -37,6 +37,7 @@ def test_a_tiny_build_writes_every_part(tmp_path, capsys):
     flags = "--t5_steps 2 --transformer_steps 2 --transformer_batch_size 4 --num_renders 620".split()
     build_3.main(build_3.parse_args([*flags, "--output_dir", str(tmp_path)]))
     pipeline = StableDiffusion3Pipeline.from_pretrained(tmp_path / "base_model_3")
+    assert {model.dtype for model in pipeline.components.values() if hasattr(model, "dtype")} == {torch.float32}
     assert type(pipeline.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
     assert pipeline.scheduler.config.shift == build_3.SHIFT and pipeline.vae.config.shift_factor != 0
     assert pipeline.tokenizer_2.pad_token == "!" and pipeline.tokenizer_3.model_max_length == MAX_TOKENS
