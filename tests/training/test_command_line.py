@@ -303,9 +303,9 @@ def vae(**changes) -> AutoencoderKL:
 @pytest.mark.parametrize(
     "flag, model, parts",
     [
-        ("pretrained_vae_model_name_or_path", vae(latent_channels=8), ["8 latent channels", "the UNet 4"]),
+        ("pretrained_vae_model_name_or_path", vae(latent_channels=8), ["8 latent channels", "the denoiser 4"]),
         ("pretrained_vae_model_name_or_path", tiny_vae(), ["not an AutoencoderKL", "'AutoencoderTiny'"]),
-        ("tiny_vae_model_name_or_path", tiny_vae(latent_channels=8), ["8 latent channels", "the UNet 4"]),
+        ("tiny_vae_model_name_or_path", tiny_vae(latent_channels=8), ["8 latent channels", "the denoiser 4"]),
         ("tiny_vae_model_name_or_path", vae(), ["not an AutoencoderTiny", "'AutoencoderKL'"]),
     ],
     ids=["channels", "a tiny one", "channels of a tiny one", "no tiny one"],
