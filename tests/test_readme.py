@@ -220,7 +220,7 @@ def test_the_benchmarks_commands_are_ones_it_takes():
     lines = [code for page in PAGES for code in prose_code(page)] + [shlex.join(words) for words in commands()]
     program = re.compile(r"python benchmarks/(preservation|proxies|choose)\.py ")
     taken = [line for line in lines if program.match(line)]
-    assert len(taken) == 8
+    assert len(taken) == 9
     for command in taken:
         parse = choose.parse_args if program.match(command)[1] == "choose" else preservation.parse_args
         parse(shlex.split(program.sub("", command)))
@@ -429,6 +429,11 @@ QUOTED = [
     ("docs/results.md", "As strong as the target asks for", 0, "PRESENCE.md", "Mean over targets", 1),
     ("docs/results.md", "On the toy SDXL", 0, "RESULTS_SDXL.md", "Mean over targets", 1),
     ("docs/results.md", "On the toy SDXL", 1, "RESULTS_SDXL.md", "Mean over targets", 1),
+    ("docs/results.md", "On the toy SD3", 0, "RESULTS_3.md", "Mean over targets", 1),
+    ("docs/results.md", "On the toy SD3", 1, "RESULTS_3.md", "Mean over targets", 1),
+    ("docs/results.md", "On the toy SD3", 2, "MAP_QUALITY_3.md", "In short", 2),
+    ("docs/results.md", "On the toy SD3", 3, "MAP_QUALITY_3.md", "In short", 2),
+    ("docs/results.md", "On the toy SD3", 4, "MAP_QUALITY_3.md", "The pointing game", 1),
     ("docs/results.md", "Other ways to train", 0, "RESULTS_EARLIER.md", "Mean over targets", 1),
     ("docs/results.md", "What each choice is worth", 0, "RESULTS_EARLIER.md", '"blonde hair"', 1),
     ("docs/results.md", "What each choice is worth", 1, "RESULTS_EARLIER.md", '"blonde hair"', 1),
