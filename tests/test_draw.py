@@ -46,9 +46,10 @@ def test_it_writes_the_pipelines_pictures(tmp_path):
 
     plain = drawn_by_hand(4, compare=True, return_sfcm=True)
     guided = drawn_by_hand(4, sfcm_guidance=1.0)
-    assert (read(tmp_path / "00004-original.png") == np.asarray(plain.reference_images[0])).all()
-    assert (read(tmp_path / "00004-adapted.png") == np.asarray(plain.images[0])).all()
-    assert (read(tmp_path / "00004-guided.png") == np.asarray(guided.images[0])).all()
+    drawn = {"original": plain.reference_images, "adapted": plain.images, "guided": guided.images}
+    for kind, images in drawn.items():
+        # The other process may have another number of threads, and round a pixel to the next grey level.
+        assert np.abs(read(tmp_path / f"00004-{kind}.png").astype(int) - np.asarray(images[0])).max() <= 1
     region = read(tmp_path / "00004-map.png")
     assert region.shape == (64, 64, 3) and region.min() == 0 and region.max() > 200
     assert not (read(tmp_path / "00003-guided.png") == read(tmp_path / "00004-guided.png")).all()
